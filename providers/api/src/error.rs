@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The one error type of the contract: a kind for decisions, a sentence for people.
+
+/// What an error means to the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kind {
+    /// The named archive, device or file does not exist.
+    NotFound,
+    /// The request makes no sense or is not supported.
+    Invalid,
+    /// Stored data is damaged or incomplete.
+    Corrupt,
+    /// No space left in the storage.
+    NoSpace,
+    /// The call was cancelled or its deadline passed.
+    Cancelled,
+    /// Input or output failed.
+    Io,
+    /// Anything else.
+    Other,
+}
+
+/// An error of a provider.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What it means.
+    pub kind: Kind,
+    /// One sentence that names the thing.
+    pub message: String,
+    /// What caused it.
+    #[source]
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// Result of a call of the contract.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error without a cause.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), source: None }
+    }
+
+    /// An I/O error with the sentence that says what was being done. `ENOSPC` becomes
+    /// [`Kind::NoSpace`], "not found" [`Kind::NotFound`].
+    pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
+        let kind = match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::NoSpace,
+            std::io::ErrorKind::NotFound => Kind::NotFound,
+            _ => Kind::Io,
+        };
+        Self { kind, message: message.into(), source: Some(Box::new(source)) }
+    }
+
+    /// An error with a cause.
+    pub fn with_source(
+        kind: Kind,
+        message: impl Into<String>,
+        source: impl std::error::Error + Send + Sync + 'static,
+    ) -> Self {
+        Self { kind, message: message.into(), source: Some(Box::new(source)) }
+    }
+}
