@@ -1,2 +1,27 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! To be written.
+//! The engine of backups and restores: configuration, guests, jobs and their recovery.
+//!
+//! Nothing here prints; callers (`vzdump-host`, and through it the program and a later service)
+//! get typed results and events.
+//!
+//! ```text
+//! layout, tools          where things are
+//! config, storage        Proxmox VE's files and the images they name
+//! vm::{qemu_cmdline,runner}  a VM's process
+//! guest, vm::backup      the driver of one guest's backup
+//! job, task_log, journal jobs, their log lines, and what a crash leaves behind
+//! restore                archives back to guests
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod guest;
+pub mod job;
+pub mod journal;
+pub mod layout;
+pub mod restore;
+pub mod storage;
+pub mod task_log;
+pub mod tools;
+pub mod vm;

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Virtual machines: the command line of QEMU, its process, and its backup.
+
+pub mod backup;
+pub mod qemu_cmdline;
+pub mod runner;
