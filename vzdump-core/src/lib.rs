@@ -20,6 +20,7 @@ pub mod guest;
 pub mod job;
 pub mod journal;
 pub mod layout;
+pub mod lock;
 pub mod restore;
 pub mod storage;
 pub mod task_log;
