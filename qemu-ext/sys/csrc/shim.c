@@ -145,3 +145,31 @@ BlockDriverState *ba_blk_exp_bs(BlockExport *exp)
 {
     return exp->blk ? blk_bs(exp->blk) : NULL;
 }
+
+bool ba_in_main_loop(void)
+{
+    return qemu_in_main_thread() && !qemu_in_coroutine();
+}
+
+AioContext *ba_main_loop_context(void)
+{
+    return iohandler_get_aio_context();
+}
+
+const char *ba_blk_device_type(BlockBackend *blk)
+{
+    DeviceState *dev = blk_get_attached_dev(blk);
+
+    return dev ? object_get_typename(OBJECT(dev)) : NULL;
+}
+
+char *ba_child_description(BdrvChild *child)
+{
+    return child->klass->get_parent_desc ? child->klass->get_parent_desc(child) : NULL;
+}
+
+bool ba_bitmap_is_busy(BdrvDirtyBitmap *bitmap)
+{
+    return bdrv_dirty_bitmap_check(bitmap, BDRV_BITMAP_BUSY, NULL) != 0 ||
+           bdrv_dirty_bitmap_has_successor(bitmap);
+}

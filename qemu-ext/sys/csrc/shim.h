@@ -56,4 +56,16 @@ void ba_aio_wait_while(AioContext *ctx, bool (*busy)(void *), void *opaque);
 int ba_blk_exp_refcount(BlockExport *exp);
 BlockDriverState *ba_blk_exp_bs(BlockExport *exp);
 
+/* The calling code is global-state code: main loop or big lock, and in no coroutine. */
+bool ba_in_main_loop(void);
+/* The context that only the main loop itself polls, never a nested wait. */
+AioContext *ba_main_loop_context(void);
+
+/* Type of the guest device at @blk; NULL if there is none. */
+const char *ba_blk_device_type(BlockBackend *blk);
+/* What the parent of @child calls itself; to be freed with g_free(). May be NULL. */
+char *ba_child_description(BdrvChild *child);
+/* Someone uses the bitmap: it can be neither released nor merged. */
+bool ba_bitmap_is_busy(BdrvDirtyBitmap *bitmap);
+
 #endif

@@ -32,6 +32,7 @@
 #include "qemu/module.h"
 #include "qemu/timer.h"
 #include "qapi/error.h"
+#include "qom/object.h"
 #if __has_include("qobject/qdict.h")
 #include "qobject/qdict.h"
 #include "qobject/qlist.h"
