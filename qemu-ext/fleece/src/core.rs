@@ -261,7 +261,6 @@ impl<B: AsRef<[u8]>> Core<B> {
     ///
     /// # Errors
     /// No memory; the caller ends the snapshot.
-    #[expect(clippy::needless_pass_by_value, reason = "publishing ends the capture")]
     pub(crate) fn publish(
         &mut self,
         capture: Capture,
@@ -397,7 +396,6 @@ impl<B: AsRef<[u8]>> Core<B> {
     ///
     /// # Errors
     /// No memory; the caller ends the snapshot.
-    #[expect(clippy::needless_pass_by_value, reason = "completing ends the batch")]
     pub(crate) fn complete_batch(
         &mut self,
         batch: Batch<B>,

@@ -68,18 +68,18 @@ impl What {
     }
 }
 
-struct Inner<I: Io> {
-    core: Core<I::Block>,
-    capture_waiters: Vec<I::Task>,
-    room_waiters: Vec<I::Task>,
+struct Inner<T, B> {
+    core: Core<B>,
+    capture_waiters: Vec<T>,
+    room_waiters: Vec<T>,
     flushers: u32,
     operations: BTreeMap<u64, Operation>,
     next_operation: u64,
 }
 
-/// The engine of one disk.
-pub struct Engine<I: Io> {
-    inner: Mutex<Inner<I>>,
+/// The engine of one disk; `T` is a waiting task and `B` a buffer, see [`Io`].
+pub struct Engine<T, B> {
+    inner: Mutex<Inner<T, B>>,
     /// Whether guest requests must ask at all. Set before the snapshot's point in time, cleared
     /// after its end is recorded under the lock.
     capturing: AtomicBool,
@@ -92,13 +92,13 @@ pub struct Engine<I: Io> {
     timeout_ns: u64,
 }
 
-impl<I: Io> std::fmt::Debug for Engine<I> {
+impl<T, B> std::fmt::Debug for Engine<T, B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("geometry", &self.geometry).finish_non_exhaustive()
     }
 }
 
-impl<I: Io> Engine<I> {
+impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     /// An engine that captures nothing until [`Engine::activate`].
     ///
     /// # Errors
@@ -129,7 +129,7 @@ impl<I: Io> Engine<I> {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner<I>> {
+    fn lock(&self) -> MutexGuard<'_, Inner<T, B>> {
         // A panic under the lock ends the snapshot (see `break_snapshot`); the guest goes on.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -155,17 +155,17 @@ impl<I: Io> Engine<I> {
     }
 
     /// Begins the teardown: nothing is captured any more, reads fail, background work ends.
-    pub fn close(&self, io: &I) {
+    pub fn close(&self, io: &impl Io<Task = T, Block = B>) {
         self.end(io, State::Closing, None);
     }
 
     /// Breaks the snapshot, never the guest.
-    pub fn break_snapshot(&self, io: &I, text: String, errno: Errno) {
+    pub fn break_snapshot(&self, io: &impl Io<Task = T, Block = B>, text: String, errno: Errno) {
         self.end(io, State::Broken, Some((text, errno)));
         io.notify();
     }
 
-    fn end(&self, io: &I, state: State, error: Option<(String, Errno)>) {
+    fn end(&self, io: &impl Io<Task = T, Block = B>, state: State, error: Option<(String, Errno)>) {
         let mut inner = self.lock();
         inner.core.end(state, error);
         let mut waiters = std::mem::take(&mut inner.capture_waiters);
@@ -176,7 +176,7 @@ impl<I: Io> Engine<I> {
         wake(io, waiters);
     }
 
-    fn out_of_memory(&self, io: &I, _: OutOfMemory) {
+    fn out_of_memory(&self, io: &impl Io<Task = T, Block = B>, _: OutOfMemory) {
         self.break_snapshot(io, "no memory for the states of granules".into(), Errno::ENOMEM);
     }
 
@@ -188,7 +188,7 @@ impl<I: Io> Engine<I> {
     }
 
     /// Breaks the snapshot when one of its requests makes no progress.
-    pub fn check_timeout(&self, io: &I) {
+    pub fn check_timeout(&self, io: &impl Io<Task = T, Block = B>) {
         let now = io.now_ns();
         let late = {
             let inner = self.lock();
@@ -213,7 +213,13 @@ impl<I: Io> Engine<I> {
     }
 
     /// Runs `f` as an operation that time-outs and teardown can see.
-    fn operation<T>(&self, io: &I, what: What, at: u64, f: impl FnOnce() -> T) -> T {
+    fn operation<R>(
+        &self,
+        io: &impl Io<Task = T, Block = B>,
+        what: What,
+        at: u64,
+        f: impl FnOnce() -> R,
+    ) -> R {
         let started_ns = io.now_ns();
         let id = {
             let mut inner = self.lock();
@@ -222,7 +228,7 @@ impl<I: Io> Engine<I> {
             inner.operations.insert(id, Operation { started_ns, what, at });
             id
         };
-        let _ended = Ended { engine: self, id };
+        let _ended = Ended { inner: &self.inner, id };
         f()
     }
 
@@ -230,7 +236,7 @@ impl<I: Io> Engine<I> {
 
     /// Saves the old data of every granule that a guest request on `range` touches. When it
     /// returns, the request may be submitted; it never fails the guest.
-    pub fn before_write(&self, io: &I, range: ByteRange) {
+    pub fn before_write(&self, io: &impl Io<Task = T, Block = B>, range: ByteRange) {
         if !self.capturing.load(Ordering::Acquire) {
             return;
         }
@@ -270,7 +276,7 @@ impl<I: Io> Engine<I> {
     }
 
     /// Whether the request was delayed.
-    fn before_write_piece(&self, io: &I, piece: ByteRange) -> bool {
+    fn before_write_piece(&self, io: &impl Io<Task = T, Block = B>, piece: ByteRange) -> bool {
         let mut delayed = false;
         let mut captured = false;
         loop {
@@ -311,7 +317,7 @@ impl<I: Io> Engine<I> {
         delayed
     }
 
-    fn capture(&self, io: &I, capture: Capture) {
+    fn capture(&self, io: &impl Io<Task = T, Block = B>, capture: Capture) {
         let mut found = Found::default();
         let block = self.read_old(io, &capture, &mut found);
         let degraded = found.error.is_some();
@@ -335,7 +341,12 @@ impl<I: Io> Engine<I> {
 
     /// Reads the span with one request; after an error granule by granule, so that only what
     /// really cannot be read is lost.
-    fn read_old(&self, io: &I, capture: &Capture, found: &mut Found) -> Option<I::Block> {
+    fn read_old(
+        &self,
+        io: &impl Io<Task = T, Block = B>,
+        capture: &Capture,
+        found: &mut Found,
+    ) -> Option<B> {
         let bytes = capture.bytes;
         let len = bytes.len() as usize;
         let Some(mut block) = io.alloc(len) else {
@@ -366,7 +377,7 @@ impl<I: Io> Engine<I> {
         Some(block)
     }
 
-    fn wait_for_log(&self, io: &I, range: ByteRange) {
+    fn wait_for_log(&self, io: &impl Io<Task = T, Block = B>, range: ByteRange) {
         loop {
             let mut inner = self.lock();
             if inner.core.none_in_ram(range) {
@@ -382,7 +393,7 @@ impl<I: Io> Engine<I> {
     // ---- flusher -----------------------------------------------------------------------------
 
     /// Whether a flusher has something to do now.
-    fn should_flush(&self, inner: &Inner<I>) -> bool {
+    fn should_flush(&self, inner: &Inner<T, B>) -> bool {
         if !inner.core.has_unflushed() {
             return false;
         }
@@ -393,7 +404,7 @@ impl<I: Io> Engine<I> {
     }
 
     /// Starts a flusher if there is work for one more.
-    pub fn kick(&self, io: &I) {
+    pub fn kick(&self, io: &impl Io<Task = T, Block = B>) {
         {
             let mut inner = self.lock();
             if inner.flushers >= MAX_FLUSHERS || !self.should_flush(&inner) {
@@ -410,14 +421,14 @@ impl<I: Io> Engine<I> {
     }
 
     /// Lets background work go on.
-    pub fn resume(&self, io: &I) {
+    pub fn resume(&self, io: &impl Io<Task = T, Block = B>) {
         self.quiesced.store(false, Ordering::Release);
         self.kick(io);
     }
 
     /// One flusher's life: writes batches until there is nothing to do. Called once for each
     /// [`Io::spawn_flusher`].
-    pub fn flush_loop(&self, io: &I) {
+    pub fn flush_loop(&self, io: &impl Io<Task = T, Block = B>) {
         loop {
             let batch = {
                 let mut inner = self.lock();
@@ -446,7 +457,7 @@ impl<I: Io> Engine<I> {
         inner.flushers = inner.flushers.saturating_sub(1);
     }
 
-    fn flush(&self, io: &I, batch: Batch<I::Block>) {
+    fn flush(&self, io: &impl Io<Task = T, Block = B>, batch: Batch<B>) {
         let written = self.write_batch(io, &batch);
         let mut inner = self.lock();
         let completed = match written {
@@ -467,7 +478,11 @@ impl<I: Io> Engine<I> {
     }
 
     /// A failed write is tried again in the same place: the log has no second one for it.
-    fn write_batch(&self, io: &I, batch: &Batch<I::Block>) -> Result<(), Errno> {
+    fn write_batch(
+        &self,
+        io: &impl Io<Task = T, Block = B>,
+        batch: &Batch<B>,
+    ) -> Result<(), Errno> {
         let parts: Vec<&[u8]> = batch
             .parts
             .iter()
@@ -484,7 +499,12 @@ impl<I: Io> Engine<I> {
         }
     }
 
-    fn write_log(&self, io: &I, offset: u64, parts: &[&[u8]]) -> Result<(), Errno> {
+    fn write_log(
+        &self,
+        io: &impl Io<Task = T, Block = B>,
+        offset: u64,
+        parts: &[&[u8]],
+    ) -> Result<(), Errno> {
         let mut result = Ok(());
         for _ in 0..WRITE_TRIES {
             result = self.operation(io, What::WriteLog, offset, || io.write_log(offset, parts));
@@ -495,7 +515,7 @@ impl<I: Io> Engine<I> {
         result
     }
 
-    fn give_back(&self, io: &I, ranges: Vec<ByteRange>) {
+    fn give_back(&self, io: &impl Io<Task = T, Block = B>, ranges: Vec<ByteRange>) {
         for range in ranges {
             self.operation(io, What::Discard, range.start, || {
                 io.discard_log(range.start, range.len());
@@ -510,14 +530,19 @@ impl<I: Io> Engine<I> {
     /// # Errors
     /// `EPERM` for clean or released areas, `EIO` for lost ones and a lost snapshot; else the
     /// devices' errors.
-    pub fn read(&self, io: &I, range: ByteRange, buf: &mut I::Buf) -> Result<(), Errno> {
+    pub fn read<I: Io<Task = T, Block = B>>(
+        &self,
+        io: &I,
+        range: ByteRange,
+        buf: &mut I::Buf,
+    ) -> Result<(), Errno> {
         for piece in range.pieces(PIECE_BYTES) {
             self.read_piece(io, range.start, piece, buf)?;
         }
         Ok(())
     }
 
-    fn read_piece(
+    fn read_piece<I: Io<Task = T, Block = B>>(
         &self,
         io: &I,
         base: u64,
@@ -564,7 +589,11 @@ impl<I: Io> Engine<I> {
     ///
     /// # Errors
     /// `EIO` when the snapshot is lost; else the source's error.
-    pub fn is_zero(&self, io: &I, range: ByteRange) -> Result<(u64, bool), Errno> {
+    pub fn is_zero(
+        &self,
+        io: &impl Io<Task = T, Block = B>,
+        range: ByteRange,
+    ) -> Result<(u64, bool), Errno> {
         loop {
             let (len, stored) = self.lock().core.stored(range)?;
             match stored {
@@ -583,7 +612,7 @@ impl<I: Io> Engine<I> {
     }
 
     /// Releases what lies wholly within `range`: it is never read again and need not be saved.
-    pub fn release(&self, io: &I, range: ByteRange) {
+    pub fn release(&self, io: &impl Io<Task = T, Block = B>, range: ByteRange) {
         let mut inner = self.lock();
         let released = inner.core.release(range);
         let freed = matches!(released, Ok((_, true)));
@@ -598,14 +627,15 @@ impl<I: Io> Engine<I> {
 }
 
 /// Forgets an operation when it is over, however it ends.
-struct Ended<'a, I: Io> {
-    engine: &'a Engine<I>,
+struct Ended<'a, T, B> {
+    inner: &'a Mutex<Inner<T, B>>,
     id: u64,
 }
 
-impl<I: Io> Drop for Ended<'_, I> {
+impl<T, B> Drop for Ended<'_, T, B> {
     fn drop(&mut self) {
-        self.engine.lock().operations.remove(&self.id);
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.operations.remove(&self.id);
     }
 }
 

@@ -28,6 +28,7 @@
 #include "qemu/error-report.h"
 #include "qemu/id.h"
 #include "qemu/iov.h"
+#include "qemu/memalign.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/timer.h"

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The fleecing filter: sits above the source, saves old data before a guest request passes.
+//!
+//! The driver's C callbacks are in `qemu/driver.rs`; the engine that decides is `fleece`. This
+//! file joins them and offers what `access` needs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use fleece::{ByteRange, Engine, Errno, Geometry, NeedMap, Stats};
+
+use crate::filter_io::FilterIo;
+use crate::qemu::child::Child;
+use crate::qemu::coroutine::{CoGraph, Waiting};
+use crate::qemu::graph::Bds;
+use crate::qemu::memory::AlignedBuf;
+use crate::qemu::{coroutine, driver, try_guard};
+
+/// Name of the filter's driver. Options at open: `file` (the source) and `target` (the fleecing
+/// image), both node names.
+pub const FILTER_DRIVER: &str = "backup-fleecing";
+/// Name of the snapshot's driver. Option at open: `file` (the filter's node name).
+pub const SNAPSHOT_DRIVER: &str = "backup-snapshot";
+
+/// Smallest unit in which the fleecing image's space is given back, in bytes.
+const MIN_SEGMENT_BYTES: u64 = 1 << 20;
+
+/// How a filter is set up by `access`.
+pub struct Settings {
+    /// RAM for old data in bytes; 0 makes guest requests wait for the fleecing image.
+    pub buffer_bytes: u64,
+    /// Without progress for so long the snapshot breaks.
+    pub timeout_ms: u64,
+    /// What the reader needs; none means all.
+    pub need: Option<Box<dyn NeedMap>>,
+    /// Called from any thread when the snapshot became degraded or broken.
+    pub notify: Box<dyn Fn() + Send + Sync>,
+    /// Called in the main loop when the filter's node closes.
+    pub on_close: Box<dyn FnOnce() + Send>,
+}
+
+type OnClose = Box<dyn FnOnce() + Send>;
+
+/// The state of one filter node.
+pub struct Filter {
+    node: Bds,
+    source: Child,
+    target: Child,
+    /// Whether the filter claims its permissions on the source.
+    active: AtomicBool,
+    engine: OnceLock<Engine<Waiting, AlignedBuf>>,
+    notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    on_close: Mutex<Option<OnClose>>,
+}
+
+impl std::fmt::Debug for Filter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Filter").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+impl Filter {
+    /// The state of a node that was just opened.
+    pub(crate) fn new(node: Bds, source: Child, target: Child) -> Self {
+        Self {
+            node,
+            source,
+            target,
+            active: AtomicBool::new(false),
+            engine: OnceLock::new(),
+            notify: OnceLock::new(),
+            on_close: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn node(&self) -> Bds {
+        self.node
+    }
+
+    pub(crate) fn source(&self) -> Child {
+        self.source
+    }
+
+    pub(crate) fn target(&self) -> Child {
+        self.target
+    }
+
+    pub(crate) fn is_active(&self) -> bool {
+        self.active.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn notify(&self) {
+        if let Some(notify) = self.notify.get() {
+            notify();
+        }
+    }
+
+    /// Bytes of one granule, once configured.
+    pub(crate) fn granule_bytes(&self) -> Option<u64> {
+        Some(self.engine.get()?.geometry().granule())
+    }
+
+    /// Saves what a guest request on `range` would overwrite. Never fails: after a panic the
+    /// snapshot is broken and the request passes.
+    pub(crate) fn before_write(&self, graph: &CoGraph<'_>, range: ByteRange) {
+        let Some(engine) = self.engine.get() else { return };
+        let io = FilterIo::of_request(self, graph);
+        if try_guard(|| engine.before_write(&io, range)).is_none() {
+            self.break_after_panic();
+        }
+    }
+
+    /// How much of a large discard or write-zeroes may go down at once, and whether
+    /// [`Filter::before_write`] is due before that.
+    pub(crate) fn next_part(&self, range: ByteRange) -> (u64, bool) {
+        let part = self.engine.get().map(|engine| try_guard(|| engine.next_part(range)));
+        match part {
+            Some(Some(part)) => part,
+            Some(None) => {
+                self.break_after_panic();
+                (range.len(), false)
+            }
+            None => (range.len(), false),
+        }
+    }
+
+    fn break_after_panic(&self) {
+        if let Some(engine) = self.engine.get() {
+            let io = FilterIo::of_main_loop(self);
+            let text = "internal error (panic) in the fleecing filter".to_owned();
+            if try_guard(|| engine.break_snapshot(&io, text, Errno::EIO)).is_none() {
+                engine.deactivate();
+            }
+        }
+    }
+
+    /// Runs `f` for the reader; a panic breaks the snapshot and fails the request.
+    pub(crate) fn for_reader<T>(
+        &self,
+        graph: &CoGraph<'_>,
+        f: impl FnOnce(&Engine<Waiting, AlignedBuf>, &FilterIo<'_>) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let engine = self.engine.get().ok_or(Errno::EIO)?;
+        let io = FilterIo::of_request(self, graph);
+        try_guard(|| f(engine, &io)).unwrap_or_else(|| {
+            self.break_after_panic();
+            Err(Errno::EIO)
+        })
+    }
+
+    /// Starts a background coroutine that writes old data to the fleecing image.
+    pub(crate) fn spawn_flusher(&self) {
+        let node = self.node;
+        coroutine::spawn(node, move |here| {
+            let Some(filter) = driver::filter_of(node) else { return };
+            let Some(engine) = filter.engine.get() else { return };
+            let io = FilterIo::of_background(filter, here);
+            if try_guard(|| engine.flush_loop(&io)).is_none() {
+                engine.flusher_died();
+                filter.break_after_panic();
+            }
+        });
+    }
+
+    pub(crate) fn drain_begin(&self) {
+        if let Some(engine) = self.engine.get() {
+            engine.quiesce();
+        }
+    }
+
+    pub(crate) fn drain_end(&self) {
+        if let Some(engine) = self.engine.get() {
+            engine.resume(&FilterIo::of_main_loop(self));
+        }
+    }
+
+    /// The node closes.
+    pub(crate) fn closing(&self) {
+        let on_close = self.on_close.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(on_close) = on_close {
+            on_close();
+        }
+    }
+}
+
+fn filter(node: Bds) -> Result<&'static Filter, String> {
+    driver::filter_of(node).ok_or_else(|| format!("the node is not a {FILTER_DRIVER} node"))
+}
+
+/// Prepares a filter that was just opened. Main loop.
+///
+/// # Errors
+/// A sentence when the devices need larger granules than supported, or there is no memory.
+pub fn configure(node: Bds, settings: Settings) -> Result<(), String> {
+    let filter = filter(node)?;
+    let alignment = filter.source.common_alignment(filter.target);
+    let geometry = Geometry::new(filter.source.size_bytes(), alignment)?;
+    let segment_bytes = filter.target.cluster_bytes().next_power_of_two().max(MIN_SEGMENT_BYTES);
+    let engine = Engine::new(fleece::Settings {
+        geometry,
+        buffer_bytes: settings.buffer_bytes,
+        timeout_ns: settings.timeout_ms.saturating_mul(1_000_000),
+        segment_bytes,
+        need: settings.need,
+    })
+    .map_err(|fleece::OutOfMemory| "no memory for the states of granules".to_owned())?;
+    filter.engine.set(engine).map_err(|_| "the filter is configured already".to_owned())?;
+    if filter.notify.set(settings.notify).is_err() {
+        return Err("the filter is configured already".to_owned());
+    }
+    *filter.on_close.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings.on_close);
+    Ok(())
+}
+
+/// Starts or stops capturing and claiming permissions. Main loop, everything drained,
+/// immediately before the filter is put above its source or after it was taken away.
+pub fn set_active(node: Bds, active: bool) {
+    let Ok(filter) = filter(node) else { return };
+    filter.active.store(active, Ordering::Release);
+    if let Some(engine) = filter.engine.get() {
+        if active {
+            engine.activate();
+        } else {
+            engine.deactivate();
+        }
+    }
+}
+
+/// The counters of a filter.
+pub fn stats(node: Bds) -> Stats {
+    filter(node)
+        .ok()
+        .and_then(|filter| filter.engine.get())
+        .map_or_else(Stats::default, Engine::stats)
+}
+
+/// Begins the teardown: nothing is captured any more, background I/O stops, waiting guest requests
+/// go on, snapshot reads fail.
+pub fn begin_close(node: Bds) {
+    if let Ok(filter) = filter(node)
+        && let Some(engine) = filter.engine.get()
+    {
+        engine.close(&FilterIo::of_main_loop(filter));
+    }
+}
+
+/// Requests to the fleecing image that are still in flight.
+pub fn io_in_flight(node: Bds) -> u64 {
+    filter(node)
+        .ok()
+        .and_then(|filter| filter.engine.get())
+        .map_or(0, Engine::log_io_in_flight)
+}
+
+/// Breaks the snapshot when it makes no progress; called every second.
+pub fn check_timeout(node: Bds) {
+    if let Ok(filter) = filter(node)
+        && let Some(engine) = filter.engine.get()
+    {
+        engine.check_timeout(&FilterIo::of_main_loop(filter));
+    }
+}

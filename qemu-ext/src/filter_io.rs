@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The engine's world inside QEMU: coroutines, and I/O on the filter's two children.
+
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use fleece::{Errno, Io};
+
+use crate::filter::Filter;
+use crate::qemu::child::Child;
+use crate::qemu::coroutine::{self, CoGraph, InCoroutine, Waiting};
+use crate::qemu::iovec::IoSlice;
+use crate::qemu::memory::AlignedBuf;
+
+/// How an I/O comes by the graph lock.
+#[derive(Debug, Clone, Copy)]
+enum Graph<'a> {
+    /// The caller, a driver callback, holds it.
+    Held(&'a CoGraph<'a>),
+    /// It is taken around each single I/O.
+    Take(InCoroutine),
+    /// There is none, and no I/O: the main loop ends or watches the snapshot.
+    NoIo,
+}
+
+/// One caller's view of a filter.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FilterIo<'a> {
+    filter: &'a Filter,
+    graph: Graph<'a>,
+}
+
+impl<'a> FilterIo<'a> {
+    /// For a driver callback.
+    pub(crate) fn of_request(filter: &'a Filter, graph: &'a CoGraph<'a>) -> Self {
+        Self { filter, graph: Graph::Held(graph) }
+    }
+
+    /// For a background coroutine.
+    pub(crate) fn of_background(filter: &'a Filter, here: InCoroutine) -> Self {
+        Self { filter, graph: Graph::Take(here) }
+    }
+
+    /// For the main loop, which does no I/O.
+    pub(crate) fn of_main_loop(filter: &'a Filter) -> Self {
+        Self { filter, graph: Graph::NoIo }
+    }
+
+    fn io<T>(&self, f: impl FnOnce(&CoGraph<'_>, Child, Child) -> Result<T, Errno>) -> Result<T, Errno> {
+        let (source, target) = (self.filter.source(), self.filter.target());
+        match self.graph {
+            Graph::Held(graph) => f(graph, source, target),
+            Graph::Take(here) => f(&here.lock_graph(), source, target),
+            Graph::NoIo => Err(Errno::EIO),
+        }
+    }
+}
+
+impl Io for FilterIo<'_> {
+    type Task = Waiting;
+    type Block = AlignedBuf;
+    type Buf = IoSlice;
+
+    fn now_ns(&self) -> u64 {
+        static START: OnceLock<Instant> = OnceLock::new();
+        START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+    }
+
+    fn current(&self) -> Waiting {
+        Waiting::current()
+    }
+
+    fn park(&self) {
+        coroutine::park();
+    }
+
+    fn unpark(&self, task: Waiting) {
+        task.wake();
+    }
+
+    fn spawn_flusher(&self) {
+        self.filter.spawn_flusher();
+    }
+
+    fn notify(&self) {
+        self.filter.notify();
+    }
+
+    fn alloc(&self, len: usize) -> Option<AlignedBuf> {
+        AlignedBuf::new(self.filter.node(), len)
+    }
+
+    fn read_source(
+        &self,
+        offset: u64,
+        block: &mut AlignedBuf,
+        at: usize,
+        len: usize,
+    ) -> Result<(), Errno> {
+        self.io(|graph, source, _| source.read(graph, offset, block, at, len))
+    }
+
+    fn read_source_into(
+        &self,
+        offset: u64,
+        len: usize,
+        buf: &mut IoSlice,
+        at: usize,
+    ) -> Result<(), Errno> {
+        self.io(|graph, source, _| source.read_into(graph, offset, len, buf, at))
+    }
+
+    fn source_is_zero(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
+        self.io(|graph, source, _| source.is_zero(graph, offset, len))
+    }
+
+    fn write_log(&self, offset: u64, parts: &[&[u8]]) -> Result<(), Errno> {
+        self.io(|graph, _, target| target.write(graph, offset, parts))
+    }
+
+    fn read_log_into(
+        &self,
+        offset: u64,
+        len: usize,
+        buf: &mut IoSlice,
+        at: usize,
+    ) -> Result<(), Errno> {
+        self.io(|graph, _, target| target.read_into(graph, offset, len, buf, at))
+    }
+
+    fn discard_log(&self, offset: u64, len: u64) {
+        // Only space is at stake: an image that cannot discard just stays as large as it is.
+        drop(self.io(|graph, _, target| target.discard(graph, offset, len)));
+    }
+
+    fn copy_into(&self, buf: &mut IoSlice, at: usize, data: &[u8]) {
+        buf.copy_from(at, data);
+    }
+
+    fn zero_into(&self, buf: &mut IoSlice, at: usize, len: usize) {
+        buf.zero(at, len);
+    }
+}

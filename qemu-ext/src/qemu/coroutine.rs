@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Coroutines (`include/qemu/coroutine.h`) and the graph lock they need
+//! (`include/block/graph-lock.h`).
+
+use core::ffi::c_void;
+use core::ptr::NonNull;
+use std::marker::PhantomData;
+
+use qemu_ext_sys as sys;
+
+use super::graph::Bds;
+
+/// Proof that the code runs in a coroutine that holds the graph's read lock.
+///
+/// Driver callbacks get it from their caller; background coroutines take it around each I/O.
+#[derive(Debug)]
+pub struct CoGraph<'a> {
+    owned: bool,
+    not_send: PhantomData<(&'a (), *const ())>,
+}
+
+impl CoGraph<'_> {
+    /// The caller's lock.
+    ///
+    /// # Safety
+    /// The caller runs in a coroutine and holds the graph's read lock for the value's life.
+    pub unsafe fn of_caller() -> Self {
+        Self { owned: false, not_send: PhantomData }
+    }
+
+    /// Takes the lock for a background coroutine.
+    ///
+    /// # Safety
+    /// The caller runs in a coroutine.
+    unsafe fn take() -> Self {
+        // SAFETY: in a coroutine, says the caller.
+        unsafe { sys::bdrv_graph_co_rdlock() };
+        Self { owned: true, not_send: PhantomData }
+    }
+}
+
+impl Drop for CoGraph<'_> {
+    fn drop(&mut self) {
+        if self.owned {
+            // SAFETY: taken in `take`, by the same coroutine.
+            unsafe { sys::bdrv_graph_co_rdunlock() };
+        }
+    }
+}
+
+/// Proof that the code runs in a coroutine.
+#[derive(Debug, Clone, Copy)]
+pub struct InCoroutine(PhantomData<*const ()>);
+
+impl InCoroutine {
+    /// The calling coroutine.
+    ///
+    /// # Safety
+    /// The caller runs in a coroutine.
+    pub unsafe fn new() -> Self {
+        Self(PhantomData)
+    }
+
+    /// Takes the graph's read lock.
+    pub fn lock_graph(self) -> CoGraph<'static> {
+        // SAFETY: by type invariant this is a coroutine.
+        unsafe { CoGraph::take() }
+    }
+}
+
+/// A coroutine that waits.
+#[derive(Debug)]
+pub struct Waiting(NonNull<sys::Coroutine>);
+
+// SAFETY: `aio_co_wake` may be called from any thread.
+unsafe impl Send for Waiting {}
+
+impl Waiting {
+    /// The calling coroutine, to be published before [`park`].
+    pub fn current() -> Self {
+        // SAFETY: valid anywhere; inside a coroutine it is that coroutine.
+        let current = unsafe { sys::qemu_coroutine_self() };
+        Self(NonNull::new(current).expect("QEMU always has a current coroutine"))
+    }
+
+    /// Resumes it, in its own AioContext. Each published value is woken exactly once, and its
+    /// coroutine parks exactly once for it; a wake-up from another thread that comes before the
+    /// park is scheduled and runs after it.
+    pub fn wake(self) {
+        // SAFETY: the coroutine has published itself and parks (see above).
+        unsafe { sys::aio_co_wake(self.0.as_ptr()) };
+    }
+}
+
+/// Suspends the calling coroutine until it is woken.
+pub fn park() {
+    // SAFETY: engine code that waits runs in coroutines only: all callbacks that reach it are
+    // coroutine functions, and flushers are coroutines.
+    unsafe { sys::qemu_coroutine_yield() };
+}
+
+/// What a background coroutine runs; it must not panic.
+type Body = Box<dyn FnOnce(InCoroutine)>;
+
+/// Runs `body` in a new coroutine in the node's AioContext. The node counts as busy until it
+/// ends, so a drained section waits for it.
+pub fn spawn(node: Bds, body: impl FnOnce(InCoroutine) + 'static) {
+    // SAFETY: the node is alive: one of its requests or its driver's callbacks calls this.
+    unsafe { sys::bdrv_inc_in_flight(node.as_ptr()) };
+    let task: Box<(Bds, Body)> = Box::new((node, Box::new(body)));
+    // SAFETY: the entry takes the box over.
+    let co = unsafe { sys::qemu_coroutine_create(Some(entry), Box::into_raw(task).cast()) };
+    // SAFETY: the node is alive, as above.
+    let context = unsafe { sys::bdrv_get_aio_context(node.as_ptr()) };
+    // SAFETY: a new coroutine that nobody else enters.
+    unsafe { sys::aio_co_enter(context, co) };
+}
+
+extern "C" fn entry(opaque: *mut c_void) {
+    // SAFETY: `spawn` passes exactly this, once.
+    let task = unsafe { Box::from_raw(opaque.cast::<(Bds, Body)>()) };
+    let (node, body) = *task;
+    // SAFETY: this is a coroutine's entry.
+    let here = unsafe { InCoroutine::new() };
+    super::guard((), move || body(here));
+    // SAFETY: counted in `spawn`; the node lives at least until now because it was busy.
+    unsafe { sys::bdrv_dec_in_flight(node.as_ptr()) };
+}
