@@ -1,2 +1,47 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! To be written.
+//! Client of QEMU's machine protocol (QMP) and of the guest agent.
+//!
+//! - [`Session`]: one connection to a QMP monitor. Commands run concurrently, are safe to cancel
+//!   and have a time limit each; events come as a stream; file descriptors can be passed.
+//! - [`commands`]: the upstream commands that backups need.
+//! - [`backup`]: the commands of the backup access extension, and [`backup::BackupAccess`], a
+//!   guard that ends the access on every way out.
+//! - [`agent::Agent`]: the guest agent (freeze, thaw, status).
+//! - [`codec`]: bytes to messages, without any I/O.
+//!
+//! Everything a peer sends is read tolerantly: unknown events and members are kept or ignored,
+//! unknown values of enumerations become `Other`. Everything is bounded: line length, event
+//! queue, time.
+//!
+//! ```no_run
+//! # async fn demo() -> qmp_client::Result<()> {
+//! use qmp_client::{Options, Session, commands::QueryStatus};
+//!
+//! let session = Session::connect("/run/vm/100.qmp", Options::default()).await?;
+//! let status = session.execute(QueryStatus).await?;
+//! println!("running: {}", status.running);
+//! # Ok(())
+//! # }
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod backup;
+pub mod codec;
+pub mod commands;
+mod error;
+mod event;
+mod generated;
+mod handshake;
+mod open_enum;
+mod pending;
+mod pump;
+mod session;
+mod stream;
+
+pub use codec::{Event, Greeting, Timestamp, Version};
+pub use error::{Error, Result};
+pub use event::{EventItem, EventStream};
+pub use qapi_spec::{Command, Empty};
+pub use session::{Options, Session};
+pub use stream::Stream;

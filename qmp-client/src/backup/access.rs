@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A guard around one access.
+//!
+//! QEMU executes the commands of a connection in order, so the guard relies on the order in which
+//! commands are queued: a teardown queued by `drop` comes before every later command of the
+//! session, and never meets a later access of the same target.
+//!
+//! When the connection breaks, nothing can be sent and the access stays until QEMU ends or someone
+//! calls `teardown`. A lease closes that gap: it belongs into `SetupRequest`, and the task that
+//! renews it next to `target_id` here, ended by `begin_teardown`.
+
+use std::time::Duration;
+
+use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle, time::timeout};
+use tracing::{info, warn};
+
+use super::{
+    AccessInfo, AccessStatus, SETUP_TIMEOUT, SetupRequest, TeardownResult, checked, explain, query,
+    teardown_limit,
+};
+use crate::{Error, Result, Session, generated, session::Urgent};
+
+const SETUP: &str = "backup-access-setup";
+/// A setup whose caller gave up is followed for this long, to undo it if it succeeds after all.
+const SETUP_OUTCOME_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// An active access. End it with [`Self::commit`] or [`Self::abort`]; dropping it ends it as a
+/// failure, as far as the connection allows.
+#[derive(Debug)]
+#[must_use = "dropping it ends the access as a failure"]
+pub struct BackupAccess {
+    session: Session,
+    target_id: String,
+    infos: Vec<AccessInfo>,
+    teardown_limit: Duration,
+    ended: bool,
+}
+
+impl BackupAccess {
+    /// Starts an access and waits up to a minute for it.
+    ///
+    /// When this fails or its future is dropped, no access of this call stays: if QEMU grants it
+    /// later, it is ended from a task in the background. Until that has happened a new setup for
+    /// the same target is refused.
+    ///
+    /// # Errors
+    /// [`Error::MissingFeature`]; [`Error::Qmp`] if QEMU refuses; [`Error::Timeout`].
+    pub async fn setup(session: Session, request: SetupRequest) -> Result<Self> {
+        Self::setup_with_timeout(session, request, SETUP_TIMEOUT).await
+    }
+
+    /// As [`Self::setup`], with a limit. A guest that is frozen for the setup stays frozen for so
+    /// long.
+    ///
+    /// # Errors
+    /// As [`Self::setup`].
+    pub async fn setup_with_timeout(
+        session: Session,
+        request: SetupRequest,
+        limit: Duration,
+    ) -> Result<Self> {
+        let command = request.to_wire();
+        let reply = session.start_urgent(&command)?;
+        let (sender, receiver) = oneshot::channel();
+        tokio::spawn(finish_setup(session, request, reply, sender));
+        timeout(limit, receiver)
+            .await
+            .map_err(|_elapsed| Error::timeout(SETUP, limit))?
+            .unwrap_or(Err(Error::Disconnected))
+    }
+
+    /// What setup returned, in the order of the request.
+    #[must_use]
+    pub fn infos(&self) -> &[AccessInfo] {
+        &self.infos
+    }
+
+    /// The target.
+    #[must_use]
+    pub fn target_id(&self) -> &str {
+        &self.target_id
+    }
+
+    /// The session it lives on.
+    #[must_use]
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Its present status; `None` if it is gone.
+    ///
+    /// # Errors
+    /// Those of every command.
+    pub async fn status(&self) -> Result<Option<AccessStatus>> {
+        let all = query(&self.session).await?;
+        Ok(all.into_iter().find(|status| status.target_id == self.target_id))
+    }
+
+    /// Ends the access after the backup was committed. Goes on when the future is dropped.
+    ///
+    /// # Errors
+    /// Those of [`super::teardown`], which is also the way to try again: with `success`, because
+    /// the backup stays committed.
+    pub async fn commit(self) -> Result<TeardownResult> {
+        self.end(true).await
+    }
+
+    /// Ends the access as a failure. Goes on when the future is dropped.
+    ///
+    /// # Errors
+    /// Those of [`super::teardown`], which is also the way to try again.
+    pub async fn abort(self) -> Result<TeardownResult> {
+        self.end(false).await
+    }
+
+    async fn end(mut self, success: bool) -> Result<TeardownResult> {
+        self.begin_teardown(success)?
+            .await
+            // The task does not panic: it was dropped with its runtime.
+            .unwrap_or(Err(Error::Disconnected))
+    }
+
+    /// Queues the teardown now; the task holds the session open until it is answered.
+    fn begin_teardown(&mut self, success: bool) -> Result<JoinHandle<Result<TeardownResult>>> {
+        self.ended = true;
+        let reply = self.queue_teardown(success)?;
+        let limit = self.teardown_limit;
+        Ok(tokio::spawn(finish_teardown(reply, limit)))
+    }
+
+    fn queue_teardown(&self, success: bool) -> Result<Urgent> {
+        let target_id = self.target_id.clone();
+        self.session.start_urgent(&generated::backup_access_teardown { target_id, success })
+    }
+}
+
+impl Drop for BackupAccess {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let target = self.target_id.clone();
+        if Handle::try_current().is_err() {
+            // Nobody can wait for the reply, but the writer's runtime may still send it.
+            if let Err(error) = self.queue_teardown(false) {
+                warn!(target_id = target, %error, "cannot end a dropped backup access");
+            }
+            return;
+        }
+        match self.begin_teardown(false) {
+            Ok(task) => drop(tokio::spawn(async move {
+                match task.await {
+                    Ok(Ok(_)) => info!(target_id = target, "ended a dropped backup access"),
+                    Ok(Err(error)) => {
+                        warn!(target_id = target, %error, "cannot end a dropped backup access");
+                    }
+                    Err(_) => {}
+                }
+            })),
+            Err(error) => {
+                warn!(target_id = target, %error, "cannot end a dropped backup access");
+            }
+        }
+    }
+}
+
+async fn finish_teardown(reply: Urgent, limit: Duration) -> Result<TeardownResult> {
+    let result: generated::BackupAccessTeardownResult =
+        reply.finish(limit).await.map_err(explain)?;
+    Ok(result.into())
+}
+
+/// Follows a setup to its end, whether or not its caller still waits: the guard is made here, so
+/// that a caller that has gone drops it.
+async fn finish_setup(
+    session: Session,
+    request: SetupRequest,
+    reply: Urgent,
+    caller: oneshot::Sender<Result<BackupAccess>>,
+) {
+    let mut guard = BackupAccess {
+        session,
+        target_id: request.target_id.clone(),
+        infos: Vec::new(),
+        teardown_limit: teardown_limit(request.longest_timeout_s()),
+        ended: false,
+    };
+    let outcome = match reply.finish(SETUP_OUTCOME_LIMIT).await {
+        Ok(infos) => match checked(&request, infos) {
+            Ok(infos) => {
+                guard.infos = infos;
+                Ok(guard)
+            }
+            // There is an access: the guard ends it.
+            Err(error) => Err(error),
+        },
+        // The reply was a success that cannot be read, or none came: the guard ends what is there.
+        Err(error @ (Error::Protocol { .. } | Error::Timeout { .. })) => Err(error),
+        Err(error) => {
+            // QEMU refused: an access of this target, if there is one, belongs to someone else.
+            guard.ended = true;
+            Err(explain(error))
+        }
+    };
+    if let Err(Err(error)) = caller.send(outcome) {
+        warn!(target_id = request.target_id, %error, "a setup nobody waits for failed");
+    }
+}

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Requests and replies of the extension, with open enums and units in the names.
+
+use serde_json::Value;
+
+use crate::{Error, Event, Result, generated, open_enum::open_enum};
+
+open_enum! {
+    /// How a dirty bitmap is used for one device.
+    pub enum BitmapMode {
+        /// No bitmap is used, and an existing one of this target is removed.
+        None = "none",
+        /// A new bitmap is started; an existing one of this target is removed.
+        New = "new",
+        /// The existing bitmap is used if it is valid for the generation, else a new one started.
+        Use = "use",
+    }
+}
+
+open_enum! {
+    /// What was done with the bitmap of one device.
+    pub enum BitmapAction {
+        /// No bitmap is used and none existed.
+        NotUsed = "not-used",
+        /// No bitmap is used, an existing one was removed.
+        NotUsedRemoved = "not-used-removed",
+        /// A new bitmap was started as asked for; everything is dirty.
+        New = "new",
+        /// The existing bitmap is used: an incremental backup.
+        Used = "used",
+        /// The existing bitmap does not fit and was recreated; everything is dirty.
+        Invalid = "invalid",
+        /// There was no bitmap and one was started; everything is dirty.
+        MissingRecreated = "missing-recreated",
+    }
+}
+
+open_enum! {
+    /// State of one device of an access.
+    pub enum AccessState {
+        /// The snapshot is complete.
+        Active = "active",
+        /// Some old data was lost to read errors; reads of it fail.
+        Degraded = "degraded",
+        /// The snapshot is lost; all reads fail.
+        Broken = "broken",
+        /// Teardown has begun.
+        Closing = "closing",
+    }
+}
+
+/// One device of a [`SetupRequest`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// Name of its backend, else of a node, else a qdev id.
+    pub device: String,
+    /// Node name of the fleecing image; by default `<device>-fleecing`.
+    pub fleecing: Option<String>,
+    /// Use of a dirty bitmap; by default none is used and an existing one stays as it is.
+    pub bitmap_mode: Option<BitmapMode>,
+    /// Generation of the last committed backup of this device.
+    pub generation: Option<String>,
+    /// Overrides the request's.
+    pub granularity_bytes: Option<u64>,
+    /// Overrides the request's.
+    pub buffer_size_bytes: Option<u64>,
+    /// Overrides the request's.
+    pub timeout_s: Option<u32>,
+}
+
+impl Device {
+    /// A device with defaults for everything else.
+    #[must_use]
+    pub fn new(device: impl Into<String>) -> Self {
+        Self {
+            device: device.into(),
+            fleecing: None,
+            bitmap_mode: None,
+            generation: None,
+            granularity_bytes: None,
+            buffer_size_bytes: None,
+            timeout_s: None,
+        }
+    }
+
+    fn to_wire(&self) -> generated::BackupAccessSourceDevice {
+        generated::BackupAccessSourceDevice {
+            device: self.device.clone(),
+            fleecing: self.fleecing.clone(),
+            bitmap_mode: self.bitmap_mode.clone(),
+            generation: self.generation.clone(),
+            granularity: self.granularity_bytes,
+            buffer_size: self.buffer_size_bytes,
+            timeout: self.timeout_s,
+        }
+    }
+}
+
+/// What to give access to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SetupRequest {
+    /// Identifies the backup target, 1 to 255 bytes; each target has its own bitmaps.
+    pub target_id: String,
+    /// The devices, at least one; all of them are frozen at one common point in time.
+    pub devices: Vec<Device>,
+    /// Granularity of new bitmaps; QEMU's default is 64 KiB.
+    pub granularity_bytes: Option<u64>,
+    /// RAM for old data per device; QEMU's default is 64 MiB, 0 writes through.
+    pub buffer_size_bytes: Option<u64>,
+    /// Seconds without progress after which the snapshot breaks; QEMU's default is 45.
+    pub timeout_s: Option<u32>,
+}
+
+impl SetupRequest {
+    /// A request with QEMU's defaults.
+    #[must_use]
+    pub fn new(target_id: impl Into<String>, devices: Vec<Device>) -> Self {
+        Self {
+            target_id: target_id.into(),
+            devices,
+            granularity_bytes: None,
+            buffer_size_bytes: None,
+            timeout_s: None,
+        }
+    }
+
+    /// The longest timeout of any device, if QEMU's default is not the longest.
+    pub(super) fn longest_timeout_s(&self) -> u32 {
+        let devices = self.devices.iter().filter_map(|device| device.timeout_s);
+        devices.chain(self.timeout_s).max().unwrap_or(0).max(super::DEFAULT_ACCESS_TIMEOUT_S)
+    }
+
+    pub(super) fn to_wire(&self) -> generated::backup_access_setup {
+        generated::backup_access_setup {
+            target_id: self.target_id.clone(),
+            devices: self.devices.iter().map(Device::to_wire).collect(),
+            granularity: self.granularity_bytes,
+            buffer_size: self.buffer_size_bytes,
+            timeout: self.timeout_s,
+        }
+    }
+}
+
+/// One device after setup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AccessInfo {
+    /// Node with the content at the point in time, to be exported: reads give the old data,
+    /// discards release it, writes fail.
+    pub node_name: String,
+    /// The device as named in the request.
+    pub device: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Node that has the bitmap (only with a bitmap).
+    pub bitmap_node_name: Option<String>,
+    /// Disabled copy of the dirty bitmap, for export (only with a bitmap).
+    pub bitmap_name: Option<String>,
+    /// What was done with the bitmap.
+    pub bitmap_action: BitmapAction,
+    /// Generation of this backup once it is committed (only with a bitmap).
+    pub generation: Option<String>,
+    /// Bytes the bitmap marks as dirty (only with a bitmap).
+    pub dirty_bytes: Option<u64>,
+    /// How long all guest I/O was held; the same for all devices.
+    pub drained_ns: u64,
+}
+
+impl From<generated::BackupAccessInfo> for AccessInfo {
+    fn from(wire: generated::BackupAccessInfo) -> Self {
+        Self {
+            node_name: wire.node_name,
+            device: wire.device,
+            size_bytes: wire.size,
+            bitmap_node_name: wire.bitmap_node_name,
+            bitmap_name: wire.bitmap_name,
+            bitmap_action: wire.bitmap_action,
+            generation: wire.generation,
+            dirty_bytes: wire.dirty,
+            drained_ns: wire.drained_ns,
+        }
+    }
+}
+
+/// Result of a teardown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TeardownResult {
+    /// Whether there was an access of this target.
+    pub existed: bool,
+    /// Why it was gone already or what went wrong with it, if known.
+    pub reason: Option<String>,
+}
+
+impl From<generated::BackupAccessTeardownResult> for TeardownResult {
+    fn from(wire: generated::BackupAccessTeardownResult) -> Self {
+        Self { existed: wire.existed, reason: wire.reason }
+    }
+}
+
+/// Status of one access.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AccessStatus {
+    /// The target.
+    pub target_id: String,
+    /// Point in time, milliseconds since the epoch.
+    pub start_time_ms: u64,
+    /// Its devices in the order of the setup.
+    pub devices: Vec<DeviceStatus>,
+}
+
+impl From<generated::BackupAccessStatus> for AccessStatus {
+    fn from(wire: generated::BackupAccessStatus) -> Self {
+        Self {
+            target_id: wire.target_id,
+            start_time_ms: wire.start_time,
+            devices: wire.devices.into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+/// Status of one device of an access.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceStatus {
+    /// The device as named in the request.
+    pub device: String,
+    /// The snapshot node.
+    pub node_name: String,
+    /// Size of the device.
+    pub size_bytes: u64,
+    /// Its state.
+    pub state: AccessState,
+    /// The first error, if any.
+    pub error: Option<String>,
+    /// The first error's errno value, if any.
+    pub errno: Option<i64>,
+    /// Old data saved so far.
+    pub captured_bytes: u64,
+    /// Old data held in RAM now.
+    pub in_ram_bytes: u64,
+    /// Old data held in the fleecing image now.
+    pub in_log_bytes: u64,
+    /// Old data that was zero and needs no space.
+    pub zero_bytes: u64,
+    /// Released by discards of the reader.
+    pub released_bytes: u64,
+    /// RAM used for metadata.
+    pub metadata_bytes: u64,
+    /// Guest requests that had to wait for a capture.
+    pub writes_delayed: u64,
+    /// Their total waiting time.
+    pub delay_total_ns: u64,
+    /// The longest such wait.
+    pub delay_max_ns: u64,
+    /// How often a guest request waited for room in RAM.
+    pub overflows: u64,
+    /// What setup did with the bitmap.
+    pub bitmap_action: BitmapAction,
+    /// Bytes the bitmap marked as dirty at setup (only with a bitmap).
+    pub dirty_bytes: Option<u64>,
+}
+
+impl From<generated::BackupAccessDeviceStatus> for DeviceStatus {
+    fn from(wire: generated::BackupAccessDeviceStatus) -> Self {
+        Self {
+            device: wire.device,
+            node_name: wire.node_name,
+            size_bytes: wire.size,
+            state: wire.state,
+            error: wire.error,
+            errno: wire.errno,
+            captured_bytes: wire.captured,
+            in_ram_bytes: wire.in_ram,
+            in_log_bytes: wire.in_log,
+            zero_bytes: wire.zero,
+            released_bytes: wire.released,
+            metadata_bytes: wire.metadata,
+            writes_delayed: wire.writes_delayed,
+            delay_total_ns: wire.delay_total_ns,
+            delay_max_ns: wire.delay_max_ns,
+            overflows: wire.overflows,
+            bitmap_action: wire.bitmap_action,
+            dirty_bytes: wire.dirty,
+        }
+    }
+}
+
+/// The snapshot of a device is lost or became incomplete (`BACKUP_ACCESS_BROKEN`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BrokenEvent {
+    /// The target.
+    pub target_id: String,
+    /// The device as named in the request.
+    pub device: String,
+    /// The new state.
+    pub state: AccessState,
+    /// The reason.
+    pub error: String,
+}
+
+impl BrokenEvent {
+    /// Reads an event; `None` if it is another one.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] if its members are not those of the contract.
+    pub fn from_event(event: &Event) -> Result<Option<Self>> {
+        const NAME: &str = <generated::BACKUP_ACCESS_BROKEN as qapi_spec::Event>::NAME;
+        if event.name != NAME {
+            return Ok(None);
+        }
+        let wire: generated::BACKUP_ACCESS_BROKEN =
+            <_ as serde::Deserialize>::deserialize::<&Value>(&event.data)
+                .map_err(|e| Error::protocol(NAME, e))?;
+        let generated::BACKUP_ACCESS_BROKEN { target_id, device, state, error } = wire;
+        Ok(Some(Self { target_id, device, state, error }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn every_enum_value_of_the_contract_is_known() {
+        for (name, values) in generated::ENUM_VALUES {
+            for &value in *values {
+                let known = match *name {
+                    "BackupAccessBitmapMode" => {
+                        !matches!(BitmapMode::from(value), BitmapMode::Other(_))
+                    }
+                    "BackupAccessBitmapAction" => {
+                        !matches!(BitmapAction::from(value), BitmapAction::Other(_))
+                    }
+                    "BackupAccessState" => {
+                        !matches!(AccessState::from(value), AccessState::Other(_))
+                    }
+                    other => panic!("the contract has an enum the client does not: {other}"),
+                };
+                assert!(known, "{name} has {value}, the client does not");
+            }
+        }
+        assert_eq!(generated::ENUM_VALUES.len(), 3);
+    }
+
+    #[test]
+    fn only_members_that_are_set_are_sent() {
+        let mut device = Device::new("drive0");
+        device.bitmap_mode = Some(BitmapMode::Use);
+        let request = SetupRequest::new("t", vec![device]);
+        let expected = json!({"target-id": "t",
+            "devices": [{"device": "drive0", "bitmap-mode": "use"}]});
+        assert_eq!(serde_json::to_value(request.to_wire()).unwrap(), expected);
+    }
+
+    #[test]
+    fn unknown_values_and_members_of_a_reply_are_kept_or_skipped() {
+        let wire = json!({"node-name": "n", "device": "d", "size": 1, "bitmap-action": "merged",
+            "drained-ns": 5, "new-member": []});
+        let wire: generated::BackupAccessInfo = serde_json::from_value(wire).unwrap();
+        let info = AccessInfo::from(wire);
+        assert_eq!(info.bitmap_action, BitmapAction::Other("merged".into()));
+        assert_eq!(info.drained_ns, 5);
+    }
+
+    #[test]
+    fn a_broken_event_is_read_and_others_are_passed_over() {
+        let mut event = Event {
+            name: "BACKUP_ACCESS_BROKEN".into(),
+            data: json!({"target-id": "t", "device": "d", "state": "broken", "error": "e"}),
+            timestamp: crate::Timestamp::default(),
+        };
+        let broken = BrokenEvent::from_event(&event).unwrap().unwrap();
+        assert_eq!(broken.state, AccessState::Broken);
+        event.data = Value::Null;
+        assert!(BrokenEvent::from_event(&event).is_err());
+        event.name = "STOP".into();
+        assert_eq!(BrokenEvent::from_event(&event).unwrap(), None);
+    }
+}
