@@ -2,5 +2,13 @@
 //! What the demo and the end-to-end tests are made of.
 //!
 //! * [`records`]: numbered, self-checking records that a guest writes to two disks.
+//! * [`guest`]: builds the small Linux guest that writes them.
+//! * [`console`]: what the guest says on its serial line.
+//! * [`qemu`]: finds the patched QEMU, boots the guest directly.
+//! * [`process`]: programs with a time limit that are ended on every path.
 
+pub mod console;
+pub mod guest;
+pub mod process;
+pub mod qemu;
 pub mod records;

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Runs programs with a time limit and ends what was started, whatever happens.
+
+use std::io::{self, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// How often a wait looks again.
+pub const POLL_EVERY: Duration = Duration::from_millis(20);
+/// How much output of one program is kept.
+const OUTPUT_LIMIT_BYTES: u64 = 16 << 20;
+/// How much of a failed program's output is shown.
+const SHOWN_BYTES: usize = 2000;
+
+/// A request to stop everything (somebody pressed Ctrl-C); every wait looks at it.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Asks every wait that holds a clone of this to end with an error.
+    pub fn request(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Fails once a stop was requested.
+    ///
+    /// # Errors
+    /// A stop was requested.
+    pub fn check(&self) -> Result<()> {
+        if self.0.load(Ordering::SeqCst) {
+            bail!("interrupted");
+        }
+        Ok(())
+    }
+
+    /// Calls `ready` until it returns a value.
+    ///
+    /// # Errors
+    /// A stop was requested, `ready` failed, or `what` did not happen in time.
+    pub fn wait_for<T>(
+        &self,
+        what: &str,
+        timeout: Duration,
+        mut ready: impl FnMut() -> Result<Option<T>>,
+    ) -> Result<T> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(value) = ready()? {
+                return Ok(value);
+            }
+            self.check()?;
+            if Instant::now() >= deadline {
+                bail!("{what}: not within {} s", timeout.as_secs());
+            }
+            std::thread::sleep(POLL_EVERY);
+        }
+    }
+}
+
+/// A child process that is killed and reaped when dropped.
+#[derive(Debug)]
+pub struct Guarded {
+    child: Child,
+    name: String,
+}
+
+impl Guarded {
+    /// Starts a program.
+    ///
+    /// # Errors
+    /// It cannot be started; the text says which Debian package has it where that is known.
+    pub fn spawn(command: &mut Command) -> Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        match command.spawn() {
+            Ok(child) => Ok(Self { child, name }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let program = name.rsplit('/').next().unwrap_or(&name);
+                bail!("{name} is missing{}", advice(program))
+            }
+            Err(error) => Err(error).with_context(|| format!("cannot start {name}")),
+        }
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The exit status once the process has ended.
+    ///
+    /// # Errors
+    /// The process cannot be waited for.
+    pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
+        self.child.try_wait().with_context(|| format!("cannot wait for {}", self.name))
+    }
+
+    /// Waits for the end of the process.
+    ///
+    /// # Errors
+    /// It did not end in time, or a stop was requested.
+    pub fn wait(&mut self, timeout: Duration, stop: &Stop) -> Result<ExitStatus> {
+        let what = format!("end of {}", self.name);
+        stop.wait_for(&what, timeout, || self.try_wait())
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// The signal cannot be sent.
+    pub fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal)
+            .with_context(|| format!("cannot signal {}", self.name))
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        // Both fail only when the process has been reaped already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a program printed and how it ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// Fails unless the program ended with 0; `what` names it.
+    ///
+    /// # Errors
+    /// The program failed; the text carries the end of what it printed.
+    pub fn success(self, what: &str) -> Result<Self> {
+        if self.status.success() {
+            return Ok(self);
+        }
+        let how = match (self.status.code(), self.status.signal()) {
+            (Some(code), _) => format!("exit code {code}"),
+            (None, signal) => format!("signal {}", signal.unwrap_or_default()),
+        };
+        let said = tail(if self.stderr.trim().is_empty() { &self.stdout } else { &self.stderr });
+        bail!("{what} failed ({how}): {said}")
+    }
+}
+
+/// A started program whose output is being collected.
+#[derive(Debug)]
+pub struct Collected {
+    guarded: Guarded,
+    stdout: JoinHandle<String>,
+    stderr: JoinHandle<String>,
+}
+
+impl Collected {
+    /// Starts a program without input and collects what it prints.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(command: &mut Command) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut guarded = Guarded::spawn(command)?;
+        let stdout = collect(guarded.child.stdout.take());
+        let stderr = collect(guarded.child.stderr.take());
+        Ok(Self { guarded, stdout, stderr })
+    }
+
+    /// The process, to signal it.
+    pub fn process(&mut self) -> &mut Guarded {
+        &mut self.guarded
+    }
+
+    /// Waits for the end of the program.
+    ///
+    /// # Errors
+    /// It did not end in time, or a stop was requested; it is killed then.
+    pub fn finish(mut self, timeout: Duration, stop: &Stop) -> Result<Finished> {
+        let status = self.guarded.wait(timeout, stop)?;
+        // A grandchild that inherited the pipes must not keep us here.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !(self.stdout.is_finished() && self.stderr.is_finished()) {
+            if Instant::now() >= deadline {
+                bail!("{} ended but something it started keeps its output open", self.guarded.name);
+            }
+            std::thread::sleep(POLL_EVERY);
+        }
+        let [stdout, stderr] =
+            [self.stdout, self.stderr].map(|thread| thread.join().unwrap_or_default());
+        Ok(Finished { status, stdout, stderr })
+    }
+}
+
+fn collect(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            // Output beyond the limit is read and dropped, so that the program never blocks on it.
+            let _ = pipe.by_ref().take(OUTPUT_LIMIT_BYTES).read_to_end(&mut bytes);
+            let _ = io::copy(&mut pipe, &mut io::sink());
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// Runs a program to its end and fails unless it succeeds.
+///
+/// # Errors
+/// It is missing, failed, or did not end in time.
+pub fn run(command: &mut Command, timeout: Duration, stop: &Stop) -> Result<String> {
+    let what = command.get_program().to_string_lossy().into_owned();
+    Ok(Collected::spawn(command)?.finish(timeout, stop)?.success(&what)?.stdout)
+}
+
+/// The end of a text, for error messages.
+#[must_use]
+pub fn tail(text: &str) -> &str {
+    let text = text.trim_end();
+    let mut from = text.len().saturating_sub(SHOWN_BYTES);
+    while !text.is_char_boundary(from) {
+        from += 1;
+    }
+    &text[from..]
+}
+
+fn advice(program: &str) -> String {
+    let package = match program {
+        "apt-get" | "apt-cache" => "apt",
+        "dpkg-deb" => "dpkg",
+        "ldd" => "libc-bin",
+        "xz" => "xz-utils",
+        "qemu-img" | "qemu-system-x86_64" => return "; run ./x qemu first".into(),
+        _ => return String::new(),
+    };
+    format!("; it comes with the Debian package {package}: run ./x setup")
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Finds the patched QEMU and boots the guest on it directly, without `vzdump`.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::console::Console;
+use crate::guest::{GuestImage, KERNEL_OPTIONS};
+use crate::process::{Guarded, Stop};
+
+/// How long a guest may take to boot on two busy cores.
+pub const BOOT_WITHIN: Duration = Duration::from_secs(90);
+
+/// The checkout this program was built from.
+#[must_use]
+pub fn workspace() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here)
+}
+
+/// The folder with the patched QEMU's programs.
+///
+/// # Errors
+/// It has not been built; the text says how.
+pub fn bin_dir() -> Result<PathBuf> {
+    let dir = match std::env::var_os("VZDUMP_QEMU_DIR") {
+        Some(dir) if !dir.is_empty() => PathBuf::from(dir),
+        _ => workspace().join("target/qemu/bin"),
+    };
+    if dir.join("qemu-system-x86_64").exists() {
+        return Ok(dir);
+    }
+    bail!("the patched QEMU is not in {}: run ./x qemu first", dir.display())
+}
+
+/// A guest on a QEMU of our own, with raw images; killed when dropped.
+#[derive(Debug)]
+pub struct DirectGuest {
+    process: Guarded,
+    /// What it says on its serial line.
+    pub console: Console,
+}
+
+impl DirectGuest {
+    /// Boots the guest with these disks; `options` go to its kernel.
+    ///
+    /// # Errors
+    /// QEMU is missing or does not start.
+    pub fn boot(image: &GuestImage, disks: &[&Path], dir: &Path, options: &str) -> Result<Self> {
+        let log = dir.join("console.log");
+        let console = Console::from_end_of(&log)?;
+        let mut command = Command::new(bin_dir()?.join("qemu-system-x86_64"));
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        command.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "256"]);
+        command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
+        command.arg("-append").arg(format!("{KERNEL_OPTIONS} {options}"));
+        command.arg("-serial").arg(format!("file:{}", log.display()));
+        for (index, disk) in disks.iter().enumerate() {
+            let file = disk.display();
+            command.arg("-blockdev").arg(format!("driver=file,node-name=f{index},filename={file}"));
+            command.arg("-blockdev").arg(format!("driver=raw,node-name=d{index},file=f{index}"));
+            command.arg("-device").arg(format!("virtio-blk-pci,drive=d{index}"));
+        }
+        command.stdin(Stdio::null());
+        Ok(Self {
+            process: Guarded::spawn(&mut command).context("cannot boot the guest")?,
+            console,
+        })
+    }
+
+    /// Waits until the guest switched itself off.
+    ///
+    /// # Errors
+    /// It does not within the time.
+    pub fn wait(&mut self, timeout: Duration, stop: &Stop) -> Result<()> {
+        let status = self.process.wait(timeout, stop)?;
+        if !status.success() {
+            bail!("QEMU ended with {status}");
+        }
+        Ok(())
+    }
+}
