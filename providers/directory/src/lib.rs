@@ -1,2 +1,256 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! To be written.
+//! A backup provider that keeps archives in a directory: one subdirectory per guest and time, one
+//! qcow2 image per disk, increments backed by the archive before.
+//!
+//! ```text
+//! <path>/vzdump-qemu-100-2026_01_02-03_04_05/    full
+//! <path>/vzdump-qemu-100-2026_01_03-03_04_05/    increment: images backed by ../vzdump-…-02-…/
+//! <path>/.tmp-vzdump-qemu-100-…/                 a backup under way, never listed
+//! <path>/.vzdump/                                lock and commit records
+//! ```
+//!
+//! An archive needs nothing but `qemu-img` to be read: its images form an ordinary backing chain.
+//! The storage's directory may be moved or copied as a whole, because backing names are relative.
+//!
+//! | what must hold | where |
+//! |---|---|
+//! | an archive is listed only when all of it is durable | `commit` |
+//! | whether a commit happened can be told from any process | `commit` |
+//! | what dead runs left goes away, what live runs make does not | `storage` |
+//! | an increment covers exactly what its bitmap marks | `copy` |
+//! | zeroes of an increment hide the base's data | `image`, `store` |
+//! | no file outside of the storage is opened, whatever a manifest or image says | `chain`, `server` |
+//!
+//! The file system must have flock(2) and rename within a directory; a storage used by several
+//! hosts needs one whose locks work between them.
+
+#![forbid(unsafe_code)]
+
+mod areas;
+mod call;
+mod chain;
+mod checksums;
+mod commit;
+mod copy;
+mod files;
+mod guest;
+mod header;
+mod image;
+mod limits;
+mod manifest;
+mod restore;
+mod server;
+mod source;
+mod storage;
+mod store;
+
+use std::path::PathBuf;
+
+use provider_api::{
+    API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, Description, Error,
+    GuestConfig, Job, JobInfo, Kind, Provider, Result, Status, Uuid, VmRestore,
+};
+
+use call::{blocking, corrupt, limited};
+use guest::DirectoryJob;
+use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, STATUS_WAIT};
+use manifest::{CONFIG_FILE, FIREWALL_FILE, Manifest, SmallFile};
+use restore::DirectoryRestore;
+use storage::Storage;
+
+/// QEMU's tools.
+#[derive(Debug, Clone)]
+pub struct ToolPaths {
+    /// Path of `qemu-img`, or its name if it is in `PATH`.
+    pub qemu_img: PathBuf,
+    /// Path of `qemu-nbd`, or its name if it is in `PATH`. It serves disks to a restore.
+    pub qemu_nbd: PathBuf,
+}
+
+impl Default for ToolPaths {
+    /// The tools in `PATH`.
+    fn default() -> Self {
+        Self { qemu_img: "qemu-img".into(), qemu_nbd: "qemu-nbd".into() }
+    }
+}
+
+/// How to make the provider.
+#[derive(Debug, Clone)]
+pub struct DirectoryOptions {
+    /// The storage's directory (property `path` of `storage.cfg`); made if needed.
+    pub path: PathBuf,
+    /// QEMU's tools.
+    pub tools: ToolPaths,
+}
+
+/// The provider of one storage.
+#[derive(Debug)]
+pub struct DirectoryProvider {
+    storage: Storage,
+    tools: ToolPaths,
+}
+
+impl DirectoryProvider {
+    /// A provider for the storage at `options.path`. Nothing is looked at yet.
+    #[must_use]
+    pub fn new(options: DirectoryOptions) -> Self {
+        let DirectoryOptions { path, tools } = options;
+        // Images name their files from any working directory.
+        let path = std::path::absolute(&path).unwrap_or(path);
+        Self { storage: Storage::new(path), tools }
+    }
+
+    async fn make_ready(&self, call: &Call) -> Result<()> {
+        let storage = self.storage.clone();
+        blocking(move || storage.prepare()).await?;
+        let lock = self.storage.must_lock(call, LOCK_WAIT).await?;
+        let storage = self.storage.clone();
+        blocking(move || {
+            let dead = commit::take_dead_runs(&storage, &lock)?;
+            // Each is protected by its own lock from here on; removing may take long.
+            drop(lock);
+            for run in dead {
+                tracing::info!("Removing what an unfinished backup left: {}", run.path().display());
+                run.remove()?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn outcome(&self, id: Uuid, call: &Call) -> Result<CommitOutcome> {
+        // Nothing is made here: in a mount point without its file system the answer would be wrong.
+        let Some(lock) = self.storage.lock(call, OUTCOME_LOCK_WAIT).await? else {
+            return Ok(CommitOutcome::Pending);
+        };
+        let storage = self.storage.clone();
+        blocking(move || {
+            let (outcome, dead) = commit::outcome(&storage, id, &lock)?;
+            drop(lock);
+            if let Some(run) = dead
+                && let Err(error) = run.remove()
+            {
+                // The answer stands; the next activation removes it.
+                tracing::warn!("{error}");
+            }
+            Ok(outcome)
+        })
+        .await
+    }
+}
+
+fn archive_of(manifest: &Manifest) -> Archive {
+    Archive {
+        name: manifest.archive.clone(),
+        subtype: manifest.subtype,
+        guest_id: manifest.guest_id,
+        time_s: manifest.time_s,
+        size_bytes: manifest.size_bytes(),
+        base: manifest.base().cloned(),
+        commit_id: Some(manifest.commit_id),
+    }
+}
+
+fn read_config(storage: &Storage, archive: &str) -> Result<GuestConfig> {
+    let manifest = storage.manifest(archive)?;
+    let read = |file: &str, expected: &SmallFile| {
+        let content = files::read(&storage.archive_path(archive).join(file), CONFIG_BYTES_MAX)?;
+        if SmallFile::of(&content) == *expected {
+            Ok(content)
+        } else {
+            Err(corrupt(format!("{file} of archive {archive} does not match its checksum.")))
+        }
+    };
+    Ok(GuestConfig {
+        config: read(CONFIG_FILE, &manifest.config)?,
+        firewall: manifest.firewall.as_ref().map(|f| read(FIREWALL_FILE, f)).transpose()?,
+    })
+}
+
+fn read_status(storage: &Storage) -> Result<Status> {
+    let stat = rustix::fs::statvfs(storage.path()).map_err(|e| {
+        Error::io(format!("Cannot ask for the space of {}.", storage.path().display()), e.into())
+    })?;
+    let free_blocks = stat.f_bavail;
+    let total_bytes = stat.f_blocks.saturating_mul(stat.f_frsize);
+    let used_bytes = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(stat.f_frsize);
+    // What is reserved for root is neither used nor available: count it as not there.
+    let reserved = stat.f_bfree.saturating_sub(free_blocks).saturating_mul(stat.f_frsize);
+    Ok(Status { total_bytes: total_bytes.saturating_sub(reserved), used_bytes })
+}
+
+impl Provider for DirectoryProvider {
+    fn describe(&self) -> Description {
+        Description {
+            name: "directory".to_owned(),
+            api_version: API_VERSION,
+            capabilities: Capabilities { vm_nbd: true, vm_restore: true, vm_incremental: true },
+        }
+    }
+
+    fn activate<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<()>> {
+        Box::pin(limited(call, "Activating the directory storage", self.make_ready(call)))
+    }
+
+    fn status<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Status>> {
+        let storage = self.storage.clone();
+        let ask = async move {
+            let answer = blocking(move || read_status(&storage));
+            tokio::time::timeout(STATUS_WAIT, answer).await.map_err(|e| {
+                Error::with_source(Kind::Io, "The directory storage does not answer.", e)
+            })?
+        };
+        Box::pin(limited(call, "Asking for the storage's space", ask))
+    }
+
+    fn list<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Vec<Archive>>> {
+        let storage = self.storage.clone();
+        let list =
+            blocking(move || Ok(storage.manifests()?.iter().map(archive_of).collect::<Vec<_>>()));
+        Box::pin(limited(call, "Listing archives", list))
+    }
+
+    fn guest_config<'a>(
+        &'a self,
+        archive: &'a str,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<GuestConfig>> {
+        let storage = self.storage.clone();
+        let archive = archive.to_owned();
+        let read = blocking(move || read_config(&storage, &archive));
+        Box::pin(limited(call, "Reading a configuration", read))
+    }
+
+    fn commit_outcome<'a>(
+        &'a self,
+        id: Uuid,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<CommitOutcome>> {
+        Box::pin(limited(call, "Asking for a commit's outcome", self.outcome(id, call)))
+    }
+
+    fn start_job<'a>(
+        &'a self,
+        _job: JobInfo,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn Job>>> {
+        let job: Box<dyn Job> = Box::new(DirectoryJob { storage: self.storage.clone() });
+        Box::pin(limited(call, "Starting a job", async move { Ok(job) }))
+    }
+
+    fn restore_vm_init<'a>(
+        &'a self,
+        archive: &'a str,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn VmRestore>>> {
+        let storage = self.storage.clone();
+        let archive = archive.to_owned();
+        let qemu_nbd = self.tools.qemu_nbd.clone();
+        let begin = blocking(move || {
+            let restore = DirectoryRestore::begin(&storage, &archive, qemu_nbd)?;
+            let restore: Box<dyn VmRestore> = Box::new(restore);
+            Ok(restore)
+        });
+        Box::pin(limited(call, "Beginning a restore", begin))
+    }
+}

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The commit, and what became of one.
+//!
+//! All of an archive's data is durable before its commit begins. The rest happens under the
+//! storage's lock, each step durable before the next:
+//!
+//! ```text
+//! manifest with the commit id  ─►  commits/<id> = "committing X"  ─►  rename .tmp-X X  ─►  return
+//! ```
+//!
+//! So for an id whose commit may have happened there is always a record, and the record names the
+//! only place to look at. What is found, and what it means:
+//!
+//! | record | `X` | `.tmp-X` | outcome |
+//! |---|---|---|---|
+//! | committing X | there | | committed |
+//! | committing X | | lock held | pending |
+//! | committing X | | no lock | died before the rename: record becomes "not committed", `.tmp-X` goes |
+//! | committing X | | none | committed, and removed since |
+//! | not committed | | | not committed |
+//! | none | | one with this id, lock held | pending |
+//! | none | | one with this id, no lock | as above |
+//! | none | | none | record "not committed" is left, so that a slow committer finds it and fails |
+
+use std::fs;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use provider_api::{CommitOutcome, Committed, Error, Kind, Result, Uuid};
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use crate::call::{corrupt, invalid};
+use crate::files;
+use crate::limits::RECORD_BYTES_MAX;
+use crate::manifest::{MANIFEST_FILE, Manifest, check_name};
+use crate::storage::{Claim, RunDirectory, Storage, StorageLock};
+
+/// What is known of a commit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+enum Record {
+    /// The archive is about to be renamed, or is.
+    Committing { archive: String },
+    /// It did not happen, and whoever tries later must fail.
+    NotCommitted,
+}
+
+/// Decides between a caller that gives a commit up and the thread that performs it.
+#[derive(Debug, Default)]
+pub(crate) struct Gate(AtomicU8);
+
+impl Gate {
+    const OPEN: u8 = 0;
+    const PASSED: u8 = 1;
+    const SHUT: u8 = 2;
+
+    /// The caller no longer waits: a commit that has not passed yet will not happen. Whether it
+    /// can still be stopped.
+    pub(crate) fn shut(&self) -> bool {
+        self.decide(Self::SHUT) || self.0.load(Ordering::Acquire) == Self::SHUT
+    }
+
+    fn pass(&self) -> bool {
+        self.decide(Self::PASSED)
+    }
+
+    fn decide(&self, to: u8) -> bool {
+        self.0.compare_exchange(Self::OPEN, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+}
+
+/// Makes the archive in `run` a committed one. After an error before the gate was passed the caller
+/// removes the directory; after one behind it, what must go is gone.
+pub(crate) fn commit(
+    storage: &Storage,
+    run: &RunDirectory,
+    manifest: Manifest,
+    id: Uuid,
+    gate: &Gate,
+    lock: &StorageLock,
+) -> Result<Committed> {
+    match read_record(storage, id)? {
+        None => {}
+        Some(Record::NotCommitted) => {
+            return Err(Error::new(
+                Kind::Cancelled,
+                format!("Commit {id} was declared not to have happened before it was reached."),
+            ));
+        }
+        Some(Record::Committing { archive }) => {
+            return Err(invalid(format!("Commit id {id} is that of archive {archive}.")));
+        }
+    }
+    let size_bytes = write_manifest(storage, run, manifest, id, lock)?;
+    if !gate.pass() {
+        return Err(Error::new(Kind::Cancelled, format!("Commit {id} was given up.")));
+    }
+    let archive = run.archive().to_owned();
+    if let Err(error) = publish(storage, run, id) {
+        // Removed only once the record says so: "committing" without a directory means that the
+        // archive was committed and then removed.
+        match write_record(storage, id, &Record::NotCommitted).and_then(|()| run.remove()) {
+            Ok(()) => {}
+            Err(second) => warn!("Archive {archive} is left to the next activation: {second}"),
+        }
+        return Err(error);
+    }
+    files::sync_directory(storage.path())?;
+    Ok(Committed { archive, size_bytes })
+}
+
+fn publish(storage: &Storage, run: &RunDirectory, id: Uuid) -> Result<()> {
+    let archive = run.archive();
+    write_record(storage, id, &Record::Committing { archive: archive.to_owned() })?;
+    fs::rename(run.path(), storage.archive_path(archive))
+        .map_err(|e| Error::io(format!("Cannot rename {} to {archive}.", run.path().display()), e))
+}
+
+fn write_manifest(
+    storage: &Storage,
+    run: &RunDirectory,
+    mut manifest: Manifest,
+    id: Uuid,
+    lock: &StorageLock,
+) -> Result<u64> {
+    if storage.exists(run.archive()) {
+        return Err(Error::new(Kind::Other, format!("Archive {} exists.", run.archive())));
+    }
+    let others = storage.manifests()?;
+    let same_guest =
+        others.iter().filter(|m| m.guest_id == manifest.guest_id && m.subtype == manifest.subtype);
+    manifest.sequence = same_guest.map(|m| m.sequence).max().unwrap_or(0).saturating_add(1);
+    manifest.commit_id = id;
+    for base in manifest.disks.iter().filter_map(|disk| disk.base.as_ref()) {
+        if !others.iter().any(|m| &m.archive == base && m.sequence < manifest.sequence) {
+            return Err(corrupt(format!(
+                "Archive {base}, which {} builds upon, was removed while the backup ran.",
+                manifest.archive
+            )));
+        }
+    }
+    let text = serde_json::to_vec_pretty(&manifest)
+        .map_err(|e| Error::with_source(Kind::Other, "Cannot write a manifest.", e))?;
+    files::write_new(&run.path().join(MANIFEST_FILE), &text)?;
+    run.remove_notes(lock)?;
+    files::sync_directory(run.path())?;
+    Ok(manifest.size_bytes().saturating_add(text.len() as u64))
+}
+
+/// What became of the commit `id`, and a directory of a dead run that the caller must remove
+/// after it has released the storage's lock.
+pub(crate) fn outcome(
+    storage: &Storage,
+    id: Uuid,
+    lock: &StorageLock,
+) -> Result<(CommitOutcome, Option<RunDirectory>)> {
+    match read_record(storage, id)? {
+        Some(Record::NotCommitted) => Ok((CommitOutcome::NotCommitted, None)),
+        Some(Record::Committing { archive }) => {
+            if storage.exists(&archive) {
+                return committed(storage, archive);
+            }
+            match storage.claim(&archive, lock)? {
+                Some(claim) => not_committed_unless_alive(storage, id, claim),
+                None => Ok((CommitOutcome::Committed { archive }, None)),
+            }
+        }
+        None => outcome_without_record(storage, id, lock),
+    }
+}
+
+fn outcome_without_record(
+    storage: &Storage,
+    id: Uuid,
+    lock: &StorageLock,
+) -> Result<(CommitOutcome, Option<RunDirectory>)> {
+    // Archives may have been copied here without the records.
+    if let Some(manifest) = storage.manifests()?.into_iter().find(|m| m.commit_id == id) {
+        return committed(storage, manifest.archive);
+    }
+    for archive in storage.under_way()? {
+        if storage.committing(&archive) == Some(id)
+            && let Some(claim) = storage.claim(&archive, lock)?
+        {
+            return not_committed_unless_alive(storage, id, claim);
+        }
+    }
+    write_record(storage, id, &Record::NotCommitted)?;
+    Ok((CommitOutcome::NotCommitted, None))
+}
+
+fn committed(storage: &Storage, archive: String) -> Result<(CommitOutcome, Option<RunDirectory>)> {
+    // The committer may have died between the rename and its sync.
+    files::sync_directory(storage.path())?;
+    Ok((CommitOutcome::Committed { archive }, None))
+}
+
+fn not_committed_unless_alive(
+    storage: &Storage,
+    id: Uuid,
+    claim: Claim,
+) -> Result<(CommitOutcome, Option<RunDirectory>)> {
+    match claim {
+        Claim::Alive => Ok((CommitOutcome::Pending, None)),
+        Claim::Dead(run) => {
+            // First the record: without it a crash here would read as "committed and removed".
+            write_record(storage, id, &Record::NotCommitted)?;
+            Ok((CommitOutcome::NotCommitted, Some(run)))
+        }
+    }
+}
+
+/// Takes over the directories of dead runs, for the caller to remove after it has released the
+/// storage's lock. Their commits are recorded as not having happened.
+pub(crate) fn take_dead_runs(storage: &Storage, lock: &StorageLock) -> Result<Vec<RunDirectory>> {
+    let mut dead = Vec::new();
+    for archive in storage.under_way()? {
+        if let Some(Claim::Dead(run)) = storage.claim(&archive, lock)? {
+            dead.push(run);
+        }
+    }
+    if dead.is_empty() {
+        return Ok(dead);
+    }
+    for (id, record) in records(storage)? {
+        if let Record::Committing { archive } = record
+            && dead.iter().any(|run| run.archive() == archive)
+            && !storage.exists(&archive)
+        {
+            write_record(storage, id, &Record::NotCommitted)?;
+        }
+    }
+    for run in &dead {
+        if let Some(id) = storage.committing(run.archive())
+            && read_record(storage, id)?.is_none()
+        {
+            write_record(storage, id, &Record::NotCommitted)?;
+        }
+    }
+    Ok(dead)
+}
+
+fn record_path(storage: &Storage, id: Uuid) -> std::path::PathBuf {
+    storage.commits_path().join(id.to_string())
+}
+
+fn read_record(storage: &Storage, id: Uuid) -> Result<Option<Record>> {
+    let path = record_path(storage, id);
+    let Some(text) = files::read_if_exists(&path, RECORD_BYTES_MAX)? else { return Ok(None) };
+    let record: Record = serde_json::from_slice(&text)
+        .map_err(|e| corrupt(format!("Commit record {} cannot be read: {e}.", path.display())))?;
+    if let Record::Committing { archive } = &record {
+        check_name(archive)?;
+    }
+    Ok(Some(record))
+}
+
+fn write_record(storage: &Storage, id: Uuid, record: &Record) -> Result<()> {
+    let text = serde_json::to_vec(record)
+        .map_err(|e| Error::with_source(Kind::Other, "Cannot write a commit record.", e))?;
+    files::replace(&record_path(storage, id), &text)
+}
+
+/// All records that can be read.
+fn records(storage: &Storage) -> Result<Vec<(Uuid, Record)>> {
+    let path = storage.commits_path();
+    let failed = |e| Error::io(format!("Cannot list {}.", path.display()), e);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&path).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let Some(id) = name.to_str().and_then(|text| text.parse::<Uuid>().ok()) else { continue };
+        match read_record(storage, id) {
+            Ok(Some(record)) => found.push((id, record)),
+            Ok(None) => {}
+            Err(error) => warn!("{error}"),
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Gate;
+
+    #[test]
+    fn a_commit_given_up_before_it_passed_does_not_pass() {
+        let gate = Gate::default();
+        assert!(gate.shut());
+        assert!(gate.shut());
+        assert!(!gate.pass());
+        let gate = Gate::default();
+        assert!(gate.pass());
+        assert!(!gate.shut());
+    }
+}

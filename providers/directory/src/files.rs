@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Small file operations that are durable, bounded and follow no symbolic links.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use provider_api::{Error, Result};
+use rustix::fs::OFlags;
+
+use crate::call::corrupt;
+
+/// Archives hold guests' data: only their owner may look.
+const DIRECTORY_MODE: u32 = 0o700;
+const FILE_MODE: u32 = 0o600;
+
+fn no_follow() -> i32 {
+    // The bits of open flags fit: the C interface takes an int.
+    OFlags::NOFOLLOW.bits().cast_signed()
+}
+
+/// Makes a directory; it must not exist.
+pub(crate) fn make_directory(path: &Path) -> std::io::Result<()> {
+    fs::DirBuilder::new().mode(DIRECTORY_MODE).create(path)
+}
+
+/// Makes a directory and its parents; it may exist.
+pub(crate) fn ensure_directory(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .mode(DIRECTORY_MODE)
+        .recursive(true)
+        .create(path)
+        .map_err(|e| Error::io(format!("Cannot make directory {}.", path.display()), e))
+}
+
+/// Makes a file for writing (and reading back); it must not exist.
+pub(crate) fn create(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(FILE_MODE)
+        .custom_flags(no_follow())
+        .open(path)
+        .map_err(|e| Error::io(format!("Cannot create {}.", path.display()), e))
+}
+
+/// Opens a file that serves as a lock, making it if needed.
+pub(crate) fn open_lock(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(FILE_MODE)
+        .custom_flags(no_follow())
+        .open(path)
+        .map_err(|e| Error::io(format!("Cannot open lock file {}.", path.display()), e))
+}
+
+/// Opens a regular file for reading; a symbolic link or anything else is refused.
+pub(crate) fn open_regular(path: &Path) -> Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        // Without O_NONBLOCK the open of a named pipe put there would wait for ever.
+        .custom_flags(no_follow() | OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)
+        .map_err(|e| Error::io(format!("Cannot open {}.", path.display()), e))?;
+    let meta =
+        file.metadata().map_err(|e| Error::io(format!("Cannot look at {}.", path.display()), e))?;
+    if !meta.is_file() {
+        return Err(corrupt(format!("{} is not a regular file.", path.display())));
+    }
+    Ok(file)
+}
+
+/// Reads a whole regular file of at most `max_bytes`.
+pub(crate) fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let file = open_regular(path)?;
+    let mut content = Vec::new();
+    file.take(max_bytes + 1)
+        .read_to_end(&mut content)
+        .map_err(|e| Error::io(format!("Cannot read {}.", path.display()), e))?;
+    if content.len() as u64 > max_bytes {
+        return Err(corrupt(format!("{} is larger than {max_bytes} bytes.", path.display())));
+    }
+    Ok(content)
+}
+
+/// As [`read`], and `None` if there is no such file.
+pub(crate) fn read_if_exists(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
+    match read(path, max_bytes) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind == provider_api::Kind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes a new file and syncs it. The directory is synced by the caller.
+pub(crate) fn write_new(path: &Path, content: &[u8]) -> Result<()> {
+    let mut file = create(path)?;
+    file.write_all(content)
+        .and_then(|()| file.sync_all())
+        .map_err(|e| Error::io(format!("Cannot write {}.", path.display()), e))
+}
+
+/// Replaces a file's content in one step that a crash cannot split, and syncs it all. One writer
+/// at a time.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    let Some(parent) = path.parent() else {
+        return Err(crate::call::invalid(format!("{} has no parent.", path.display())));
+    };
+    let next = path.with_extension("next");
+    remove_if_exists(&next)?;
+    write_new(&next, content)?;
+    fs::rename(&next, path)
+        .map_err(|e| Error::io(format!("Cannot replace {}.", path.display()), e))?;
+    sync_directory(parent)
+}
+
+/// Makes a directory's entries durable.
+pub(crate) fn sync_directory(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|e| Error::io(format!("Cannot sync directory {}.", path.display()), e))
+}
+
+/// Removes a file if it is there.
+pub(crate) fn remove_if_exists(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io(format!("Cannot remove {}.", path.display()), e)),
+    }
+}
+
+/// Removes a directory with all it holds, if it is there.
+pub(crate) fn remove_tree(path: &Path) -> Result<()> {
+    // A write that was under way when its backup was given up may add one more file meanwhile.
+    const TRIES: u32 = 5;
+    let mut left = TRIES;
+    loop {
+        left -= 1;
+        match fs::remove_dir_all(path) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.kind() == ErrorKind::NotFound && !path.exists() => return Ok(()),
+            Err(e) if left == 0 => {
+                return Err(Error::io(format!("Cannot remove {}.", path.display()), e));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// Whether `path` is a directory itself, not a link to one.
+pub(crate) fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir())
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One job, and the backup of one guest within it.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use futures_util::future::try_join_all;
+use provider_api::{
+    BitmapRequest, BoxFuture, Call, Committed, GuestBackup, GuestInfo, GuestKind, Job, Progress,
+    Result, Transferred, Uuid, VmBackup, Volume, VolumeInfo,
+};
+use tracing::{info, warn};
+
+use crate::call::{blocking, invalid, limited};
+use crate::chain::Chain;
+use crate::commit::{self, Gate};
+use crate::copy::{Budget, copy_disk};
+use crate::files;
+use crate::limits::{CHAIN_ARCHIVES_MAX, CONFIG_BYTES_MAX, DISK_BYTES_MAX, DISKS_MAX, LOCK_WAIT};
+use crate::manifest::{CONFIG_FILE, Disk, FIREWALL_FILE, Manifest, SmallFile, check_device};
+use crate::storage::{RunDirectory, Storage, StorageLock};
+
+/// One job.
+#[derive(Debug)]
+pub(crate) struct DirectoryJob {
+    pub(crate) storage: Storage,
+}
+
+impl Job for DirectoryJob {
+    fn start_guest<'a>(
+        &'a mut self,
+        guest: GuestInfo,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn GuestBackup>>> {
+        Box::pin(limited(
+            call,
+            "Starting a guest's backup",
+            start_guest(&self.storage, guest, call),
+        ))
+    }
+
+    fn finish<'a>(self: Box<Self>, _call: &'a Call) -> BoxFuture<'a, Result<()>>
+    where
+        Self: 'a,
+    {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+async fn start_guest(
+    storage: &Storage,
+    guest: GuestInfo,
+    call: &Call,
+) -> Result<Box<dyn GuestBackup>> {
+    if guest.kind != GuestKind::Qemu {
+        return Err(invalid("The directory provider stores virtual machines only."));
+    }
+    let wanted = archive_name(&guest)?;
+    let lock = storage.must_lock(call, LOCK_WAIT).await?;
+    let shared = storage.clone();
+    let run = blocking(move || shared.begin(&wanted, &lock)).await?;
+    let backup = DirectoryBackup {
+        storage: storage.clone(),
+        archive: run.archive().to_owned(),
+        run: Arc::new(run),
+        guest,
+        plans: HashMap::new(),
+        manifest: None,
+    };
+    Ok(Box::new(backup))
+}
+
+fn archive_name(guest: &GuestInfo) -> Result<String> {
+    let time = jiff::Timestamp::from_second(guest.start_time_s)
+        .map_err(|e| invalid(format!("Start time {} cannot be used: {e}.", guest.start_time_s)))?;
+    Ok(format!("vzdump-{}-{}-{}", guest.kind, guest.id, time.strftime("%Y_%m_%d-%H_%M_%S")))
+}
+
+/// The backup of one guest.
+#[derive(Debug)]
+struct DirectoryBackup {
+    storage: Storage,
+    archive: String,
+    run: Arc<RunDirectory>,
+    guest: GuestInfo,
+    /// For each disk that may become an increment, what it would build upon.
+    plans: HashMap<String, Chain>,
+    /// Set once all data is durable.
+    manifest: Option<Manifest>,
+}
+
+impl DirectoryBackup {
+    async fn plan(&mut self, volumes: &[VolumeInfo]) -> Result<Vec<BitmapRequest>> {
+        check_devices(volumes.iter().map(|v| (v.device.as_str(), v.size_bytes)))?;
+        let storage = self.storage.clone();
+        let (kind, id) = (self.guest.kind, self.guest.id);
+        let wanted = volumes.to_vec();
+        let found = blocking(move || {
+            let mut archives = storage.manifests()?;
+            archives.retain(|m| m.subtype == kind && m.guest_id == id);
+            archives.sort_by_key(|m| std::cmp::Reverse(m.sequence));
+            Ok(wanted.iter().map(|v| find_base(&storage, &archives, v)).collect::<Vec<_>>())
+        })
+        .await?;
+        self.plans.clear();
+        let mut requests = Vec::new();
+        for (volume, base) in volumes.iter().zip(found) {
+            requests.push(match base {
+                Some((generation, chain)) => {
+                    self.plans.insert(volume.device.clone(), chain);
+                    BitmapRequest::Use { generation }
+                }
+                None => BitmapRequest::New,
+            });
+        }
+        Ok(requests)
+    }
+
+    async fn backup(&mut self, backup: VmBackup, progress: &dyn Progress) -> Result<Transferred> {
+        if self.manifest.is_some() {
+            return Err(invalid(format!("Archive {} is complete already.", self.archive)));
+        }
+        let volumes = &backup.volumes;
+        check_devices(volumes.iter().map(|v| (v.device.as_str(), v.size_bytes)))?;
+        let mut manifest = Manifest::new(self.archive.clone(), &self.guest);
+        (manifest.config, manifest.firewall) =
+            self.store_config(backup.config, backup.firewall).await?;
+
+        let budget = Budget::new();
+        let copies = volumes.iter().map(|volume| self.copy(volume, budget.clone(), progress));
+        manifest.disks = try_join_all(copies).await?;
+        manifest.transferred = sum(&manifest.disks);
+        let run = Arc::clone(&self.run);
+        blocking(move || files::sync_directory(run.path())).await?;
+        let transferred = manifest.transferred;
+        self.manifest = Some(manifest);
+        Ok(transferred)
+    }
+
+    async fn store_config(
+        &self,
+        config: Vec<u8>,
+        firewall: Option<Vec<u8>>,
+    ) -> Result<(SmallFile, Option<SmallFile>)> {
+        let size_bytes = config.len().max(firewall.as_ref().map_or(0, Vec::len)) as u64;
+        if size_bytes > CONFIG_BYTES_MAX {
+            return Err(invalid(format!(
+                "A configuration of {size_bytes} bytes is larger than {CONFIG_BYTES_MAX}."
+            )));
+        }
+        let run = Arc::clone(&self.run);
+        blocking(move || {
+            files::write_new(&run.path().join(CONFIG_FILE), &config)?;
+            if let Some(firewall) = &firewall {
+                files::write_new(&run.path().join(FIREWALL_FILE), firewall)?;
+            }
+            Ok((SmallFile::of(&config), firewall.as_deref().map(SmallFile::of)))
+        })
+        .await
+    }
+
+    async fn copy(&self, volume: &Volume, budget: Budget, progress: &dyn Progress) -> Result<Disk> {
+        let base = self.plans.get(&volume.device);
+        let base = base.filter(|chain| chain.size_bytes() == volume.size_bytes).cloned();
+        // Boxed: a disk's future is large, and a guest may have many.
+        Box::pin(copy_disk(volume, self.run.path(), base, budget, progress)).await
+    }
+}
+
+fn check_devices<'a>(devices: impl Iterator<Item = (&'a str, u64)>) -> Result<()> {
+    let mut seen = HashSet::new();
+    for (device, size_bytes) in devices {
+        check_device(device).map_err(invalid)?;
+        if size_bytes > DISK_BYTES_MAX {
+            return Err(invalid(format!("Disk {device} has {size_bytes} bytes.")));
+        }
+        if !seen.insert(device) {
+            return Err(invalid(format!("Disk {device} is listed twice.")));
+        }
+        if seen.len() > DISKS_MAX {
+            return Err(invalid(format!("More than {DISKS_MAX} disks are not supported.")));
+        }
+    }
+    Ok(())
+}
+
+/// The newest archive that this disk can build upon; `archives` begin with the newest.
+fn find_base(
+    storage: &Storage,
+    archives: &[Manifest],
+    volume: &VolumeInfo,
+) -> Option<(String, Chain)> {
+    for manifest in archives {
+        let Some(disk) = manifest.disk(&volume.device) else { continue };
+        let Some(generation) = &disk.generation else { continue };
+        if disk.size_bytes != volume.size_bytes {
+            continue;
+        }
+        match Chain::load(storage, manifest, &volume.device) {
+            Ok(chain) if chain.links().len() < CHAIN_ARCHIVES_MAX => {
+                return Some((generation.clone(), chain));
+            }
+            Ok(_) => {
+                info!("Disk {} has a chain of {CHAIN_ARCHIVES_MAX} archives.", volume.device);
+                return None;
+            }
+            Err(error) => warn!("Archive {} is not built upon: {error}", manifest.archive),
+        }
+    }
+    None
+}
+
+fn sum(disks: &[Disk]) -> Transferred {
+    disks.iter().fold(Transferred::default(), |all, disk| Transferred {
+        total_bytes: all.total_bytes + disk.transferred.total_bytes,
+        read_bytes: all.read_bytes + disk.transferred.read_bytes,
+        zero_bytes: all.zero_bytes + disk.transferred.zero_bytes,
+        written_bytes: all.written_bytes + disk.transferred.written_bytes,
+    })
+}
+
+/// Shuts the gate when the caller stops waiting.
+struct ShutOnDrop(Arc<Gate>);
+
+impl Drop for ShutOnDrop {
+    fn drop(&mut self) {
+        self.0.shut();
+    }
+}
+
+impl GuestBackup for DirectoryBackup {
+    fn archive_name(&self) -> &str {
+        &self.archive
+    }
+
+    fn plan_volumes<'a>(
+        &'a mut self,
+        volumes: &'a [VolumeInfo],
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<Vec<BitmapRequest>>> {
+        Box::pin(limited(call, "Planning a backup", self.plan(volumes)))
+    }
+
+    fn backup_vm<'a>(
+        &'a mut self,
+        backup: VmBackup,
+        progress: &'a dyn Progress,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<Transferred>> {
+        Box::pin(limited(call, "The backup", self.backup(backup, progress)))
+    }
+
+    fn commit<'a>(self: Box<Self>, id: Uuid, call: &'a Call) -> BoxFuture<'a, Result<Committed>>
+    where
+        Self: 'a,
+    {
+        Box::pin(async move {
+            let gate = Arc::new(Gate::default());
+            // Also when this future is dropped.
+            let _shut = ShutOnDrop(Arc::clone(&gate));
+            let run = Arc::clone(&self.run);
+            let work = commit_run(*self, id, call, Arc::clone(&gate));
+            let result = limited(call, "The commit", work).await;
+            if result.is_err() && gate.shut() {
+                let removed = blocking(move || run.remove()).await;
+                if let Err(error) = removed {
+                    warn!("What a failed commit left could not be removed: {error}");
+                }
+            }
+            result
+        })
+    }
+
+    fn abort<'a>(self: Box<Self>, why: &'a str, _call: &'a Call) -> BoxFuture<'a, Result<()>>
+    where
+        Self: 'a,
+    {
+        // Giving up must also work when the reason is a cancelled call.
+        Box::pin(async move {
+            info!("Archive {} is given up: {why}", self.archive);
+            let run = Arc::clone(&self.run);
+            blocking(move || run.remove()).await
+        })
+    }
+}
+
+async fn commit_run(
+    backup: DirectoryBackup,
+    id: Uuid,
+    call: &Call,
+    gate: Arc<Gate>,
+) -> Result<Committed> {
+    let DirectoryBackup { storage, run, manifest, archive, .. } = backup;
+    let manifest = manifest.ok_or_else(|| {
+        invalid(format!("Archive {archive} cannot be committed: its backup is not complete."))
+    })?;
+    let noted = Arc::clone(&run);
+    blocking(move || noted.note_commit(id)).await?;
+    let lock: StorageLock = storage.must_lock(call, LOCK_WAIT).await?;
+    blocking(move || commit::commit(&storage, &run, manifest, id, &gate, &lock)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use provider_api::{GuestInfo, GuestKind};
+
+    #[test]
+    fn archives_are_named_in_utc() {
+        let guest =
+            GuestInfo { kind: GuestKind::Qemu, id: 100, name: None, start_time_s: 1_767_322_984 };
+        assert_eq!(super::archive_name(&guest).unwrap(), "vzdump-qemu-100-2026_01_02-03_03_04");
+        assert!(super::archive_name(&GuestInfo { start_time_s: i64::MAX, ..guest }).is_err());
+    }
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Every bound of this crate in one place, with its reason.
+
+use std::time::Duration;
+
+/// Unit of checksums and of one write job.
+pub(crate) const BLOCK_BYTES: u64 = 4 << 20;
+/// One NBD read. Small enough to stay in the processor's cache between socket, hash and file:
+/// larger requests were measured slower.
+pub(crate) const READ_BYTES: u64 = 256 << 10;
+/// Cluster size of the images written, and the unit of zero detection.
+pub(crate) const CLUSTER_BYTES: u64 = 64 << 10;
+/// Data of one guest's disks held in memory at once.
+pub(crate) const IN_FLIGHT_BYTES: u64 = 64 << 20;
+/// Blocks of one disk in work at once. More than the memory bound allows for full blocks, so that
+/// increments of many small areas keep enough requests in flight.
+pub(crate) const BLOCKS_IN_FLIGHT: usize = 48;
+/// Range asked for in one round of block status queries: bounds the extents held in memory.
+pub(crate) const WINDOW_BYTES: u64 = 1 << 30;
+/// One NBD trim.
+pub(crate) const TRIM_BYTES: u64 = 1 << 30;
+/// Connections to one disk's export.
+pub(crate) const CONNECTIONS: usize = 2;
+/// Wait for one NBD request. A bandwidth limit may stretch the requests in flight.
+pub(crate) const NBD_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Archives in one backing chain. Each costs two descriptors and a lookup per read in a restore; at the bound
+/// the next backup is a full one.
+pub(crate) const CHAIN_ARCHIVES_MAX: usize = 128;
+/// Largest disk accepted from a manifest: far above any real one, far below an overflow.
+pub(crate) const DISK_BYTES_MAX: u64 = 1 << 56;
+/// Disks of one guest.
+pub(crate) const DISKS_MAX: usize = 256;
+/// Largest manifest that is read.
+pub(crate) const MANIFEST_BYTES_MAX: u64 = 4 << 20;
+/// Largest guest or firewall configuration that is stored or read.
+pub(crate) const CONFIG_BYTES_MAX: u64 = 4 << 20;
+/// Largest of the provider's own small files (commit records).
+pub(crate) const RECORD_BYTES_MAX: u64 = 4 << 10;
+/// Names tried when an archive of the same guest and second exists.
+pub(crate) const NAME_TRIES: u32 = 100;
+
+/// Wait for the storage's lock. Its holders rename and sync small files.
+pub(crate) const LOCK_WAIT: Duration = Duration::from_secs(60);
+/// The same wait in `commit_outcome`, which then answers "pending".
+pub(crate) const OUTCOME_LOCK_WAIT: Duration = Duration::from_secs(10);
+/// Pause between two tries of a lock.
+pub(crate) const LOCK_RETRY: Duration = Duration::from_millis(10);
+/// Longest answer time of `status`.
+pub(crate) const STATUS_WAIT: Duration = Duration::from_millis(900);
+
+/// Wait for `qemu-nbd` to listen.
+pub(crate) const SERVER_START_WAIT: Duration = Duration::from_secs(30);
+/// Pause between two looks at its socket.
+pub(crate) const SERVER_START_RETRY: Duration = Duration::from_millis(10);
+/// Bytes of its error output kept for messages.
+pub(crate) const SERVER_OUTPUT_BYTES: usize = 4 << 10;
+/// Clients of one restore server.
+pub(crate) const SERVER_CLIENTS: u32 = 16;
+
+const _: () = {
+    assert!(BLOCK_BYTES.is_multiple_of(CLUSTER_BYTES));
+    assert!(BLOCK_BYTES.is_multiple_of(READ_BYTES));
+    assert!(READ_BYTES.is_multiple_of(CLUSTER_BYTES));
+    assert!(WINDOW_BYTES.is_multiple_of(BLOCK_BYTES));
+    assert!(IN_FLIGHT_BYTES >= BLOCK_BYTES);
+};

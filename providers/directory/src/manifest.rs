@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The manifest: the file that makes a directory an archive.
+//!
+//! ```text
+//! <storage>/vzdump-qemu-100-2026_01_02-03_04_05/
+//!     manifest.json          this file
+//!     qemu-server.conf       the guest's configuration
+//!     qemu-server.fw         its firewall configuration, if any
+//!     scsi0.qcow2            a disk; in an increment backed by ../<base archive>/scsi0.qcow2
+//!     scsi0.blake3           checksums of what scsi0.qcow2 adds, see `checksums`
+//! ```
+//!
+//! A storage may be writable by others, so whatever is read from it is checked before use: names
+//! are rebuilt from the device instead of believed, numbers are bounded.
+
+use std::collections::HashSet;
+
+use provider_api::{GuestKind, Result, Transferred, Uuid, check_archive_name};
+use serde::{Deserialize, Serialize};
+
+use crate::call::{corrupt, invalid};
+use crate::limits::{BLOCK_BYTES, DISK_BYTES_MAX, DISKS_MAX};
+
+/// Name of the manifest in an archive.
+pub(crate) const MANIFEST_FILE: &str = "manifest.json";
+/// Name of the guest's configuration in an archive.
+pub(crate) const CONFIG_FILE: &str = "qemu-server.conf";
+/// Name of the firewall configuration in an archive.
+pub(crate) const FIREWALL_FILE: &str = "qemu-server.fw";
+
+const FORMAT: &str = "vzdump-directory";
+const VERSION: u32 = 1;
+
+/// One archive.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Manifest {
+    pub(crate) format: String,
+    pub(crate) version: u32,
+    /// Name of the archive, equal to that of its directory.
+    pub(crate) archive: String,
+    pub(crate) subtype: GuestKind,
+    pub(crate) guest_id: u32,
+    pub(crate) guest_name: Option<String>,
+    /// Start of the backup, seconds since the epoch.
+    pub(crate) time_s: i64,
+    /// Rank among the guest's archives in the order of their commits; a clock may jump, this
+    /// may not.
+    pub(crate) sequence: u64,
+    pub(crate) commit_id: Uuid,
+    pub(crate) config: SmallFile,
+    pub(crate) firewall: Option<SmallFile>,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) transferred: Transferred,
+}
+
+/// A configuration file in an archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SmallFile {
+    pub(crate) size_bytes: u64,
+    pub(crate) blake3: String,
+}
+
+impl SmallFile {
+    pub(crate) fn of(content: &[u8]) -> Self {
+        Self {
+            size_bytes: content.len() as u64,
+            blake3: blake3::hash(content).to_hex().to_string(),
+        }
+    }
+}
+
+/// One disk in an archive.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Disk {
+    pub(crate) device: String,
+    /// Size of the disk.
+    pub(crate) size_bytes: u64,
+    /// Size of the image file.
+    pub(crate) file_size_bytes: u64,
+    /// Archive whose disk of the same name this one builds upon.
+    pub(crate) base: Option<String>,
+    /// What to ask a bitmap for in the next backup.
+    pub(crate) generation: Option<String>,
+    /// QEMU's word for what it did with the bitmap.
+    pub(crate) bitmap_action: String,
+    pub(crate) transferred: Transferred,
+    pub(crate) checksums: Checksums,
+}
+
+/// The file of checksums that belongs to a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Checksums {
+    pub(crate) block_size_bytes: u64,
+    pub(crate) file_size_bytes: u64,
+    /// Hash of the file of checksums itself.
+    pub(crate) blake3: String,
+}
+
+impl Disk {
+    /// Name of the image in its archive.
+    pub(crate) fn image_file(&self) -> String {
+        image_file(&self.device)
+    }
+
+    /// The backing file name that the image's header must have.
+    pub(crate) fn backing_name(&self) -> Option<String> {
+        self.base.as_ref().map(|base| backing_name(base, &self.device))
+    }
+}
+
+/// Name of a device's image in an archive.
+pub(crate) fn image_file(device: &str) -> String {
+    format!("{device}.qcow2")
+}
+
+/// Name of a device's checksums in an archive.
+pub(crate) fn checksums_file(device: &str) -> String {
+    format!("{device}.blake3")
+}
+
+/// The backing file name of an increment: relative, so that a storage may be moved as a whole.
+pub(crate) fn backing_name(base: &str, device: &str) -> String {
+    format!("../{base}/{}", image_file(device))
+}
+
+/// Checks a device name, which becomes part of file names.
+pub(crate) fn check_device(device: &str) -> std::result::Result<(), String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    if device.is_empty() || device.len() > 64 || device.starts_with('.') {
+        return Err(format!("Device name {device:?} is empty, too long or begins with a dot."));
+    }
+    if !device.chars().all(plain) {
+        return Err(format!("Device name {device:?} has characters other than A-Za-z0-9_.-"));
+    }
+    Ok(())
+}
+
+/// Checks the name of an archive of this storage: a plain directory name.
+pub(crate) fn check_name(name: &str) -> Result<()> {
+    check_archive_name(name).map_err(invalid)?;
+    if name.contains('/') || name.starts_with('.') {
+        return Err(invalid(format!(
+            "Archive name {name:?} does not belong to a directory storage: it has a '/' or begins \
+             with a dot."
+        )));
+    }
+    Ok(())
+}
+
+impl Manifest {
+    /// A manifest without disks. Sequence and commit id are set at the commit.
+    pub(crate) fn new(archive: String, guest: &provider_api::GuestInfo) -> Self {
+        Self {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            archive,
+            subtype: guest.kind,
+            guest_id: guest.id,
+            guest_name: guest.name.clone(),
+            time_s: guest.start_time_s,
+            sequence: 0,
+            commit_id: Uuid::nil(),
+            config: SmallFile::of(b""),
+            firewall: None,
+            disks: Vec::new(),
+            transferred: Transferred::default(),
+        }
+    }
+
+    /// Parses and checks the manifest of the archive called `name`.
+    pub(crate) fn parse(name: &str, text: &[u8]) -> Result<Self> {
+        let manifest: Self = serde_json::from_slice(text)
+            .map_err(|e| corrupt(format!("Manifest of {name} cannot be read: {e}.")))?;
+        manifest.check(name).map_err(|fault| corrupt(format!("Manifest of {name}: {fault}")))?;
+        Ok(manifest)
+    }
+
+    fn check(&self, name: &str) -> std::result::Result<(), String> {
+        if self.format != FORMAT || self.version != VERSION {
+            return Err(format!(
+                "format {:?} version {} is not known to this program.",
+                self.format, self.version
+            ));
+        }
+        if self.archive != name {
+            return Err(format!("it belongs to an archive called {:?}.", self.archive));
+        }
+        if self.disks.len() > DISKS_MAX {
+            return Err(format!("it has {} disks.", self.disks.len()));
+        }
+        let mut seen = HashSet::new();
+        for disk in &self.disks {
+            disk.check(name)?;
+            if !seen.insert(&disk.device) {
+                return Err(format!("disk {} is listed twice.", disk.device));
+            }
+        }
+        Ok(())
+    }
+
+    /// The disk with this name.
+    pub(crate) fn disk(&self, device: &str) -> Option<&Disk> {
+        self.disks.iter().find(|disk| disk.device == device)
+    }
+
+    /// Bytes the archive takes.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        let disks = self
+            .disks
+            .iter()
+            .map(|d| d.file_size_bytes.saturating_add(d.checksums.file_size_bytes));
+        let small = std::iter::once(&self.config).chain(&self.firewall).map(|f| f.size_bytes);
+        disks.chain(small).fold(0, u64::saturating_add)
+    }
+
+    /// The archive this one builds upon; with several, the first disk's.
+    pub(crate) fn base(&self) -> Option<&String> {
+        self.disks.iter().find_map(|disk| disk.base.as_ref())
+    }
+}
+
+impl Disk {
+    fn check(&self, archive: &str) -> std::result::Result<(), String> {
+        check_device(&self.device)?;
+        if self.size_bytes > DISK_BYTES_MAX {
+            return Err(format!("disk {} has {} bytes.", self.device, self.size_bytes));
+        }
+        if self.checksums.block_size_bytes != BLOCK_BYTES {
+            return Err(format!("disk {} has an unknown checksum block size.", self.device));
+        }
+        if let Some(base) = &self.base {
+            check_name(base).map_err(|e| e.message)?;
+            if base == archive {
+                return Err(format!("disk {} builds upon itself.", self.device));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check_device, check_name};
+
+    #[test]
+    fn names_that_would_leave_their_directory_are_refused() {
+        for bad in ["", ".", "..", "../x", "a/b", ".tmp-x", "a b", "x\0", "ü"] {
+            assert!(check_device(bad).is_err(), "{bad:?}");
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+        assert!(check_device("scsi0").is_ok());
+        assert!(check_name("vzdump-qemu-100-2026_01_02-03_04_05-2").is_ok());
+    }
+}
