@@ -196,9 +196,11 @@ impl Client {
     /// # Errors
     /// As [`Client::read`]; the buffer is lost.
     pub async fn read_into(&self, offset: u64, len: usize, mut buf: BytesMut) -> Result<BytesMut> {
-        let wide = self
-            .check_range("read", offset, len as u64)
-            .map(|()| self.widen(offset, len as u64))?;
+        if len > MAX_READ {
+            return Err(Error::Invalid(format!("NBD read of {len} bytes: at most 1 GiB at once")));
+        }
+        self.check_range("read", offset, len as u64)?;
+        let wide = self.widen(offset, len as u64);
         if len == 0 {
             return Ok(buf);
         }

@@ -323,3 +323,6 @@ impl Table {
         self.lock().closed.clone().unwrap_or(Error::Disconnected)
     }
 }
+
+#[cfg(test)]
+mod tests;

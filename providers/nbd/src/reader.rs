@@ -230,3 +230,6 @@ fn server_error(pending: &Pending, number: u32, message: String, offset: Option<
         len: pending.len,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,9 @@
 mod handshake;
 mod transmission;
 
+#[cfg(test)]
+mod tests;
+
 pub use handshake::{
     BlockSizes, ExportQuery, Greeting, Info, MetaQuery, OptionReply, OptionRequest, ServerEntry,
     export_name_reply, parse_export_name_reply, parse_meta_context,
