@@ -38,10 +38,16 @@ impl Console {
     /// # Errors
     /// The file is there and cannot be read.
     pub fn from_end_of(path: &Path) -> Result<Self> {
-        let mut console = Self { path: path.to_owned(), text: String::new(), seen: 0 };
+        let mut console = Self::from_start_of(path);
         console.refresh()?;
         console.seen = console.text.len();
         Ok(console)
+    }
+
+    /// Follows this file, which need not exist yet, from its start.
+    #[must_use]
+    pub fn from_start_of(path: &Path) -> Self {
+        Self { path: path.to_owned(), text: String::new(), seen: 0 }
     }
 
     /// The next complete line that contains `needle`; what was said before it is passed over.

@@ -3,12 +3,16 @@
 //!
 //! * [`records`]: numbered, self-checking records that a guest writes to two disks.
 //! * [`guest`]: builds the small Linux guest that writes them.
+//! * [`lab`]: a small installation with one VM, its backups and restores.
+//! * [`vzdump`]: runs the program as a user would.
 //! * [`console`]: what the guest says on its serial line.
 //! * [`qemu`]: finds the patched QEMU, boots the guest directly.
 //! * [`process`]: programs with a time limit that are ended on every path.
 
 pub mod console;
 pub mod guest;
+pub mod lab;
 pub mod process;
 pub mod qemu;
 pub mod records;
+pub mod vzdump;

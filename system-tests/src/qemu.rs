@@ -26,7 +26,7 @@ pub fn workspace() -> &'static Path {
 /// # Errors
 /// It has not been built; the text says how.
 pub fn bin_dir() -> Result<PathBuf> {
-    let dir = match std::env::var_os("VZDUMP_QEMU_DIR") {
+    let dir = match std::env::var_os("VZDUMP_QEMU_BIN") {
         Some(dir) if !dir.is_empty() => PathBuf::from(dir),
         _ => workspace().join("target/qemu/bin"),
     };
