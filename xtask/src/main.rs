@@ -1,2 +1,72 @@
-//! (to be written)
-fn main() {}
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The project's chores: `cargo xtask <command>` (or `./x <command>`).
+#![forbid(unsafe_code)]
+
+mod apt;
+mod cargo;
+mod demo;
+mod paths;
+mod qemu;
+mod run;
+mod setup;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::paths::Paths;
+
+/// Builds QEMU with the backup extension, runs the tests and the demo.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install the Debian packages that the build, the tests and the demo need
+    Setup,
+    /// Build the patched QEMU into target/qemu/bin
+    Qemu(qemu::Options),
+    /// Show the main job on a real guest: backup, increment, restore, check
+    Demo(demo::Options),
+    /// Everything that must pass: format, lints, rules, unit and system tests
+    Test(test::Options),
+    /// The same as `test`, as the gate runs it
+    Ci(test::Options),
+    /// `test` with the long suites: more stress seeds, and the tests marked ignored
+    Full(test::Options),
+    /// Check the repository's own rules: dependencies, unsafe, licence headers, file sizes
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<ExitCode> {
+    let paths = Paths::find()?;
+    match command {
+        Command::Setup => setup::run()?,
+        Command::Qemu(options) => {
+            setup::run()?;
+            qemu::run(&paths, &options)?;
+        }
+        Command::Demo(options) => return demo::run(&paths, &options),
+        Command::Test(options) | Command::Ci(options) => return test::run(&paths, &options),
+        Command::Full(options) => return test::run(&paths, &options.full()),
+        Command::Tidy => return tidy::run(&paths),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Debian's apt: packages of this machine, and source packages of any suite through a private apt
+//! state, so that the machine's own package lists stay as they are.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::run::{Show, Step, output};
+
+/// Debian's own name for "a mirror near you".
+const DEFAULT_MIRROR: &str = "http://localhost/debian";
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// A Debian source package in a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Source {
+    /// Version without epoch.
+    pub(crate) version: String,
+    pub(crate) dsc: PathBuf,
+}
+
+/// The newest complete source package `name` among those downloaded into `dir`.
+pub(crate) fn downloaded(dir: &Path, name: &str) -> Option<Source> {
+    let newest = fs::read_to_string(dir.join("newest")).ok()?;
+    let version = newest.trim().to_string();
+    let dsc = dir.join(&version).join(format!("{name}_{version}.dsc"));
+    dsc.is_file().then_some(Source { version, dsc })
+}
+
+/// Downloads source package `name` of Debian's `suite` into a folder named by its version in `dir`.
+pub(crate) fn download(dir: &Path, name: &str, suite: &str, log: &Path) -> Result<Source> {
+    fs::create_dir_all(dir).with_context(|| format!("{}: cannot create", dir.display()))?;
+    let own = own_mirror();
+    let mut mirrors = vec![own.as_str()];
+    if own != DEFAULT_MIRROR {
+        // The machine's own mirror may carry only its own suite.
+        mirrors.push(DEFAULT_MIRROR);
+    }
+    let mut first_error = None;
+    for mirror in mirrors {
+        match download_from(mirror, dir, name, suite, log) {
+            Ok(source) => return Ok(source),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    Err(first_error.context("no mirror")?)
+}
+
+fn download_from(mirror: &str, dir: &Path, name: &str, suite: &str, log: &Path) -> Result<Source> {
+    let state = dir.join("apt");
+    let _ = fs::remove_dir_all(&state);
+    for sub in ["lists/partial", "cache/archives/partial", "files"] {
+        let sub = state.join(sub);
+        fs::create_dir_all(&sub).with_context(|| format!("{}: cannot create", sub.display()))?;
+    }
+    let list = state.join("sources.list");
+    fs::write(&list, format!("deb-src [signed-by={KEYRING}] {mirror} {suite} main\n"))
+        .with_context(|| format!("{}: cannot write", list.display()))?;
+
+    let step = |what: String, args: &[&str]| {
+        let mut apt = private_apt(&state, &list);
+        apt.args(args).current_dir(state.join("files"));
+        let limit = Duration::from_secs(1200);
+        Step { name: &what, log: log.to_path_buf(), show: Show::Progress, limit }.run(apt)
+    };
+    step(format!("read Debian's {suite} package list from {mirror}"), &["update"])?;
+    step(format!("download the source package {name}"), &["source", "--download-only", name])?;
+
+    let dsc = only_dsc(&state.join("files"), name)?;
+    let version = dsc_version(&dsc, name)?;
+    let target = dir.join(&version);
+    let _ = fs::remove_dir_all(&target);
+    fs::rename(state.join("files"), &target)
+        .with_context(|| format!("{}: cannot rename to it", target.display()))?;
+    fs::write(dir.join("newest"), format!("{version}\n")).context("cannot note the version")?;
+    let _ = fs::remove_dir_all(&state);
+    downloaded(dir, name).context("the downloaded source package vanished")
+}
+
+/// apt-get with lists, cache and sources of its own.
+fn private_apt(state: &Path, list: &Path) -> Command {
+    let mut apt = Command::new("apt-get");
+    for option in [
+        format!("Dir::Etc::sourcelist={}", list.display()),
+        "Dir::Etc::sourceparts=-".into(),
+        format!("Dir::State::Lists={}", state.join("lists").display()),
+        format!("Dir::Cache={}", state.join("cache").display()),
+        "Acquire::Languages=none".into(),
+        "Acquire::Retries=3".into(),
+        // Root's cache is closed to apt's own user.
+        "APT::Sandbox::User=root".into(),
+        "APT::Update::Error-Mode=any".into(),
+    ] {
+        apt.args(["-o", &option]);
+    }
+    apt.env("LC_ALL", "C.UTF-8");
+    apt
+}
+
+fn only_dsc(dir: &Path, name: &str) -> Result<PathBuf> {
+    let found: Vec<PathBuf> = fs::read_dir(dir)
+        .with_context(|| format!("{}: cannot read", dir.display()))?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "dsc"))
+        .collect();
+    match found.as_slice() {
+        [one] => Ok(one.clone()),
+        _ => bail!("apt-get source {name} left {} .dsc files instead of one", found.len()),
+    }
+}
+
+fn dsc_version(dsc: &Path, name: &str) -> Result<String> {
+    dsc.file_name()
+        .and_then(|file| file.to_str())
+        .and_then(|file| file.strip_prefix(name)?.strip_prefix('_')?.strip_suffix(".dsc"))
+        .map(str::to_string)
+        .with_context(|| format!("{}: no version in its name", dsc.display()))
+}
+
+/// Unpacks a source package, Debian's patches applied, into the new folder `target`.
+pub(crate) fn unpack(source: &Source, target: &Path, log: &Path) -> Result<()> {
+    let mut command = Command::new("dpkg-source");
+    command.arg("-x").arg(&source.dsc).arg(target);
+    Step {
+        name: &format!("unpack {}", source.version),
+        log: log.to_path_buf(),
+        show: Show::Progress,
+        limit: Duration::from_secs(1200),
+    }
+    .run(command)
+}
+
+/// The mirror this machine uses for Debian's main archive.
+fn own_mirror() -> String {
+    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
+    if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
+        files.extend(entries.flatten().map(|entry| entry.path()));
+    }
+    files.sort();
+    files
+        .iter()
+        .filter_map(|file| {
+            let text = fs::read_to_string(file).ok()?;
+            let deb822 = file.extension().is_some_and(|e| e == "sources");
+            if deb822 { mirror_in_stanzas(&text) } else { mirror_in_lines(&text) }
+        })
+        .next()
+        .unwrap_or_else(|| DEFAULT_MIRROR.to_string())
+}
+
+/// Whether an entry is Debian's main archive, not its security archive and not somebody else's.
+fn is_main_archive(uri: &str, suite: &str, components: &str) -> bool {
+    let path = uri.trim_end_matches('/');
+    (uri.starts_with("http://") || uri.starts_with("https://"))
+        && path.ends_with("/debian")
+        && !suite.contains('/')
+        && components.split_whitespace().any(|c| c == "main")
+}
+
+/// One-line format: `deb [options] URI SUITE COMPONENT…`.
+fn mirror_in_lines(text: &str) -> Option<String> {
+    text.lines().find_map(|line| {
+        let entry = line.trim().strip_prefix("deb").and_then(|l| {
+            l.strip_prefix("-src").or(Some(l)).filter(|l| l.starts_with(char::is_whitespace))
+        })?;
+        let entry = entry.trim_start();
+        let entry = match entry.strip_prefix('[') {
+            Some(options) => options.split_once(']')?.1,
+            None => entry,
+        };
+        let mut words = entry.split_whitespace();
+        let (uri, suite) = (words.next()?, words.next()?);
+        let components: Vec<&str> = words.collect();
+        is_main_archive(uri, suite, &components.join(" ")).then(|| uri.to_string())
+    })
+}
+
+/// deb822 format: stanzas of `Field: value`, continued by indented lines, `#` comments.
+fn mirror_in_stanzas(text: &str) -> Option<String> {
+    let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    lines.split(|line| line.trim().is_empty()).find_map(|stanza| {
+        let field = |name: &str| {
+            let mut value = String::new();
+            let mut inside = false;
+            for line in stanza {
+                if line.starts_with(char::is_whitespace) {
+                    if inside {
+                        value.push(' ');
+                        value.push_str(line.trim());
+                    }
+                } else if let Some((key, rest)) = line.split_once(':') {
+                    inside = key.trim().eq_ignore_ascii_case(name);
+                    if inside {
+                        value.push_str(rest.trim());
+                    }
+                }
+            }
+            value
+        };
+        if field("Enabled").eq_ignore_ascii_case("no") {
+            return None;
+        }
+        let (suites, components) = (field("Suites"), field("Components"));
+        let suite = suites.split_whitespace().next()?;
+        field("URIs")
+            .split_whitespace()
+            .find(|uri| is_main_archive(uri, suite, &components))
+            .map(str::to_string)
+    })
+}
+
+/// The packages of `names` that are not installed.
+pub(crate) fn missing(names: &[&str]) -> Result<Vec<String>> {
+    // dpkg-query's exit code only says that some are unknown: its list is what counts.
+    let listed = Command::new("dpkg-query")
+        .args(["-W", "-f", "${Package} ${db:Status-Status}\n"])
+        .args(names)
+        .output()
+        .context("dpkg-query: cannot start; only Debian and its derivatives are supported")?;
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let installed =
+        |name: &str| listed.lines().any(|line| line.split_once(' ') == Some((name, "installed")));
+    Ok(names.iter().filter(|name| !installed(name)).map(ToString::to_string).collect())
+}
+
+/// Installs packages of this machine's own suite; reads new package lists only if it has to.
+pub(crate) fn install(names: &[String], log: &Path) -> Result<()> {
+    let limit = Duration::from_secs(1800);
+    let apt_get = |what: &str, args: &[&str], names: &[String]| {
+        let mut command = as_root("apt-get")?;
+        command.args(["-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=300"]);
+        command.args(args).args(names);
+        Step { name: what, log: log.to_path_buf(), show: Show::Progress, limit }.run(command)
+    };
+    let install = ["install", "-y", "--no-install-recommends"];
+    if all_available(names) && apt_get("install packages", &install, names).is_ok() {
+        return Ok(());
+    }
+    apt_get("read new package lists", &["update"], &[])?;
+    apt_get("install packages", &install, names)
+}
+
+/// Whether the package lists at hand offer all of `names`.
+fn all_available(names: &[String]) -> bool {
+    names.iter().all(|name| {
+        output(Command::new("apt-cache").args(["--quiet", "show", name]))
+            .is_ok_and(|text| text.contains("Filename:"))
+    })
+}
+
+/// A program run as root, through sudo where that is needed.
+fn as_root(program: &str) -> Result<Command> {
+    let quiet = ("DEBIAN_FRONTEND", "noninteractive");
+    if rustix::process::geteuid().is_root() {
+        let mut command = Command::new(program);
+        command.env(quiet.0, quiet.1).env("LC_ALL", "C.UTF-8");
+        return Ok(command);
+    }
+    if !crate::run::in_path("sudo") {
+        bail!(
+            "installing packages needs root, and there is no sudo: run `cargo xtask setup` as root"
+        );
+    }
+    let mut command = Command::new("sudo");
+    command.args([&format!("{}={}", quiet.0, quiet.1), "LC_ALL=C.UTF-8", program]);
+    Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_mirror_in_one_line_format() {
+        let text = "# deb http://old/debian bookworm main\n\
+            deb http://security.example.org/debian-security bookworm-security main\n\
+            deb https://packages.example.org/apt stable main\n\
+            deb [arch=amd64 signed-by=/k.gpg] http://ftp.example.org/pub/debian/ bookworm main contrib\n";
+        assert_eq!(mirror_in_lines(text).unwrap(), "http://ftp.example.org/pub/debian/");
+        assert_eq!(mirror_in_lines("debug http://a/debian x main\n"), None);
+        assert_eq!(mirror_in_lines("deb http://a/debian\n"), None);
+        assert_eq!(
+            mirror_in_lines("deb-src http://a/debian sid main\n").unwrap(),
+            "http://a/debian"
+        );
+    }
+
+    #[test]
+    fn finds_the_mirror_in_deb822_format() {
+        let other = "Types: deb\n# comment\nURIs: http://mirror.example.org/debian-security\n\
+            Suites: bookworm-security\nComponents: main\n\n";
+        let main = "Types: deb\nURIs:\n file:/srv/debian\n http://mirror.example.org/debian\n\
+            Suites: bookworm bookworm-updates\nComponents: contrib main\n";
+        let found = mirror_in_stanzas(&format!("{other}{main}"));
+        assert_eq!(found.unwrap(), "http://mirror.example.org/debian");
+        assert_eq!(mirror_in_stanzas(&format!("{other}Enabled: no\n{main}")), None);
+        assert_eq!(mirror_in_stanzas("URIs: http://a/debian\nSuites: ./\n"), None);
+    }
+
+    #[test]
+    fn reads_the_version_from_the_name() {
+        let dsc = Path::new("/x/qemu_10.0.13+ds-0+deb13u1.dsc");
+        assert_eq!(dsc_version(dsc, "qemu").unwrap(), "10.0.13+ds-0+deb13u1");
+        assert!(dsc_version(dsc, "other").is_err());
+    }
+
+    #[test]
+    fn only_complete_downloads_count() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(downloaded(dir.path(), "qemu"), None);
+        fs::write(dir.path().join("newest"), "1.0\n").unwrap();
+        assert_eq!(downloaded(dir.path(), "qemu"), None);
+        fs::create_dir(dir.path().join("1.0")).unwrap();
+        fs::write(dir.path().join("1.0/qemu_1.0.dsc"), "").unwrap();
+        assert_eq!(downloaded(dir.path(), "qemu").unwrap().version, "1.0");
+    }
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! cargo itself, and the parts of the toolchain that the checks need.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::paths::Paths;
+use crate::run::{in_path, output};
+
+/// The folder with the patched QEMU programs, for everything that runs them.
+pub(crate) const QEMU_BIN_ENV: &str = "VZDUMP_QEMU_BIN";
+
+/// The cargo that runs us, in the checkout.
+pub(crate) fn cargo(paths: &Paths, args: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(&paths.root).env(QEMU_BIN_ENV, paths.qemu_bin());
+    command.env("VZDUMP_CACHE", &paths.cache);
+    // What `cargo run` set for us is not for others.
+    for name in ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PKG_NAME"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Whether a cargo subcommand is installed.
+pub(crate) fn has_subcommand(paths: &Paths, name: &str) -> bool {
+    output(cargo(paths, &[name, "--version"]).env_remove("RUSTC_WRAPPER")).is_ok()
+}
+
+/// rustfmt and clippy are separate parts of a toolchain: gets them from rustup where it can.
+pub(crate) fn ensure_components(paths: &Paths) -> Result<()> {
+    let missing: Vec<&str> = [("fmt", "rustfmt"), ("clippy", "clippy")]
+        .iter()
+        .filter(|(subcommand, _)| !has_subcommand(paths, subcommand))
+        .map(|(_, component)| *component)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let advice = format!("rustup component add {}", missing.join(" "));
+    if in_path("rustup") {
+        eprintln!("missing in the Rust toolchain: {}; running `{advice}`", missing.join(" "));
+        if output(Command::new("rustup").args(["component", "add"]).args(&missing)).is_ok() {
+            return Ok(());
+        }
+    }
+    bail!("the Rust toolchain lacks {}: run `{advice}`", missing.join(" and "));
+}

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask demo`: builds everything and runs the demo of the main job.
+
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::cargo::cargo;
+use crate::paths::Paths;
+use crate::run::{Show, Step};
+use crate::{qemu, setup};
+
+/// Shows backup, increment and restore of a running guest.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Passed to the demo, for example --keep
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    args: Vec<String>,
+}
+
+pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
+    setup::run()?;
+    qemu::run(paths, &qemu::Options::default())?;
+    Step {
+        name: "build vzdump and the demo",
+        log: paths.logs().join("demo-build.log"),
+        show: Show::Progress,
+        limit: Duration::from_secs(3600),
+    }
+    .run(cargo(
+        paths,
+        &["build", "--release", "--package", "vzdump", "--package", "system-tests", "--bins"],
+    ))?;
+    // The demo talks to the terminal itself, and may be stopped there.
+    let status = cargo(
+        paths,
+        &["run", "--quiet", "--release", "--package", "system-tests", "--bin", "demo", "--"],
+    )
+    .args(&options.args)
+    .stdin(Stdio::null())
+    .status()
+    .context("cargo: cannot start")?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

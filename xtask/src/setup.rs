@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask setup`: the Debian packages of the build, the tests and the demo.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+
+use crate::{apt, paths::Paths};
+
+/// What `cargo xtask qemu` needs.
+const BUILD: &[&str] = &[
+    "build-essential",
+    "debian-archive-keyring",
+    "dpkg-dev",
+    "libaio-dev",
+    "libclang-dev",
+    "libfdt-dev",
+    "libfuse3-dev",
+    "libglib2.0-dev",
+    "libpixman-1-dev",
+    "libseccomp-dev",
+    "liburing-dev",
+    "ninja-build",
+    "pkg-config",
+    "python3",
+    "xz-utils",
+    "zlib1g-dev",
+    // Firmware: the source package has none.
+    "qemu-system-data",
+    "seabios",
+];
+
+/// What the tests and the demo's guest are made of.
+const TESTS: &[&str] = &[
+    "busybox-static",
+    "cpio",
+    "e2fsprogs",
+    "fuse3",
+    "git",
+    "kmod",
+    "libnbd-bin",
+    "lz4",
+    "nbdkit",
+    "procps",
+    "qemu-utils",
+];
+
+/// Installs what is missing; silent and quick when nothing is.
+pub(crate) fn run() -> Result<()> {
+    let mut wanted = [BUILD, TESTS].concat();
+    wanted.push(meson_package(&fs::read_to_string("/etc/os-release").unwrap_or_default()));
+    let missing = apt::missing(&wanted)?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    eprintln!("missing Debian packages: {}", missing.join(" "));
+    let log = Paths::find()?.logs().join("setup.log");
+    apt::install(&missing, &log)
+        .with_context(|| format!("install them by hand: apt-get install {}", missing.join(" ")))
+}
+
+/// QEMU wants meson 1.5: Debian has it from release 13 on, before that `xtask qemu` puts one into a
+/// virtual environment.
+fn meson_package(os_release: &str) -> &'static str {
+    let value = |name: &str| {
+        os_release
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .map(|value| value.trim_matches('"'))
+    };
+    let old = value("VERSION_ID")
+        .and_then(|version| version.split('.').next()?.parse::<u32>().ok())
+        .is_some_and(|version| version < 13);
+    if value("ID") == Some("debian") && !old { "meson" } else { "python3-venv" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meson_comes_from_where_it_is_new_enough() {
+        assert_eq!(meson_package("ID=debian\nVERSION_ID=\"12\"\n"), "python3-venv");
+        assert_eq!(meson_package("ID=debian\nVERSION_ID=\"13\"\n"), "meson");
+        assert_eq!(meson_package("ID=debian\nVERSION_CODENAME=forky\n"), "meson");
+        assert_eq!(meson_package("ID=ubuntu\nVERSION_ID=\"24.04\"\n"), "python3-venv");
+    }
+}
