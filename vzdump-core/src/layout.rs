@@ -209,10 +209,10 @@ impl Layout {
         self.run.join("lock")
     }
 
-    /// The lock of one VM's configuration and power state.
+    /// The lock that a start and a stop of one VM hold while they work.
     #[must_use]
-    pub fn vm_lock_path(&self, id: u32) -> PathBuf {
-        self.lock_dir().join(format!("qemu-{id}.lock"))
+    pub fn vm_power_lock_path(&self, id: u32) -> PathBuf {
+        self.lock_dir().join(format!("power-qemu-{id}.lock"))
     }
 
     /// Makes a VM's private directory, or corrects its mode.

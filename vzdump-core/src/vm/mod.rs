@@ -2,5 +2,8 @@
 //! Virtual machines: the command line of QEMU, its process, and its backup.
 
 pub mod backup;
+pub mod create;
+pub mod freeze_guard;
+pub mod process;
 pub mod qemu_cmdline;
 pub mod runner;

@@ -1,2 +1,529 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Starts, stops and watches the QEMU process of a VM.
+//!
+//! QEMU is spawned in a process group of its own, so it outlives this program and its terminal. It
+//! keeps its standard error in `qemu.log`, and writes and locks its pid file, which is how later
+//! processes find it. A start is complete only when QEMU answers over QMP; everything that goes
+//! wrong before ends QEMU again and shows what it said.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use qmp_client::commands::{QueryStatus, SystemPowerdown};
+use qmp_client::{Options as QmpOptions, Session};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::Signal;
+use tokio::process::{Child, Command};
+
+use super::process::{ProcessHandle, VmProcess};
+use super::qemu_cmdline::{self, CmdlineError, CommandLine, DiskFile, Input};
+use crate::config::ConfigError;
+use crate::config::guest::{DiskEntry, VmConfig};
+use crate::layout::{self, Layout, LayoutError, Monitor};
+use crate::lock::{FileLock, LockError};
+use crate::storage::{StorageError, StorageSet};
+use crate::tools::{MissingTool, Tools};
+
+/// Longest start until QMP answers; loading a large firmware on a busy host takes seconds.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often the monitor of a starting QEMU is tried; it cannot announce itself.
+const START_POLL: Duration = Duration::from_millis(20);
+/// How long another start or stop of the same VM is waited for.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// A monitor that does not greet in this time is used by somebody else.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Closing images may have to write caches out.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// A killed process is gone at once unless it hangs in the kernel.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How much of QEMU's last words is shown.
+const MESSAGE_MAX_BYTES: u64 = 4096;
+
+/// Why a VM was not started, stopped or asked.
+#[derive(Debug, thiserror::Error)]
+pub enum RunnerError {
+    /// There is no such VM.
+    #[error("The VM {id} does not exist: there is no '{path}'.")]
+    NoConfig {
+        /// The number.
+        id: u32,
+        /// The file that is missing.
+        path: PathBuf,
+    },
+    /// It is running.
+    #[error("The VM {id} is already running (process {pid}).")]
+    AlreadyRunning {
+        /// The number.
+        id: u32,
+        /// Its QEMU.
+        pid: i32,
+    },
+    /// Its configuration says that something else is being done with it.
+    #[error("The VM {id} is locked ({lock}); remove the key 'lock' if that is left over.")]
+    Locked {
+        /// The number.
+        id: u32,
+        /// What locked it.
+        lock: String,
+    },
+    /// QEMU ended or did not answer.
+    #[error("QEMU did not start the VM {id}: {message}")]
+    Start {
+        /// The number.
+        id: u32,
+        /// What QEMU said.
+        message: String,
+    },
+    /// QEMU cannot be ended.
+    #[error(
+        "The QEMU of the VM {id} (process {pid}) did not end within {after_s} s of being killed."
+    )]
+    Unkillable {
+        /// The number.
+        id: u32,
+        /// Its QEMU.
+        pid: i32,
+        /// How long was waited.
+        after_s: u64,
+    },
+    /// The configuration gives no command line.
+    #[error("The VM {id} cannot be started as it is configured.")]
+    Cmdline {
+        /// The number.
+        id: u32,
+        /// Why.
+        source: CmdlineError,
+    },
+    /// The configuration could not be read.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A directory or socket.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Another task works on the VM.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A program is missing.
+    #[error(transparent)]
+    Tool(#[from] MissingTool),
+    /// QEMU's process or its files.
+    #[error("Cannot {what} of the VM {id}.")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The number.
+        id: u32,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// How to start a VM.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StartOptions {
+    /// Do not let the guest run yet.
+    pub paused: bool,
+    /// Started only to read its disks: unknown keys give notices instead of failing, a lock in the
+    /// configuration is ignored.
+    pub for_backup: bool,
+}
+
+/// A VM that was started.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// Its QEMU.
+    pub process: VmProcess,
+    /// What the administrator should know, one sentence each.
+    pub notices: Vec<String>,
+}
+
+/// How to stop a VM.
+#[derive(Debug, Clone, Copy)]
+pub struct StopOptions {
+    /// How long the guest may take to shut down; zero does not ask it.
+    pub timeout: Duration,
+}
+
+impl Default for StopOptions {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(60) }
+    }
+}
+
+/// How a VM came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stopped {
+    /// It was not running.
+    NotRunning,
+    /// The guest shut down by itself.
+    Shutdown,
+    /// QEMU was asked to end.
+    Quit,
+    /// QEMU was killed.
+    Killed,
+}
+
+/// What a VM is doing.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct VmStatus {
+    /// Its number.
+    pub id: u32,
+    /// Its name.
+    pub name: Option<String>,
+    /// Whether its QEMU runs.
+    pub running: bool,
+    /// Its QEMU.
+    #[serde(flatten)]
+    pub process: Option<VmProcess>,
+    /// QEMU's word for the guest's state, when its monitor was free.
+    pub qmp_status: Option<String>,
+    /// QEMU's version, when its monitor was free.
+    pub qemu_version: Option<String>,
+}
+
+/// The QEMU process of a VM, if it runs.
+///
+/// # Errors
+/// [`RunnerError::Io`].
+pub fn find_process(layout: &Layout, id: u32) -> Result<Option<VmProcess>, RunnerError> {
+    VmProcess::of_pid_file(&layout.pid_file(id)).map_err(|source| RunnerError::Io {
+        what: "read the pid file",
+        id,
+        source,
+    })
+}
+
+/// Reads the configuration of a VM that must exist.
+///
+/// # Errors
+/// [`RunnerError::NoConfig`], [`RunnerError::Config`].
+pub fn read_config(layout: &Layout, id: u32) -> Result<VmConfig, RunnerError> {
+    let path = layout.vm_config_path(id);
+    VmConfig::read(&path)?.ok_or(RunnerError::NoConfig { id, path })
+}
+
+/// Starts a VM.
+///
+/// # Errors
+/// [`RunnerError`]; nothing of QEMU is left running then, also when the future is dropped.
+pub async fn start(
+    layout: &Layout,
+    tools: &Tools,
+    storages: &StorageSet,
+    id: u32,
+    options: StartOptions,
+) -> Result<Started, RunnerError> {
+    layout::check_guest_id(id)?;
+    let _lock = power_lock(layout, id).await?;
+    let config = read_config(layout, id)?;
+    if let Some(lock) = config.get("lock").filter(|_| !options.for_backup) {
+        return Err(RunnerError::Locked { id, lock: lock.to_owned() });
+    }
+    if let Some(VmProcess { pid, .. }) = find_process(layout, id)? {
+        return Err(RunnerError::AlreadyRunning { id, pid });
+    }
+    for socket in sockets(layout, id) {
+        layout::check_socket_path(&socket)?;
+    }
+    let input = Input {
+        layout,
+        id,
+        find: &|disk| find_file(storages, disk),
+        paused: options.paused,
+        lenient: options.for_backup,
+    };
+    let line = qemu_cmdline::build(&config, &input)
+        .map_err(|source| RunnerError::Cmdline { id, source })?;
+    let qemu = tools.qemu_system()?;
+    layout.make_vm_run_dir(id)?;
+    let mut starting = Starting::spawn(layout, &qemu, id, &line)?;
+    match starting.ready().await {
+        Ok(process) => {
+            starting.child = None;
+            let mut notices = line.notices;
+            notices.extend(tail(&starting.log).lines().map(str::to_owned));
+            Ok(Started { process, notices })
+        }
+        Err(error) => {
+            starting.end().await;
+            Err(error)
+        }
+    }
+}
+
+async fn power_lock(layout: &Layout, id: u32) -> Result<FileLock, LockError> {
+    let path = layout.vm_power_lock_path(id);
+    FileLock::acquire(&path, &format!("The power state of VM {id}"), LOCK_TIMEOUT).await
+}
+
+fn sockets(layout: &Layout, id: u32) -> Vec<PathBuf> {
+    let monitors = Monitor::ALL.map(|monitor| layout.qmp_socket(id, monitor));
+    let others = [layout.agent_socket(id), layout.serial_socket(id)];
+    monitors.into_iter().chain(others).collect()
+}
+
+/// The file of a disk: that it exists, what it is, and whether it can bypass the page cache.
+fn find_file(storages: &StorageSet, disk: &DiskEntry) -> Result<DiskFile, StorageError> {
+    let path = storages.resolve(&disk.volume)?;
+    let fault = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => {
+            StorageError::NotFound { volume: disk.volume.clone(), path: path.clone() }
+        }
+        _ => StorageError::Io { what: "open", path: path.clone(), source },
+    };
+    let meta = fs::metadata(&path).map_err(fault)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    let direct = match rustix::fs::open(&path, flags, Mode::empty()) {
+        Ok(_) => true,
+        Err(rustix::io::Errno::INVAL) => false,
+        Err(errno) => return Err(fault(errno.into())),
+    };
+    Ok(DiskFile { is_device: meta.file_type().is_block_device(), direct, path })
+}
+
+/// A QEMU that has not answered yet; ended when dropped.
+struct Starting {
+    id: u32,
+    child: Option<Child>,
+    log: PathBuf,
+    monitor: PathBuf,
+    sockets: Vec<PathBuf>,
+}
+
+impl Starting {
+    fn spawn(
+        layout: &Layout,
+        qemu: &Path,
+        id: u32,
+        line: &CommandLine,
+    ) -> Result<Self, RunnerError> {
+        let fault = |what| move |source| RunnerError::Io { what, id, source };
+        let log = layout.qemu_log(id);
+        let stderr = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&log)
+            .map_err(fault("make the log file"))?;
+        let stdout = stderr.try_clone().map_err(fault("make the log file"))?;
+        let sockets = sockets(layout, id);
+        // Left over from a QEMU that was killed. Gone now, so that no client connects to it.
+        for socket in &sockets {
+            let _ = fs::remove_file(socket);
+        }
+        let child = Command::new(qemu)
+            .args(&line.args)
+            .stdin(Stdio::null())
+            .stdout(stdout)
+            .stderr(stderr)
+            .current_dir("/")
+            .process_group(0)
+            .spawn()
+            .map_err(fault("start the QEMU"))?;
+        let monitor = layout.qmp_socket(id, Monitor::Runner);
+        Ok(Self { id, child: Some(child), log, monitor, sockets })
+    }
+
+    fn error(&self, why: &str) -> RunnerError {
+        let said = tail(&self.log);
+        let said = if said.is_empty() { "it said nothing." } else { &said };
+        RunnerError::Start { id: self.id, message: format!("{why}: {said}") }
+    }
+
+    /// Waits until QEMU answers over QMP.
+    async fn ready(&mut self) -> Result<VmProcess, RunnerError> {
+        let deadline = Instant::now() + START_TIMEOUT;
+        let io = |source| RunnerError::Io { what: "watch the QEMU", id: self.id, source };
+        loop {
+            let child = self.child.as_mut().expect("it is there until it was waited for");
+            if let Some(status) = child.try_wait().map_err(io)? {
+                return Err(self.error(&exit_text(status)));
+            }
+            let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
+            if self.monitor.exists()
+                && let Ok(session) = Session::connect(&self.monitor, QmpOptions::default()).await
+                && session.execute(QueryStatus).await.is_ok()
+                && let Some(process) = pid.map(VmProcess::of_pid).transpose().map_err(io)?.flatten()
+            {
+                return Ok(process);
+            }
+            if Instant::now() >= deadline {
+                let why = format!("no answer within {} s", START_TIMEOUT.as_secs());
+                return Err(self.error(&why));
+            }
+            tokio::time::sleep(START_POLL).await;
+        }
+    }
+
+    /// Ends QEMU and waits for its end.
+    async fn end(mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Fails only for a process that has already ended.
+            let _ = child.start_kill();
+            let _ = tokio::time::timeout(KILL_TIMEOUT, child.wait()).await;
+        }
+        self.remove_sockets();
+    }
+
+    fn remove_sockets(&self) {
+        for socket in &self.sockets {
+            let _ = fs::remove_file(socket);
+        }
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.start_kill();
+            self.remove_sockets();
+        }
+    }
+}
+
+fn exit_text(status: ExitStatus) -> String {
+    match status.code() {
+        Some(code) => format!("it ended with code {code}"),
+        None => format!("it was ended ({status})"),
+    }
+}
+
+/// The end of a log file as one readable text.
+fn tail(path: &Path) -> String {
+    let read = || {
+        let mut file = File::open(path)?;
+        let begin = file.metadata()?.len().saturating_sub(MESSAGE_MAX_BYTES);
+        file.seek(SeekFrom::Start(begin))?;
+        let mut bytes = Vec::new();
+        file.take(MESSAGE_MAX_BYTES).read_to_end(&mut bytes)?;
+        Ok::<_, io::Error>(bytes)
+    };
+    // The text only helps people; without it the error still stands.
+    String::from_utf8_lossy(&read().unwrap_or_default()).trim().to_owned()
+}
+
+/// Stops a VM: asks the guest to shut down, then ends QEMU, then kills it.
+///
+/// # Errors
+/// [`RunnerError`].
+pub async fn stop(layout: &Layout, id: u32, options: StopOptions) -> Result<Stopped, RunnerError> {
+    layout::check_guest_id(id)?;
+    let _lock = power_lock(layout, id).await?;
+    let fault = |source| RunnerError::Io { what: "end the QEMU", id, source };
+    let Some(process) = find_process(layout, id)? else {
+        // A wrong number is an error, a VM that is off is not.
+        return read_config(layout, id).map(|_| Stopped::NotRunning);
+    };
+    let Some(handle) = process.open().map_err(fault)? else { return Ok(Stopped::NotRunning) };
+    let stopped = end(layout, id, &handle, options).await.map_err(fault)?;
+    for socket in sockets(layout, id) {
+        let _ = fs::remove_file(socket);
+    }
+    stopped.ok_or(RunnerError::Unkillable { id, pid: process.pid, after_s: KILL_TIMEOUT.as_secs() })
+}
+
+async fn end(
+    layout: &Layout,
+    id: u32,
+    handle: &ProcessHandle,
+    options: StopOptions,
+) -> io::Result<Option<Stopped>> {
+    if !options.timeout.is_zero()
+        && power_down(layout, id).await
+        && handle.wait(options.timeout).await?
+    {
+        return Ok(Some(Stopped::Shutdown));
+    }
+    // QEMU closes its images on this signal as it does on `quit`; no monitor is needed for it.
+    handle.signal(Signal::TERM)?;
+    if handle.wait(QUIT_TIMEOUT).await? {
+        return Ok(Some(Stopped::Quit));
+    }
+    handle.signal(Signal::KILL)?;
+    Ok(handle.wait(KILL_TIMEOUT).await?.then_some(Stopped::Killed))
+}
+
+/// Presses the guest's power button; tells whether there is a running guest that can feel it.
+async fn power_down(layout: &Layout, id: u32) -> bool {
+    let press = async {
+        let session = connect(layout, id).await?;
+        let is_running = session.execute(QueryStatus).await?.running;
+        if is_running {
+            session.execute(SystemPowerdown).await?;
+        }
+        Ok::<_, qmp_client::Error>(is_running)
+    };
+    press.await.unwrap_or_else(|error| {
+        tracing::warn!(vm = id, %error, "cannot ask the guest to shut down");
+        false
+    })
+}
+
+async fn connect(layout: &Layout, id: u32) -> qmp_client::Result<Session> {
+    let options = QmpOptions {
+        greeting_timeout: STATUS_TIMEOUT,
+        command_timeout: STATUS_TIMEOUT,
+        ..QmpOptions::default()
+    };
+    Session::connect(layout.qmp_socket(id, Monitor::Runner), options).await
+}
+
+/// Tells what a VM is doing.
+///
+/// # Errors
+/// [`RunnerError`].
+pub async fn status(layout: &Layout, id: u32) -> Result<VmStatus, RunnerError> {
+    layout::check_guest_id(id)?;
+    let config = read_config(layout, id)?;
+    let process = find_process(layout, id)?;
+    let mut status = VmStatus {
+        id,
+        name: config.name().map(str::to_owned),
+        running: process.is_some(),
+        process,
+        qmp_status: None,
+        qemu_version: None,
+    };
+    if process.is_some() {
+        match connect(layout, id).await {
+            Ok(session) => {
+                status.qemu_version = Some(session.version().to_string());
+                let reply = session.execute(QueryStatus).await.ok();
+                status.qmp_status = reply.map(|reply| reply.status.as_str().to_owned());
+            }
+            Err(error) => tracing::debug!(vm = id, %error, "the monitor does not answer"),
+        }
+    }
+    Ok(status)
+}
+
+/// The numbers of all VMs with a configuration.
+///
+/// # Errors
+/// [`ConfigError::Read`].
+pub fn list_ids(layout: &Layout) -> Result<Vec<u32>, ConfigError> {
+    let dir = layout.vm_config_dir();
+    let fault = |source| ConfigError::Read { path: dir.clone(), source };
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(fault(error)),
+    };
+    let mut ids = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(fault)?.file_name();
+        let id = name.to_str().and_then(|name| name.strip_suffix(".conf")?.parse().ok());
+        ids.extend(id.filter(|id| layout::check_guest_id(*id).is_ok()));
+    }
+    ids.sort_unstable();
+    Ok(ids)
+}
+
+#[cfg(test)]
+mod tests;
