@@ -10,8 +10,8 @@ use std::{borrow::Cow, fmt};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, value::RawValue};
 
-/// How many bytes at the end of an oversize line are kept, to find the `id` there.
-const TAIL_BYTES: usize = 512;
+/// How many bytes at each end of an oversize line are kept, to find the `id` there.
+const END_BYTES: usize = 512;
 /// A buffer that grew beyond this is given back once it is empty.
 const KEEP_CAPACITY_BYTES: usize = 1 << 20;
 
@@ -24,7 +24,9 @@ pub enum Frame {
     Oversize {
         /// Its length.
         length_bytes: u64,
-        /// Its last bytes.
+        /// Its first bytes.
+        head: Vec<u8>,
+        /// Its last bytes, as far as they are not in `head`.
         tail: Vec<u8>,
     },
 }
@@ -38,15 +40,24 @@ pub struct Framer {
     /// Up to where `buffer` was searched for a line end.
     scanned: usize,
     max_line_bytes: usize,
-    /// Bytes of the present line that were dropped already.
+    /// Bytes of the present line that are not in `buffer` any more.
     dropped_bytes: u64,
+    /// The first of them.
+    head: Vec<u8>,
 }
 
 impl Framer {
     /// A framer for lines of up to `max_line_bytes` (without the line end).
     #[must_use]
     pub fn new(max_line_bytes: usize) -> Self {
-        Self { buffer: Vec::new(), start: 0, scanned: 0, max_line_bytes, dropped_bytes: 0 }
+        Self {
+            buffer: Vec::new(),
+            start: 0,
+            scanned: 0,
+            max_line_bytes,
+            dropped_bytes: 0,
+            head: Vec::new(),
+        }
     }
 
     /// Takes bytes in. Call [`Self::next_frame`] until it returns `None` before the next push.
@@ -71,9 +82,15 @@ impl Framer {
             return None;
         };
         let line = &self.buffer[self.start..end];
-        let frame = if self.dropped_bytes > 0 || line.len() > self.max_line_bytes {
-            let tail = line[line.len().saturating_sub(TAIL_BYTES)..].to_vec();
-            Frame::Oversize { length_bytes: self.dropped_bytes + line.len() as u64, tail }
+        let frame = if self.dropped_bytes > 0 {
+            let tail = line[line.len().saturating_sub(END_BYTES)..].to_vec();
+            let head = std::mem::take(&mut self.head);
+            Frame::Oversize { length_bytes: self.dropped_bytes + line.len() as u64, head, tail }
+        } else if line.len() > self.max_line_bytes {
+            let (head, rest) = line.split_at(line.len().min(END_BYTES));
+            let tail = &rest[rest.len().saturating_sub(END_BYTES)..];
+            let length_bytes = line.len() as u64;
+            Frame::Oversize { length_bytes, head: head.to_vec(), tail: tail.to_vec() }
         } else {
             Frame::Line(line.strip_suffix(b"\r").unwrap_or(line).to_vec())
         };
@@ -83,21 +100,33 @@ impl Framer {
         Some(frame)
     }
 
-    /// The bytes of the line that is not complete yet.
+    /// The bytes of the line that is not complete yet; only its end if it is beyond the limit.
     #[must_use]
     pub fn incomplete(&self) -> &[u8] {
         &self.buffer[self.start..]
     }
 
-    /// Shortens an incomplete line beyond the limit to its tail.
+    /// Whether the line that is not complete yet is beyond the limit already.
+    #[must_use]
+    pub fn is_oversize(&self) -> bool {
+        self.dropped_bytes > 0
+    }
+
+    /// Shortens an incomplete line beyond the limit to its ends.
     fn drop_excess(&mut self) {
         let length = self.buffer.len() - self.start;
-        let over_limit = length > self.max_line_bytes;
-        if (self.dropped_bytes > 0 || over_limit) && length > TAIL_BYTES {
-            let excess = length - TAIL_BYTES;
-            self.start += excess;
-            self.dropped_bytes += excess as u64;
+        if self.dropped_bytes == 0 {
+            if length <= self.max_line_bytes {
+                return;
+            }
+            let head = length.min(END_BYTES);
+            self.head = self.buffer[self.start..self.start + head].to_vec();
+            self.start += head;
+            self.dropped_bytes = head as u64;
         }
+        let excess = (self.buffer.len() - self.start).saturating_sub(END_BYTES);
+        self.start += excess;
+        self.dropped_bytes += excess as u64;
     }
 }
 
@@ -345,6 +374,7 @@ mod tests {
     #[test]
     fn an_oversize_line_is_dropped_in_bounded_memory_and_the_next_one_is_read() {
         let mut framer = Framer::new(1000);
+        assert!(frames(&mut framer, b"the begin").is_empty());
         for _ in 0..10_000 {
             assert!(frames(&mut framer, &[b'x'; 100]).is_empty());
             assert!(framer.incomplete().len() <= 1000);
@@ -352,8 +382,9 @@ mod tests {
         }
         let seen = frames(&mut framer, b" the end\n{}\n");
         assert_eq!(seen.len(), 2);
-        let Frame::Oversize { length_bytes, tail } = &seen[0] else { panic!("{seen:?}") };
-        assert_eq!(*length_bytes, 1_000_008);
+        let Frame::Oversize { length_bytes, head, tail } = &seen[0] else { panic!("{seen:?}") };
+        assert_eq!(*length_bytes, 1_000_017);
+        assert!(head.starts_with(b"the begin"));
         assert!(tail.ends_with(b"the end"));
         assert_eq!(seen[1], Frame::Line(b"{}".to_vec()));
     }
@@ -363,7 +394,10 @@ mod tests {
         let mut framer = Framer::new(4);
         assert_eq!(frames(&mut framer, b"abcd\n"), [Frame::Line(b"abcd".to_vec())]);
         let over = frames(&mut framer, b"abcde\n");
-        assert_eq!(over, [Frame::Oversize { length_bytes: 5, tail: b"abcde".to_vec() }]);
+        assert_eq!(
+            over,
+            [Frame::Oversize { length_bytes: 5, head: b"abcde".to_vec(), tail: Vec::new() }]
+        );
     }
 
     #[test]

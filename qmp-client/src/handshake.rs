@@ -89,13 +89,13 @@ async fn read_greeting(reader: &mut LineReader<'_>, peer: &str) -> Result<Greeti
                 return Err(not_qemu("its first line is too long for a greeting".to_owned()));
             }
             None => {
+                if reader.framer.is_oversize() {
+                    return Err(not_qemu("its first line is too long for a greeting".to_owned()));
+                }
                 // Other protocols need not send line ends: decide by the first byte.
                 let begun = reader.framer.incomplete().trim_ascii_start();
                 if begun.first().is_some_and(|&byte| byte != b'{') {
                     return Err(not_qemu(format!("it sent \"{}\"", codec::excerpt(begun))));
-                }
-                if begun.len() > MAX_GREETING_BYTES {
-                    return Err(not_qemu("its first line is too long for a greeting".to_owned()));
                 }
                 let more = reader.fill().await.map_err(|e| not_qemu(format!("{e}")))?;
                 if !more {

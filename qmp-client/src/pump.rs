@@ -28,7 +28,7 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// After this many lines that cannot be read the stream is given up.
 const MAX_BAD_LINES: u32 = 100;
 /// How long a command that is being written may take to finish once nobody holds the session.
-const CLOSE_GRACE: Duration = Duration::from_secs(5);
+const CLOSE_GRACE: Duration = Duration::from_secs(2);
 
 /// What both tasks and all sessions of a connection share.
 #[derive(Debug)]
@@ -165,8 +165,9 @@ impl Reader<'_> {
         while let Some(frame) = self.framer.next_frame() {
             match frame {
                 Frame::Line(line) => self.handle_line(&line),
-                Frame::Oversize { length_bytes, tail } => {
-                    self.unreadable(&tail, format!("a line of {length_bytes} bytes is too long"));
+                Frame::Oversize { length_bytes, head, tail } => {
+                    let ends = [head, tail].concat();
+                    self.unreadable(&ends, format!("a line of {length_bytes} bytes is too long"));
                 }
             }
         }

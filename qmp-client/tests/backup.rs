@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The backup access guard against a scripted peer: on every way out exactly one teardown is sent,
+//! and none for an access that is not ours.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+mod support;
+
+use std::time::Duration;
+
+use qmp_client::{
+    Error,
+    backup::{self, AccessState, BackupAccess, BitmapAction, Device, SetupRequest},
+    commands::Stop,
+};
+use serde_json::{Value, json};
+use support::{Peer, pair, soon};
+
+fn request() -> SetupRequest {
+    SetupRequest::new("target", vec![Device::new("drive0"), Device::new("drive1")])
+}
+
+fn infos() -> Value {
+    let info = |device: &str| {
+        json!({"node-name": format!("ba-{device}"), "device": device, "size": 1 << 20,
+            "bitmap-action": "used", "generation": "g", "dirty": 65536, "drained-ns": 1})
+    };
+    json!([info("drive0"), info("drive1")])
+}
+
+/// Expects a teardown with this verdict and answers it.
+async fn serve_teardown(peer: &mut Peer, success: bool) {
+    let command = peer.serve(json!({"existed": true})).await;
+    assert_eq!(command["execute"], "backup-access-teardown");
+    assert_eq!(command["arguments"], json!({"target-id": "target", "success": success}));
+}
+
+async fn access() -> (BackupAccess, qmp_client::Session, Peer) {
+    let (session, mut peer) = pair().await;
+    let setup = BackupAccess::setup(session.clone(), request());
+    let (access, command) = tokio::join!(setup, peer.serve(infos()));
+    assert_eq!(command["execute"], "backup-access-setup");
+    (access.unwrap(), session, peer)
+}
+
+#[tokio::test]
+async fn commit_tears_down_as_success_and_only_once() {
+    let (access, session, mut peer) = access().await;
+    assert_eq!(access.infos().len(), 2);
+    assert_eq!(access.infos()[0].bitmap_action, BitmapAction::Used);
+    assert_eq!(access.infos()[0].dirty_bytes, Some(65536));
+    let (result, ()) = tokio::join!(access.commit(), serve_teardown(&mut peer, true));
+    assert!(result.unwrap().existed);
+    drop(session);
+    assert_eq!(peer.try_read().await, None);
+}
+
+#[tokio::test]
+async fn abort_tears_down_as_failure_and_only_once() {
+    let (access, session, mut peer) = access().await;
+    let (result, ()) = tokio::join!(access.abort(), serve_teardown(&mut peer, false));
+    assert!(result.unwrap().existed);
+    drop(session);
+    assert_eq!(peer.try_read().await, None);
+}
+
+#[tokio::test]
+async fn a_dropped_access_is_torn_down_before_any_later_command() {
+    let (access, session, mut peer) = access().await;
+    drop(access);
+    let later = session.execute(Stop);
+    let script = async {
+        serve_teardown(&mut peer, false).await;
+        peer.serve(json!({})).await
+    };
+    let (result, command) = tokio::join!(later, script);
+    result.unwrap();
+    assert_eq!(command["execute"], "stop");
+}
+
+#[tokio::test]
+async fn the_connection_stays_open_until_a_dropped_access_is_torn_down() {
+    // QEMU forgets queued commands of a connection that closes.
+    let (access, session, mut peer) = access().await;
+    drop(access);
+    drop(session);
+    let command = peer.read().await;
+    assert_eq!(command["arguments"]["success"], false);
+    peer.reply(&command, json!({"existed": true})).await;
+    assert_eq!(peer.try_read().await, None);
+}
+
+#[tokio::test]
+async fn a_cancelled_commit_goes_on_as_success() {
+    let (access, session, mut peer) = access().await;
+    let commit = tokio::time::timeout(Duration::from_millis(20), access.commit());
+    assert!(commit.await.is_err());
+    drop(session);
+    serve_teardown(&mut peer, true).await;
+    assert_eq!(peer.try_read().await, None);
+}
+
+#[tokio::test]
+async fn a_failed_commit_sends_no_other_verdict() {
+    let (access, session, mut peer) = access().await;
+    let script = async {
+        let command = peer.read().await;
+        peer.fail(&command, "GenericError", "2 requests hang in drive0-fleecing").await;
+        serve_teardown(&mut peer, true).await;
+    };
+    let calls = async {
+        let error = access.commit().await.unwrap_err();
+        assert!(error.to_string().contains("drive0-fleecing"), "{error}");
+        backup::teardown(&session, "target", true).await
+    };
+    let (result, ()) = tokio::join!(calls, script);
+    assert!(result.unwrap().existed);
+    drop(session);
+    assert_eq!(peer.try_read().await, None);
+}
+
+#[tokio::test]
+async fn a_setup_granted_after_its_caller_gave_up_is_undone() {
+    let (session, mut peer) = pair().await;
+    let limit = Duration::from_millis(30);
+    let error =
+        BackupAccess::setup_with_timeout(session.clone(), request(), limit).await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { after_ms: 30, .. }), "{error}");
+    drop(session);
+    assert_eq!(peer.serve(infos()).await["execute"], "backup-access-setup");
+    serve_teardown(&mut peer, false).await;
+    assert_eq!(peer.try_read().await, None);
+}
+
+#[tokio::test]
+async fn a_refused_setup_never_ends_the_access_of_another() {
+    let (session, mut peer) = pair().await;
+    let script = async {
+        let command = peer.read().await;
+        peer.fail(&command, "GenericError", "Target 'target' is active already").await;
+    };
+    let (result, ()) = tokio::join!(BackupAccess::setup(session.clone(), request()), script);
+    assert!(matches!(result.unwrap_err(), Error::Qmp { .. }));
+    drop(session);
+    assert_eq!(peer.try_read().await, None);
+}
+
+#[tokio::test]
+async fn a_setup_whose_reply_makes_no_sense_is_undone() {
+    let mut swapped = infos();
+    swapped.as_array_mut().unwrap().reverse();
+    for reply in [json!([]), json!("ok"), swapped] {
+        let (session, mut peer) = pair().await;
+        let script = async {
+            peer.serve(reply).await;
+            serve_teardown(&mut peer, false).await;
+        };
+        let setup = BackupAccess::setup(session, request());
+        let (result, ()) = soon(async { tokio::join!(setup, script) }).await;
+        assert!(matches!(result.unwrap_err(), Error::Protocol { .. }));
+        assert_eq!(peer.try_read().await, None);
+    }
+}
+
+#[tokio::test]
+async fn an_access_on_a_broken_connection_ends_without_a_hang() {
+    let (dropped, session, peer) = access().await;
+    drop(peer);
+    soon(session.closed()).await;
+    drop(dropped);
+    let (access, _session, peer) = access().await;
+    drop(peer);
+    assert!(matches!(soon(access.commit()).await, Err(Error::Disconnected)));
+}
+
+#[tokio::test]
+async fn a_qemu_without_the_extension_is_named_in_one_sentence() {
+    let (session, mut peer) = pair().await;
+    let script = async {
+        for _ in 0..4 {
+            let command = peer.read().await;
+            peer.fail(&command, "CommandNotFound", "The command has not been found").await;
+        }
+    };
+    let calls = async {
+        [
+            backup::setup(&session, &request()).await.unwrap_err(),
+            backup::query(&session).await.unwrap_err(),
+            backup::teardown(&session, "target", false).await.unwrap_err(),
+            BackupAccess::setup(session.clone(), request()).await.unwrap_err(),
+        ]
+    };
+    let (errors, ()) = tokio::join!(calls, script);
+    for error in errors {
+        assert!(matches!(&error, Error::MissingFeature { .. }), "{error}");
+        assert!(error.to_string().starts_with("This QEMU lacks the backup access extension"));
+    }
+}
+
+#[tokio::test]
+async fn the_status_is_that_of_the_target() {
+    let (access, _session, mut peer) = access().await;
+    let device = |state: &str| {
+        json!({"device": "drive0", "node-name": "n", "size": 1, "state": state, "captured": 2,
+            "in-ram": 3, "in-log": 4, "zero": 5, "released": 6, "metadata": 7,
+            "writes-delayed": 8, "delay-total-ns": 9, "delay-max-ns": 10, "overflows": 11,
+            "bitmap-action": "new", "future": 12})
+    };
+    let status = |target: &str, state: &str| json!({"target-id": target, "start-time": 1, "devices": [device(state)]});
+    let reply = json!([status("other", "active"), status("target", "half-broken")]);
+    let (result, _) = tokio::join!(access.status(), peer.serve(reply));
+    let found = result.unwrap().unwrap();
+    assert_eq!(found.devices[0].state, AccessState::Other("half-broken".into()));
+    assert_eq!(found.devices[0].in_log_bytes, 4);
+}

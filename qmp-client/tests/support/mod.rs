@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A scripted QMP peer: what it reads and answers is up to each test.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "each test binary uses a part and may panic"
+)]
+
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use qmp_client::{Options, Session};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncWriteExt as _, Interest},
+    net::UnixStream,
+    time::timeout,
+};
+
+/// Far more than anything here takes; only a hang reaches it.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Fails a test that hangs.
+pub async fn soon<T>(future: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, future).await.expect("the test hangs")
+}
+
+/// Limits short enough for tests that wait for them.
+pub fn short() -> Options {
+    Options { greeting_timeout: Duration::from_millis(100), ..Options::default() }
+}
+
+pub fn greeting() -> Value {
+    json!({"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 13}, "package": "test"},
+        "capabilities": ["oob"]}})
+}
+
+/// The other end of a session.
+pub struct Peer {
+    pub stream: UnixStream,
+    buffer: Vec<u8>,
+    /// Descriptors received so far.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Peer {
+    pub fn new(stream: UnixStream) -> Self {
+        Self { stream, buffer: Vec::new(), fds: Vec::new() }
+    }
+
+    pub async fn send_raw(&mut self, bytes: &[u8]) {
+        soon(self.stream.write_all(bytes)).await.unwrap();
+    }
+
+    pub async fn send(&mut self, message: Value) {
+        self.send_raw(format!("{message}\r\n").as_bytes()).await;
+    }
+
+    /// The next command; `None` when the client has closed the connection.
+    pub async fn try_read(&mut self) -> Option<Value> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return Some(serde_json::from_slice(&line).unwrap());
+            }
+            if soon(self.fill()).await == 0 {
+                return None;
+            }
+        }
+    }
+
+    pub async fn read(&mut self) -> Value {
+        self.try_read().await.expect("the client closed the connection")
+    }
+
+    /// Reads a command and answers it with success.
+    pub async fn serve(&mut self, result: Value) -> Value {
+        let command = self.read().await;
+        self.reply(&command, result).await;
+        command
+    }
+
+    pub async fn reply(&mut self, command: &Value, result: Value) {
+        self.send(json!({"return": result, "id": command["id"]})).await;
+    }
+
+    pub async fn fail(&mut self, command: &Value, class: &str, desc: &str) {
+        let error = json!({"class": class, "desc": desc});
+        self.send(json!({"error": error, "id": command["id"]})).await;
+    }
+
+    pub async fn greet(&mut self) {
+        self.send(greeting()).await;
+        let command = self.serve(json!({})).await;
+        assert_eq!(command["execute"], "qmp_capabilities");
+    }
+
+    async fn fill(&mut self) -> usize {
+        use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+        let mut chunk = [0; 4096];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let read = self.stream.async_io(Interest::READABLE, || {
+            let iov = std::io::IoSliceMut::new(&mut chunk);
+            Ok(recvmsg(&self.stream, &mut [iov], &mut control, RecvFlags::CMSG_CLOEXEC)?)
+        });
+        let length = read.await.unwrap().bytes;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fds.extend(fds);
+            }
+        }
+        self.buffer.extend_from_slice(&chunk[..length]);
+        length
+    }
+}
+
+/// A session and its peer after the handshake.
+pub async fn pair_with(options: Options) -> (Session, Peer) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut peer = Peer::new(theirs);
+    let (session, ()) = tokio::join!(Session::from_stream(ours, options), peer.greet());
+    (session.unwrap(), peer)
+}
+
+pub async fn pair() -> (Session, Peer) {
+    pair_with(Options::default()).await
+}
+
+/// A real program: the first of `places` that exists, else the one in `PATH`. Where it is absent
+/// the test is skipped, except in CI, which installs all of them.
+pub fn program(name: &str, places: &[&Path]) -> Option<PathBuf> {
+    let in_path = std::env::var_os("PATH").unwrap_or_default();
+    let in_path = std::env::split_paths(&in_path).map(|folder| folder.join(name));
+    let found = places.iter().map(|place| place.to_path_buf()).chain(in_path).find(|p| p.is_file());
+    if found.is_none() {
+        let ci = std::env::var_os("CI").is_some_and(|value| !value.is_empty());
+        assert!(!ci, "{name} is not installed, and CI is set");
+        println!("skipped: {name} is not installed");
+    }
+    found
+}
+
+/// Waits until somebody listens; fails if the program ends before. A listener announces itself by
+/// nothing but accepting.
+pub async fn wait_for_socket(path: &Path, child: &mut tokio::process::Child) {
+    soon(async {
+        while std::os::unix::net::UnixStream::connect(path).is_err() {
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("{} was not made: {status}", path.display());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
