@@ -91,12 +91,12 @@ fn main() {
     for generated in ["config-host.h", "qapi/qapi-types-backup-access.h", "compile_commands.json"] {
         println!("cargo::rerun-if-changed={}", tree.build.join(generated).display());
     }
-    let flags = tree.compiler_flags().unwrap_or_else(|message| fail(&message));
+    let (compiler, flags) = tree.compiler().unwrap_or_else(|message| fail(&message));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
 
     let statics = out.join("statics.c");
     bind(&flags, &out.join("bindings.rs"), &statics).unwrap_or_else(|message| fail(&message));
-    compile(&flags, &statics);
+    compile(&compiler, &flags, &statics);
     println!("cargo::metadata=qemu_build={}", tree.build.display());
 }
 
@@ -145,13 +145,16 @@ impl Tree {
             text.lines()
                 .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
                 .map(PathBuf::from)
-                .ok_or_else(|| format!("{}: no {name} in it; run `cargo xtask qemu`", file.display()))
+                .ok_or_else(|| {
+                    format!("{}: no {name} in it; run `cargo xtask qemu`", file.display())
+                })
         };
         Ok(Self { src: value("QEMU_SRC")?, build: value("QEMU_BUILD")? })
     }
 
-    /// The flags with which the tree compiles its own `block.c`, paths made absolute.
-    fn compiler_flags(&self) -> Result<Vec<String>, String> {
+    /// The compiler and the flags with which the tree compiles its own `block.c`, paths made
+    /// absolute.
+    fn compiler(&self) -> Result<(String, Vec<String>), String> {
         let file = self.build.join("compile_commands.json");
         let bad = |why: &dyn std::fmt::Display| format!("{}: {why}", file.display());
         let text = fs::read_to_string(&file).map_err(|e| bad(&e))?;
@@ -163,12 +166,16 @@ impl Tree {
             .find(|c| c["output"].as_str().is_some_and(|o| o.ends_with("libblock.a.p/block.c.o")))
             .and_then(|c| c["command"].as_str())
             .ok_or_else(|| bad(&"no command for block.c in it"))?;
-        let mut flags = select_flags(&shell_words(command), &self.build);
+        let words = shell_words(command);
+        // `ccache cc …`: the flags are the second one's.
+        let compiler = words.iter().find(|word| !word.ends_with("ccache"));
+        let compiler = compiler.ok_or_else(|| bad(&"an empty command for block.c"))?.clone();
+        let mut flags = select_flags(&words, &self.build);
         // The shim's own directory and the tree's headers, whatever the order above was.
         for dir in [self.src.join("include"), self.build.clone()] {
             flags.extend(["-iquote".into(), dir.display().to_string()]);
         }
-        Ok(flags)
+        Ok((compiler, flags))
     }
 }
 
@@ -243,8 +250,7 @@ fn bind(flags: &[String], bindings: &Path, statics: &Path) -> Result<(), String>
         .merge_extern_blocks(true)
         .wrap_static_fns(true)
         .wrap_static_fns_path(statics)
-        .formatter(bindgen::Formatter::Prettyplease)
-        .blocklist_function("bdrv_graph_wrlock_drained_no_poll.*");
+        .formatter(bindgen::Formatter::Prettyplease);
     for name in FUNCTIONS {
         builder = builder.allowlist_function(name);
     }
@@ -275,8 +281,9 @@ fn block_status_mode(bindings: &str) -> &'static str {
 }
 
 /// Compiles the shim and the static inline functions into one archive.
-fn compile(flags: &[String], statics: &Path) {
+fn compile(compiler: &str, flags: &[String], statics: &Path) {
     let mut build = cc::Build::new();
+    build.compiler(compiler);
     build.warnings(false).include("csrc").include(".").file("csrc/shim.c");
     if statics.is_file() {
         build.file(statics);
