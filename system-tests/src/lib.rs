@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the demo and the end-to-end tests are made of.
 //!
+//! * [`stress`]: the snapshot of a disk under random writes, sector by sector.
 //! * [`records`]: numbered, self-checking records that a guest writes to two disks.
 //! * [`guest`]: builds the small Linux guest that writes them.
+//! * [`story`]: the main job, step by step, and what must be true at its end.
+//! * [`table`]: the demo's closing table.
 //! * [`lab`]: a small installation with one VM, its backups and restores.
 //! * [`vzdump`]: runs the program as a user would.
 //! * [`console`]: what the guest says on its serial line.
@@ -15,4 +18,7 @@ pub mod lab;
 pub mod process;
 pub mod qemu;
 pub mod records;
+pub mod stress;
+pub mod story;
+pub mod table;
 pub mod vzdump;

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What each sector may hold: the oracle of a run.
+//!
+//! Every sector that is written carries the number of the request and its own number, so that a
+//! sector read back says where it came from. Requests in flight never overlap. At the point in
+//! time a sector holds the last request completed before the setup command, or one that was in
+//! flight while it ran.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Result, bail};
+
+/// Bytes of a sector.
+pub(super) const SECTOR: u64 = 512;
+/// The value of a sector of zeroes.
+pub(super) const ZERO: u64 = 0;
+
+pub(super) struct Model(Mutex<State>);
+
+struct State {
+    /// Last completed value of each sector.
+    values: Vec<u64>,
+    /// Requests in flight, by their number.
+    in_flight: HashMap<u64, Range<u64>>,
+    next: u64,
+    /// At the point in time: the completed values, and what else a sector may hold.
+    frozen: Vec<u64>,
+    also: HashMap<u64, Vec<u64>>,
+    freezing: bool,
+    /// What a sector of the snapshot turned out to hold; it may not change any more.
+    seen: HashMap<u64, u64>,
+}
+
+/// A request: its sectors are locked until it is done.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    number: u64,
+    pub(super) sectors: Range<u64>,
+    /// What its sectors will hold.
+    pub(super) value: u64,
+}
+
+impl Model {
+    pub(super) fn new(sectors: u64) -> Self {
+        Self(Mutex::new(State {
+            values: vec![ZERO; sectors as usize],
+            in_flight: HashMap::new(),
+            next: 1,
+            frozen: Vec::new(),
+            also: HashMap::new(),
+            freezing: false,
+            seen: HashMap::new(),
+        }))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn sectors(&self) -> u64 {
+        self.state().values.len() as u64
+    }
+
+    /// Begins a request, unless one in flight overlaps it.
+    pub(super) fn begin(&self, sectors: Range<u64>, zero: bool) -> Option<Ticket> {
+        let mut state = self.state();
+        let overlaps = |other: &Range<u64>| other.start < sectors.end && sectors.start < other.end;
+        if state.in_flight.values().any(overlaps) {
+            return None;
+        }
+        let number = state.next;
+        state.next += 1;
+        let value = if zero { ZERO } else { number };
+        state.in_flight.insert(number, sectors.clone());
+        if state.freezing {
+            state.allow(&sectors, value);
+        }
+        Some(Ticket { number, sectors, value })
+    }
+
+    /// The request is complete.
+    pub(super) fn complete(&self, ticket: &Ticket) {
+        let mut state = self.state();
+        state.in_flight.remove(&ticket.number);
+        for sector in ticket.sectors.clone() {
+            state.values[sector as usize] = ticket.value;
+        }
+    }
+
+    /// Immediately before the setup command is sent. The values of requests in flight are their
+    /// numbers or zero, so both are allowed.
+    pub(super) fn begin_point_in_time(&self) {
+        let mut state = self.state();
+        state.frozen = state.values.clone();
+        state.freezing = true;
+        let in_flight: Vec<_> =
+            state.in_flight.iter().map(|(number, sectors)| (*number, sectors.clone())).collect();
+        for (number, sectors) in in_flight {
+            state.allow(&sectors, number);
+            state.allow(&sectors, ZERO);
+        }
+    }
+
+    /// Immediately after its reply.
+    pub(super) fn end_point_in_time(&self) {
+        self.state().freezing = false;
+    }
+
+    /// Checks sectors read from the snapshot.
+    pub(super) fn check_snapshot(&self, first: u64, data: &[u8]) -> Result<()> {
+        let mut state = self.state();
+        for (index, bytes) in data.chunks(SECTOR as usize).enumerate() {
+            let sector = first + index as u64;
+            let value = decode(sector, bytes)?;
+            let expected = state.frozen[sector as usize];
+            let allowed = value == expected
+                || state.also.get(&sector).is_some_and(|also| also.contains(&value));
+            if !allowed {
+                bail!("sector {sector} of the snapshot holds request {value}, not {expected}");
+            }
+            let seen = *state.seen.entry(sector).or_insert(value);
+            if seen != value {
+                bail!("sector {sector} of the snapshot changed from request {seen} to {value}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that sectors which block status called zero may be zero.
+    pub(super) fn check_zero(&self, sectors: Range<u64>) -> Result<()> {
+        let state = self.state();
+        for sector in sectors {
+            let also = state.also.get(&sector).is_some_and(|also| also.contains(&ZERO));
+            if state.frozen[sector as usize] != ZERO && !also {
+                bail!("block status calls sector {sector} of the snapshot zero, but it holds data");
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks sectors read from the guest's disk while nothing is in flight.
+    pub(super) fn check_disk(&self, first: u64, data: &[u8]) -> Result<()> {
+        let state = self.state();
+        for (index, bytes) in data.chunks(SECTOR as usize).enumerate() {
+            let sector = first + index as u64;
+            let (value, expected) = (decode(sector, bytes)?, state.values[sector as usize]);
+            if value != expected {
+                bail!("sector {sector} of the guest's disk holds request {value}, not {expected}");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn allow(&mut self, sectors: &Range<u64>, value: u64) {
+        for sector in sectors.clone() {
+            self.also.entry(sector).or_default().push(value);
+        }
+    }
+}
+
+/// The content of sectors that carry a value.
+pub(super) fn encode(sectors: &Range<u64>, value: u64) -> Vec<u8> {
+    let mut data = Vec::with_capacity(((sectors.end - sectors.start) * SECTOR) as usize);
+    for sector in sectors.clone() {
+        for word in words(sector, value) {
+            data.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+    data
+}
+
+fn words(sector: u64, value: u64) -> impl Iterator<Item = u64> {
+    let mix = value.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ sector;
+    (0..SECTOR / 8).map(move |index| match index {
+        0 => value,
+        1 => sector,
+        _ => mix.wrapping_add(index),
+    })
+}
+
+fn decode(sector: u64, bytes: &[u8]) -> Result<u64> {
+    if bytes.iter().all(|&byte| byte == 0) {
+        return Ok(ZERO);
+    }
+    let mut found = bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or([0; 8])));
+    let value = found.next().unwrap_or(ZERO);
+    let rest = std::iter::once(value).chain(found);
+    if !rest.eq(words(sector, value)) {
+        bail!("sector {sector} is torn or belongs elsewhere (it begins with request {value})");
+    }
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Model, ZERO, encode};
+
+    #[test]
+    fn new_data_torn_sectors_and_foreign_sectors_are_found() {
+        let model = Model::new(16);
+        let first = model.begin(0..8, false).unwrap();
+        model.complete(&first);
+        let racing = model.begin(4..6, false).unwrap();
+        assert!(model.begin(5..7, false).is_none(), "requests in flight must not overlap");
+        model.begin_point_in_time();
+        model.end_point_in_time();
+        model.complete(&racing);
+        let later = model.begin(0..2, false).unwrap();
+        model.complete(&later);
+
+        model.check_snapshot(0, &encode(&(0..4), first.value)).unwrap();
+        model.check_snapshot(4, &encode(&(4..6), racing.value)).unwrap();
+        assert!(model.check_snapshot(4, &encode(&(4..6), first.value)).is_err(), "it changed");
+        assert!(model.check_snapshot(0, &encode(&(0..1), later.value)).is_err(), "new data");
+        assert!(model.check_snapshot(3, &encode(&(2..3), first.value)).is_err(), "foreign sector");
+        let mut torn = encode(&(2..3), first.value);
+        torn[300] ^= 1;
+        assert!(model.check_snapshot(2, &torn).is_err(), "torn");
+        assert!(model.check_zero(0..1).is_err());
+        model.check_zero(8..16).unwrap();
+        assert_eq!(later.sectors, 0..2);
+        assert_ne!(later.value, ZERO);
+    }
+}
