@@ -1,2 +1,167 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a job needs from a kind of guest: the trait `GuestDriver`.
+//! What a job needs of a guest's kind, so that it treats virtual machines and containers alike.
+//!
+//! ```text
+//!  prepare ─► acquire ─► point_in_time ─► open_source ─► (watch) ┐
+//!  cleanup ◄─ release ◄─ teardown(success) ◄─ close_source ◄─────┘
+//! ```
+//!
+//! The job calls each at most once and the lower row in reverse order for every one of the upper
+//! row that was begun, also when that one failed or was dropped at an await point. So a driver
+//! notes (and journals) a name before it acquires the thing, and undoing what is not there is no
+//! error. The lower row is never cancelled; the job bounds its time.
+
+use provider_api::{BitmapRequest, BoxFuture, GuestKind, VmBackup, VolumeInfo};
+
+use crate::journal::{Journal, JournalError};
+use crate::task_log::TaskSink;
+
+/// Why a step of a guest's backup failed.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// The request cannot be met; nothing is wrong with the system.
+    #[error("{0}")]
+    Refused(String),
+    /// A step failed.
+    #[error("Cannot {doing}.")]
+    Step {
+        /// What was being done, and to what.
+        doing: String,
+        /// Why it failed.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The point in time is lost.
+    #[error("The snapshot of '{device}' is lost: {reason}")]
+    Broken {
+        /// The disk.
+        device: String,
+        /// Why, as QEMU says.
+        reason: String,
+    },
+    /// The guest's process is gone.
+    #[error("{0} ended while it was being backed up.")]
+    Gone(String),
+    /// The journal cannot be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+impl GuestError {
+    /// A step that failed.
+    pub fn step(
+        doing: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Step { doing: doing.into(), source: source.into() }
+    }
+
+    /// For `map_err`: a step that failed.
+    pub(crate) fn at<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+        doing: impl Into<String>,
+    ) -> impl FnOnce(E) -> Self {
+        move |source| Self::step(doing, source)
+    }
+}
+
+/// What a step may use of its task.
+#[derive(Clone, Copy)]
+pub struct Task<'a> {
+    /// The task's journal.
+    pub journal: &'a Journal,
+    /// The task's log.
+    pub sink: &'a dyn TaskSink,
+}
+
+/// What the point in time cost the guest, as measured.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct PointInTime {
+    /// How long the guest's file systems were frozen, in milliseconds; none if they were not.
+    pub freeze_ms: Option<u64>,
+    /// What became of the freeze, in words.
+    pub freeze: String,
+    /// How long all guest I/O was held for the common point in time, in nanoseconds.
+    pub drained_ns: Option<u64>,
+}
+
+/// What the backup cost the guest while it ran, read at its end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct AccessStats {
+    /// Guest writes that had to wait.
+    pub writes_delayed: u64,
+    /// The longest such wait in nanoseconds.
+    pub delay_max_ns: u64,
+    /// Bytes of old data saved.
+    pub captured_bytes: u64,
+    /// Bytes released by the provider.
+    pub released_bytes: u64,
+}
+
+/// One disk of a report.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct VolumeReport {
+    /// Device name.
+    pub device: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// QEMU's word for what it did with the bitmap.
+    pub bitmap_action: String,
+    /// Bytes the bitmap marked.
+    pub dirty_bytes: Option<u64>,
+}
+
+/// The backup of one guest, as its kind does it. See the module's description for the order.
+pub trait GuestDriver: Send {
+    /// Kind of the guest.
+    fn kind(&self) -> GuestKind;
+    /// Number of the guest.
+    fn id(&self) -> u32;
+    /// Name of the guest, if it has one.
+    fn name(&self) -> Option<String>;
+
+    /// Connects to the guest and says which disks are backed up. Changes nothing in the guest.
+    fn prepare<'a>(
+        &'a mut self,
+        task: Task<'a>,
+    ) -> BoxFuture<'a, Result<Vec<VolumeInfo>, GuestError>>;
+
+    /// Acquires what the point in time needs.
+    fn acquire<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// Takes the point in time of all disks, with one bitmap request for each disk of `prepare`.
+    fn point_in_time<'a>(
+        &'a mut self,
+        requests: &'a [BitmapRequest],
+        task: Task<'a>,
+    ) -> BoxFuture<'a, Result<PointInTime, GuestError>>;
+
+    /// Offers the frozen disks.
+    fn open_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// What the provider is given: configuration and, once the source is open, the disks.
+    fn source(&self) -> VmBackup;
+
+    /// Ends only when the point in time is lost, and says why.
+    fn watch<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, GuestError>;
+
+    /// Withdraws the frozen disks.
+    fn close_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// Ends the point in time; `success` only if the backup is durable.
+    fn teardown<'a>(
+        &'a mut self,
+        success: bool,
+        task: Task<'a>,
+    ) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// Gives back what `acquire` acquired.
+    fn release<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// Disconnects from the guest.
+    fn cleanup<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// What the backup cost the guest, once it is torn down.
+    fn stats(&self) -> Option<AccessStats>;
+
+    /// The disks and their bitmaps, once the point in time is taken.
+    fn volumes(&self) -> Vec<VolumeReport>;
+}

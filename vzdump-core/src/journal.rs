@@ -1,2 +1,621 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a job has acquired, on disk, so that a crash can be cleaned up.
+//! What a task is about to acquire, on disk before it is acquired, so that a crash at any point
+//! can be cleaned up by the next run.
+//!
+//! One file per running task, in the layout's journal directory: JSON lines, appended and synced.
+//! The rule is "choose a name, journal it, then acquire it"; so a line that is torn by a crash
+//! (only the last one can be) names nothing that exists. A task that ends well removes its file;
+//! what [`recover`] finds was left by a task that died, or that could not undo something.
+//!
+//! Undoing is idempotent, therefore nothing is journalled when it is given back.
+
+pub mod recover;
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use provider_api::{GuestKind, Uuid};
+use serde::{Deserialize, Serialize};
+
+use crate::layout::{Layout, LayoutError, make_private_dir};
+use crate::vm::process::VmProcess;
+
+/// Version of the format; a file of a newer one is not touched.
+pub const VERSION: u32 = 1;
+/// The largest journal that is read; real ones have a few KiB.
+const SIZE_BYTES_MAX: u64 = 1 << 20;
+/// The most journals that are looked at.
+const FILES_MAX: usize = 10_000;
+const SUFFIX: &str = ".journal";
+
+/// A fault of the journal.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The directory could not be made.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A journal could not be read or written.
+    #[error("Cannot {doing} the journal '{path}'.")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A journal makes no sense.
+    #[error("The journal '{path}' is damaged in line {line}: {reason}.")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A journal of a newer program.
+    #[error(
+        "The journal '{path}' has version {version}; this program knows {VERSION}. Use the newer program."
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+    },
+}
+
+/// A process that can be told from any other one, also after a reboot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessStamp {
+    /// Its number and start time.
+    #[serde(flatten)]
+    pub process: VmProcess,
+    /// The boot it belongs to.
+    pub boot_id: String,
+}
+
+impl ProcessStamp {
+    /// This process.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub fn current() -> io::Result<Self> {
+        let pid = i32::try_from(std::process::id()).map_err(io::Error::other)?;
+        let process = VmProcess::of_pid(pid)?;
+        Self::of(process.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?)
+    }
+
+    /// A process of this boot.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub fn of(process: VmProcess) -> io::Result<Self> {
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        Ok(Self { process, boot_id })
+    }
+
+    /// Whether this very process still runs. One that cannot be asked for counts as running,
+    /// because what belongs to it must then not be touched.
+    pub fn is_alive(&self) -> bool {
+        match VmProcess::of_pid(self.process.pid) {
+            Ok(Some(now)) => now == self.process && Self::of(now).is_ok_and(|now| now == *self),
+            Ok(None) => false,
+            Err(_) => true,
+        }
+    }
+}
+
+/// What kind of task a journal belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskKind {
+    /// The backup of a guest.
+    Backup,
+    /// The restore of a guest.
+    Restore,
+}
+
+/// The first line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begin {
+    /// Version of the format.
+    pub version: u32,
+    /// Kind of the task.
+    pub task: TaskKind,
+    /// Kind of the guest.
+    pub guest_kind: GuestKind,
+    /// Number of the guest; for a restore, of the new one.
+    pub guest_id: u32,
+    /// Storage of the archive.
+    pub storage: String,
+    /// The process that runs the task.
+    pub owner: ProcessStamp,
+}
+
+impl Begin {
+    /// The first line of a task of this process.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub fn new(
+        task: TaskKind,
+        guest_kind: GuestKind,
+        guest_id: u32,
+        storage: &str,
+    ) -> io::Result<Self> {
+        let owner = ProcessStamp::current()?;
+        Ok(Self {
+            version: VERSION,
+            task,
+            guest_kind,
+            guest_id,
+            storage: storage.to_owned(),
+            owner,
+        })
+    }
+}
+
+/// What became of a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KnownOutcome {
+    /// It is durable.
+    Committed,
+    /// It did not happen.
+    NotCommitted,
+    /// It could not be found out; the bitmaps keep everything.
+    Unknown,
+}
+
+/// A fleecing image and the node it becomes in QEMU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FleecingImage {
+    /// Node name in QEMU.
+    pub node: String,
+    /// Volume id.
+    pub volume: String,
+}
+
+/// One line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "entry", rename_all = "snake_case")]
+pub enum Entry {
+    /// The task begins.
+    Begin(Begin),
+    /// The QEMU process the following names belong to.
+    Qemu {
+        /// The process.
+        process: ProcessStamp,
+    },
+    /// The archive's name.
+    Archive {
+        /// As the provider chose it.
+        name: String,
+    },
+    /// A directory that belongs to the task alone.
+    Directory {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A fleecing image.
+    Fleecing(FleecingImage),
+    /// The guest is about to be frozen.
+    Freeze,
+    /// The guest is thawed.
+    Thawed,
+    /// The access in QEMU.
+    Access {
+        /// Its target id.
+        target_id: String,
+    },
+    /// The NBD server in QEMU and its exports.
+    NbdServer {
+        /// Path of the socket.
+        socket: PathBuf,
+        /// Ids of the exports.
+        exports: Vec<String>,
+    },
+    /// The provider is about to be asked to commit.
+    Committing {
+        /// The host's id of the commit.
+        id: Uuid,
+    },
+    /// What became of the commit.
+    Outcome {
+        /// The id.
+        id: Uuid,
+        /// The outcome.
+        outcome: KnownOutcome,
+    },
+    /// A new volume of a restore.
+    Volume {
+        /// Volume id.
+        volume: String,
+    },
+    /// A volume named before was not made: the name belongs to someone else.
+    Forget {
+        /// Volume id.
+        volume: String,
+    },
+    /// A file of a restore that is written at the end.
+    File {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// The restore is complete: its volumes belong to the new guest.
+    Complete,
+}
+
+/// The journal of a running task.
+///
+/// Dropping it keeps the file, as a crash would.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    path: PathBuf,
+    /// Shared, so that a cancelled append still ends on its thread and lines never mix.
+    file: Arc<Mutex<File>>,
+}
+
+impl Journal {
+    /// Creates the journal of a task, durably, with its first line.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub async fn create(layout: &Layout, begin: Begin) -> Result<Self, JournalError> {
+        let dir = layout.journal_dir();
+        blocking(move || Self::create_now(&dir, begin)).await
+    }
+
+    fn create_now(dir: &Path, begin: Begin) -> Result<Self, JournalError> {
+        make_private_dir(dir)?;
+        let stem = format!("{}-{}-{}", begin.guest_kind, begin.guest_id, Uuid::new_v4().simple());
+        let path = dir.join(format!("{stem}{SUFFIX}"));
+        let fault = |source| JournalError::Io { doing: "create", path: path.clone(), source };
+        // Under another name until its first line is durable: a journal always says whose it is.
+        let unfinished = dir.join(format!(".{stem}.new"));
+        let mut file = File::options()
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&unfinished)
+            .map_err(fault)?;
+        let written = write_line(&mut file, &Entry::Begin(begin))
+            .and_then(|()| fs::rename(&unfinished, &path))
+            .and_then(|()| sync_dir(dir));
+        if let Err(source) = written {
+            // Nothing has been acquired yet, so a file that stays only costs its name.
+            let _ = fs::remove_file(&unfinished);
+            let _ = fs::remove_file(&path);
+            return Err(fault(source));
+        }
+        Ok(Self { path, file: Arc::new(Mutex::new(file)) })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends a line; it is durable when this returns.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub async fn append(&self, entry: Entry) -> Result<(), JournalError> {
+        let file = Arc::clone(&self.file);
+        let path = self.path.clone();
+        blocking(move || {
+            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+            write_line(&mut file, &entry).map_err(|source| JournalError::Io {
+                doing: "write",
+                path,
+                source,
+            })
+        })
+        .await
+    }
+
+    /// Removes the journal: everything in it has been given back.
+    ///
+    /// # Errors
+    /// The file cannot be removed.
+    pub async fn remove(self) -> Result<(), JournalError> {
+        remove(&self.path).await
+    }
+}
+
+/// Removes a journal, durably. One that is gone is no error.
+pub(crate) async fn remove(path: &Path) -> Result<(), JournalError> {
+    let path = path.to_owned();
+    blocking(move || {
+        let result = match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => path.parent().map_or(Ok(()), sync_dir),
+        };
+        result.map_err(|source| JournalError::Io { doing: "remove", path, source })
+    })
+    .await
+}
+
+/// Appends a line to the journal of another process that has ended.
+pub(crate) async fn append_to(path: &Path, entry: Entry) -> Result<(), JournalError> {
+    let path = path.to_owned();
+    blocking(move || {
+        let written = File::options().append(true).open(&path).and_then(|mut file| {
+            cut_torn_line(&path)?;
+            write_line(&mut file, &entry)
+        });
+        written.map_err(|source| JournalError::Io { doing: "write", path, source })
+    })
+    .await
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, JournalError> + Send + 'static,
+) -> Result<T, JournalError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(JournalError::Io {
+            doing: "use",
+            path: PathBuf::new(),
+            source: io::Error::other(error),
+        }),
+    }
+}
+
+fn write_line(file: &mut File, entry: &Entry) -> io::Result<()> {
+    let mut line = serde_json::to_vec(entry)?;
+    line.push(b'\n');
+    file.write_all(&line)?;
+    file.sync_data()
+}
+
+/// Removes what follows the last line break, so that the next line stands alone.
+fn cut_torn_line(path: &Path) -> io::Result<()> {
+    let text = fs::read(path)?;
+    let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+    if whole == text.len() {
+        return Ok(());
+    }
+    File::options().write(true).open(path)?.set_len(whole as u64)
+}
+
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// What a journal says, read back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// The file.
+    pub path: PathBuf,
+    /// Its first line.
+    pub begin: Begin,
+    /// The QEMU process, once known.
+    pub qemu: Option<ProcessStamp>,
+    /// The archive's name, once known.
+    pub archive: Option<String>,
+    /// Directories of the task.
+    pub directories: Vec<PathBuf>,
+    /// Fleecing images.
+    pub fleecing: Vec<FleecingImage>,
+    /// The guest may be frozen.
+    pub frozen: bool,
+    /// Target id of the access.
+    pub access: Option<String>,
+    /// Exports of the NBD server; `None` if it was not started.
+    pub exports: Option<Vec<String>>,
+    /// The commit that was begun.
+    pub committing: Option<Uuid>,
+    /// What is known of it.
+    pub outcome: Option<KnownOutcome>,
+    /// New volumes of a restore.
+    pub volumes: Vec<String>,
+    /// Files of a restore.
+    pub files: Vec<PathBuf>,
+    /// The restore was complete.
+    pub complete: bool,
+}
+
+impl Record {
+    fn new(path: PathBuf, begin: Begin) -> Self {
+        Self {
+            path,
+            begin,
+            qemu: None,
+            archive: None,
+            directories: Vec::new(),
+            fleecing: Vec::new(),
+            frozen: false,
+            access: None,
+            exports: None,
+            committing: None,
+            outcome: None,
+            volumes: Vec::new(),
+            files: Vec::new(),
+            complete: false,
+        }
+    }
+
+    fn add(&mut self, entry: Entry) -> Result<(), &'static str> {
+        match entry {
+            Entry::Begin(_) => return Err("a second beginning"),
+            Entry::Qemu { process } => self.qemu = Some(process),
+            Entry::Archive { name } => self.archive = Some(name),
+            Entry::Directory { path } => self.directories.push(path),
+            Entry::Fleecing(image) => self.fleecing.push(image),
+            Entry::Freeze => self.frozen = true,
+            Entry::Thawed => self.frozen = false,
+            Entry::Access { target_id } => self.access = Some(target_id),
+            Entry::NbdServer { exports, .. } => self.exports = Some(exports),
+            Entry::Committing { id } => self.committing = Some(id),
+            Entry::Outcome { id, outcome } => {
+                if self.committing != Some(id) {
+                    return Err("the outcome of a commit that was not begun");
+                }
+                self.outcome = Some(outcome);
+            }
+            Entry::Volume { volume } => self.volumes.push(volume),
+            Entry::Forget { volume } => self.volumes.retain(|name| *name != volume),
+            Entry::File { path } => self.files.push(path),
+            Entry::Complete => self.complete = true,
+        }
+        Ok(())
+    }
+}
+
+/// Reads one journal.
+///
+/// # Errors
+/// It cannot be read, is damaged, or is of a newer version.
+pub fn read(path: &Path) -> Result<Record, JournalError> {
+    let fault = |source| JournalError::Io { doing: "read", path: path.to_owned(), source };
+    let mut text = Vec::new();
+    let file = File::open(path).map_err(fault)?;
+    file.take(SIZE_BYTES_MAX + 1).read_to_end(&mut text).map_err(fault)?;
+    if text.len() as u64 > SIZE_BYTES_MAX {
+        return Err(fault(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 1 MiB")));
+    }
+    parse(path, &text)
+}
+
+fn parse(path: &Path, text: &[u8]) -> Result<Record, JournalError> {
+    let damaged =
+        |line, reason: String| JournalError::Damaged { path: path.to_owned(), line, reason };
+    // What follows the last line break was torn by a crash, before anything was acquired.
+    let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+    let mut record: Option<Record> = None;
+    for (index, line) in text[..whole].split_inclusive(|b| *b == b'\n').enumerate() {
+        let number = index + 1;
+        if record.is_none() {
+            check_version(path, line)?;
+        }
+        let entry: Entry =
+            serde_json::from_slice(line).map_err(|error| damaged(number, error.to_string()))?;
+        match (&mut record, entry) {
+            (None, Entry::Begin(begin)) => record = Some(Record::new(path.to_owned(), begin)),
+            (None, _) => return Err(damaged(number, "it does not begin".to_owned())),
+            (Some(record), entry) => {
+                record.add(entry).map_err(|reason| damaged(number, reason.to_owned()))?;
+            }
+        }
+    }
+    record.ok_or_else(|| damaged(1, "it is empty".to_owned()))
+}
+
+/// Looks at the version alone, because a newer line may not be readable otherwise.
+fn check_version(path: &Path, line: &[u8]) -> Result<(), JournalError> {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    match serde_json::from_slice::<Version>(line) {
+        Ok(Version { version }) if version > VERSION => {
+            Err(JournalError::Newer { path: path.to_owned(), version })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The journals of one guest, or of all.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn list(
+    layout: &Layout,
+    guest: Option<(GuestKind, u32)>,
+) -> Result<Vec<PathBuf>, JournalError> {
+    let dir = layout.journal_dir();
+    let fault = |source| JournalError::Io { doing: "list", path: dir.clone(), source };
+    let entries = match fs::read_dir(&dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(fault)?,
+    };
+    let prefix = guest.map(|(kind, id)| format!("{kind}-{id}-"));
+    let mut paths = Vec::new();
+    for entry in entries.take(FILES_MAX) {
+        let entry = entry.map_err(fault)?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let is_wanted = prefix.as_deref().is_none_or(|prefix| name.starts_with(prefix));
+        if name.ends_with(SUFFIX) && !name.starts_with('.') && is_wanted {
+            paths.push(entry.path());
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn begin() -> Begin {
+        Begin::new(TaskKind::Backup, GuestKind::Qemu, 100, "store").expect("/proc is readable")
+    }
+
+    #[tokio::test]
+    async fn what_is_written_is_read_back() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = Layout::new(Some(root.path().to_owned()));
+        let journal = Journal::create(&layout, begin()).await.unwrap();
+        let id = Uuid::new_v4();
+        let image = FleecingImage { node: "n".into(), volume: "local:100/f.raw".into() };
+        for entry in [
+            Entry::Qemu { process: ProcessStamp::current().unwrap() },
+            Entry::Archive { name: "a".into() },
+            Entry::Fleecing(image.clone()),
+            Entry::Freeze,
+            Entry::Access { target_id: "vzdump:store".into() },
+            Entry::Thawed,
+            Entry::NbdServer { socket: "/s".into(), exports: vec!["scsi0".into()] },
+            Entry::Committing { id },
+            Entry::Outcome { id, outcome: KnownOutcome::Committed },
+        ] {
+            journal.append(entry).await.unwrap();
+        }
+        let found = list(&layout, Some((GuestKind::Qemu, 100))).unwrap();
+        assert_eq!(found, [journal.path().to_owned()]);
+        assert!(list(&layout, Some((GuestKind::Qemu, 10))).unwrap().is_empty());
+        let record = read(&found[0]).unwrap();
+        assert!(record.begin.owner.is_alive() && !record.frozen);
+        assert_eq!(record.fleecing, [image]);
+        assert_eq!((record.committing, record.outcome), (Some(id), Some(KnownOutcome::Committed)));
+        journal.remove().await.unwrap();
+        assert!(list(&layout, None).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_torn_last_line_names_nothing() {
+        let mut text = serde_json::to_vec(&Entry::Begin(begin())).unwrap();
+        let path = Path::new("j");
+        // Torn within the first line: there is nothing to say whose it is.
+        assert!(matches!(parse(path, &text), Err(JournalError::Damaged { .. })));
+        text.extend_from_slice(b"\n{\"entry\":\"archive\",\"na");
+        assert_eq!(parse(path, &text).unwrap().archive, None);
+        // A line that is whole must make sense.
+        text.extend_from_slice(b"?\n");
+        let error = parse(path, &text).unwrap_err().to_string();
+        assert!(error.contains("line 2"), "{error}");
+    }
+
+    #[test]
+    fn a_newer_journal_is_not_touched() {
+        let text = b"{\"entry\":\"begin\",\"version\":2,\"other\":1}\n";
+        assert!(matches!(parse(Path::new("j"), text), Err(JournalError::Newer { version: 2, .. })));
+    }
+
+    #[test]
+    fn a_process_is_told_from_its_successor() {
+        let own = ProcessStamp::current().unwrap();
+        assert!(own.is_alive());
+        let mut other = own.clone();
+        other.process.start_time_ticks += 1;
+        assert!(!other.is_alive());
+        assert!(!ProcessStamp { boot_id: "other".into(), ..own }.is_alive());
+    }
+}

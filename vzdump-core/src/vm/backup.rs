@@ -1,2 +1,546 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The driver of one VM's backup.
+//! The backup of a running VM, as [`GuestDriver`] asks for it.
+//!
+//! ```text
+//!  prepare        status, disks, sizes            cleanup       session closed
+//!  acquire        images, blockdev-add            release       blockdev-del, images freed
+//!  point_in_time  freeze, setup, thaw             teardown      query, backup-access-teardown
+//!  open_source    nbd-server-start, exports       close_source  nbd-server-stop
+//! ```
+//!
+//! What was begun is noted here and in the journal before it is done, so that the right column
+//! undoes it wherever the left one stopped. When QEMU is gone, so is everything within it, and
+//! only files are left to be removed.
+
+mod disks;
+pub(crate) mod ops;
+mod source;
+mod watch;
+
+use std::path::{Path, PathBuf};
+
+use provider_api::{BitmapRequest, BoxFuture, GuestKind, Uuid, VmBackup, VolumeInfo};
+use qmp_client::backup::{
+    self, AccessInfo, AccessStatus, BackupAccess, BitmapMode, Device, SetupRequest,
+};
+use qmp_client::commands::{QueryStatus, RunState};
+use qmp_client::{EventStream, Session};
+
+use self::disks::Disk;
+use super::freeze_guard::{self, Frozen, GuardCommand};
+use super::runner;
+use crate::config::guest::VmConfig;
+use crate::guest::{AccessStats, GuestDriver, GuestError, PointInTime, Task, VolumeReport};
+use crate::job::{BackupOptions, JobContext, chain};
+use crate::journal::{Entry, FleecingImage, ProcessStamp};
+use crate::layout::{Layout, Monitor};
+use crate::storage::{DEFAULT_STORAGE, ImageFormat, StorageSet, VolumeId};
+use crate::task_log::{bitmap_status, clean};
+use crate::tools::Tools;
+
+/// The command all of this stands on.
+const SETUP_COMMAND: &str = "backup-access-setup";
+
+/// The target id of a storage.
+pub fn target_id(storage: &str) -> String {
+    format!("vzdump:{storage}")
+}
+
+/// A fleecing image that was begun.
+#[derive(Debug)]
+struct Fleecing {
+    node: String,
+    volume: VolumeId,
+}
+
+/// The backup of one running VM.
+pub struct VmDriver {
+    layout: Layout,
+    tools: Tools,
+    storages: StorageSet,
+    guard: GuardCommand,
+    options: BackupOptions,
+    id: u32,
+    config: VmConfig,
+    firewall: Option<Vec<u8>>,
+    /// QEMU, as it was when the backup began.
+    process: ProcessStamp,
+    session: Option<Session>,
+    disks: Vec<Disk>,
+    fleecing: Vec<Fleecing>,
+    /// The setup was begun.
+    access_begun: bool,
+    access: Option<BackupAccess>,
+    infos: Vec<AccessInfo>,
+    events: Option<EventStream>,
+    run_dir: Option<PathBuf>,
+    /// The NBD server was begun.
+    server: Option<PathBuf>,
+    /// Exports and server are ready.
+    is_open: bool,
+    stats: Option<AccessStats>,
+}
+
+impl VmDriver {
+    /// Reads the configuration of a VM and checks that it runs.
+    ///
+    /// # Errors
+    /// [`GuestError::Refused`]; the configuration cannot be read.
+    pub fn open(ctx: &JobContext, id: u32, options: &BackupOptions) -> Result<Self, GuestError> {
+        let layout = &ctx.layout;
+        let config = VmConfig::read(&layout.vm_config_path(id))
+            .map_err(GuestError::at(format!("read the configuration of VM {id}")))?
+            .ok_or_else(|| GuestError::Refused(format!("VM {id} does not exist.")))?;
+        let firewall = read_optional(&layout.firewall_path(id))
+            .map_err(GuestError::at(format!("read the firewall configuration of VM {id}")))?;
+        let process = running_process(layout, id)?.ok_or_else(|| {
+            GuestError::Refused(format!("VM {id} is not running; start it first."))
+        })?;
+        Ok(Self {
+            layout: layout.clone(),
+            tools: ctx.tools.clone(),
+            storages: ctx.storages.clone(),
+            guard: ctx.guard.clone(),
+            options: options.clone(),
+            id,
+            config,
+            firewall,
+            process,
+            session: None,
+            disks: Vec::new(),
+            fleecing: Vec::new(),
+            access_begun: false,
+            access: None,
+            infos: Vec::new(),
+            events: None,
+            run_dir: None,
+            server: None,
+            is_open: false,
+            stats: None,
+        })
+    }
+
+    fn session(&self) -> Result<&Session, GuestError> {
+        self.session.as_ref().ok_or_else(|| self.gone())
+    }
+
+    fn gone(&self) -> GuestError {
+        GuestError::Gone(format!("VM {}", self.id))
+    }
+
+    /// The session for undoing: connected anew if need be; `None` if QEMU is gone.
+    async fn session_if_alive(&mut self) -> Result<Option<Session>, GuestError> {
+        if !self.process.is_alive() {
+            return Ok(None);
+        }
+        if let Some(session) = self.session.as_ref().filter(|session| !session.is_closed()) {
+            return Ok(Some(session.clone()));
+        }
+        self.session = None;
+        match ops::connect(&self.layout.qmp_socket(self.id, Monitor::Backup)).await {
+            Ok(session) => {
+                self.session = Some(session.clone());
+                Ok(Some(session))
+            }
+            // It may have ended in between.
+            Err(_) if !self.process.is_alive() => Ok(None),
+            Err(error) => Err(GuestError::step("connect to QEMU's monitor again", error)),
+        }
+    }
+
+    async fn do_prepare(&mut self, task: Task<'_>) -> Result<Vec<VolumeInfo>, GuestError> {
+        let sink = task.sink;
+        task.journal.append(Entry::Qemu { process: self.process.clone() }).await?;
+        let session = ops::connect(&self.layout.qmp_socket(self.id, Monitor::Backup))
+            .await
+            .map_err(GuestError::at(format!("connect to the monitor of VM {}", self.id)))?;
+        sink.info("status = running");
+        if let Some(name) = self.config.name() {
+            sink.info(&format!("VM Name: {}", clean(name)));
+        }
+        sink.info("backup mode: snapshot");
+        session
+            .require_command(SETUP_COMMAND)
+            .await
+            .map_err(GuestError::at(format!("back up VM {} while it runs", self.id)))?;
+        let chosen =
+            disks::choose_disks(&self.config, sink).map_err(GuestError::at("choose the disks"))?;
+        let disks = disks::measure(&session, chosen, sink).await?;
+        if disks.is_empty() {
+            sink.info("the VM has no disk to back up; only its configuration is kept");
+        }
+        self.session = Some(session);
+        self.disks = disks;
+        let volume =
+            |disk: &Disk| VolumeInfo { device: disk.key.clone(), size_bytes: disk.size_bytes };
+        Ok(self.disks.iter().map(volume).collect())
+    }
+
+    async fn do_acquire(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        let session = self.session()?.clone();
+        for disk in self.disks.clone() {
+            let storage = self.fleecing_storage(&disk);
+            let images = self
+                .storages
+                .images(&storage)
+                .map_err(GuestError::at("find the storage for fleecing images"))?;
+            // The random part makes it ours alone: a recovery frees what has this name.
+            let name = format!("vm-{}-fleece-{}-{}", self.id, disk.key, short_id());
+            let volume: VolumeId = format!("{storage}:{}/{name}.raw", self.id)
+                .parse()
+                .map_err(GuestError::at("name a fleecing image"))?;
+            let node = disk.fleecing_node();
+            let entry = FleecingImage { node: node.clone(), volume: volume.to_string() };
+            task.journal.append(Entry::Fleecing(entry)).await?;
+            self.fleecing.push(Fleecing { node: node.clone(), volume: volume.clone() });
+            let size = disk.size_bytes;
+            let doing = || GuestError::at(format!("make the fleecing image '{volume}'"));
+            images
+                .allocate(&self.tools, self.id, &name, ImageFormat::Raw, size)
+                .await
+                .map_err(doing())?;
+            let path = images.volume_path(&volume).map_err(doing())?;
+            let path = path.to_str().ok_or_else(|| {
+                GuestError::Refused(format!("'{}' is not UTF-8, as QMP needs.", path.display()))
+            })?;
+            ops::add_fleecing_node(&session, &node, path, ImageFormat::Raw)
+                .await
+                .map_err(GuestError::at(format!("attach the fleecing image '{volume}'")))?;
+        }
+        Ok(())
+    }
+
+    fn fleecing_storage(&self, disk: &Disk) -> String {
+        if let Some(storage) = &self.options.fleecing_storage {
+            return storage.clone();
+        }
+        let own = disk.volume.parse::<VolumeId>().map(|volume| volume.storage().to_owned());
+        own.unwrap_or_else(|_| DEFAULT_STORAGE.to_owned())
+    }
+
+    async fn do_point_in_time(
+        &mut self,
+        requests: &[BitmapRequest],
+        task: Task<'_>,
+    ) -> Result<PointInTime, GuestError> {
+        let session = self.session()?.clone();
+        let target_id = target_id(&self.options.storage);
+        // Before the freeze: nothing slow may happen while the guest waits.
+        task.journal.append(Entry::Access { target_id: target_id.clone() }).await?;
+        let request = self.setup_request(target_id, requests);
+        let (frozen, mut words) = self.freeze(&session, task).await?;
+        self.events = Some(session.events());
+        self.access_begun = true;
+        let setup = BackupAccess::setup(session, request).await;
+        let mut freeze_ms = None;
+        if let Some(frozen) = frozen {
+            task.sink.info("issuing guest-agent 'fs-thaw' command");
+            let thawed = frozen.thaw(&self.layout.agent_socket(self.id)).await;
+            freeze_ms = thawed.held_ms;
+            if let Some(trouble) = &thawed.trouble {
+                task.sink.warn(trouble);
+                words = format!("{words}; {trouble}");
+            }
+            if thawed.is_thawed {
+                task.journal.append(Entry::Thawed).await?;
+            }
+        }
+        let access =
+            setup.map_err(GuestError::at(format!("set up the backup access of VM {}", self.id)))?;
+        self.infos = access.infos().to_vec();
+        self.access = Some(access);
+        self.check_infos(requests, task)?;
+        let drained_ns = self.infos.first().map(|info| info.drained_ns);
+        Ok(PointInTime { freeze_ms, freeze: words, drained_ns })
+    }
+
+    fn setup_request(&self, target_id: String, requests: &[BitmapRequest]) -> SetupRequest {
+        let devices = self.disks.iter().zip(requests).map(|(disk, request)| {
+            let mut device = Device::new(disk.node());
+            device.fleecing = Some(disk.fleecing_node());
+            device.bitmap_mode = Some(match request {
+                BitmapRequest::None => BitmapMode::None,
+                BitmapRequest::New => BitmapMode::New,
+                BitmapRequest::Use { generation } => {
+                    device.generation = Some(generation.clone());
+                    BitmapMode::Use
+                }
+            });
+            device
+        });
+        let mut setup = SetupRequest::new(target_id, devices.collect());
+        setup.buffer_size_bytes = self.options.buffer_size_bytes;
+        setup.granularity_bytes = self.options.granularity_bytes;
+        setup
+    }
+
+    /// Freezes the guest's file systems if that is wanted and possible. That it is not never fails
+    /// the backup; it is then as after a power cut.
+    async fn freeze(
+        &self,
+        session: &Session,
+        task: Task<'_>,
+    ) -> Result<(Option<Frozen>, String), GuestError> {
+        let skip = |why: &str| {
+            task.sink.info(&format!("skipping guest-agent 'fs-freeze', {why}"));
+            Ok((None, format!("not frozen: {why}")))
+        };
+        if !self.options.freeze {
+            return skip("it is disabled");
+        }
+        if !self.config.agent_enabled() {
+            return skip("agent not configured in VM options");
+        }
+        let status = session
+            .execute(QueryStatus)
+            .await
+            .map_err(GuestError::at("ask QEMU whether the guest runs"))?;
+        if status.status != RunState::Running {
+            return skip("the guest is not running");
+        }
+        task.journal.append(Entry::Freeze).await?;
+        task.sink.info("issuing guest-agent 'fs-freeze' command");
+        match freeze_guard::freeze(&self.guard, &self.layout.agent_socket(self.id)).await {
+            Ok(frozen) => {
+                let words = format!("{} file systems frozen", frozen.file_systems());
+                Ok((Some(frozen), words))
+            }
+            Err(why) => {
+                task.sink.warn(&format!("guest-agent 'fs-freeze' failed: {why}"));
+                Ok((None, format!("not frozen: {why}")))
+            }
+        }
+    }
+
+    /// Checks QEMU's answer against the request, and logs it.
+    fn check_infos(
+        &mut self,
+        requests: &[BitmapRequest],
+        task: Task<'_>,
+    ) -> Result<(), GuestError> {
+        for ((disk, info), request) in self.disks.iter().zip(&self.infos).zip(requests) {
+            if info.size_bytes != disk.size_bytes {
+                return Err(GuestError::Refused(format!(
+                    "The disk '{}' was resized from {} to {} bytes while its backup began; try \
+                     again.",
+                    disk.key, disk.size_bytes, info.size_bytes
+                )));
+            }
+            let is_wanted = *request != BitmapRequest::None;
+            let is_there = info.bitmap_name.is_some() && info.bitmap_node_name.is_some();
+            if is_wanted != is_there {
+                return Err(GuestError::Refused(format!(
+                    "QEMU answered for the disk '{}' as if another bitmap mode was asked for.",
+                    disk.key
+                )));
+            }
+            let status =
+                bitmap_status(info.bitmap_action.as_str(), info.dirty_bytes, info.size_bytes);
+            task.sink.info(&format!("{}: dirty-bitmap status: {status}", disk.key));
+        }
+        Ok(())
+    }
+
+    async fn do_teardown(&mut self, success: bool, task: Task<'_>) -> Result<(), GuestError> {
+        if !self.access_begun {
+            return Ok(());
+        }
+        let access = self.access.take();
+        let Some(session) = self.session_if_alive().await? else {
+            if success {
+                task.sink.warn("QEMU ended before the bitmaps were settled");
+            }
+            return Ok(());
+        };
+        let target = target_id(&self.options.storage);
+        match backup::query(&session).await {
+            Ok(all) => {
+                let ours = all.iter().find(|status| status.target_id == target);
+                self.stats = ours.map(stats_of);
+            }
+            Err(error) => {
+                let error = chain(&error);
+                task.sink.warn(&format!("what the backup cost the guest is not known: {error}"));
+            }
+        }
+        let result = match access {
+            Some(access) if !access.session().is_closed() => {
+                if success {
+                    access.commit().await
+                } else {
+                    access.abort().await
+                }
+            }
+            _ => backup::teardown(&session, &target, success).await,
+        };
+        let result = match result {
+            Ok(result) => result,
+            Err(_) if !self.process.is_alive() => return Ok(()),
+            Err(error) => {
+                let doing = format!("end the backup access of VM {}", self.id);
+                return Err(GuestError::step(doing, error));
+            }
+        };
+        self.access_begun = false;
+        if let Some(reason) = result.reason {
+            task.sink.warn(&format!("backup access: {}", clean(&reason)));
+        }
+        Ok(())
+    }
+
+    async fn do_release(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        if self.fleecing.is_empty() {
+            return Ok(());
+        }
+        let session = self.session_if_alive().await?;
+        let mut first = None;
+        while let Some(image) = self.fleecing.pop() {
+            if let Err(error) = release_image(session.as_ref(), &self.storages, &image).await {
+                match first {
+                    None => first = Some(error),
+                    Some(_) => task.sink.warn(&chain(&error)),
+                }
+            }
+        }
+        first.map_or(Ok(()), Err)
+    }
+}
+
+async fn release_image(
+    session: Option<&Session>,
+    storages: &StorageSet,
+    image: &Fleecing,
+) -> Result<(), GuestError> {
+    let volume = &image.volume;
+    if let Some(session) = session {
+        // A file that QEMU still writes to is not removed.
+        ops::remove_node(session, &image.node)
+            .await
+            .map_err(GuestError::at(format!("detach the fleecing image '{volume}'")))?;
+    }
+    free_volume(storages, volume)
+}
+
+/// Frees a volume; one that is not there is no error.
+pub(crate) fn free_volume(storages: &StorageSet, volume: &VolumeId) -> Result<(), GuestError> {
+    storages
+        .images(volume.storage())
+        .and_then(|images| images.free(volume))
+        .map_err(GuestError::at(format!("remove the volume '{volume}'")))?;
+    Ok(())
+}
+
+fn stats_of(status: &AccessStatus) -> AccessStats {
+    status.devices.iter().fold(AccessStats::default(), |sum, device| AccessStats {
+        writes_delayed: sum.writes_delayed.saturating_add(device.writes_delayed),
+        delay_max_ns: sum.delay_max_ns.max(device.delay_max_ns),
+        captured_bytes: sum.captured_bytes.saturating_add(device.captured_bytes),
+        released_bytes: sum.released_bytes.saturating_add(device.released_bytes),
+    })
+}
+
+/// Eight random hexadecimal digits.
+pub(crate) fn short_id() -> String {
+    let mut text = Uuid::new_v4().simple().to_string();
+    text.truncate(8);
+    text
+}
+
+/// The QEMU process of a VM, if it runs.
+pub(crate) fn running_process(
+    layout: &Layout,
+    id: u32,
+) -> Result<Option<ProcessStamp>, GuestError> {
+    let doing = || format!("find out whether VM {id} runs");
+    let process = runner::find_process(layout, id).map_err(GuestError::at(doing()))?;
+    process.map(ProcessStamp::of).transpose().map_err(GuestError::at(doing()))
+}
+
+fn read_optional(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl GuestDriver for VmDriver {
+    fn kind(&self) -> GuestKind {
+        GuestKind::Qemu
+    }
+
+    fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn name(&self) -> Option<String> {
+        self.config.name().map(str::to_owned)
+    }
+
+    fn prepare<'a>(
+        &'a mut self,
+        task: Task<'a>,
+    ) -> BoxFuture<'a, Result<Vec<VolumeInfo>, GuestError>> {
+        Box::pin(self.do_prepare(task))
+    }
+
+    fn acquire<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.do_acquire(task))
+    }
+
+    fn point_in_time<'a>(
+        &'a mut self,
+        requests: &'a [BitmapRequest],
+        task: Task<'a>,
+    ) -> BoxFuture<'a, Result<PointInTime, GuestError>> {
+        Box::pin(self.do_point_in_time(requests, task))
+    }
+
+    fn open_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.do_open_source(task))
+    }
+
+    fn source(&self) -> VmBackup {
+        self.make_source()
+    }
+
+    fn watch<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, GuestError> {
+        Box::pin(self.do_watch(task))
+    }
+
+    fn close_source<'a>(&'a mut self, _task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.do_close_source())
+    }
+
+    fn teardown<'a>(
+        &'a mut self,
+        success: bool,
+        task: Task<'a>,
+    ) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.do_teardown(success, task))
+    }
+
+    fn release<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.do_release(task))
+    }
+
+    fn cleanup<'a>(&'a mut self, _task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        self.session = None;
+        self.events = None;
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn stats(&self) -> Option<AccessStats> {
+        self.stats
+    }
+
+    fn volumes(&self) -> Vec<VolumeReport> {
+        let report = |(disk, info): (&Disk, &AccessInfo)| VolumeReport {
+            device: disk.key.clone(),
+            size_bytes: disk.size_bytes,
+            bitmap_action: info.bitmap_action.as_str().to_owned(),
+            dirty_bytes: info.dirty_bytes,
+        };
+        self.disks.iter().zip(&self.infos).map(report).collect()
+    }
+}

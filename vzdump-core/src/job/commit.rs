@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The commit of one guest's backup: until its outcome is known, and written down.
+
+use std::time::Duration;
+
+use provider_api::{CancellationToken, CommitOutcome, Provider, Uuid, check_archive_name};
+
+use super::run::{Run, StepResult};
+use super::state::Outcome;
+use super::{Limits, call_within, chain};
+use crate::journal::{Entry, KnownOutcome};
+use crate::task_log::{TaskSink, clean};
+
+/// The longest pause between two questions for an outcome.
+const DELAY_MAX: Duration = Duration::from_secs(60);
+
+impl Run<'_> {
+    /// Asks the provider to commit; an error leaves the outcome unknown.
+    pub(super) async fn commit(&mut self) -> StepResult<()> {
+        let backup = self.backup.take().ok_or("the provider's backup is not begun")?;
+        let limits = &self.ctx.limits;
+        let call = call_within(self.cancel, limits.commit);
+        let impatient = async {
+            self.cancel.cancelled().await;
+            tokio::time::sleep(limits.commit_grace).await;
+        };
+        let committed = tokio::select! {
+            biased;
+            result = backup.commit(self.commit_id, &call) =>
+                result.map_err(|error| format!("the commit failed: {}", chain(&error)))?,
+            () = tokio::time::sleep(limits.commit) =>
+                return Err("the provider did not commit in time".to_owned()),
+            () = impatient => return Err("the job was cancelled during the commit".to_owned()),
+        };
+        self.report.archive_size_bytes = committed.size_bytes;
+        self.take_archive(&committed.archive);
+        Ok(())
+    }
+
+    /// Takes over the archive's final name, which is untrusted.
+    fn take_archive(&mut self, name: &str) {
+        if check_archive_name(name).is_ok() {
+            self.report.archive = Some(name.to_owned());
+        } else {
+            self.warn(format!(
+                "the provider committed the archive under the bad name '{}'",
+                clean(name)
+            ));
+        }
+    }
+
+    fn warn(&mut self, text: String) {
+        self.sink.warn(&text);
+        self.report.warnings.push(text);
+    }
+
+    /// Asks what became of the commit until there is an answer, or patience ends.
+    pub(super) async fn ask_outcome(&mut self) -> Outcome {
+        let why = self.report.error.clone().unwrap_or_default();
+        self.sink.warn(&format!("{why}; asking the provider what became of the commit"));
+        let limits = &self.ctx.limits;
+        let outcome = ask_outcome(self.provider, self.commit_id, limits, self.sink).await;
+        match outcome {
+            Ok(CommitOutcome::Committed { archive }) => {
+                self.take_archive(&archive);
+                self.warn(format!("the backup is committed all the same ({why})"));
+                self.report.error = None;
+                Outcome::Committed
+            }
+            Ok(CommitOutcome::NotCommitted) => Outcome::NotCommitted,
+            Ok(CommitOutcome::Pending) | Err(_) => {
+                self.warn(format!(
+                    "the outcome of the commit {} is unknown: the archive is left alone, and the \
+                     next backup covers the changes of this one too",
+                    self.commit_id
+                ));
+                Outcome::Unknown
+            }
+        }
+    }
+
+    /// Writes the outcome down, so that a recovery need not ask again.
+    pub(super) async fn record_outcome(&mut self) -> StepResult<()> {
+        let outcome = match self.outcome {
+            Some(Outcome::Committed) => KnownOutcome::Committed,
+            Some(Outcome::NotCommitted) => KnownOutcome::NotCommitted,
+            Some(Outcome::Unknown) | None => KnownOutcome::Unknown,
+        };
+        let id = self.commit_id;
+        let entry = Entry::Outcome { id, outcome };
+        self.journal()?.append(entry).await.map_err(|error| chain(&error))
+    }
+}
+
+/// Asks for the outcome of a commit, a bounded number of times.
+///
+/// # Errors
+/// The last answer was an error, in words.
+pub(crate) async fn ask_outcome(
+    provider: &dyn Provider,
+    id: Uuid,
+    limits: &Limits,
+    sink: &dyn TaskSink,
+) -> Result<CommitOutcome, String> {
+    let mut delay = limits.outcome_delay;
+    let mut last = Err("it was not asked".to_owned());
+    for attempt in 0..limits.outcome_attempts.max(1) {
+        if attempt > 0 {
+            tokio::time::sleep(delay).await;
+            delay = (delay * 2).min(DELAY_MAX);
+        }
+        let call = call_within(&CancellationToken::new(), limits.provider_call);
+        let question = provider.commit_outcome(id, &call);
+        last = match tokio::time::timeout(limits.provider_call, question).await {
+            Ok(Ok(CommitOutcome::Pending)) => Ok(CommitOutcome::Pending),
+            Ok(Ok(known)) => return Ok(known),
+            Ok(Err(error)) => Err(chain(&error)),
+            Err(_) => Err("the provider did not answer in time".to_owned()),
+        };
+        match &last {
+            Ok(_) => sink.info("the commit is still pending"),
+            Err(error) => sink.warn(&format!("no answer about the commit: {error}")),
+        }
+    }
+    last
+}

@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Drives one guest's backup: carries out what [`super::state`] hands out, bounds its time, and keeps
+//! the first error.
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use provider_api::{
+    BitmapRequest, CancellationToken, GuestBackup, GuestInfo, Job, Provider, Uuid, VolumeInfo,
+    check_archive_name,
+};
+
+use super::progress::Meter;
+use super::report::{GuestReport, millis};
+use super::state::{Action, Event, Machine, Outcome};
+use super::{BackupOptions, JobContext, Limits, call_within, chain, guest_words};
+use crate::guest::{GuestDriver, GuestError, Task};
+use crate::journal::{Begin, Entry, Journal, TaskKind};
+use crate::task_log::{TaskSink, size, transferred};
+
+/// How long the reason of a broken snapshot is waited for after the provider failed.
+const REASON_WAIT: Duration = Duration::from_millis(500);
+/// Longest generation a provider may ask for.
+const GENERATION_BYTES_MAX: usize = 255;
+
+/// One guest's backup under way.
+pub(super) struct Run<'a> {
+    pub(super) ctx: &'a JobContext,
+    pub(super) provider: &'a dyn Provider,
+    job: &'a mut dyn Job,
+    driver: &'a mut dyn GuestDriver,
+    options: &'a BackupOptions,
+    pub(super) sink: &'a dyn TaskSink,
+    pub(super) cancel: &'a CancellationToken,
+    pub(super) report: &'a mut GuestReport,
+    journal: Option<Journal>,
+    pub(super) backup: Option<Box<dyn GuestBackup>>,
+    volumes: Vec<VolumeInfo>,
+    requests: Vec<BitmapRequest>,
+    /// The host's id of the commit.
+    pub(super) commit_id: Uuid,
+    /// What became of it, once known.
+    pub(super) outcome: Option<Outcome>,
+}
+
+/// An error of a step, in words.
+pub(super) type StepResult<T = Event> = Result<T, String>;
+
+fn words(error: impl std::error::Error + 'static) -> String {
+    chain(&error)
+}
+
+impl<'a> Run<'a> {
+    #[expect(clippy::too_many_arguments, reason = "the one place where all of a run meets")]
+    pub(super) fn new(
+        ctx: &'a JobContext,
+        provider: &'a dyn Provider,
+        job: &'a mut dyn Job,
+        driver: &'a mut dyn GuestDriver,
+        options: &'a BackupOptions,
+        sink: &'a dyn TaskSink,
+        cancel: &'a CancellationToken,
+        report: &'a mut GuestReport,
+    ) -> Self {
+        Self {
+            ctx,
+            provider,
+            job,
+            driver,
+            options,
+            sink,
+            cancel,
+            report,
+            journal: None,
+            backup: None,
+            volumes: Vec::new(),
+            requests: Vec::new(),
+            commit_id: Uuid::new_v4(),
+            outcome: None,
+        }
+    }
+
+    /// Runs the backup to its end; the result is in the report.
+    pub(super) async fn finish(mut self) {
+        self.report.name = self.driver.name();
+        let mut machine = Machine::new();
+        loop {
+            let action = machine.current();
+            if let Action::Finish(verdict) = action {
+                self.report.result = verdict.into();
+                break;
+            }
+            let event = match self.bounded(action, machine.is_cancellable()).await {
+                Ok(event) => event,
+                Err(error) => {
+                    self.note(action, error);
+                    Event::Failed
+                }
+            };
+            machine.on(event);
+        }
+        self.report.volumes = self.driver.volumes();
+        self.report.access = self.driver.stats();
+        self.log_costs();
+    }
+
+    /// Carries out an action within its time, unless the job is cancelled.
+    async fn bounded(&mut self, action: Action, is_cancellable: bool) -> StepResult {
+        let limit = limit_of(action, &self.ctx.limits);
+        let cancel = self.cancel.clone();
+        let step = within(limit, action, self.act(action));
+        if !is_cancellable {
+            return step.await;
+        }
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err("the job was cancelled".to_owned()),
+            result = step => result,
+        }
+    }
+
+    /// Keeps the first error; everything after it is a warning.
+    fn note(&mut self, action: Action, error: String) {
+        let is_undo = matches!(
+            action,
+            Action::CloseSource
+                | Action::Teardown { .. }
+                | Action::Release
+                | Action::Cleanup
+                | Action::Abort
+                | Action::CloseJournal { .. }
+                | Action::RecordOutcome
+        );
+        if !is_undo && self.report.error.is_none() {
+            self.report.error = Some(error);
+            return;
+        }
+        tracing::warn!(?action, error, "a step failed");
+        self.sink.warn(&error);
+        self.report.warnings.push(error);
+    }
+
+    async fn act(&mut self, action: Action) -> StepResult {
+        match action {
+            Action::OpenJournal => self.open_journal().await?,
+            Action::StartGuest => self.start_guest().await?,
+            Action::Prepare => return self.prepare().await,
+            Action::PlanVolumes => self.plan_volumes().await?,
+            Action::PointInTime => self.point_in_time().await?,
+            Action::Transfer => self.transfer().await?,
+            Action::JournalCommit => {
+                let id = self.commit_id;
+                self.journal()?.append(Entry::Committing { id }).await.map_err(words)?;
+            }
+            Action::Commit => {
+                self.commit().await?;
+                self.outcome = Some(Outcome::Committed);
+            }
+            Action::AskOutcome => {
+                let outcome = self.ask_outcome().await;
+                self.outcome = Some(outcome);
+                return Ok(Event::Known(outcome));
+            }
+            Action::Abort => self.abort().await?,
+            Action::CloseJournal { keep } => self.close_journal(keep).await?,
+            Action::RecordOutcome => self.record_outcome().await?,
+            Action::Acquire
+            | Action::OpenSource
+            | Action::CloseSource
+            | Action::Teardown { .. }
+            | Action::Release
+            | Action::Cleanup => self.drive(action).await.map_err(words)?,
+            Action::Finish(_) => {}
+        }
+        Ok(Event::Done)
+    }
+
+    /// The actions that are the driver's alone.
+    async fn drive(&mut self, action: Action) -> Result<(), GuestError> {
+        let Some(journal) = &self.journal else {
+            return Ok(());
+        };
+        let task = Task { journal, sink: self.sink };
+        match action {
+            Action::Acquire => self.driver.acquire(task).await,
+            Action::OpenSource => self.driver.open_source(task).await,
+            Action::CloseSource => self.driver.close_source(task).await,
+            Action::Teardown { success } => self.driver.teardown(success, task).await,
+            Action::Release => self.driver.release(task).await,
+            _ => self.driver.cleanup(task).await,
+        }
+    }
+
+    pub(super) fn journal(&self) -> StepResult<&Journal> {
+        self.journal.as_ref().ok_or_else(|| "the journal is not open".to_owned())
+    }
+
+    async fn open_journal(&mut self) -> StepResult<()> {
+        let (kind, id) = (self.driver.kind(), self.driver.id());
+        let begin = Begin::new(TaskKind::Backup, kind, id, &self.options.storage)
+            .map_err(|error| format!("cannot read /proc of this process: {error}"))?;
+        self.journal = Some(Journal::create(&self.ctx.layout, begin).await.map_err(words)?);
+        Ok(())
+    }
+
+    async fn start_guest(&mut self) -> StepResult<()> {
+        let info = GuestInfo {
+            kind: self.driver.kind(),
+            id: self.driver.id(),
+            name: self.driver.name(),
+            start_time_s: super::now_s(),
+        };
+        let call = call_within(self.cancel, self.ctx.limits.provider_call);
+        let backup = self.job.start_guest(info, &call).await.map_err(words)?;
+        let name = backup.archive_name().to_owned();
+        // Kept before it is checked: a backup with a bad name must be aborted too.
+        self.backup = Some(backup);
+        check_archive_name(&name)?;
+        self.journal()?.append(Entry::Archive { name: name.clone() }).await.map_err(words)?;
+        let storage = &self.options.storage;
+        self.sink.info(&format!("creating archive '{storage}:backup/{name}'"));
+        self.report.archive = Some(name);
+        Ok(())
+    }
+
+    async fn prepare(&mut self) -> StepResult {
+        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
+        let task = Task { journal, sink: self.sink };
+        self.volumes = self.driver.prepare(task).await.map_err(words)?;
+        self.report.disks_size_bytes =
+            self.volumes.iter().fold(0, |sum, volume| sum.saturating_add(volume.size_bytes));
+        Ok(Event::Prepared { has_disks: !self.volumes.is_empty() })
+    }
+
+    async fn plan_volumes(&mut self) -> StepResult<()> {
+        let call = call_within(self.cancel, self.ctx.limits.provider_call);
+        let backup = self.backup.as_mut().ok_or("the provider's backup is not begun")?;
+        let requests = backup.plan_volumes(&self.volumes, &call).await.map_err(words)?;
+        check_requests(&requests, self.volumes.len())?;
+        self.requests = requests;
+        Ok(())
+    }
+
+    async fn point_in_time(&mut self) -> StepResult<()> {
+        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
+        let task = Task { journal, sink: self.sink };
+        let result = self.driver.point_in_time(&self.requests, task).await;
+        self.report.point_in_time = result.map_err(words)?;
+        Ok(())
+    }
+
+    async fn transfer(&mut self) -> StepResult<()> {
+        let source = self.driver.source();
+        let backup = self.backup.as_mut().ok_or("the provider's backup is not begun")?;
+        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
+        let task = Task { journal, sink: self.sink };
+        let meter = Meter::new(self.driver.id(), self.sink);
+        let stall = self.ctx.limits.transfer_stall;
+        // Cancelled with the job, and when the snapshot is lost; it has no deadline of its own.
+        let call = provider_api::Call { cancel: self.cancel.child_token(), deadline: None };
+        let _stop = call.cancel.clone().drop_guard();
+        let mut lost = self.driver.watch(task);
+        let result = tokio::select! {
+            biased;
+            error = &mut lost => Err(words(error)),
+            result = backup.backup_vm(source, &meter, &call) => match result {
+                Ok(moved) => Ok(moved),
+                // The provider sees only an I/O error; the guest's side knows why.
+                Err(error) => Err(match tokio::time::timeout(REASON_WAIT, &mut lost).await {
+                    Ok(reason) => words(reason),
+                    Err(_) => words(error),
+                }),
+            },
+            () = meter.run_until_stalled(stall) =>
+                Err(format!("the provider made no progress for {} seconds", stall.as_secs())),
+        };
+        drop(lost);
+        self.report.transfer_ms = millis(meter.elapsed());
+        let moved = result?;
+        meter.end();
+        self.report.transferred = moved;
+        log_moved(self.sink, &moved, meter.elapsed());
+        Ok(())
+    }
+
+    async fn abort(&mut self) -> StepResult<()> {
+        let Some(backup) = self.backup.take() else {
+            return Ok(());
+        };
+        let why = self.report.error.clone().unwrap_or_default();
+        let call = call_within(&CancellationToken::new(), self.ctx.limits.undo);
+        let aborted = backup.abort(&why, &call).await;
+        aborted
+            .map_err(|error| format!("the provider could not give its backup up: {}", words(error)))
+    }
+
+    async fn close_journal(&mut self, keep: bool) -> StepResult<()> {
+        let Some(journal) = self.journal.take() else {
+            return Ok(());
+        };
+        if keep {
+            self.sink.warn(&format!(
+                "something could not be undone; the next backup of {} will try again ({})",
+                guest_words(self.driver),
+                journal.path().display()
+            ));
+            return Ok(());
+        }
+        journal.remove().await.map_err(words)
+    }
+
+    fn log_costs(&self) {
+        if let Some(stats) = &self.report.access {
+            self.sink.info(&format!(
+                "guest writes that had to wait: {}, longest {:.1} ms; old data saved: {}",
+                stats.writes_delayed,
+                stats.delay_max_ns as f64 / 1e6,
+                size(stats.captured_bytes),
+            ));
+        }
+    }
+}
+
+fn log_moved(sink: &dyn TaskSink, moved: &provider_api::Transferred, elapsed: Duration) {
+    if moved.zero_bytes > 0 && moved.total_bytes > 0 {
+        let percent = u128::from(moved.zero_bytes) * 100 / u128::from(moved.total_bytes);
+        sink.info(&format!(
+            "backup is sparse: {} ({percent}%) total zero data",
+            size(moved.zero_bytes)
+        ));
+    }
+    sink.info(&transferred(moved.total_bytes, elapsed));
+}
+
+/// A provider's answer is untrusted input.
+fn check_requests(requests: &[BitmapRequest], disks: usize) -> Result<(), String> {
+    if requests.len() != disks {
+        return Err(format!(
+            "the provider planned {} disks, but the guest has {disks}",
+            requests.len()
+        ));
+    }
+    for request in requests {
+        if let BitmapRequest::Use { generation } = request {
+            let is_plain = generation.bytes().all(|b| b.is_ascii_graphic());
+            if generation.is_empty() || generation.len() > GENERATION_BYTES_MAX || !is_plain {
+                return Err("the provider asked for a generation that cannot be one".to_owned());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
+    match action {
+        Action::OpenJournal
+        | Action::StartGuest
+        | Action::Prepare
+        | Action::PlanVolumes
+        | Action::OpenSource
+        | Action::JournalCommit => Some(limits.provider_call),
+        Action::Acquire => Some(limits.acquire),
+        Action::PointInTime => Some(limits.point_in_time),
+        // These bound themselves, by progress or by their own limits.
+        Action::Transfer | Action::Commit | Action::AskOutcome | Action::Finish(_) => None,
+        _ => Some(limits.undo),
+    }
+}
+
+async fn within<T>(
+    limit: Option<Duration>,
+    action: Action,
+    step: impl Future<Output = StepResult<T>>,
+) -> StepResult<T> {
+    let Some(limit) = limit else {
+        return step.await;
+    };
+    let started = Instant::now();
+    match tokio::time::timeout(limit, step).await {
+        Ok(result) => result,
+        Err(_) => {
+            let after = started.elapsed().as_secs();
+            Err(format!("the step '{action:?}' did not end within {after} seconds"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_provider_s_plan_is_checked() {
+        let using = |text: &str| BitmapRequest::Use { generation: text.to_owned() };
+        assert!(check_requests(&[BitmapRequest::New, using("abc")], 2).is_ok());
+        assert!(check_requests(&[BitmapRequest::New], 2).is_err());
+        for bad in ["", "a b", "a\n", &"x".repeat(256)] {
+            assert!(check_requests(&[using(bad)], 1).is_err(), "{bad:?}");
+        }
+    }
+}

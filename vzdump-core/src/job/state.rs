@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The order of one guest's backup: which action follows which event. Pure; [`super::run`] drives it.
+//!
+//! ```text
+//!  OpenJournal ► StartGuest ► Prepare ► PlanVolumes ► Acquire ► PointInTime ► OpenSource ► Transfer
+//!       │            │           └─(no disks)────────────────────────────────────────────────▲ │
+//!       │            │                                                                         ▼
+//!  every failure or cancellation: what was begun is          JournalCommit ► Commit ─error► AskOutcome
+//!  undone, in reverse order, each once                                          │               │
+//!       ▼                                                                       └──► RecordOutcome
+//!  CloseSource ► Teardown{success} ► Release ► Cleanup ► Abort ► CloseJournal ► Finish  ◄─┘
+//! ```
+//!
+//! # Invariants
+//! - An action counts as begun when it is handed out, so a step that fails half way is undone too.
+//! - `Teardown { success: true }` is handed out only after the commit's outcome is `Committed`.
+//! - `Abort` is handed out only if `Commit` was not: the provider's backup is consumed once.
+//! - A failure while undoing changes neither the verdict nor what is undone after it.
+
+/// What is to be done next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Create the journal.
+    OpenJournal,
+    /// Have the provider begin this guest's backup.
+    StartGuest,
+    /// Read the configuration, choose the disks, connect to the guest.
+    Prepare,
+    /// Ask the provider which bitmaps to use.
+    PlanVolumes,
+    /// Acquire what the point in time needs: fleecing images.
+    Acquire,
+    /// Freeze, take the point in time, thaw.
+    PointInTime,
+    /// Offer the frozen disks to the provider.
+    OpenSource,
+    /// Have the provider copy.
+    Transfer,
+    /// Write down the commit's id, durably.
+    JournalCommit,
+    /// Have the provider commit.
+    Commit,
+    /// Ask the provider what became of the commit.
+    AskOutcome,
+    /// Write down what became of it.
+    RecordOutcome,
+    /// Withdraw the frozen disks.
+    CloseSource,
+    /// End the point in time.
+    Teardown {
+        /// Whether the backup is durable.
+        success: bool,
+    },
+    /// Give back what [`Action::Acquire`] acquired.
+    Release,
+    /// Disconnect from the guest.
+    Cleanup,
+    /// Have the provider give its backup up.
+    Abort,
+    /// Remove the journal, or keep it because something could not be undone.
+    CloseJournal {
+        /// Something is left for the recovery.
+        keep: bool,
+    },
+    /// All is done.
+    Finish(Verdict),
+}
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// The action succeeded.
+    Done,
+    /// [`Action::Prepare`] succeeded.
+    Prepared {
+        /// The guest has disks to back up.
+        has_disks: bool,
+    },
+    /// The action failed or was cancelled.
+    Failed,
+    /// [`Action::AskOutcome`] has an answer.
+    Known(Outcome),
+}
+
+/// What became of a commit, as far as it could be found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is durable.
+    Committed,
+    /// It did not happen.
+    NotCommitted,
+    /// Nobody knows; the archive is left alone.
+    Unknown,
+}
+
+/// How the backup ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The archive is durable.
+    Committed,
+    /// There is no archive.
+    Failed,
+    /// There may be an archive.
+    Unknown,
+}
+
+/// State of one guest's backup.
+#[derive(Debug)]
+pub struct Machine {
+    current: Action,
+    /// How to undo what was begun; the last is undone first.
+    undo: Vec<Action>,
+    verdict: Verdict,
+    unwinding: bool,
+    leftovers: bool,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Machine {
+    /// A backup that has not begun.
+    pub fn new() -> Self {
+        Self {
+            current: Action::OpenJournal,
+            undo: vec![Action::CloseJournal { keep: false }],
+            verdict: Verdict::Failed,
+            unwinding: false,
+            leftovers: false,
+        }
+    }
+
+    /// The action under way; the first one is [`Action::OpenJournal`].
+    pub fn current(&self) -> Action {
+        self.current
+    }
+
+    /// Whether cancellation still has an effect: until the commit begins.
+    pub fn is_cancellable(&self) -> bool {
+        !self.unwinding
+            && !matches!(self.current, Action::Commit | Action::AskOutcome | Action::RecordOutcome)
+    }
+
+    /// Takes what became of the current action and says what is next.
+    pub fn on(&mut self, event: Event) -> Action {
+        let next = match (self.current, event) {
+            (Action::Finish(verdict), _) => Action::Finish(verdict),
+            // Neither may stop the way to the teardown.
+            (Action::RecordOutcome, _) => self.unwind(),
+            (_, Event::Failed) if self.unwinding => {
+                self.leftovers |= self.current != Action::Abort;
+                self.unwind()
+            }
+            (_, _) if self.unwinding => self.unwind(),
+            (Action::Commit, Event::Failed) => Action::AskOutcome,
+            (Action::Commit, _) => self.decide(Outcome::Committed),
+            (Action::AskOutcome, Event::Known(outcome)) => self.decide(outcome),
+            (Action::AskOutcome, _) => self.decide(Outcome::Unknown),
+            (_, Event::Failed) => self.unwind(),
+            (Action::Prepare, Event::Prepared { has_disks: false }) => Action::Transfer,
+            (current, _) => forward(current),
+        };
+        self.begin(next);
+        next
+    }
+
+    fn begin(&mut self, action: Action) {
+        match action {
+            Action::StartGuest => self.undo.push(Action::Abort),
+            Action::Prepare => self.undo.push(Action::Cleanup),
+            Action::Acquire => self.undo.push(Action::Release),
+            Action::PointInTime => self.undo.push(Action::Teardown { success: false }),
+            Action::OpenSource => self.undo.push(Action::CloseSource),
+            // The provider's backup is consumed by the commit.
+            Action::Commit => self.undo.retain(|undo| *undo != Action::Abort),
+            _ => {}
+        }
+        self.current = action;
+    }
+
+    fn decide(&mut self, outcome: Outcome) -> Action {
+        self.verdict = match outcome {
+            Outcome::Committed => Verdict::Committed,
+            Outcome::NotCommitted => Verdict::Failed,
+            Outcome::Unknown => Verdict::Unknown,
+        };
+        Action::RecordOutcome
+    }
+
+    fn unwind(&mut self) -> Action {
+        self.unwinding = true;
+        match self.undo.pop() {
+            None => Action::Finish(self.verdict),
+            Some(Action::Teardown { .. }) => {
+                Action::Teardown { success: self.verdict == Verdict::Committed }
+            }
+            Some(Action::CloseJournal { .. }) => Action::CloseJournal { keep: self.leftovers },
+            Some(undo) => undo,
+        }
+    }
+}
+
+/// What follows an action that succeeded, before the commit.
+fn forward(current: Action) -> Action {
+    match current {
+        Action::OpenJournal => Action::StartGuest,
+        Action::StartGuest => Action::Prepare,
+        Action::Prepare => Action::PlanVolumes,
+        Action::PlanVolumes => Action::Acquire,
+        Action::Acquire => Action::PointInTime,
+        Action::PointInTime => Action::OpenSource,
+        Action::OpenSource => Action::Transfer,
+        Action::Transfer => Action::JournalCommit,
+        Action::JournalCommit => Action::Commit,
+        other => unreachable!("{other:?} is not a step on the way to the commit"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The events of a backup without a fault, up to the end.
+    fn run(machine: &mut Machine, mut answer: impl FnMut(Action) -> Event) -> Vec<Action> {
+        let mut seen = vec![machine.current()];
+        while !matches!(machine.current(), Action::Finish(_)) {
+            assert!(seen.len() < 40, "the machine does not end: {seen:?}");
+            let event = answer(machine.current());
+            seen.push(machine.on(event));
+        }
+        seen
+    }
+
+    fn good(action: Action) -> Event {
+        match action {
+            Action::Prepare => Event::Prepared { has_disks: true },
+            Action::AskOutcome => Event::Known(Outcome::Committed),
+            _ => Event::Done,
+        }
+    }
+
+    /// What may be undone, and what makes that necessary.
+    const PAIRS: [(Action, Action); 5] = [
+        (Action::StartGuest, Action::Abort),
+        (Action::Prepare, Action::Cleanup),
+        (Action::Acquire, Action::Release),
+        (Action::PointInTime, Action::Teardown { success: false }),
+        (Action::OpenSource, Action::CloseSource),
+    ];
+
+    #[test]
+    fn a_good_backup_has_the_documented_order() {
+        use Action::{
+            Acquire, Cleanup, CloseJournal, CloseSource, Commit, Finish, JournalCommit,
+            OpenJournal, OpenSource, PlanVolumes, PointInTime, Prepare, RecordOutcome, Release,
+            StartGuest, Teardown, Transfer,
+        };
+        let seen = run(&mut Machine::new(), good);
+        assert_eq!(
+            seen,
+            [
+                OpenJournal,
+                StartGuest,
+                Prepare,
+                PlanVolumes,
+                Acquire,
+                PointInTime,
+                OpenSource,
+                Transfer,
+                JournalCommit,
+                Commit,
+                RecordOutcome,
+                CloseSource,
+                Teardown { success: true },
+                Release,
+                Cleanup,
+                CloseJournal { keep: false },
+                Finish(Verdict::Committed),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_guest_without_disks_needs_no_point_in_time() {
+        let seen = run(&mut Machine::new(), |action| match action {
+            Action::Prepare => Event::Prepared { has_disks: false },
+            other => good(other),
+        });
+        assert!(seen.contains(&Action::Commit));
+        assert!(!seen.iter().any(|a| matches!(a, Action::PointInTime | Action::Teardown { .. })));
+        assert_eq!(seen.last(), Some(&Action::Finish(Verdict::Committed)));
+    }
+
+    #[test]
+    fn every_failure_before_the_commit_undoes_what_was_begun() {
+        let order = run(&mut Machine::new(), good);
+        let commit = order.iter().position(|a| *a == Action::Commit).expect("there is a commit");
+        for failing in &order[..commit] {
+            let seen = run(&mut Machine::new(), |action| {
+                if action == *failing { Event::Failed } else { good(action) }
+            });
+            assert_eq!(seen.last(), Some(&Action::Finish(Verdict::Failed)), "{failing:?}");
+            // The reverse order of what was begun, each once, nothing else.
+            let expected: Vec<Action> = seen
+                .iter()
+                .filter_map(|a| PAIRS.iter().find(|(begin, _)| begin == a).map(|(_, undo)| *undo))
+                .rev()
+                .chain([Action::CloseJournal { keep: false }, Action::Finish(Verdict::Failed)])
+                .collect();
+            let at = seen.iter().position(|a| a == failing).expect("it was handed out");
+            assert_eq!(&seen[at + 1..], expected, "{failing:?}");
+        }
+    }
+
+    #[test]
+    fn the_bitmap_is_settled_only_by_a_known_commit() {
+        for (outcome, success, verdict) in [
+            (Outcome::Committed, true, Verdict::Committed),
+            (Outcome::NotCommitted, false, Verdict::Failed),
+            (Outcome::Unknown, false, Verdict::Unknown),
+        ] {
+            let seen = run(&mut Machine::new(), |action| match action {
+                Action::Commit => Event::Failed,
+                Action::AskOutcome => Event::Known(outcome),
+                other => good(other),
+            });
+            assert!(seen.contains(&Action::Teardown { success }), "{outcome:?}");
+            assert!(!seen.contains(&Action::Teardown { success: !success }));
+            // The commit consumed the provider's backup: it is never aborted too.
+            assert!(!seen.contains(&Action::Abort));
+            assert_eq!(seen.last(), Some(&Action::Finish(verdict)));
+        }
+    }
+
+    #[test]
+    fn a_failing_question_is_an_unknown_outcome() {
+        let seen = run(&mut Machine::new(), |action| match action {
+            Action::Commit | Action::AskOutcome => Event::Failed,
+            other => good(other),
+        });
+        assert!(seen.contains(&Action::Teardown { success: false }));
+        assert_eq!(seen.last(), Some(&Action::Finish(Verdict::Unknown)));
+    }
+
+    #[test]
+    fn failures_while_undoing_keep_the_journal_and_the_verdict() {
+        for failing in [
+            Action::CloseSource,
+            Action::Teardown { success: true },
+            Action::Release,
+            Action::Cleanup,
+            Action::RecordOutcome,
+        ] {
+            let seen = run(&mut Machine::new(), |action| {
+                if action == failing { Event::Failed } else { good(action) }
+            });
+            let keep = failing != Action::RecordOutcome;
+            assert!(seen.contains(&Action::CloseJournal { keep }), "{failing:?}: {seen:?}");
+            assert_eq!(seen.last(), Some(&Action::Finish(Verdict::Committed)));
+            // All else is undone all the same.
+            assert!(seen.contains(&Action::Release) && seen.contains(&Action::Cleanup));
+        }
+    }
+
+    #[test]
+    fn cancellation_ends_at_the_commit() {
+        let mut machine = Machine::new();
+        let mut at_commit = false;
+        while !matches!(machine.current(), Action::Finish(_)) {
+            at_commit |= machine.current() == Action::Commit;
+            assert_eq!(machine.is_cancellable(), !at_commit, "{:?}", machine.current());
+            let event = good(machine.current());
+            machine.on(event);
+        }
+    }
+}

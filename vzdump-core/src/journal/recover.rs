@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Cleans up after tasks that died, from their journals.
+//!
+//! For a backup, in this order: thaw; ask what became of a commit that was begun (nothing is torn
+//! down while that is open); stop the exports; tear the access down, as a success only if the
+//! commit is durable; detach and free the fleecing images; remove directories; remove the journal.
+//! What belongs to a QEMU that has ended needs no QMP. Every step may be repeated.
+//!
+//! For a restore: a configuration that names the new volumes makes it complete; else the volumes
+//! are freed.
+//!
+//! The caller holds the guest's lock, so no journal found can belong to a running task.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use provider_api::{CommitOutcome, GuestKind};
+use qmp_client::{Session, backup};
+
+use super::{Entry, JournalError, KnownOutcome, Record, TaskKind};
+use crate::config::guest::VmConfig;
+use crate::guest::GuestError;
+use crate::job::commit::ask_outcome;
+use crate::job::{JobContext, backup_lock_path, chain};
+use crate::layout::Monitor;
+use crate::lock::{FileLock, LockError};
+use crate::storage::VolumeId;
+use crate::task_log::TaskSink;
+use crate::vm::backup::{free_volume, ops};
+use crate::vm::freeze_guard::thaw_directly;
+
+/// A journal that could not be cleared.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Leftover {
+    /// The journal.
+    pub journal: PathBuf,
+    /// Why, and what to do.
+    pub reason: String,
+}
+
+/// What a recovery of all guests did.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Recovered {
+    /// Journals that were cleared.
+    pub cleared: Vec<PathBuf>,
+    /// Journals of guests that are being worked on.
+    pub busy: Vec<PathBuf>,
+    /// Journals that could not be cleared.
+    pub left: Vec<Leftover>,
+}
+
+/// Cleans up after earlier tasks of one guest, whose lock the caller holds. Returns what is left.
+///
+/// # Errors
+/// The journals cannot be listed.
+pub async fn recover_guest(
+    ctx: &JobContext,
+    kind: GuestKind,
+    id: u32,
+    sink: &dyn TaskSink,
+) -> Result<Vec<Leftover>, JournalError> {
+    let mut left = Vec::new();
+    for journal in super::list(&ctx.layout, Some((kind, id)))? {
+        if let Err(reason) = recover_journal(ctx, &journal, sink).await {
+            left.push(Leftover { journal, reason });
+        }
+    }
+    Ok(left)
+}
+
+/// Cleans up after all dead tasks of all guests (`doctor --fix`).
+///
+/// # Errors
+/// The journals cannot be listed.
+pub async fn recover_all(ctx: &JobContext, sink: &dyn TaskSink) -> Result<Recovered, JournalError> {
+    let mut recovered = Recovered::default();
+    for journal in super::list(&ctx.layout, None)? {
+        let guest = super::read(&journal).map(|record| record.begin);
+        let lock = match guest {
+            Ok(begin) => {
+                let path = backup_lock_path(&ctx.layout, begin.guest_kind, begin.guest_id);
+                FileLock::try_acquire(&path, &format!("guest {}", begin.guest_id))
+            }
+            Err(error) => {
+                recovered.left.push(Leftover { journal, reason: chain(&error) });
+                continue;
+            }
+        };
+        match lock {
+            Ok(_held) => match recover_journal(ctx, &journal, sink).await {
+                Ok(()) => recovered.cleared.push(journal),
+                Err(reason) => recovered.left.push(Leftover { journal, reason }),
+            },
+            Err(LockError::Busy { .. }) => recovered.busy.push(journal),
+            Err(error) => recovered.left.push(Leftover { journal, reason: chain(&error) }),
+        }
+    }
+    Ok(recovered)
+}
+
+async fn recover_journal(
+    ctx: &JobContext,
+    journal: &Path,
+    sink: &dyn TaskSink,
+) -> Result<(), String> {
+    let record = match super::read(journal) {
+        // Cleared between listing and reading.
+        Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok(());
+        }
+        other => other.map_err(|error| chain(&error))?,
+    };
+    let begin = &record.begin;
+    let is_ours = begin.owner.process.pid.unsigned_abs() == std::process::id();
+    if begin.owner.is_alive() && !is_ours {
+        let pid = begin.owner.process.pid;
+        return Err(format!("its process {pid} still runs; wait for it, or end it"));
+    }
+    let what = match begin.task {
+        TaskKind::Backup => "backup",
+        TaskKind::Restore => "restore",
+    };
+    sink.warn(&format!("cleaning up after an interrupted {what} of guest {}", begin.guest_id));
+    match begin.task {
+        TaskKind::Backup => recover_backup(ctx, &record, sink).await?,
+        TaskKind::Restore => recover_restore(ctx, &record, sink)?,
+    }
+    super::remove(journal).await.map_err(|error| chain(&error))
+}
+
+async fn recover_backup(
+    ctx: &JobContext,
+    record: &Record,
+    sink: &dyn TaskSink,
+) -> Result<(), String> {
+    let id = record.begin.guest_id;
+    let is_alive = record.qemu.as_ref().is_some_and(super::ProcessStamp::is_alive);
+    if is_alive && record.frozen {
+        // A guest must not wait for a provider. The guard has most likely thawed it long ago.
+        if let Err(error) = thaw_directly(&ctx.layout.agent_socket(id)).await {
+            sink.warn(&format!("whether VM {id} is thawed is not known: {error}"));
+        }
+    }
+    let is_committed = settle_commit(ctx, record, sink).await?;
+    // Before anything was acquired in QEMU it need not be asked, and may be busy or hang.
+    let has_traces =
+        record.access.is_some() || record.exports.is_some() || !record.fleecing.is_empty();
+    let session = if is_alive && has_traces {
+        let socket = ctx.layout.qmp_socket(id, Monitor::Backup);
+        Some(ops::connect(&socket).await.map_err(|error| chain(&error))?)
+    } else {
+        None
+    };
+    if let Some(session) = &session {
+        undo_in_qemu(session, record, is_committed, sink).await.map_err(|error| chain(&error))?;
+    }
+    for image in record.fleecing.iter().rev() {
+        free_named(ctx, &image.volume)?;
+    }
+    remove_directories(ctx, record)
+}
+
+/// Finds out whether the backup is durable. An error means that nothing may be torn down yet.
+async fn settle_commit(
+    ctx: &JobContext,
+    record: &Record,
+    sink: &dyn TaskSink,
+) -> Result<bool, String> {
+    let Some(id) = record.committing else {
+        return Ok(false);
+    };
+    match record.outcome {
+        Some(KnownOutcome::Committed) => return Ok(true),
+        Some(KnownOutcome::NotCommitted | KnownOutcome::Unknown) => return Ok(false),
+        None => {}
+    }
+    let storage = &record.begin.storage;
+    let open = |why: &str| {
+        format!(
+            "what became of the commit {id} on the storage '{storage}' is not known yet ({why}); \
+             nothing was changed, try again later"
+        )
+    };
+    let provider = ctx.providers.provider(storage).await.map_err(|why| open(&why))?;
+    let outcome = match ask_outcome(provider.as_ref(), id, &ctx.limits, sink).await {
+        Ok(CommitOutcome::Committed { archive }) => {
+            sink.info(&format!("the interrupted backup is committed as '{archive}'"));
+            KnownOutcome::Committed
+        }
+        Ok(CommitOutcome::NotCommitted) => {
+            sink.info("the interrupted backup was not committed");
+            KnownOutcome::NotCommitted
+        }
+        Ok(CommitOutcome::Pending) => return Err(open("it is pending")),
+        Err(why) => return Err(open(&why)),
+    };
+    let line = Entry::Outcome { id, outcome };
+    super::append_to(&record.path, line).await.map_err(|error| chain(&error))?;
+    Ok(outcome == KnownOutcome::Committed)
+}
+
+async fn undo_in_qemu(
+    session: &Session,
+    record: &Record,
+    is_committed: bool,
+    sink: &dyn TaskSink,
+) -> Result<(), GuestError> {
+    if let Some(exports) = &record.exports {
+        ops::stop_nbd(session, exports).await.map_err(GuestError::at("stop the NBD server"))?;
+    }
+    if let Some(target_id) = &record.access {
+        let result = backup::teardown(session, target_id, is_committed)
+            .await
+            .map_err(GuestError::at("end the backup access"))?;
+        if let Some(reason) = result.reason {
+            sink.warn(&format!("backup access: {reason}"));
+        }
+    }
+    for image in record.fleecing.iter().rev() {
+        ops::remove_node(session, &image.node)
+            .await
+            .map_err(GuestError::at(format!("detach the fleecing image '{}'", image.volume)))?;
+    }
+    Ok(())
+}
+
+fn free_named(ctx: &JobContext, volume: &str) -> Result<(), String> {
+    let volume: VolumeId = volume.parse().map_err(|error| chain(&error))?;
+    free_volume(&ctx.storages, &volume).map_err(|error| chain(&error))
+}
+
+fn remove_directories(ctx: &JobContext, record: &Record) -> Result<(), String> {
+    for dir in &record.directories {
+        // A journal is our own, but a wrong path here would cost too much.
+        if !dir.starts_with(ctx.layout.run()) || dir.as_path() == ctx.layout.run() {
+            return Err(format!("the directory '{}' is not one of ours", dir.display()));
+        }
+        match std::fs::remove_dir_all(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(format!("cannot remove the directory '{}': {error}", dir.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn recover_restore(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) -> Result<(), String> {
+    let id = record.begin.guest_id;
+    let config = VmConfig::read(&ctx.layout.vm_config_path(id)).map_err(|error| chain(&error))?;
+    let disks = match &config {
+        Some(config) => config.disks().map_err(|error| chain(&error))?,
+        None => Vec::new(),
+    };
+    let is_used = |volume: &String| disks.iter().any(|disk| disk.volume == *volume);
+    if record.complete || (config.is_some() && record.volumes.iter().all(is_used)) {
+        sink.info(&format!("the interrupted restore of VM {id} was complete"));
+        return remove_directories(ctx, record);
+    }
+    for volume in record.volumes.iter().rev().filter(|volume| !is_used(volume)) {
+        free_named(ctx, volume)?;
+    }
+    if config.is_none() {
+        for file in &record.files {
+            // As with directories: only what a restore writes.
+            if file.starts_with(ctx.layout.etc()) && *file == ctx.layout.firewall_path(id) {
+                remove_file(file)?;
+            }
+        }
+    }
+    remove_directories(ctx, record)
+}
+
+fn remove_file(path: &Path) -> Result<(), String> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(format!("cannot remove '{}': {error}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

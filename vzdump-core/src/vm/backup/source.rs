@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The frozen disks, offered over NBD on a socket that only the backup's owner can reach.
+
+use std::path::PathBuf;
+
+use provider_api::{Access, BitmapMode, VmBackup, Volume};
+use qmp_client::backup::{AccessInfo, BitmapAction};
+use qmp_client::commands::{BitmapRef, NbdExportAdd, NbdServerStart};
+
+use super::disks::Disk;
+use super::{VmDriver, ops, short_id};
+use crate::guest::{GuestError, Task};
+use crate::journal::Entry;
+use crate::layout::{check_socket_path, make_private_dir};
+
+impl VmDriver {
+    pub(super) async fn do_open_source(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        let session = self.session()?.clone();
+        // Short, because the path of a socket is limited to 107 bytes.
+        let dir = self.layout.vm_run_dir(self.id).join(format!("b-{}", short_id()));
+        let socket = dir.join("nbd");
+        check_socket_path(&socket).map_err(GuestError::at("choose a socket for the disks"))?;
+        task.journal.append(Entry::Directory { path: dir.clone() }).await?;
+        self.run_dir = Some(dir.clone());
+        make_private_dir(&dir).map_err(GuestError::at("make a directory for a socket"))?;
+        let exports = self.export_ids();
+        task.journal.append(Entry::NbdServer { socket: socket.clone(), exports }).await?;
+        let start = NbdServerStart::unix(&socket).ok_or_else(|| {
+            GuestError::Refused(format!("'{}' is not UTF-8, as QMP needs.", socket.display()))
+        })?;
+        self.server = Some(socket);
+        session
+            .execute(start)
+            .await
+            .map_err(GuestError::at(format!("start the NBD server of VM {}", self.id)))?;
+        for (disk, info) in self.disks.iter().zip(&self.infos) {
+            session
+                .execute(export_of(disk, info))
+                .await
+                .map_err(GuestError::at(format!("export the disk '{}'", disk.key)))?;
+        }
+        self.is_open = true;
+        Ok(())
+    }
+
+    fn export_ids(&self) -> Vec<String> {
+        self.disks.iter().map(Disk::export_id).collect()
+    }
+
+    pub(super) async fn do_close_source(&mut self) -> Result<(), GuestError> {
+        self.is_open = false;
+        let socket = self.server.take();
+        if socket.is_some()
+            && let Some(session) = self.session_if_alive().await?
+            && let Err(error) = ops::stop_nbd(&session, &self.export_ids()).await
+            && self.process.is_alive()
+        {
+            return Err(GuestError::step("stop the NBD server", error));
+        }
+        remove_dir(self.run_dir.take())
+    }
+
+    pub(super) fn make_source(&self) -> VmBackup {
+        let mut volumes = Vec::new();
+        if let Some(socket) = self.server.as_ref().filter(|_| self.is_open) {
+            let pairs = self.disks.iter().zip(&self.infos);
+            volumes = pairs.map(|(disk, info)| volume_of(disk, info, socket.clone())).collect();
+        }
+        let config = self.config.for_backup().to_string().into_bytes();
+        VmBackup { config, firewall: self.firewall.clone(), volumes }
+    }
+}
+
+/// Removes a private directory; one that is not there is no error.
+fn remove_dir(dir: Option<PathBuf>) -> Result<(), GuestError> {
+    let Some(dir) = dir else {
+        return Ok(());
+    };
+    match std::fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(GuestError::step(format!("remove the directory '{}'", dir.display()), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn export_of(disk: &Disk, info: &AccessInfo) -> NbdExportAdd {
+    let bitmap = info.bitmap_node_name.clone().zip(info.bitmap_name.clone());
+    NbdExportAdd {
+        id: disk.export_id(),
+        node_name: info.node_name.clone(),
+        name: Some(disk.key.clone()),
+        // For trims, by which the provider releases what it has stored; writes fail.
+        writable: true,
+        bitmaps: bitmap.map(|(node, name)| BitmapRef::OnNode { node, name }).into_iter().collect(),
+        iothread: None,
+    }
+}
+
+fn volume_of(disk: &Disk, info: &AccessInfo, socket: PathBuf) -> Volume {
+    let bitmap = info.bitmap_name.clone();
+    let bitmap_mode = match (&bitmap, &info.bitmap_action) {
+        (None, _) => BitmapMode::None,
+        (Some(_), BitmapAction::Used) => BitmapMode::Reuse,
+        // Whatever a newer QEMU did: copying everything is never wrong.
+        (Some(_), _) => BitmapMode::New,
+    };
+    Volume {
+        device: disk.key.clone(),
+        size_bytes: disk.size_bytes,
+        access: Access::Nbd { socket, export: disk.key.clone(), bitmap },
+        bitmap_mode,
+        bitmap_action: info.bitmap_action.as_str().to_owned(),
+        generation: info.generation.clone(),
+        dirty_bytes: info.dirty_bytes,
+    }
+}

@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The freeze guard: a small child process that freezes a guest's file systems and thaws them,
+//! whatever becomes of the task that asked for it.
+//!
+//! The guard, not the task, holds the agent's connection for the whole time, so there is no moment
+//! in which only a dead or hanging task could thaw. It thaws when it is asked to, when its
+//! standard input closes (the task ended, however), when it gets a signal, and when its deadline
+//! passes. Should the guard itself die, the task thaws.
+//!
+//! ```text
+//!  task                      guard                       agent
+//!   │ spawn ───────────────────►│ ping, status, freeze ────►│
+//!   │◄─────────── "frozen 2 35" │                           │
+//!   │ (point in time)           │                           │
+//!   │ "thaw" ──────────────────►│ thaw ────────────────────►│
+//!   │◄──── "thawed asked 2 812" │                           │
+//! ```
+
+use std::ffi::OsString;
+use std::io::{self, Write as _};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use qmp_client::Error;
+use qmp_client::agent::{Agent, AgentOptions, FreezeStatus};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::unix::pipe;
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
+
+use crate::job::chain;
+use crate::task_log::clean;
+
+/// The hidden subcommand that runs [`run_guard`].
+pub const SUBCOMMAND: &str = "__thaw-guard";
+/// The longest a guest stays frozen, whatever the task does.
+const HOLD_MAX: Duration = Duration::from_secs(30);
+/// An agent that works answers at once.
+const PING_LIMIT: Duration = Duration::from_secs(3);
+/// Freezing runs the guest's own hooks and writes its caches out.
+const FREEZE_LIMIT: Duration = Duration::from_secs(60);
+const THAW_LIMIT: Duration = Duration::from_secs(20);
+const THAW_ATTEMPTS: u32 = 3;
+/// What the guard may take for anything beside the agent's own limits.
+const MARGIN: Duration = Duration::from_secs(10);
+/// Begins the guard's lines, so that nothing else on its output is taken for one.
+const PREFIX: &str = "thaw-guard: ";
+
+/// How the guard's process is started.
+#[derive(Debug, Clone)]
+pub struct GuardCommand {
+    /// The program.
+    pub program: PathBuf,
+    /// Arguments in front of the guard's own.
+    pub args: Vec<OsString>,
+}
+
+impl GuardCommand {
+    /// This program with its hidden subcommand.
+    ///
+    /// # Errors
+    /// The path of this program is not known.
+    pub fn own_program() -> io::Result<Self> {
+        Ok(Self { program: std::env::current_exe()?, args: vec![SUBCOMMAND.into()] })
+    }
+}
+
+/// What the guard tells the task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Report {
+    /// The guest is frozen.
+    Frozen { file_systems: u32 },
+    /// It is not, and stays so.
+    Failed { why: String },
+    /// It is thawed again.
+    Thawed { cause: Cause, held_ms: u64 },
+    /// It may still be frozen.
+    Stuck { why: String },
+}
+
+/// Why the guard thawed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    Asked,
+    Alone,
+    Deadline,
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Frozen { file_systems } => write!(f, "{PREFIX}frozen {file_systems}"),
+            Self::Failed { why } => write!(f, "{PREFIX}failed {why}"),
+            Self::Thawed { cause, held_ms } => {
+                let cause = match cause {
+                    Cause::Asked => "asked",
+                    Cause::Alone => "alone",
+                    Cause::Deadline => "deadline",
+                };
+                write!(f, "{PREFIX}thawed {cause} {held_ms}")
+            }
+            Self::Stuck { why } => write!(f, "{PREFIX}stuck {why}"),
+        }
+    }
+}
+
+impl Report {
+    fn parse(line: &str) -> Option<Self> {
+        let (word, rest) = line.split_once(PREFIX)?.1.split_once(' ')?;
+        Some(match word {
+            "frozen" => Self::Frozen { file_systems: rest.parse().ok()? },
+            "failed" => Self::Failed { why: rest.to_owned() },
+            "stuck" => Self::Stuck { why: rest.to_owned() },
+            "thawed" => {
+                let (cause, held_ms) = rest.split_once(' ')?;
+                let cause = match cause {
+                    "asked" => Cause::Asked,
+                    "alone" => Cause::Alone,
+                    "deadline" => Cause::Deadline,
+                    _ => return None,
+                };
+                Self::Thawed { cause, held_ms: held_ms.parse().ok()? }
+            }
+            _ => return None,
+        })
+    }
+}
+
+/// A guest that is frozen, and its guard. Dropping it makes the guard thaw.
+#[derive(Debug)]
+pub struct Frozen {
+    guard: Guard,
+    file_systems: u32,
+    since: Instant,
+}
+
+/// How a freeze ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thawed {
+    /// Whether it is certain that nothing is frozen any more.
+    pub is_thawed: bool,
+    /// How long the guest was frozen.
+    pub held_ms: Option<u64>,
+    /// What did not go as it should.
+    pub trouble: Option<String>,
+}
+
+#[derive(Debug)]
+struct Guard {
+    child: Child,
+    /// Closing it makes the guard thaw.
+    stdin: Option<ChildStdin>,
+    lines: Lines<BufReader<tokio::io::Take<ChildStdout>>>,
+}
+
+/// Freezes a guest through a guard.
+///
+/// # Errors
+/// Why the guest is not frozen, in words. The guest is thawed then, or its guard is about to.
+pub async fn freeze(command: &GuardCommand, agent_socket: &Path) -> Result<Frozen, String> {
+    let mut guard = Guard::spawn(command, agent_socket)
+        .map_err(|error| format!("cannot start the freeze guard: {error}"))?;
+    let limit = AgentOptions::default().connect_timeout + PING_LIMIT * 2 + FREEZE_LIMIT + MARGIN;
+    match timeout(limit, guard.report()).await {
+        Ok(Some(Report::Frozen { file_systems })) => {
+            Ok(Frozen { guard, file_systems, since: Instant::now() })
+        }
+        Ok(Some(Report::Failed { why } | Report::Stuck { why })) => Err(why),
+        Ok(Some(Report::Thawed { .. })) => Err("the freeze guard gave up".to_owned()),
+        Ok(None) => {
+            // It may have died after freezing.
+            let thawed = thaw_directly(agent_socket).await;
+            Err(match thawed {
+                Ok(()) => "the freeze guard ended".to_owned(),
+                Err(error) => format!("the freeze guard ended, and thawing failed: {error}"),
+            })
+        }
+        Err(_) => Err("the guest agent did not freeze in time".to_owned()),
+    }
+}
+
+impl Frozen {
+    /// How many file systems are frozen.
+    pub fn file_systems(&self) -> u32 {
+        self.file_systems
+    }
+
+    /// Thaws.
+    pub async fn thaw(mut self, agent_socket: &Path) -> Thawed {
+        if let Some(mut stdin) = self.guard.stdin.take() {
+            // A guard that is gone shows below.
+            let _ = stdin.write_all(b"thaw\n").await;
+        }
+        let limit = THAW_LIMIT * THAW_ATTEMPTS + MARGIN;
+        let report = timeout(limit, self.guard.report()).await;
+        let held = || u64::try_from(self.since.elapsed().as_millis()).ok();
+        match report {
+            Ok(Some(Report::Thawed { cause, held_ms })) => Thawed {
+                is_thawed: true,
+                held_ms: Some(held_ms),
+                trouble: (cause != Cause::Asked).then(|| {
+                    format!("the guest was thawed before the point in time, after {held_ms} ms")
+                }),
+            },
+            Ok(Some(Report::Stuck { why })) => Thawed {
+                is_thawed: false,
+                held_ms: held(),
+                trouble: Some(format!("THE GUEST MAY STILL BE FROZEN: {why}")),
+            },
+            // The guard is gone or hangs: its connection is free, or its deadline will pass.
+            Ok(_) | Err(_) => match thaw_directly(agent_socket).await {
+                Ok(()) => Thawed {
+                    is_thawed: true,
+                    held_ms: held(),
+                    trouble: Some("the freeze guard was lost".to_owned()),
+                },
+                Err(error) => Thawed {
+                    is_thawed: false,
+                    held_ms: held(),
+                    trouble: Some(format!("THE GUEST MAY STILL BE FROZEN: {error}")),
+                },
+            },
+        }
+    }
+}
+
+impl Guard {
+    fn spawn(command: &GuardCommand, agent_socket: &Path) -> io::Result<Self> {
+        let mut child = Command::new(&command.program)
+            .args(&command.args)
+            .arg(agent_socket)
+            .arg(HOLD_MAX.as_millis().to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            // Out of reach of a Ctrl-C in the task's terminal.
+            .process_group(0)
+            .spawn()?;
+        let stdin = child.stdin.take();
+        let stdout = child.stdout.take().ok_or_else(|| io::Error::other("no pipe"))?;
+        // Its reports are short; what is longer is none.
+        let lines = BufReader::new(stdout.take(64 << 10)).lines();
+        Ok(Self { child, stdin, lines })
+    }
+
+    /// The next report; `None` if the guard ended.
+    async fn report(&mut self) -> Option<Report> {
+        while let Ok(Some(line)) = self.lines.next_line().await {
+            if let Some(report) = Report::parse(&line) {
+                return Some(report);
+            }
+        }
+        // It is a zombie or about to be.
+        let _ = timeout(MARGIN, self.child.wait()).await;
+        None
+    }
+}
+
+/// Thaws a guest if it is frozen, without a guard.
+///
+/// # Errors
+/// Why the guest may still be frozen, in words.
+pub async fn thaw_directly(agent_socket: &Path) -> Result<(), String> {
+    let agent = connect(agent_socket).await.map_err(|error| chain(&error))?;
+    let status = agent.fsfreeze_status().await.map_err(|error| chain(&error))?;
+    if status == FreezeStatus::Thawed {
+        return Ok(());
+    }
+    thaw(&agent).await.map_err(|error| chain(&error))
+}
+
+async fn connect(agent_socket: &Path) -> Result<Agent, Error> {
+    let options = AgentOptions {
+        command_timeout: PING_LIMIT,
+        freeze_timeout: FREEZE_LIMIT,
+        thaw_timeout: THAW_LIMIT,
+        ..AgentOptions::default()
+    };
+    Agent::connect(agent_socket, options).await
+}
+
+async fn thaw(agent: &Agent) -> Result<(), Error> {
+    let mut last = Ok(());
+    for _ in 0..THAW_ATTEMPTS {
+        match agent.fsfreeze_thaw().await {
+            Ok(_) => return Ok(()),
+            Err(error) => last = Err(error),
+        }
+    }
+    last
+}
+
+/// Runs the guard: `args` are the agent's socket and the deadline in milliseconds. Ends when the
+/// guest is thawed.
+pub async fn run_guard(args: &[OsString]) -> ExitCode {
+    let parsed = match args {
+        [socket, hold_ms] => {
+            hold_ms.to_str().and_then(|ms| ms.parse().ok()).map(|ms| (PathBuf::from(socket), ms))
+        }
+        _ => None,
+    };
+    let Some((socket, hold_ms)) = parsed else {
+        return ExitCode::from(2);
+    };
+    let report = guard(&socket, Duration::from_millis(hold_ms)).await;
+    say(&report);
+    match report {
+        Report::Thawed { .. } | Report::Failed { .. } => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+async fn guard(socket: &Path, hold: Duration) -> Report {
+    let failed = |why: String| Report::Failed { why: clean(&why) };
+    let agent = match connect(socket).await {
+        Ok(agent) => agent,
+        Err(error) => return failed(chain(&error)),
+    };
+    match agent.fsfreeze_status().await {
+        Ok(FreezeStatus::Thawed) => {}
+        Ok(_) => return failed("the guest is frozen already, by somebody else".to_owned()),
+        Err(error) => return failed(chain(&error)),
+    }
+    // Set up before the freeze, so that nothing can end the guard from then on.
+    let mut stop = match Stop::new() {
+        Ok(stop) => stop,
+        Err(error) => return failed(format!("signals: {error}")),
+    };
+    let file_systems = match agent.fsfreeze_freeze().await {
+        Ok(count) => count,
+        Err(error) => {
+            // It may be frozen all the same, or be so in a moment.
+            return match thaw(&agent).await {
+                Ok(()) => failed(chain(&error)),
+                Err(thaw) => Report::Stuck { why: clean(&chain(&thaw)) },
+            };
+        }
+    };
+    let since = Instant::now();
+    say(&Report::Frozen { file_systems });
+    let cause = tokio::select! {
+        cause = stop.wait() => cause,
+        () = tokio::time::sleep(hold) => Cause::Deadline,
+    };
+    let thawed = thaw(&agent).await;
+    let held_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+    match thawed {
+        Ok(()) => Report::Thawed { cause, held_ms },
+        Err(error) => Report::Stuck { why: clean(&chain(&error)) },
+    }
+}
+
+/// Whether anybody still reads it does not matter. A line fits into the pipe, so it cannot block.
+fn say(report: &Report) {
+    let mut stdout = io::stdout();
+    let _ = writeln!(stdout, "{report}").and_then(|()| stdout.flush());
+}
+
+/// All that ends the wait of a guard before its deadline.
+struct Stop {
+    /// Not tokio's standard input: its blocked thread would keep the program from ending.
+    stdin: pipe::Receiver,
+    term: tokio::signal::unix::Signal,
+    hup: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Stop {
+    fn new() -> io::Result<Self> {
+        let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+        Ok(Self {
+            stdin: pipe::Receiver::from_owned_fd(stdin)?,
+            term: signal(SignalKind::terminate())?,
+            hup: signal(SignalKind::hangup())?,
+            int: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wait(&mut self) -> Cause {
+        let mut line = [0; 5];
+        tokio::select! {
+            read = self.stdin.read_exact(&mut line) => match read {
+                Ok(_) if &line == b"thaw\n" => Cause::Asked,
+                _ => Cause::Alone,
+            },
+            _ = self.term.recv() => Cause::Alone,
+            _ = self.hup.recv() => Cause::Alone,
+            _ = self.int.recv() => Cause::Alone,
+        }
+    }
+}
