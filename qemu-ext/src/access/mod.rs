@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Backup accesses: the commands over the fleecing filter.
+//!
+//! ```text
+//!  request.rs   checks everything of a setup before anything is touched
+//!  setup.rs     opens filters and snapshots, switches all disks in one drained section
+//!  bitmaps.rs   the target's dirty bitmaps through setup, undo and teardown
+//!  teardown.rs  ends exports without draining, then takes the nodes out in one drained section
+//!  registry.rs  which accesses exist: names, never pointers to nodes
+//!  status.rs    query, the event, the watchdog
+//! ```
+
+mod bitmaps;
+mod registry;
+mod request;
+mod setup;
+mod status;
+mod teardown;
+
+pub use setup::setup;
+pub use status::query;
+pub use teardown::teardown;
+
+use fleece::Stats;
+use fleece::bitmap_name::{Action, Mode};
+
+/// Arguments of a setup.
+#[derive(Debug)]
+pub struct SetupRequest {
+    /// The target.
+    pub target_id: String,
+    /// Its devices.
+    pub devices: Vec<DeviceRequest>,
+    /// Granularity of new bitmaps.
+    pub granularity_bytes: Option<u64>,
+    /// RAM for old data, per device.
+    pub buffer_bytes: Option<u64>,
+    /// Seconds without progress after which a snapshot breaks.
+    pub timeout_s: Option<u32>,
+}
+
+/// One device of a setup.
+#[derive(Debug)]
+pub struct DeviceRequest {
+    /// Its name.
+    pub device: String,
+    /// Node name of the fleecing image.
+    pub fleecing: Option<String>,
+    /// Use of a dirty bitmap.
+    pub mode: Mode,
+    /// Generation of the caller's last committed backup.
+    pub generation: Option<String>,
+    /// Overrides the member of the request.
+    pub granularity_bytes: Option<u64>,
+    /// Overrides the member of the request.
+    pub buffer_bytes: Option<u64>,
+    /// Overrides the member of the request.
+    pub timeout_s: Option<u32>,
+}
+
+/// What a setup says of one device.
+#[derive(Debug)]
+pub struct DeviceInfo {
+    /// The snapshot node.
+    pub node_name: String,
+    /// The device as named in the request.
+    pub device: String,
+    /// Size of the device.
+    pub size_bytes: u64,
+    /// What was done with the bitmap.
+    pub action: Action,
+    /// The bitmap, if there is one.
+    pub bitmap: Option<BitmapInfo>,
+    /// How long all guest I/O was held.
+    pub drained_ns: u64,
+}
+
+/// The bitmap that a client gets.
+#[derive(Debug)]
+pub struct BitmapInfo {
+    /// Its name on the snapshot node.
+    pub name: String,
+    /// Generation of this backup once it is committed.
+    pub generation: String,
+    /// What it marks as dirty.
+    pub dirty_bytes: u64,
+}
+
+/// Result of a teardown.
+#[derive(Debug)]
+pub struct TeardownOutcome {
+    /// Whether there was such an access.
+    pub existed: bool,
+    /// What went wrong with it.
+    pub reason: Option<String>,
+}
+
+/// Status of one access.
+#[derive(Debug)]
+pub struct TargetStatus {
+    /// The target.
+    pub target_id: String,
+    /// Its point in time, milliseconds since the epoch.
+    pub start_time_ms: u64,
+    /// Its devices.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Status of one device.
+#[derive(Debug)]
+pub struct DeviceStatus {
+    /// The device as named in the request.
+    pub device: String,
+    /// The snapshot node.
+    pub node_name: String,
+    /// Size of the device.
+    pub size_bytes: u64,
+    /// The filter's counters.
+    pub stats: Stats,
+    /// What was done with the bitmap.
+    pub action: Action,
+    /// What the bitmap marked as dirty at setup.
+    pub dirty_bytes: Option<u64>,
+}

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Checks a setup request against the graph before anything is touched.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use super::bitmaps::BitmapPlan;
+use super::{DeviceRequest, SetupRequest, registry};
+use crate::filter::{FILTER_DRIVER, SNAPSHOT_DRIVER};
+use crate::qemu::error::Error;
+use crate::qemu::glib::sha256_hex;
+use crate::qemu::graph::{Backend, Bds};
+use crate::qemu::main_loop::MainLoop;
+
+const GRANULARITY_BYTES: std::ops::RangeInclusive<u64> = 4096..=4 << 20;
+const MAX_BUFFER_BYTES: u64 = 64 << 30;
+const DEFAULT_BUFFER_BYTES: u64 = 64 << 20;
+const TIMEOUT_S: std::ops::RangeInclusive<u32> = 1..=86400;
+const DEFAULT_TIMEOUT_S: u32 = 45;
+/// Longest name that QEMU accepts for a node.
+const MAX_NODE_NAME: usize = 31;
+/// Devices whose requests go past the block layer.
+const PASSTHROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
+
+/// One device, checked.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) device: String,
+    pub(super) source: Bds,
+    pub(super) source_node: String,
+    pub(super) fleecing_node: String,
+    pub(super) filter_node: String,
+    pub(super) snapshot_node: String,
+    pub(super) size_bytes: u64,
+    pub(super) buffer_bytes: u64,
+    pub(super) timeout: Duration,
+    pub(super) bitmaps: BitmapPlan,
+}
+
+/// Numbers of one device after defaults and overrides.
+struct Numbers {
+    granularity_bytes: Option<u32>,
+    buffer_bytes: u64,
+    timeout_s: u32,
+}
+
+/// Checks the whole request. Nothing is changed.
+///
+/// # Errors
+/// What is wrong, and with which device.
+pub(super) fn check(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<Plan>, Error> {
+    if request.target_id.is_empty() || request.target_id.len() > 255 {
+        return Err(Error::new("target-id must have 1 to 255 bytes"));
+    }
+    if request.devices.is_empty() {
+        return Err(Error::new("the list of devices is empty"));
+    }
+    let numbers: Vec<Numbers> =
+        request.devices.iter().map(|device| numbers(request, device)).collect::<Result<_, _>>()?;
+    if registry::lock().access(&request.target_id).is_some() {
+        return Err(Error::new(format!(
+            "target '{}' already has a backup access; tear it down first",
+            request.target_id
+        )));
+    }
+    let mut plans = Vec::with_capacity(request.devices.len());
+    for (device, numbers) in request.devices.iter().zip(numbers) {
+        let plan = check_device(main_loop, &request.target_id, device, &numbers)
+            .map_err(|error| error.context(&format!("device '{}'", device.device)))?;
+        plans.push(plan);
+    }
+    check_distinct(&plans)?;
+    Ok(plans)
+}
+
+fn numbers(request: &SetupRequest, device: &DeviceRequest) -> Result<Numbers, Error> {
+    let name = &device.device;
+    let granularity = device.granularity_bytes.or(request.granularity_bytes);
+    let granularity_bytes = match granularity {
+        None => None,
+        Some(bytes) if bytes.is_power_of_two() && GRANULARITY_BYTES.contains(&bytes) => {
+            u32::try_from(bytes).ok()
+        }
+        Some(bytes) => {
+            return Err(Error::new(format!(
+                "device '{name}': granularity {bytes} is not a power of two from 4096 to 4194304"
+            )));
+        }
+    };
+    let buffer = device.buffer_bytes.or(request.buffer_bytes).unwrap_or(DEFAULT_BUFFER_BYTES);
+    if buffer > MAX_BUFFER_BYTES {
+        return Err(Error::new(format!(
+            "device '{name}': buffer-size {buffer} is above the limit of {MAX_BUFFER_BYTES}"
+        )));
+    }
+    let timeout_s = device.timeout_s.or(request.timeout_s).unwrap_or(DEFAULT_TIMEOUT_S);
+    if !TIMEOUT_S.contains(&timeout_s) {
+        return Err(Error::new(format!(
+            "device '{name}': timeout {timeout_s} is not between 1 and 86400"
+        )));
+    }
+    Ok(Numbers { granularity_bytes, buffer_bytes: buffer, timeout_s })
+}
+
+fn check_device(
+    main_loop: MainLoop,
+    target_id: &str,
+    request: &DeviceRequest,
+    numbers: &Numbers,
+) -> Result<Plan, Error> {
+    let top = resolve(main_loop, &request.device)?;
+    let source = top.skip_filters(main_loop);
+    let source_node = source.node_name(main_loop);
+    let size_bytes = check_source(main_loop, top, source)?;
+    let fleecing_node = check_fleecing(main_loop, request, [top, source], size_bytes)?;
+    let hash = sha256_hex(format!("{target_id}\0{}", request.device).as_bytes());
+    let bitmaps = BitmapPlan::new(
+        main_loop,
+        source,
+        target_id,
+        size_bytes,
+        request,
+        numbers.granularity_bytes,
+    )?;
+    Ok(Plan {
+        device: request.device.clone(),
+        source,
+        source_node,
+        fleecing_node,
+        filter_node: format!("ba-{}-0", &hash[..16]),
+        snapshot_node: format!("ba-{}-1", &hash[..16]),
+        size_bytes,
+        buffer_bytes: numbers.buffer_bytes,
+        timeout: Duration::from_secs(u64::from(numbers.timeout_s)),
+        bitmaps,
+    })
+}
+
+/// The topmost node of the device: of its backend, else the node, else of the device's backend.
+fn resolve(main_loop: MainLoop, name: &str) -> Result<Bds, Error> {
+    let backends = [Backend::find(main_loop, name), Backend::find_by_qdev_id(main_loop, name)];
+    let node = Bds::find(main_loop, name);
+    let found: Vec<Bds> =
+        backends.iter().flatten().filter_map(|b| b.node(main_loop)).chain(node).collect();
+    let Some(&first) = found.first() else {
+        return Err(if backends.iter().any(Option::is_some) {
+            Error::new("there is no medium in it")
+        } else {
+            Error::device_not_found("there is no backend, node or device of this name")
+        });
+    };
+    let source = first.skip_filters(main_loop);
+    if found.iter().any(|node| node.skip_filters(main_loop) != source) {
+        return Err(Error::new(
+            "the name is ambiguous: it stands for different disks as the name of a backend or \
+             node and as the id of a device; use a node name",
+        ));
+    }
+    Ok(first)
+}
+
+/// Checks that the node can be backed up; its size.
+fn check_source(main_loop: MainLoop, top: Bds, source: Bds) -> Result<u64, Error> {
+    if !source.is_inserted(main_loop) {
+        return Err(Error::new("there is no medium in it"));
+    }
+    let name = source.node_name(main_loop);
+    if let Some(target) = registry::lock().target_of_source(&name) {
+        return Err(Error::new(format!(
+            "it already has a backup access of target '{target}'; several targets on one disk \
+             are not supported by this version"
+        )));
+    }
+    if [FILTER_DRIVER, SNAPSHOT_DRIVER].contains(&source.driver(main_loop).as_str()) {
+        return Err(Error::new("it is itself part of a backup access"));
+    }
+    if source.is_inactive(main_loop) {
+        return Err(Error::new("it is inactive (handed over by a migration)"));
+    }
+    let passes_by = |backend: &Backend| {
+        backend.node(main_loop).is_some_and(|node| node.skip_filters(main_loop) == source)
+            && PASSTHROUGH.contains(&backend.device_type(main_loop).as_str())
+    };
+    if source.is_scsi_generic(main_loop) || Backend::all(main_loop).iter().any(passes_by) {
+        return Err(Error::new("it is a SCSI passthrough device, whose requests bypass filters"));
+    }
+    for node in [top, source] {
+        if let Some(error) = node.backup_forbidden(main_loop) {
+            return Err(error);
+        }
+    }
+    match source.length(main_loop).map_err(|error| error.context("its size cannot be had"))? {
+        0 => Err(Error::new("it has a size of 0 bytes")),
+        size => Ok(size),
+    }
+}
+
+/// Checks the fleecing image; its node name.
+fn check_fleecing(
+    main_loop: MainLoop,
+    request: &DeviceRequest,
+    disk: [Bds; 2],
+    size_bytes: u64,
+) -> Result<String, Error> {
+    let name = match &request.fleecing {
+        Some(name) => name.clone(),
+        None => default_fleecing(&request.device)?,
+    };
+    let backend = Backend::find(main_loop, &name);
+    let node = match backend {
+        Some(backend) => backend.node(main_loop),
+        None => Bds::find(main_loop, &name),
+    };
+    let fault = |text: String| Err(Error::new(format!("fleecing image '{name}' {text}")));
+    let Some(node) = node.filter(|node| node.is_inserted(main_loop)) else {
+        return fault(match backend {
+            Some(_) => "has no medium".into(),
+            None => "does not exist: there is no node or backend of this name".into(),
+        });
+    };
+    if disk.contains(&node) || disk.contains(&node.skip_filters(main_loop)) {
+        return fault("is the device itself".into());
+    }
+    if node.is_read_only(main_loop) {
+        return fault("is read-only".into());
+    }
+    if node.is_inactive(main_loop) {
+        return fault("is inactive (handed over by a migration)".into());
+    }
+    let idle: HashSet<_> = Backend::all(main_loop)
+        .into_iter()
+        .filter(|b| !b.name(main_loop).is_empty() && b.device_type(main_loop).is_empty())
+        .map(Backend::id)
+        .collect();
+    if let Some(user) = node.parents(main_loop).into_iter().find(|p| !idle.contains(&p.who)) {
+        return fault(format!("is in use by {}", user.description));
+    }
+    let size = node.length(main_loop).map_err(|error| {
+        error.context(&format!("the size of fleecing image '{name}' cannot be had"))
+    })?;
+    if size < size_bytes {
+        return fault(format!(
+            "is too small: it has {size} bytes, the disk has {size_bytes} bytes"
+        ));
+    }
+    Ok(node.node_name(main_loop))
+}
+
+/// The name where a fleecing image is expected when the request has none.
+fn default_fleecing(device: &str) -> Result<String, Error> {
+    let name = format!("{device}-fleecing");
+    let mut bytes = name.bytes();
+    let valid = name.len() <= MAX_NODE_NAME
+        && bytes.next().is_some_and(|b| b.is_ascii_alphabetic())
+        && bytes.all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
+    if valid {
+        Ok(name)
+    } else {
+        Err(Error::new(format!(
+            "'fleecing' must be given: '{name}' is no valid name of at most {MAX_NODE_NAME} \
+             characters"
+        )))
+    }
+}
+
+/// Checks the devices of one request against each other.
+fn check_distinct(plans: &[Plan]) -> Result<(), Error> {
+    for (index, plan) in plans.iter().enumerate() {
+        for other in &plans[..index] {
+            let fault = |text: String| Err(Error::new(format!("device '{}': {text}", plan.device)));
+            if plan.source == other.source {
+                return fault(format!("it is the same disk as device '{}'", other.device));
+            }
+            if plan.fleecing_node == other.fleecing_node {
+                return fault(format!(
+                    "fleecing image '{}' is used for device '{}' too",
+                    plan.fleecing_node, other.device
+                ));
+            }
+            for (disk, image) in [(plan, other), (other, plan)] {
+                if disk.source_node == image.fleecing_node {
+                    return fault(format!(
+                        "node '{}' is both a disk to back up and a fleecing image",
+                        disk.source_node
+                    ));
+                }
+            }
+        }
+    }
+    Ok(())
+}

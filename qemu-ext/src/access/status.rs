@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The command `query-backup-access`, the event, and the watchdog.
+
+use std::io::Write;
+
+use fleece::{State, Stats};
+
+use super::registry::{self, Access};
+use super::{DeviceStatus, TargetStatus, teardown};
+use crate::filter;
+use crate::qemu::graph::Bds;
+use crate::qemu::main_loop::MainLoop;
+use crate::qemu::qapi;
+use crate::qemu::timer::Timer;
+
+const WATCHDOG_MS: u32 = 1000;
+
+/// The status of all accesses.
+pub fn query(main_loop: MainLoop) -> Vec<TargetStatus> {
+    let registry = registry::lock();
+    registry.accesses.iter().map(|access| target_status(main_loop, access)).collect()
+}
+
+fn target_status(main_loop: MainLoop, access: &Access) -> TargetStatus {
+    let devices = access.devices.iter().map(|device| DeviceStatus {
+        device: device.device.clone(),
+        node_name: device.snapshot_node.clone(),
+        size_bytes: device.size_bytes,
+        stats: device.filter(main_loop).map_or_else(Stats::default, filter::stats),
+        action: device.action,
+        dirty_bytes: device.dirty_bytes,
+    });
+    TargetStatus {
+        target_id: access.target_id.clone(),
+        start_time_ms: access.start_time_ms,
+        devices: devices.collect(),
+    }
+}
+
+/// Emits the event if the device's snapshot became worse than was reported last.
+pub(super) fn report(main_loop: MainLoop, target_id: &str, device: &str) {
+    let mut registry = registry::lock();
+    let Some(access) = registry.access(target_id) else { return };
+    let Some(entry) = access.devices.iter_mut().find(|entry| entry.device == device) else {
+        return;
+    };
+    let Some(node) = entry.filter(main_loop) else { return };
+    let stats = filter::stats(node);
+    let severity = |state| match state {
+        State::Active | State::Closing => 0,
+        State::Degraded => 1,
+        State::Broken => 2,
+    };
+    if severity(stats.state) <= severity(entry.reported) {
+        return;
+    }
+    entry.reported = stats.state;
+    drop(registry);
+    let error = stats.error.map_or_else(|| "unknown error".to_owned(), |(text, _)| text);
+    qapi::send_broken(main_loop, target_id, device, stats.state, &error);
+}
+
+/// The filter of a device closes although no teardown took it out: QEMU exits.
+pub(super) fn filter_closed(main_loop: MainLoop, target_id: &str, device: &str) {
+    let mut registry = registry::lock();
+    let Some(access) = registry.access(target_id) else { return };
+    let Some(entry) = access.devices.iter_mut().find(|entry| entry.device == device) else {
+        return;
+    };
+    // The holder stays: QEMU is walking over all BlockBackends right now.
+    if let Some(source) = entry.source(main_loop)
+        && let Some(bitmaps) = entry.bitmaps.take()
+    {
+        bitmaps.let_go(main_loop, source);
+    }
+}
+
+/// Sees to it that the watchdog runs.
+pub(super) fn start_watchdog(main_loop: MainLoop) {
+    let mut registry = registry::lock();
+    if registry.watchdog.is_none() {
+        registry.watchdog = Timer::new(main_loop, tick);
+    }
+    if let Some(timer) = &registry.watchdog {
+        timer.arm_in_ms(WATCHDOG_MS);
+    }
+}
+
+/// Every second: breaks snapshots that make no progress. Also inside of other commands' waits.
+fn tick(main_loop: MainLoop) {
+    let registry = registry::lock();
+    if registry.accesses.is_empty() {
+        return;
+    }
+    if let Some(timer) = &registry.watchdog {
+        timer.arm_in_ms(WATCHDOG_MS);
+    }
+    let devices = registry.accesses.iter().flat_map(|access| &access.devices);
+    let filters: Vec<Bds> = devices.filter_map(|device| device.filter(main_loop)).collect();
+    drop(registry);
+    for node in filters {
+        filter::check_timeout(node);
+    }
+    teardown::release_ended_exports(main_loop);
+}
+
+/// A line in QEMU's log about something that nobody asked for.
+pub(super) fn warn(text: &str) {
+    drop(writeln!(std::io::stderr(), "backup-access: warning: {text}"));
+}

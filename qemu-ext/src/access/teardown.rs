@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! The command `backup-access-teardown`, a coroutine in two phases.
+//!
+//! First exports end and I/O of the fleecing images is waited for without draining, because a
+//! drain would hold the guest for as long as an image is stuck. Then, with nothing left in
+//! flight, the nodes are taken out in one drained section. Exports are held by us in between:
+//! deleting them outside of a drained section can hang QEMU 10.0 when nodes are in iothreads.
+
+use std::time::{Duration, Instant};
+
+use super::TeardownOutcome;
+use super::registry::{self, Access, Device, Operation};
+use crate::filter;
+use crate::qemu::bitmap::Bitmap;
+use crate::qemu::error::Error;
+use crate::qemu::export::{self, HeldExport};
+use crate::qemu::graph::{Bds, Drained, Holder, NodeRef};
+use crate::qemu::main_loop::{self, MainLoop};
+
+/// Between two looks at what is still in flight.
+const STEP: Duration = Duration::from_millis(5);
+/// For the deletion of exports that nobody uses: it waits for nothing but the main loop.
+const DELETION_LIMIT: Duration = Duration::from_secs(10);
+
+/// Ends the access of a target. Called in a coroutine of the main context.
+///
+/// # Errors
+/// Something uses the snapshot nodes, or I/O of a fleecing image does not end. The access stays,
+/// and the command may be given again.
+pub fn teardown(target_id: &str, success: bool) -> Result<TeardownOutcome, Error> {
+    let _operation = Operation::begin("backup-access-teardown")?;
+    let died = || Error::new("internal error in the teardown (see QEMU's log)");
+    let begun = main_loop::call_from_coroutine(|main_loop| begin(main_loop, target_id));
+    let Some(limit) = begun.ok_or_else(died)?? else {
+        return Ok(TeardownOutcome { existed: false, reason: None });
+    };
+    let start = Instant::now();
+    loop {
+        let waiting = main_loop::call_from_coroutine(|main_loop| pending(main_loop, target_id));
+        let Some(what) = waiting.ok_or_else(died)? else { break };
+        if start.elapsed() >= limit {
+            return Err(Error::new(format!(
+                "{what} after {} seconds; the access stays in state closing, try again",
+                limit.as_secs()
+            )));
+        }
+        main_loop::sleep_in_coroutine(STEP);
+    }
+    let finished =
+        main_loop::call_from_coroutine(|main_loop| finish(main_loop, target_id, success));
+    finished.ok_or_else(died)?
+}
+
+/// Stops the access and tells its exports to end. How long to wait, or none if it is unknown.
+fn begin(main_loop: MainLoop, target_id: &str) -> Result<Option<Duration>, Error> {
+    let mut registry = registry::lock();
+    let Some(access) = registry.access(target_id) else { return Ok(None) };
+    let mut snapshots = Vec::new();
+    for device in &access.devices {
+        let Some(snapshot) = device.snapshot(main_loop) else { continue };
+        let users = foreign_users(main_loop, device, snapshot);
+        if !users.is_empty() {
+            return Err(Error::new(format!(
+                "snapshot node '{}' of device '{}' is in use by {}; end that first",
+                device.snapshot_node,
+                device.device,
+                users.join(", ")
+            )));
+        }
+        snapshots.push(snapshot);
+    }
+    let held: Vec<HeldExport> = snapshots
+        .into_iter()
+        .flat_map(|snapshot| hold_exports(main_loop, snapshot, &access.exports))
+        .collect();
+    let limit = access.devices.iter().map(|d| d.timeout).max().unwrap_or_default();
+    let filters: Vec<Bds> = access.devices.iter().filter_map(|d| d.filter(main_loop)).collect();
+    drop(registry);
+    for filter in filters {
+        filter::begin_close(filter);
+    }
+    // With no lock held: an export may poll while it ends.
+    for export in &held {
+        export.request_shutdown(main_loop);
+    }
+    if let Some(access) = registry::lock().access(target_id) {
+        access.exports.extend(held);
+    }
+    Ok(Some(limit))
+}
+
+/// Holds the node's exports that are not held yet.
+fn hold_exports(main_loop: MainLoop, node: Bds, held: &[HeldExport]) -> Vec<HeldExport> {
+    export::ids_of(main_loop, node)
+        .iter()
+        .filter(|id| held.iter().all(|export| export.id() != id.as_str()))
+        .filter_map(|id| HeldExport::new(main_loop, id))
+        .collect()
+}
+
+/// Who uses the snapshot node besides us and exports.
+fn foreign_users(main_loop: MainLoop, device: &Device, snapshot: Bds) -> Vec<String> {
+    let mut ours = export::parents_of(main_loop, snapshot);
+    ours.extend(device.owner.as_ref().map(Holder::id));
+    let parents = snapshot.parents(main_loop);
+    parents.into_iter().filter(|p| !ours.contains(&p.who)).map(|p| p.description).collect()
+}
+
+/// What is still to be waited for.
+fn pending(main_loop: MainLoop, target_id: &str) -> Option<String> {
+    let mut registry = registry::lock();
+    let access = registry.access(target_id)?;
+    for device in &access.devices {
+        let requests = device.filter(main_loop).map_or(0, filter::io_in_flight);
+        if requests > 0 {
+            return Some(format!(
+                "fleecing image '{}' of device '{}' still has {requests} requests in flight",
+                device.fleecing_node, device.device
+            ));
+        }
+    }
+    let busy = access.exports.iter().find(|export| !export.is_idle(main_loop))?;
+    Some(format!("export '{}' has not ended", busy.id()))
+}
+
+/// Takes the nodes out and settles the bitmaps.
+fn finish(main_loop: MainLoop, target_id: &str, success: bool) -> Result<TeardownOutcome, Error> {
+    let Some(mut access) = registry::lock().take(target_id) else {
+        return Ok(TeardownOutcome { existed: false, reason: None });
+    };
+    let drained = Drained::new(main_loop);
+    if let Err(error) = delete_exports(&drained, &mut access) {
+        drop(drained);
+        registry::lock().accesses.push(access);
+        return Err(error);
+    }
+    let mut problems: Vec<String> = access
+        .devices
+        .iter()
+        .filter_map(|device| {
+            let (text, _) = filter::stats(device.filter(main_loop)?).error?;
+            Some(format!("device '{}': {text}", device.device))
+        })
+        .collect();
+    let mut leftovers = Vec::new();
+    for device in access.devices {
+        let name = device.device.clone();
+        match remove(&drained, device, success) {
+            Ok(leftover) => leftovers.extend(leftover),
+            Err(error) => problems.push(format!("device '{name}': {error}")),
+        }
+    }
+    drop(drained);
+    for (source, bitmap) in leftovers {
+        if let Err(error) = Bitmap::remove_stored(main_loop, source.node(), &bitmap) {
+            problems.push(format!("stored bitmap '{bitmap}' stays: {error}"));
+        }
+    }
+    let reason = (!problems.is_empty()).then(|| problems.join("; "));
+    Ok(TeardownOutcome { existed: true, reason })
+}
+
+/// Gives the held exports up and waits until they are deleted.
+fn delete_exports(drained: &Drained, access: &mut Access) -> Result<(), Error> {
+    let main_loop = drained.main_loop();
+    let ended: Vec<_> = access.exports.drain(..).map(|export| export.release(drained)).collect();
+    let nodes: Vec<Bds> =
+        access.devices.iter().filter_map(|device| device.snapshot(main_loop)).collect();
+    let left = || -> Vec<String> {
+        nodes.iter().flat_map(|&node| export::ids_of(main_loop, node)).collect()
+    };
+    let gone = main_loop.poll_until(DELETION_LIMIT, || {
+        ended.iter().all(|export| export.is_gone(main_loop)) && left().is_empty()
+    });
+    if gone {
+        return Ok(());
+    }
+    let left = left().join("', '");
+    Err(Error::new(format!("exports of snapshot nodes are still there: '{left}'; try again")))
+}
+
+/// Takes one device's nodes out. A source with a stored bitmap that is to be removed afterwards.
+fn remove(
+    drained: &Drained,
+    mut device: Device,
+    success: bool,
+) -> Result<Option<(NodeRef, String)>, Error> {
+    let main_loop = drained.main_loop();
+    let gone = |what: &str| Error::new(format!("{what} is gone"));
+    let source = device.source(main_loop).ok_or_else(|| gone(&device.source_node))?;
+    let source = NodeRef::new(main_loop, source);
+    let filter = device.filter(main_loop).map(|filter| NodeRef::new(main_loop, filter));
+    // The snapshot node first: nothing may see it above another node.
+    device.owner = None;
+    let removed = match &filter {
+        Some(filter) => {
+            filter::set_active(filter.node(), false);
+            drained.replace_node(filter.node(), source.node())
+        }
+        None => Err(gone(&device.filter_node)),
+    };
+    // The filter reads its bitmap until it is closed.
+    drop(filter);
+    let stored = match &device.bitmaps {
+        Some(bitmaps) => bitmaps.settle(main_loop, source.node(), success)?,
+        None => None,
+    };
+    removed?;
+    Ok(stored.map(|name| (source, name)))
+}
+
+/// Deletes exports that have ended although no teardown is there to do it: it gave up, or QEMU
+/// exits and waits for all exports, while the teardown waits for the main loop.
+pub(super) fn release_ended_exports(main_loop: MainLoop) {
+    let mut ended = Vec::new();
+    for access in &mut registry::lock().accesses {
+        let stuck = |device: &Device| {
+            device.filter(main_loop).is_some_and(|filter| filter::io_in_flight(filter) > 0)
+        };
+        if !access.devices.iter().any(stuck) {
+            ended.extend(access.exports.extract_if(.., |export| export.is_idle(main_loop)));
+        }
+    }
+    if ended.is_empty() {
+        return;
+    }
+    let drained = Drained::new(main_loop);
+    let ended: Vec<_> = ended.into_iter().map(|export| export.release(&drained)).collect();
+    main_loop.poll_until(DELETION_LIMIT, || ended.iter().all(|export| export.is_gone(main_loop)));
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Dirty bitmaps of a node.
+
+use core::ops::Range;
+use core::ptr::NonNull;
+
+use fleece::NeedMap;
+use qemu_ext_sys as sys;
+
+use super::error::{Error, Slot};
+use super::glib;
+use super::graph::Bds;
+use super::main_loop::MainLoop;
+
+/// A dirty bitmap. It is a plain pointer: looked up by name, used at once, and kept only while the
+/// bitmap is marked busy by us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bitmap(NonNull<sys::BdrvDirtyBitmap>);
+
+impl Bitmap {
+    /// All named bitmaps of the node.
+    pub fn all(_: MainLoop, node: Bds) -> Vec<Self> {
+        let mut all = Vec::new();
+        // SAFETY: main loop: the list does not change meanwhile.
+        let mut next = unsafe { sys::bdrv_dirty_bitmap_first(node.as_ptr()) };
+        while let Some(bitmap) = NonNull::new(next) {
+            // SAFETY: as above.
+            unsafe {
+                if !sys::bdrv_dirty_bitmap_name(bitmap.as_ptr()).is_null() {
+                    all.push(Self(bitmap));
+                }
+                next = sys::bdrv_dirty_bitmap_next(bitmap.as_ptr());
+            }
+        }
+        all
+    }
+
+    /// The node's bitmap of this name.
+    pub fn find(_: MainLoop, node: Bds, name: &str) -> Option<Self> {
+        let name = glib::c_string(name);
+        // SAFETY: main loop, the node is there.
+        let bitmap = unsafe { sys::bdrv_find_dirty_bitmap(node.as_ptr(), name.as_ptr()) };
+        NonNull::new(bitmap).map(Self)
+    }
+
+    /// A new bitmap that is empty and does not record yet. The granularity is a power of two of
+    /// at least 512 bytes.
+    ///
+    /// # Errors
+    /// QEMU's error.
+    pub fn create(
+        _: MainLoop,
+        node: Bds,
+        granularity_bytes: u32,
+        name: &str,
+    ) -> Result<Self, Error> {
+        if !granularity_bytes.is_power_of_two() || granularity_bytes < 512 {
+            return Err(Error::new(format!("bitmap granularity {granularity_bytes} is invalid")));
+        }
+        let name = glib::c_string(name);
+        let mut error = Slot::new();
+        // SAFETY: main loop, outside of coroutines; the granularity is acceptable.
+        let bitmap = unsafe {
+            sys::bdrv_create_dirty_bitmap(
+                node.as_ptr(),
+                granularity_bytes,
+                name.as_ptr(),
+                error.as_errp(),
+            )
+        };
+        let bitmap = Self(NonNull::new(bitmap).ok_or_else(|| error.take())?);
+        bitmap.record(false);
+        Ok(bitmap)
+    }
+
+    /// Frees the bitmap; a busy one stays.
+    ///
+    /// # Errors
+    /// Someone uses it.
+    pub fn release(self, main_loop: MainLoop) -> Result<(), Error> {
+        if self.is_busy(main_loop) {
+            let name = self.name(main_loop);
+            return Err(Error::new(format!("bitmap '{name}' is in use by another operation")));
+        }
+        // SAFETY: main loop; nobody uses it.
+        unsafe { sys::bdrv_release_dirty_bitmap(self.0.as_ptr()) };
+        Ok(())
+    }
+
+    /// Removes what is stored of it in the image; the bitmap itself stays.
+    ///
+    /// # Errors
+    /// The image's error.
+    pub fn remove_stored(main_loop: MainLoop, node: Bds, name: &str) -> Result<(), Error> {
+        let _ = main_loop;
+        let name = glib::c_string(name);
+        let mut error = Slot::new();
+        // SAFETY: main loop, outside of coroutines.
+        let result = unsafe {
+            sys::bdrv_remove_persistent_dirty_bitmap(node.as_ptr(), name.as_ptr(), error.as_errp())
+        };
+        if result < 0 { Err(error.take()) } else { Ok(()) }
+    }
+
+    /// The bitmap's name.
+    pub fn name(self, _: MainLoop) -> String {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe { glib::text(sys::bdrv_dirty_bitmap_name(self.0.as_ptr())) }
+    }
+
+    /// Whether someone, possibly we, uses it.
+    pub fn is_busy(self, _: MainLoop) -> bool {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe { sys::ba_bitmap_is_busy(self.0.as_ptr()) }
+    }
+
+    /// Keeps everybody from exporting, changing or releasing it, or ends that.
+    pub fn set_busy(self, _: MainLoop, busy: bool) {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe { sys::bdrv_dirty_bitmap_set_busy(self.0.as_ptr(), busy) };
+    }
+
+    /// Starts or stops recording of writes.
+    pub fn record(self, on: bool) {
+        // SAFETY: the bitmap is there; the call takes the bitmap's lock.
+        unsafe {
+            if on {
+                sys::bdrv_enable_dirty_bitmap(self.0.as_ptr());
+            } else {
+                sys::bdrv_disable_dirty_bitmap(self.0.as_ptr());
+            }
+        }
+    }
+
+    /// Whether it has recorded all writes since it was made and can be read.
+    pub fn is_sound(self, _: MainLoop) -> bool {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe {
+            sys::bdrv_dirty_bitmap_enabled(self.0.as_ptr())
+                && !sys::bdrv_dirty_bitmap_inconsistent(self.0.as_ptr())
+                && !sys::bdrv_dirty_bitmap_readonly(self.0.as_ptr())
+        }
+    }
+
+    /// Whether it is stored in the image.
+    pub fn is_persistent(self, _: MainLoop) -> bool {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe { sys::bdrv_dirty_bitmap_get_persistence(self.0.as_ptr()) }
+    }
+
+    /// Bytes per bit.
+    pub fn granularity_bytes(self, _: MainLoop) -> u32 {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe { sys::bdrv_dirty_bitmap_granularity(self.0.as_ptr()) }
+    }
+
+    /// Bytes of the disk that it covers.
+    pub fn size_bytes(self, _: MainLoop) -> u64 {
+        // SAFETY: main loop, the bitmap is there.
+        let size = unsafe { sys::bdrv_dirty_bitmap_size(self.0.as_ptr()) };
+        u64::try_from(size).unwrap_or(0)
+    }
+
+    /// Marks everything dirty.
+    pub fn set_all(self, main_loop: MainLoop) {
+        let size = i64::try_from(self.size_bytes(main_loop)).unwrap_or(i64::MAX);
+        // SAFETY: main loop; the bitmap is there and ours to change.
+        unsafe { sys::bdrv_set_dirty_bitmap(self.0.as_ptr(), 0, size) };
+    }
+
+    /// Adds what is dirty in the other one.
+    ///
+    /// # Errors
+    /// One of them is busy, or their sizes differ.
+    pub fn merge_from(self, _: MainLoop, other: Self) -> Result<(), Error> {
+        let mut error = Slot::new();
+        // SAFETY: main loop; both bitmaps are there.
+        let merged = unsafe {
+            sys::bdrv_merge_dirty_bitmap(
+                self.0.as_ptr(),
+                other.0.as_ptr(),
+                core::ptr::null_mut(),
+                error.as_errp(),
+            )
+        };
+        if merged { Ok(()) } else { Err(error.take()) }
+    }
+
+    /// Dirty bytes, of which none lies beyond the end of the disk.
+    pub fn dirty_bytes(self, main_loop: MainLoop) -> u64 {
+        let size = self.size_bytes(main_loop);
+        let granularity = u64::from(self.granularity_bytes(main_loop));
+        let overhang = size.next_multiple_of(granularity) - size;
+        // SAFETY: main loop; the bitmap is there; the last byte exists if the size is not zero.
+        let (count, tail) = unsafe {
+            let last = i64::try_from(size.saturating_sub(1)).unwrap_or(i64::MAX);
+            let tail = overhang > 0 && sys::bdrv_dirty_bitmap_get(self.0.as_ptr(), last);
+            (sys::bdrv_get_dirty_count(self.0.as_ptr()), tail)
+        };
+        let count = u64::try_from(count).unwrap_or(0);
+        if tail { count.saturating_sub(overhang) } else { count }
+    }
+}
+
+/// A bitmap as the map of what is needed: frozen (it records nothing) and marked busy by us while
+/// this exists, so that it neither changes nor goes away, and every thread may read it.
+#[derive(Debug)]
+pub struct FrozenBitmap(Bitmap);
+
+// SAFETY: the bitmap does not change while this exists, see above.
+unsafe impl Send for FrozenBitmap {}
+// SAFETY: as for `Send`; reading has no side effects.
+unsafe impl Sync for FrozenBitmap {}
+
+impl FrozenBitmap {
+    /// Uses a bitmap that is marked busy by us and is not recording whenever the map is asked.
+    pub fn new(bitmap: Bitmap) -> Self {
+        Self(bitmap)
+    }
+}
+
+impl NeedMap for FrozenBitmap {
+    fn next_needed(&self, start: u64, end: u64) -> Option<Range<u64>> {
+        let start = i64::try_from(start).ok()?;
+        let end = i64::try_from(end).unwrap_or(i64::MAX);
+        let (mut area_start, mut area_len) = (0, 0);
+        // SAFETY: the bitmap is there and does not change; the arguments are not negative.
+        let found = unsafe {
+            sys::bdrv_dirty_bitmap_next_dirty_area(
+                self.0.0.as_ptr(),
+                start,
+                end,
+                i64::MAX,
+                &raw mut area_start,
+                &raw mut area_len,
+            )
+        };
+        let first = u64::try_from(area_start).ok()?;
+        let len = u64::try_from(area_len).ok()?;
+        found.then_some(first..first.saturating_add(len))
+    }
+}
