@@ -10,6 +10,7 @@
 //! * [`vzdump`]: runs the program as a user would.
 //! * [`console`]: what the guest says on its serial line.
 //! * [`qemu`]: finds the patched QEMU, boots the guest directly.
+//! * [`turn`]: one guest at a time.
 //! * [`process`]: programs with a time limit that are ended on every path.
 
 pub mod console;
@@ -18,7 +19,8 @@ pub mod lab;
 pub mod process;
 pub mod qemu;
 pub mod records;
-pub mod stress;
 pub mod story;
+pub mod stress;
 pub mod table;
+pub mod turn;
 pub mod vzdump;

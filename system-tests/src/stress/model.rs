@@ -186,7 +186,8 @@ fn decode(sector: u64, bytes: &[u8]) -> Result<u64> {
     if bytes.iter().all(|&byte| byte == 0) {
         return Ok(ZERO);
     }
-    let mut found = bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or([0; 8])));
+    let mut found =
+        bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or([0; 8])));
     let value = found.next().unwrap_or(ZERO);
     let rest = std::iter::once(value).chain(found);
     if !rest.eq(words(sector, value)) {

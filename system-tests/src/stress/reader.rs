@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
-use provider_nbd::{Client, Errno, flags};
+use provider_nbd::{Client, Errno, context};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{Rng as _, SeedableRng as _};
@@ -84,9 +84,9 @@ async fn check_piece(
 
 async fn check_status(snapshot: &Client, model: &Model, piece: &Range<u64>) -> Result<()> {
     let (offset, len) = (piece.start * SECTOR, (piece.end - piece.start) * SECTOR);
-    let mut extents = snapshot.extents(flags::BASE_ALLOCATION, offset, len);
+    let mut extents = snapshot.extents(context::BASE_ALLOCATION, offset, len);
     while let Some(extent) = extents.next().await.context("block status of the snapshot")? {
-        if extent.flags & flags::ZERO != 0 {
+        if extent.flags & context::ZERO != 0 {
             model.check_zero(extent.offset / SECTOR..extent.end() / SECTOR)?;
         }
     }
