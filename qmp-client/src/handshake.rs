@@ -72,7 +72,7 @@ struct LineReader<'a> {
 impl LineReader<'_> {
     /// Reads once; false at the end of the stream.
     async fn fill(&mut self) -> io::Result<bool> {
-        let mut chunk = [0; 4096];
+        let mut chunk = vec![0; 4096];
         let length = self.stream.read(&mut chunk).await?;
         self.framer.push(&chunk[..length]);
         Ok(length > 0)

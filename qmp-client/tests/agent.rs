@@ -12,7 +12,7 @@ use qmp_client::{
     agent::{Agent, AgentOptions, FreezeStatus},
 };
 use serde_json::{Value, json};
-use support::{program, soon};
+use support::{InCi, program, soon};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::UnixStream,
@@ -222,7 +222,9 @@ async fn a_channel_that_closes_is_reported() {
 
 #[tokio::test]
 async fn the_real_agent_answers_after_junk() {
-    let Some(program) = program("qemu-ga", &[Path::new("/usr/sbin/qemu-ga")]) else { return };
+    // On hosts it is out of place; the end-to-end test meets it inside a guest.
+    let places = [Path::new("/usr/sbin/qemu-ga")];
+    let Some(program) = program("qemu-ga", &places, InCi::Optional) else { return };
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("ga");
     let mut child = tokio::process::Command::new(program)
