@@ -45,6 +45,7 @@ mod storage;
 mod store;
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use provider_api::{
     API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, Description, Error,
@@ -120,7 +121,10 @@ impl DirectoryProvider {
 
     async fn outcome(&self, id: Uuid, call: &Call) -> Result<CommitOutcome> {
         // Nothing is made here: in a mount point without its file system the answer would be wrong.
-        let Some(lock) = self.storage.lock(call, OUTCOME_LOCK_WAIT).await? else {
+        // "Pending" is an answer; running into the deadline is none.
+        let left = call.deadline.map(|at| at.saturating_duration_since(Instant::now()) / 2);
+        let wait = left.map_or(OUTCOME_LOCK_WAIT, |left| left.min(OUTCOME_LOCK_WAIT));
+        let Some(lock) = self.storage.lock(call, wait).await? else {
             return Ok(CommitOutcome::Pending);
         };
         let storage = self.storage.clone();
