@@ -10,12 +10,14 @@ use system_tests::process::Stop;
 use system_tests::qemu::{BOOT_WITHIN, DirectGuest};
 use system_tests::records::check::check_pair;
 use system_tests::records::disk::{Disk, create_pair};
+use system_tests::turn::Turn;
 
 const CHECK_WITHIN: Duration = Duration::from_secs(60);
 
 #[test]
 fn the_guest_writes_survives_a_kill_and_finds_a_damaged_record() {
     let (stop, dir) = (Stop::default(), tempfile::tempdir().unwrap());
+    let _turn = Turn::wait(&stop).unwrap();
     let image = GuestImage::build(&stop).unwrap();
     let [a, b] = ["a", "b"].map(|name| dir.path().join(name));
     create_pair([&a, &b], 32 << 20, 42).unwrap();

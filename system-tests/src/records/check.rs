@@ -61,7 +61,12 @@ pub fn check_pair(a: &Disk, b: &Disk, allow_in_flight: bool) -> Result<PairRepor
     if (a.header.side, b.header.side) != (Side::A, Side::B) || a.header.pair != b.header.pair {
         return Err(format!("{} and {} are no pair", a.path.display(), b.path.display()));
     }
-    let (report_a, report_b) = (check_disk(a, allow_in_flight)?, check_disk(b, allow_in_flight)?);
+    let (report_a, report_b) = std::thread::scope(|threads| {
+        let other = threads.spawn(|| check_disk(b, allow_in_flight));
+        let report_a = check_disk(a, allow_in_flight);
+        (report_a, other.join().unwrap_or_else(|_| Err("the check of disk b crashed".into())))
+    });
+    let (report_a, report_b) = (report_a?, report_b?);
     let (last_a, last_b) = (report_a.last, report_b.last);
     let mut problems = Vec::new();
     if last_a != last_b && last_a != last_b + 1 {
