@@ -233,7 +233,7 @@ pub struct BlockdevDel {
 pub struct NbdServerStart {
     /// Where it listens.
     pub addr: ServerAddress,
-    /// Connections at once; 0 is unlimited.
+    /// Connections at once, 0 is unlimited; QEMU's default is 100 (unlimited before QEMU 9.1).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<u32>,
     /// An object with TLS credentials, for TCP.
@@ -246,7 +246,7 @@ impl NbdServerStart {
     #[must_use]
     pub fn unix(path: &Path) -> Option<Self> {
         let addr = ServerAddress::Unix { path: path.to_str()?.to_owned() };
-        Some(Self { addr, max_connections: Some(0), tls_creds: None })
+        Some(Self { addr, max_connections: None, tls_creds: None })
     }
 }
 
@@ -448,8 +448,7 @@ mod tests {
             "bitmaps": ["b", {"node": "n", "name": "c"}]});
         assert_eq!(serde_json::to_value(export).unwrap(), expected);
         let server = NbdServerStart::unix(Path::new("/s")).unwrap();
-        let expected =
-            json!({"addr": {"type": "unix", "data": {"path": "/s"}}, "max-connections": 0});
+        let expected = json!({"addr": {"type": "unix", "data": {"path": "/s"}}});
         assert_eq!(serde_json::to_value(server).unwrap(), expected);
     }
 

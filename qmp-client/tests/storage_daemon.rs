@@ -19,58 +19,24 @@ use qmp_client::{
     },
 };
 use serde_json::{Map, Value, json};
-use support::{InCi, program, soon, wait_for_socket};
-use tempfile::TempDir;
-use tokio::process::{Child, Command};
+use support::{Daemon, InCi, SOCKET, built, program, soon};
 
 const NAME: &str = "qemu-storage-daemon";
 const DISK_BYTES: u64 = 4 << 20;
 
-/// A running daemon; it is killed when the test ends.
-struct Daemon {
-    folder: TempDir,
-    child: Child,
-}
-
-impl Daemon {
-    async fn start(program: PathBuf) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("qmp");
-        let chardev = format!("socket,id=qmp,server=on,wait=off,path={}", socket.display());
-        let mut child = Command::new(program)
-            .args(["--chardev", &chardev, "--monitor", "chardev=qmp"])
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        wait_for_socket(&socket, &mut child).await;
-        Self { folder, child }
-    }
-
-    async fn connect(&self) -> Session {
-        Session::connect(self.path("qmp"), Options::default()).await.unwrap()
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-}
-
 /// The distribution's, which knows nothing of us.
 async fn plain() -> Option<Daemon> {
     let usual = [Path::new("/usr/bin/qemu-storage-daemon")];
-    Some(Daemon::start(program(NAME, &usual, InCi::Required)?).await)
+    Some(start(program(NAME, &usual, InCi::Required)?).await)
 }
 
 /// The one `cargo xtask qemu` builds.
 async fn patched() -> Option<Daemon> {
-    let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/qemu/bin").join(NAME);
-    if !ours.is_file() {
-        let ci = std::env::var_os("CI").is_some_and(|value| !value.is_empty());
-        assert!(!ci, "the patched {NAME} is missing, and CI is set");
-        println!("skipped: cargo xtask qemu has not built {NAME}");
-        return None;
-    }
-    Some(Daemon::start(ours).await)
+    Some(start(built(NAME)?).await)
+}
+
+async fn start(program: PathBuf) -> Daemon {
+    Daemon::start(program, &["--chardev", SOCKET, "--monitor", "chardev=qmp"]).await
 }
 
 fn object(value: Value) -> Map<String, Value> {

@@ -17,9 +17,11 @@ use std::{
 
 use qmp_client::{Options, Session};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncWriteExt as _, Interest},
     net::UnixStream,
+    process::{Child, Command},
     time::timeout,
 };
 
@@ -153,9 +155,52 @@ pub enum InCi {
     Optional,
 }
 
+/// A program of the patched QEMU, which `cargo xtask qemu` builds; as [`program`] when absent.
+pub fn built(name: &str) -> Option<PathBuf> {
+    let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/qemu/bin").join(name);
+    if ours.is_file() {
+        return Some(ours);
+    }
+    let ci = std::env::var_os("CI").is_some_and(|value| !value.is_empty());
+    assert!(!ci, "the patched {name} is missing, and CI is set");
+    println!("skipped: cargo xtask qemu has not built {name}");
+    None
+}
+
+/// The monitor's character device; programs run in the daemon's folder.
+pub const SOCKET: &str = "socket,id=qmp,server=on,wait=off,path=qmp";
+
+/// A running QEMU program with a monitor; it is killed when the test ends.
+pub struct Daemon {
+    folder: TempDir,
+    pub child: Child,
+}
+
+impl Daemon {
+    pub async fn start(program: PathBuf, arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Command::new(program)
+            .args(arguments)
+            .current_dir(folder.path())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        wait_for_socket(&folder.path().join("qmp"), &mut child).await;
+        Self { folder, child }
+    }
+
+    pub async fn connect(&self) -> Session {
+        Session::connect(self.path("qmp"), Options::default()).await.unwrap()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
 /// Waits until somebody listens; fails if the program ends before. A listener announces itself by
 /// nothing but accepting.
-pub async fn wait_for_socket(path: &Path, child: &mut tokio::process::Child) {
+pub async fn wait_for_socket(path: &Path, child: &mut Child) {
     soon(async {
         while std::os::unix::net::UnixStream::connect(path).is_err() {
             if let Some(status) = child.try_wait().unwrap() {
