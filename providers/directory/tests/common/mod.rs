@@ -273,8 +273,9 @@ impl Bench {
         assert_eq!(client.size_bytes(), truth.len() as u64);
         assert!(client.flags().read_only);
         let content = client.read(0, truth.len()).await.unwrap();
-        if let Some(position) = (0..truth.len()).find(|i| content[*i] != truth[*i]) {
-            panic!("{archive} {device} differs from {} at {position}", reference.display());
+        if content[..] != truth[..] {
+            let position = (0..truth.len()).find(|i| content[*i] != truth[*i]);
+            panic!("{archive} {device} differs from {} at {position:?}", reference.display());
         }
         client.disconnect().await.unwrap();
         restore.volume_cleanup(device, &self.call).await.unwrap();
