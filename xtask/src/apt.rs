@@ -125,7 +125,7 @@ fn dsc_version(dsc: &Path, name: &str) -> Result<String> {
 /// Unpacks a source package, Debian's patches applied, into the new folder `target`.
 pub(crate) fn unpack(source: &Source, target: &Path, log: &Path) -> Result<()> {
     let mut command = Command::new("dpkg-source");
-    command.arg("-x").arg(&source.dsc).arg(target);
+    command.args(["--no-copy", "-x"]).arg(&source.dsc).arg(target);
     Step {
         name: &format!("unpack {}", source.version),
         log: log.to_path_buf(),
