@@ -10,6 +10,7 @@ use provider_api::{
     check_archive_name,
 };
 
+use super::kill_point;
 use super::progress::Meter;
 use super::report::{GuestReport, millis};
 use super::state::{Action, Event, Machine, Outcome};
@@ -90,6 +91,7 @@ impl<'a> Run<'a> {
                 self.report.result = verdict.into();
                 break;
             }
+            kill_point::reached(action);
             let event = match self.bounded(action, machine.is_cancellable()).await {
                 Ok(event) => event,
                 Err(error) => {
