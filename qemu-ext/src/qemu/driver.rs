@@ -264,15 +264,17 @@ unsafe extern "C" fn reopen_prepare(
 }
 
 unsafe extern "C" fn filter_drain_begin(bs: *mut sys::BlockDriverState) {
-    // SAFETY: a callback of an open node.
-    let filter = unsafe { state(bs) };
-    guard((), || filter.drain_begin());
+    // Also called while the node is being opened, when there is no state yet.
+    if let Some(filter) = Bds::from_ptr(bs).and_then(filter_of) {
+        guard((), || filter.drain_begin());
+    }
 }
 
 unsafe extern "C" fn filter_drain_end(bs: *mut sys::BlockDriverState) {
-    // SAFETY: a callback of an open node.
-    let filter = unsafe { state(bs) };
-    guard((), || filter.drain_end());
+    // Also called while the node is being opened, when there is no state yet.
+    if let Some(filter) = Bds::from_ptr(bs).and_then(filter_of) {
+        guard((), || filter.drain_end());
+    }
 }
 
 unsafe extern "C" fn filter_co_preadv_part(
@@ -362,8 +364,15 @@ unsafe extern "C" fn filter_co_pdiscard(
 }
 
 unsafe extern "C" fn filter_co_flush(bs: *mut sys::BlockDriverState) -> c_int {
-    // SAFETY: the guest's own request. The fleecing image is never flushed: it is thrown away.
-    unsafe { sys::bdrv_co_flush((*(*bs).file).bs) }
+    // SAFETY: the guest's own request. The fleecing image is never flushed: it is thrown away. With
+    // nobody above, QEMU is closing the filter in a drained section: the disk's users flush it
+    // themselves, and the guest must not wait for that here.
+    unsafe {
+        if !sys::ba_bs_has_parents(bs) {
+            return 0;
+        }
+        sys::bdrv_co_flush((*(*bs).file).bs)
+    }
 }
 
 unsafe extern "C" fn filter_co_truncate(
