@@ -86,9 +86,16 @@ impl Storage {
 
     /// Makes the directories this provider needs.
     pub(crate) fn prepare(&self) -> Result<()> {
+        let is_new = !files::is_directory(&self.commits_path());
         files::ensure_directory(&self.commits_path())?;
-        files::sync_directory(&self.path.join(OWN_DIRECTORY))?;
-        files::sync_directory(&self.path)
+        if is_new {
+            files::sync_directory(&self.path.join(OWN_DIRECTORY))?;
+            files::sync_directory(&self.path)?;
+            if let Some(parent) = self.path.parent() {
+                files::sync_directory(parent)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes the storage's lock, waiting at most `wait`; `None` if it stayed taken.
