@@ -7,6 +7,7 @@ mod support;
 
 use std::{path::Path, time::Duration};
 
+use proptest::{collection::vec, prelude::*};
 use qmp_client::{
     Error,
     agent::{Agent, AgentOptions, FreezeStatus},
@@ -94,6 +95,32 @@ async fn junk_before_the_first_command_is_dropped() {
         let (status, ()) = soon(async { tokio::join!(calls, script) }).await;
         assert_eq!(status, FreezeStatus::Thawed);
     }
+}
+
+#[test]
+fn no_junk_keeps_the_client_from_getting_in_step() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let piece = prop_oneof![
+        vec(any::<u8>(), 0..200),
+        Just(b"\xff".to_vec()),
+        Just(b"\n".to_vec()),
+        Just(b"{\"return\": 12345}\n".to_vec()),
+        Just(b"{\"QMP\": {}}\n{\"event\": \"A\"}\n".to_vec()),
+    ];
+    let junk = vec(piece, 0..20).prop_map(|pieces| pieces.concat());
+    let config = ProptestConfig { failure_persistence: None, cases: 200, ..Default::default() };
+    proptest!(config, |(junk in junk)| {
+        runtime.block_on(async {
+            let options = AgentOptions { max_line_bytes: 600, ..AgentOptions::default() };
+            let (agent, mut guest) = pair_with(options);
+            let script = async {
+                guest.sync(&junk).await;
+                guest.serve("guest-ping", json!({})).await;
+            };
+            let (result, ()) = tokio::join!(agent.ping(), script);
+            result.unwrap();
+        });
+    });
 }
 
 #[tokio::test]
