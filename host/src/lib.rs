@@ -1,2 +1,207 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! To be written.
+//! Puts the parts together and offers one function per task.
+//!
+//! The program `vzdump` calls these functions, and a service will call the same ones: they return
+//! typed results, write log lines and progress to a [`TaskSink`], and never print.
+//!
+//! ```text
+//! vzdump.conf, storage.cfg ─► Host ─► vm_*      vzdump_core::vm
+//!                              │  ├──► backup    vzdump_core::job
+//!                              │  ├──► restore   vzdump_core::restore
+//!                              │  └──► doctor    vzdump_core::journal
+//!                              └────► providers  one per backup storage
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod archives;
+mod doctor;
+mod providers;
+mod tasks;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vzdump_core::config::guest::VmConfig;
+use vzdump_core::config::storage::StorageConfig;
+use vzdump_core::config::{ConfigError, read_text};
+use vzdump_core::job::JobContext;
+use vzdump_core::layout::Layout;
+use vzdump_core::storage::StorageSet;
+use vzdump_core::tools::Tools;
+use vzdump_core::vm::create::{self, CreateError};
+use vzdump_core::vm::freeze_guard::GuardCommand;
+use vzdump_core::vm::runner::{self, RunnerError};
+
+pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem};
+pub use doctor::{Check, DoctorReport, Pending};
+pub use providers::{StorageInfo, StorageUse};
+pub use tasks::BackupRequest;
+pub use tokio_util::sync::CancellationToken;
+pub use vzdump_core::job::chain;
+pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
+pub use vzdump_core::storage::ImageFormat;
+pub use vzdump_core::task_log::{Level, Progress, TaskSink, clean, duration, size};
+pub use vzdump_core::vm::create::{CreateOptions, Created, DiskContent, parse_size};
+pub use vzdump_core::vm::freeze_guard::{SUBCOMMAND as GUARD_SUBCOMMAND, run_guard};
+pub use vzdump_core::vm::runner::{StartOptions, Started, StopOptions, Stopped, VmStatus};
+
+use providers::StorageProviders;
+
+/// Why a task could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// A configuration file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A VM could not be made.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// A VM could not be started, stopped or asked.
+    #[error(transparent)]
+    Runner(#[from] RunnerError),
+    /// The storage is none for backups.
+    #[error("{0}")]
+    Storage(String),
+    /// An archive's name.
+    #[error("{0}")]
+    Archive(String),
+    /// The provider failed.
+    #[error("The storage '{storage}' failed.")]
+    Provider {
+        /// The storage.
+        storage: String,
+        /// Why.
+        source: provider_api::Error,
+    },
+    /// The journals of earlier tasks.
+    #[error(transparent)]
+    Journal(#[from] vzdump_core::journal::JournalError),
+    /// The program does not know its own path.
+    #[error("Cannot find out where this program is.")]
+    OwnProgram(#[source] std::io::Error),
+}
+
+impl HostError {
+    /// What the user can do about it, where that is known and not said in the message.
+    #[must_use]
+    pub fn advice(&self) -> Option<String> {
+        match self {
+            Self::Runner(RunnerError::AlreadyRunning { id, .. }) => {
+                Some(format!("`vzdump vm status {id}` shows what it is doing."))
+            }
+            Self::Runner(RunnerError::NoConfig { .. }) => {
+                Some("`vzdump vm status` lists all VMs.".to_owned())
+            }
+            Self::Archive(_) => Some("`vzdump list` shows all archives.".to_owned()),
+            Self::Provider { .. } => Some("`vzdump doctor` checks all storages.".to_owned()),
+            _ => None,
+        }
+    }
+}
+
+/// What overrides the configuration.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// Directory of the QEMU programs.
+    pub qemu_bin: Option<PathBuf>,
+}
+
+/// This host: its configuration and everything built from it.
+pub struct Host {
+    layout: Layout,
+    tools: Tools,
+    storages: StorageSet,
+    providers: Arc<StorageProviders>,
+    default_storage: Option<String>,
+}
+
+impl Host {
+    /// Reads the configuration below `root`, or the system's.
+    ///
+    /// # Errors
+    /// [`HostError::Config`].
+    pub fn open(root: Option<PathBuf>, overrides: &Overrides) -> Result<Self, HostError> {
+        let layout = Layout::new(root);
+        let settings = read_text(&layout.settings_path())?.unwrap_or_default();
+        // The same form as a guest's configuration: `key: value` lines and comments.
+        let settings = VmConfig::parse(&settings);
+        let setting = settings.get("qemu-bin").map(Path::new);
+        let tools = Tools::find(overrides.qemu_bin.as_deref(), setting);
+        let storages = StorageConfig::read(&layout.storage_config_path())?;
+        let storages = StorageSet::new(&storages, &layout);
+        let providers = Arc::new(StorageProviders::new(&storages, &tools));
+        let default_storage = settings.get("storage").map(str::to_owned);
+        Ok(Self { layout, tools, storages, providers, default_storage })
+    }
+
+    /// Where everything is.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// All storages and what they are used for.
+    #[must_use]
+    pub fn storages(&self) -> Vec<StorageInfo> {
+        self.providers.infos()
+    }
+
+    fn context(&self) -> Result<JobContext, HostError> {
+        Ok(JobContext {
+            layout: self.layout.clone(),
+            tools: self.tools.clone(),
+            storages: self.storages.clone(),
+            providers: self.providers.clone(),
+            guard: GuardCommand::own_program().map_err(HostError::OwnProgram)?,
+            limits: vzdump_core::job::Limits::default(),
+        })
+    }
+
+    /// Makes a VM.
+    ///
+    /// # Errors
+    /// [`HostError::Create`]; nothing is left behind then.
+    pub async fn vm_create(&self, id: u32, options: &CreateOptions) -> Result<Created, HostError> {
+        Ok(create::create(&self.layout, &self.tools, &self.storages, id, options).await?)
+    }
+
+    /// Starts a VM.
+    ///
+    /// # Errors
+    /// [`HostError::Runner`]; no QEMU is left running then.
+    pub async fn vm_start(&self, id: u32, options: StartOptions) -> Result<Started, HostError> {
+        Ok(runner::start(&self.layout, &self.tools, &self.storages, id, options).await?)
+    }
+
+    /// Stops a VM.
+    ///
+    /// # Errors
+    /// [`HostError::Runner`].
+    pub async fn vm_stop(&self, id: u32, options: StopOptions) -> Result<Stopped, HostError> {
+        Ok(runner::stop(&self.layout, id, options).await?)
+    }
+
+    /// Tells what a VM is doing.
+    ///
+    /// # Errors
+    /// [`HostError::Runner`].
+    pub async fn vm_status(&self, id: u32) -> Result<VmStatus, HostError> {
+        Ok(runner::status(&self.layout, id).await?)
+    }
+
+    /// Tells what all VMs are doing.
+    ///
+    /// # Errors
+    /// [`HostError::Runner`], [`HostError::Config`].
+    pub async fn vm_list(&self) -> Result<Vec<VmStatus>, HostError> {
+        let mut all = Vec::new();
+        for id in runner::list_ids(&self.layout)? {
+            all.push(runner::status(&self.layout, id).await?);
+        }
+        Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests;

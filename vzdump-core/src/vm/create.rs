@@ -15,6 +15,7 @@ use crate::layout::{self, Layout, LayoutError};
 use crate::storage::{
     DEFAULT_STORAGE, ImageFormat, ImageStorage, StorageError, StorageSet, VolumeId, image_size,
 };
+use crate::task_log::size_config;
 use crate::tools::{MissingTool, Tools};
 
 /// Why a VM was not made.
@@ -144,7 +145,7 @@ pub async fn create(
         if let Some(more) = &options.disk_options {
             let _ = write!(value, ",{more}");
         }
-        let _ = write!(value, ",size={}", size_text(size_bytes));
+        let _ = write!(value, ",size={}", size_config(size_bytes));
         config.set(&key, &value)?;
         disks.push((key, volume.to_string()));
     }
@@ -245,18 +246,6 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     number
         .and_then(|number| number.checked_mul(1 << shift))
         .ok_or_else(|| format!("'{text}' is not a size such as 512M, 32G or 2T."))
-}
-
-/// Writes a size as short as it is exact, as configurations have it.
-#[must_use]
-pub fn size_text(size_bytes: u64) -> String {
-    let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
-    let unit =
-        units.iter().find(|(shift, _)| size_bytes > 0 && size_bytes.trailing_zeros() >= *shift);
-    match unit {
-        Some((shift, unit)) => format!("{}{unit}", size_bytes >> shift),
-        None => size_bytes.to_string(),
-    }
 }
 
 #[cfg(test)]
@@ -362,9 +351,6 @@ mod tests {
         for bad in ["", "G", "1.5G", "-1", "1X", "99999999999T", "1G G"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
-        assert_eq!(size_text(32 << 30), "32G");
-        assert_eq!(size_text(1536), "1536");
-        assert_eq!(size_text(0), "0");
-        assert_eq!(parse_size(&size_text(5 << 20)), Ok(5 << 20));
+        assert_eq!(parse_size(&size_config(5 << 20)), Ok(5 << 20));
     }
 }

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Archives: what there is, and the configurations in them.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use provider_api::{Archive, Call, GuestConfig, GuestKind, check_archive_name};
+use serde::Serialize;
+use vzdump_core::config::storage::is_storage_id;
+
+use crate::{CancellationToken, Host, HostError};
+
+/// Reading a list or a configuration must not take longer, whatever the storage does.
+const READ_TIMEOUT: Duration = Duration::from_secs(120);
+/// Between storage and name in a volume id.
+const MARK: &str = ":backup/";
+
+/// The volume id of an archive, `<storage>:backup/<name>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArchiveName {
+    /// The storage.
+    pub storage: String,
+    /// The name within it.
+    pub name: String,
+}
+
+impl fmt::Display for ArchiveName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{MARK}{}", self.storage, self.name)
+    }
+}
+
+impl FromStr for ArchiveName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (storage, name) =
+            text.split_once(MARK).filter(|(storage, _)| is_storage_id(storage)).ok_or_else(
+                || format!("'{text}' is not an archive: '<storage>:backup/<name>' is expected."),
+            )?;
+        check_archive_name(name)?;
+        Ok(Self { storage: storage.to_owned(), name: name.to_owned() })
+    }
+}
+
+/// One archive.
+#[derive(Debug, Clone, Serialize)]
+pub struct ArchiveInfo {
+    /// Its volume id.
+    pub volid: String,
+    /// Kind of the guest.
+    pub subtype: GuestKind,
+    /// Number of the guest.
+    pub vmid: u32,
+    /// Start of the backup, seconds since the epoch.
+    pub time_s: i64,
+    /// The same in words, UTC.
+    pub time: String,
+    /// Bytes it takes in the storage, without the archives it builds upon.
+    pub size_bytes: u64,
+    /// The archive it builds upon.
+    pub base: Option<String>,
+}
+
+/// A storage that could not be listed, or an archive that is not shown.
+#[derive(Debug, Clone, Serialize)]
+pub struct StorageProblem {
+    /// The storage.
+    pub storage: String,
+    /// What is wrong.
+    pub problem: String,
+}
+
+/// All archives of one storage or of all.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ArchiveList {
+    /// The archives, by guest and time.
+    pub archives: Vec<ArchiveInfo>,
+    /// What could not be shown.
+    pub problems: Vec<StorageProblem>,
+}
+
+fn call() -> Call {
+    Call { cancel: CancellationToken::new(), deadline: Instant::now().checked_add(READ_TIMEOUT) }
+}
+
+impl Host {
+    /// Lists the archives of one storage, or of all. A storage that fails is a problem in the list,
+    /// unless it is the one that was asked for.
+    ///
+    /// # Errors
+    /// [`HostError::Storage`], [`HostError::Provider`].
+    pub async fn list(&self, storage: Option<&str>) -> Result<ArchiveList, HostError> {
+        let mut list = ArchiveList::default();
+        if let Some(storage) = storage {
+            self.list_storage(storage, &mut list).await?;
+        } else {
+            for storage in self.providers.backup_ids() {
+                if let Err(error) = self.list_storage(&storage, &mut list).await {
+                    list.problems.push(StorageProblem { storage, problem: crate::chain(&error) });
+                }
+            }
+        }
+        list.archives.sort_by(|a, b| {
+            (a.vmid, a.time_s, a.volid.as_str()).cmp(&(b.vmid, b.time_s, b.volid.as_str()))
+        });
+        Ok(list)
+    }
+
+    async fn list_storage(&self, storage: &str, list: &mut ArchiveList) -> Result<(), HostError> {
+        let provider = self.providers.get(storage).map_err(HostError::Storage)?;
+        let fault = |source| HostError::Provider { storage: storage.to_owned(), source };
+        for archive in provider.list(&call()).await.map_err(fault)? {
+            match info(storage, archive) {
+                Ok(info) => list.archives.push(info),
+                Err(problem) => {
+                    list.problems.push(StorageProblem { storage: storage.to_owned(), problem });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest's configuration files in an archive.
+    ///
+    /// # Errors
+    /// [`HostError::Archive`], [`HostError::Storage`], [`HostError::Provider`].
+    pub async fn show_config(&self, archive: &str) -> Result<GuestConfig, HostError> {
+        let archive = self.resolve_archive(archive).await?;
+        let provider = self.providers.get(&archive.storage).map_err(HostError::Storage)?;
+        let config = provider.guest_config(&archive.name, &call()).await;
+        config.map_err(|source| HostError::Provider { storage: archive.storage, source })
+    }
+
+    /// The archive of a volume id, or of a name that only one storage has.
+    ///
+    /// # Errors
+    /// [`HostError::Archive`].
+    pub async fn resolve_archive(&self, text: &str) -> Result<ArchiveName, HostError> {
+        if text.contains(MARK) {
+            return text.parse().map_err(HostError::Archive);
+        }
+        let list = self.list(None).await?;
+        let found = list.archives.iter().filter_map(|info| info.volid.parse::<ArchiveName>().ok());
+        let mut found: Vec<_> = found.filter(|archive| archive.name == text).collect();
+        match (found.pop(), found.is_empty()) {
+            (Some(archive), true) => Ok(archive),
+            (None, _) => Err(HostError::Archive(format!("There is no archive '{text}'."))),
+            (Some(_), false) => Err(HostError::Archive(format!(
+                "Several storages have an archive '{text}'; give '<storage>:backup/{text}'."
+            ))),
+        }
+    }
+}
+
+/// Everything a provider says is checked: it becomes part of command lines and terminals.
+fn info(storage: &str, archive: Archive) -> Result<ArchiveInfo, String> {
+    check_archive_name(&archive.name)?;
+    let volid = |name| format!("{storage}{MARK}{name}");
+    let base = match archive.base {
+        Some(base) => {
+            check_archive_name(&base)?;
+            Some(volid(base))
+        }
+        None => None,
+    };
+    let time = jiff::Timestamp::from_second(archive.time_s);
+    let time = time.map_err(|_| format!("Archive '{}' has an impossible time.", archive.name))?;
+    Ok(ArchiveInfo {
+        volid: volid(archive.name),
+        subtype: archive.subtype,
+        vmid: archive.guest_id,
+        time_s: archive.time_s,
+        time: time.to_string(),
+        size_bytes: archive.size_bytes,
+        base,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn archive_names_are_taken_apart() {
+        let name: ArchiveName = "store:backup/a/b:c".parse().unwrap();
+        assert_eq!((name.storage.as_str(), name.name.as_str()), ("store", "a/b:c"));
+        assert_eq!(name.to_string(), "store:backup/a/b:c");
+        for bad in ["a", "store:a", "../x:backup/a", "store:backup/../a", "store:backup/"] {
+            assert!(bad.parse::<ArchiveName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_a_provider_says_is_checked() {
+        let archive = |name: &str, time_s| Archive {
+            name: name.to_owned(),
+            subtype: GuestKind::Qemu,
+            guest_id: 100,
+            time_s,
+            size_bytes: 1,
+            base: None,
+            commit_id: None,
+        };
+        let good = info("store", archive("a", 0)).unwrap();
+        assert_eq!(
+            (good.volid.as_str(), good.time.as_str()),
+            ("store:backup/a", "1970-01-01T00:00:00Z")
+        );
+        assert!(info("store", archive("\u{1b}[2J", 0)).is_err());
+        assert!(info("store", archive("a", i64::MAX)).is_err());
+        let base = Archive { base: Some("../x".into()), ..archive("a", 0) };
+        assert!(info("store", base).is_err());
+    }
+}
