@@ -129,6 +129,15 @@ unsafe fn state<'a>(bs: *mut sys::BlockDriverState) -> &'a Filter {
     unsafe { &**(*bs).opaque.cast::<*mut Filter>() }
 }
 
+/// As [`state`], for callbacks that come already while the node is being opened; none then.
+///
+/// # Safety
+/// `bs` is a node of the filter's driver.
+unsafe fn opened_state<'a>(bs: *mut sys::BlockDriverState) -> Option<&'a Filter> {
+    // SAFETY: as stated; QEMU zeroed the place before it opened the node.
+    unsafe { (*(*bs).opaque.cast::<*mut Filter>()).as_ref() }
+}
+
 fn errno<T>(result: Result<T, Errno>) -> c_int {
     match result {
         Ok(_) => 0,
@@ -225,9 +234,7 @@ unsafe extern "C" fn filter_child_perm(
             return;
         }
         sys::bdrv_default_perms(bs, child, role, queue, perm, shared, nperm, nshared);
-        // `opaque` is still null while the node is being opened.
-        let opened = !(*(*bs).opaque.cast::<*mut Filter>()).is_null();
-        if opened && state(bs).is_active() {
+        if opened_state(bs).is_some_and(Filter::is_active) {
             *nperm |= u64::from(sys::BLK_PERM_CONSISTENT_READ);
             // A write beside the filter would not be captured, a resize would cut the snapshot.
             *nshared &= !u64::from(sys::BLK_PERM_WRITE | sys::BLK_PERM_RESIZE);
@@ -385,7 +392,10 @@ unsafe extern "C" fn filter_co_truncate(
 ) -> c_int {
     // SAFETY: a constant sentence; `errp` is the caller's.
     unsafe {
-        sys::ba_error_setg(errp, c"The disk cannot be resized while a backup access is active".as_ptr());
+        sys::ba_error_setg(
+            errp,
+            c"The disk cannot be resized while a backup access is active".as_ptr(),
+        );
     }
     -EBUSY
 }
@@ -421,7 +431,10 @@ unsafe extern "C" fn snapshot_open(
     if filter_of(child.node()).is_none() {
         // SAFETY: a constant sentence.
         unsafe {
-            sys::ba_error_setg(errp, c"backup-snapshot works on a backup-fleecing node only".as_ptr());
+            sys::ba_error_setg(
+                errp,
+                c"backup-snapshot works on a backup-fleecing node only".as_ptr(),
+            );
         }
         return -EINVAL;
     }
@@ -502,7 +515,8 @@ unsafe extern "C" fn snapshot_co_preadv_part(
     // of the request; a coroutine callback under the graph lock.
     errno(unsafe {
         on_snapshot(bs, |filter, graph| {
-            let mut buf = IoSlice::new(qiov, qiov_offset, range.len() as usize).ok_or(Errno::EIO)?;
+            let mut buf =
+                IoSlice::new(qiov, qiov_offset, range.len() as usize).ok_or(Errno::EIO)?;
             snapshot::read(filter, graph, range, &mut buf)
         })
     })
