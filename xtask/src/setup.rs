@@ -22,7 +22,8 @@ const BUILD: &[&str] = &[
     "liburing-dev",
     "ninja-build",
     "pkg-config",
-    "python3",
+    // QEMU's configure makes a virtual environment of its own.
+    "python3-venv",
     "xz-utils",
     "zlib1g-dev",
     // Firmware: the source package has none.
@@ -48,7 +49,7 @@ const TESTS: &[&str] = &[
 /// Installs what is missing; silent and quick when nothing is.
 pub(crate) fn run() -> Result<()> {
     let mut wanted = [BUILD, TESTS].concat();
-    wanted.push(meson_package(&fs::read_to_string("/etc/os-release").unwrap_or_default()));
+    wanted.extend(meson_package(&fs::read_to_string("/etc/os-release").unwrap_or_default()));
     let missing = apt::missing(&wanted)?;
     if missing.is_empty() {
         return Ok(());
@@ -61,7 +62,7 @@ pub(crate) fn run() -> Result<()> {
 
 /// QEMU wants meson 1.5: Debian has it from release 13 on, before that `xtask qemu` puts one into a
 /// virtual environment.
-fn meson_package(os_release: &str) -> &'static str {
+fn meson_package(os_release: &str) -> Option<&'static str> {
     let value = |name: &str| {
         os_release
             .lines()
@@ -71,7 +72,7 @@ fn meson_package(os_release: &str) -> &'static str {
     let old = value("VERSION_ID")
         .and_then(|version| version.split('.').next()?.parse::<u32>().ok())
         .is_some_and(|version| version < 13);
-    if value("ID") == Some("debian") && !old { "meson" } else { "python3-venv" }
+    (value("ID") == Some("debian") && !old).then_some("meson")
 }
 
 #[cfg(test)]
@@ -80,9 +81,9 @@ mod tests {
 
     #[test]
     fn meson_comes_from_where_it_is_new_enough() {
-        assert_eq!(meson_package("ID=debian\nVERSION_ID=\"12\"\n"), "python3-venv");
-        assert_eq!(meson_package("ID=debian\nVERSION_ID=\"13\"\n"), "meson");
-        assert_eq!(meson_package("ID=debian\nVERSION_CODENAME=forky\n"), "meson");
-        assert_eq!(meson_package("ID=ubuntu\nVERSION_ID=\"24.04\"\n"), "python3-venv");
+        assert_eq!(meson_package("ID=debian\nVERSION_ID=\"12\"\n"), None);
+        assert_eq!(meson_package("ID=debian\nVERSION_ID=\"13\"\n"), Some("meson"));
+        assert_eq!(meson_package("ID=debian\nVERSION_CODENAME=forky\n"), Some("meson"));
+        assert_eq!(meson_package("ID=ubuntu\nVERSION_ID=\"24.04\"\n"), None);
     }
 }
