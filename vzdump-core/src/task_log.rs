@@ -301,6 +301,10 @@ mod tests {
         assert_eq!(size(1024 * 1024 - 1), "1.0 MiB");
         assert_eq!(size(u64::MAX), "16.0 EiB");
         assert_eq!(size_exact(2_372_969_431), "2.21 GiB");
+    }
+
+    #[test]
+    fn sizes_of_configurations_are_exact() {
         assert_eq!(size_config(170 << 30), "170G");
         assert_eq!(size_config(528 << 10), "528K");
         assert_eq!(size_config(1000), "1000");

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Copies one disk from where the provider offers it into a fresh volume.
+//!
+//! The source is untrusted: it is taken as raw whatever it looks like, its size must match exactly,
+//! a file is opened here and without following symbolic links, and a socket must lie in the
+//! private directory of the restore.
+
+use std::fs::File;
+use std::io::{Seek as _, SeekFrom};
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use provider_api::VolumeSource;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::process::Command;
+
+use crate::storage::ImageFormat;
+use crate::task_log::clean;
+use crate::tools::Tools;
+
+/// Longest name of an export, from the NBD protocol.
+const EXPORT_BYTES_MAX: usize = 4096;
+/// How much of qemu-img's last words is kept.
+const STDERR_BYTES_MAX: u64 = 4096;
+
+/// A source that was checked.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// An open file or block device.
+    File { file: File, is_device: bool },
+    /// A QEMU description of an NBD export.
+    Nbd { options: String },
+}
+
+/// A fresh volume that reads as zeroes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub(super) path: &'a Path,
+    pub(super) format: ImageFormat,
+    pub(super) size_bytes: u64,
+}
+
+/// Checks what the provider offers.
+pub(super) async fn open(
+    source: &VolumeSource,
+    private_dir: &Path,
+    size_bytes: u64,
+) -> Result<Source, String> {
+    let (opened, found_bytes) = match source {
+        VolumeSource::Path(path) => open_file(path)?,
+        VolumeSource::NbdUnix { socket, export } => {
+            check_socket(socket, private_dir)?;
+            open_export(socket, export).await?
+        }
+        _ => return Err("the provider offers the disk in a way this host does not know".into()),
+    };
+    if found_bytes != size_bytes {
+        return Err(format!(
+            "the archive announced {size_bytes} bytes, but the provider offers {found_bytes}"
+        ));
+    }
+    Ok(opened)
+}
+
+fn open_file(path: &Path) -> Result<(Source, u64), String> {
+    let shown = clean(&path.display().to_string());
+    if !path.is_absolute() {
+        return Err(format!("the provider's path '{shown}' is not absolute"));
+    }
+    // Without blocking on a FIFO, and without following links anywhere on the way.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let fault =
+        |error: std::io::Error| format!("cannot open the provider's file '{shown}': {error}");
+    let fd = openat2(CWD, path, flags, Mode::empty(), resolve).map_err(|e| fault(e.into()))?;
+    let mut file = File::from(fd);
+    let kind = file.metadata().map_err(fault)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(format!("the provider's path '{shown}' is neither a file nor a block device"));
+    }
+    // The end of a block device is its size too.
+    let size_bytes = file.seek(SeekFrom::End(0)).map_err(fault)?;
+    file.rewind().map_err(fault)?;
+    Ok((Source::File { file, is_device: kind.is_block_device() }, size_bytes))
+}
+
+fn check_socket(socket: &Path, private_dir: &Path) -> Result<(), String> {
+    let shown = clean(&socket.display().to_string());
+    let is_inside = socket.parent() == Some(private_dir) && socket.file_name().is_some();
+    if !is_inside {
+        return Err(format!("the provider's socket '{shown}' is not in the private directory"));
+    }
+    match std::fs::symlink_metadata(socket) {
+        Ok(meta) if meta.file_type().is_socket() => Ok(()),
+        Ok(_) => Err(format!("the provider's socket '{shown}' is no socket")),
+        Err(error) => Err(format!("the provider's socket '{shown}' cannot be used: {error}")),
+    }
+}
+
+async fn open_export(socket: &Path, export: &str) -> Result<(Source, u64), String> {
+    if export.len() > EXPORT_BYTES_MAX || export.contains('\0') {
+        return Err("the provider's export has a bad name".to_owned());
+    }
+    let path = socket.to_str().ok_or("the socket's path is not UTF-8")?;
+    let fault = |error| {
+        format!(
+            "the provider's export '{}' cannot be used: {}",
+            clean(export),
+            crate::job::chain(&error)
+        )
+    };
+    let options = provider_nbd::Options::default();
+    let client =
+        provider_nbd::Client::connect_unix(socket, export, options).await.map_err(fault)?;
+    let size_bytes = client.size_bytes();
+    // The size is known; a server that does not say goodbye is no fault.
+    let _ = client.disconnect().await;
+    let options = json!({
+        "driver": "raw",
+        "file": {
+            "driver": "nbd",
+            "server": { "type": "unix", "path": path },
+            "export": export,
+        },
+    });
+    Ok((Source::Nbd { options: format!("json:{options}") }, size_bytes))
+}
+
+/// Copies. `moved` is told how many bytes of the disk are dealt with. Dropping the future ends the
+/// copy.
+pub(super) async fn copy(
+    tools: &Tools,
+    source: Source,
+    target: Target<'_>,
+    stall: Duration,
+    mut moved: impl FnMut(u64),
+) -> Result<(), String> {
+    let qemu_img = tools.qemu_img().map_err(|error| error.to_string())?;
+    let (options, stdin) = match source {
+        // Handed over open, so that it is the file that was checked.
+        Source::File { file, is_device } => (file_options(is_device), Stdio::from(file)),
+        Source::Nbd { options } => (options, Stdio::null()),
+    };
+    let mut child = Command::new(qemu_img)
+        .args(["convert", "-p", "-n", "--target-is-zero", "-O", target.format.name(), "--"])
+        .arg(options)
+        .arg(target.path)
+        .stdin(stdin)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| format!("cannot start qemu-img: {error}"))?;
+    let stdout = child.stdout.take().ok_or("qemu-img has no output")?;
+    let stderr = child.stderr.take().ok_or("qemu-img has no output")?;
+    // On its own, so that a copy that stands still can be ended; it ends with the process.
+    let said = tokio::spawn(last_words(stderr));
+    let told = |percent: f64| moved((target.size_bytes as f64 * percent / 100.0) as u64);
+    if let Err(stalled) = follow(stdout, stall, told).await {
+        let _ = child.start_kill();
+        let _ = child.wait().await;
+        return Err(stalled);
+    }
+    let status = child.wait().await.map_err(|error| format!("qemu-img was lost: {error}"))?;
+    if !status.success() {
+        let said = said.await.unwrap_or_default();
+        return Err(format!("qemu-img could not copy the disk ({status}): {}", clean(&said)));
+    }
+    // qemu-img leaves its target to the page cache.
+    let path = target.path.to_owned();
+    let synced = tokio::task::spawn_blocking(move || File::open(path)?.sync_all()).await;
+    match synced {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(format!("cannot sync the new volume: {error}")),
+        Err(error) => Err(format!("cannot sync the new volume: {error}")),
+    }
+}
+
+fn file_options(is_device: bool) -> String {
+    let driver = if is_device { "host_device" } else { "file" };
+    let options = json!({
+        "driver": "raw",
+        "file": { "driver": driver, "filename": "/dev/stdin" },
+    });
+    format!("json:{options}")
+}
+
+/// Reads qemu-img's progress, `(12.34/100%)`, to the end of its output.
+async fn follow(
+    mut output: impl AsyncRead + Unpin,
+    stall: Duration,
+    mut told: impl FnMut(f64),
+) -> Result<(), String> {
+    let mut text = Vec::new();
+    let mut chunk = [0; 1024];
+    loop {
+        let read = tokio::time::timeout(stall, output.read(&mut chunk)).await;
+        let length = match read {
+            Ok(Ok(length)) => length,
+            Ok(Err(error)) => return Err(format!("qemu-img's output failed: {error}")),
+            Err(_) => return Err(format!("the copy stood still for {} seconds", stall.as_secs())),
+        };
+        if length == 0 {
+            return Ok(());
+        }
+        text.extend_from_slice(&chunk[..length]);
+        if let Some(percent) = last_percent(&text) {
+            told(percent);
+        }
+        let keep = text.len().min(64);
+        text.drain(..text.len() - keep);
+    }
+}
+
+fn last_percent(text: &[u8]) -> Option<f64> {
+    let text = std::str::from_utf8(text).ok()?;
+    let (before, _) = text.rsplit_once("/100%)")?;
+    let (_, number) = before.rsplit_once('(')?;
+    number.trim().parse().ok().filter(|percent| (0.0..=100.0).contains(percent))
+}
+
+async fn last_words(stderr: impl AsyncRead + Unpin) -> String {
+    let mut said = Vec::new();
+    let mut limited = stderr.take(STDERR_BYTES_MAX);
+    let _ = limited.read_to_end(&mut said).await;
+    // Whatever else comes is read and forgotten, so that qemu-img never waits for us.
+    let _ = tokio::io::copy(&mut limited.into_inner(), &mut tokio::io::sink()).await;
+    String::from_utf8_lossy(&said).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_read_from_any_chunks() {
+        assert_eq!(last_percent(b"    (0.00/100%)\r    (12.34/100%)\r    (13."), Some(12.34));
+        assert_eq!(last_percent(b"    (13."), None);
+        assert_eq!(last_percent(b"(200/100%)"), None);
+    }
+
+    #[tokio::test]
+    async fn only_what_is_meant_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let file = dir.join("disk");
+        std::fs::write(&file, vec![1; 1024]).unwrap();
+        let path = |path: &Path| VolumeSource::Path(path.to_owned());
+        assert!(open(&path(&file), &dir, 1024).await.is_ok());
+        assert!(open(&path(&file), &dir, 1536).await.unwrap_err().contains("announced 1536"));
+        let link = dir.join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(open(&path(&link), &dir, 1024).await.is_err());
+        assert!(open(&path(Path::new("disk")), &dir, 1024).await.is_err());
+        assert!(open(&path(&dir), &dir, 1024).await.is_err());
+        let socket = |socket: &Path| VolumeSource::NbdUnix {
+            socket: socket.to_owned(),
+            export: String::new(),
+        };
+        for bad in [&file, Path::new("/run/nbd"), &dir.join("../x"), &dir] {
+            assert!(open(&socket(bad), &dir, 1024).await.is_err(), "{bad:?}");
+        }
+    }
+}
