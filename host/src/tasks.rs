@@ -4,6 +4,8 @@
 use std::time::Duration;
 
 use vzdump_core::job::{self, BackupOptions};
+use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
+use vzdump_core::storage::ImageFormat;
 
 use crate::{CancellationToken, Host, HostError, JobReport, TaskSink};
 
@@ -24,6 +26,25 @@ pub struct BackupRequest {
     pub granularity_bytes: Option<u64>,
     /// How long a busy guest is waited for.
     pub lock_wait: Duration,
+}
+
+/// What to restore, and how.
+#[derive(Debug, Clone)]
+pub struct RestoreRequest {
+    /// The archive: its volume id, or a name that only one storage has.
+    pub archive: String,
+    /// Number of the new guest.
+    pub new_id: u32,
+    /// Storage of the new volumes; by default those of the archive's configuration.
+    pub storage: Option<String>,
+    /// Format of the new volumes; by default those of the archive's configuration.
+    pub format: Option<ImageFormat>,
+    /// Start the guest afterwards.
+    pub start: bool,
+    /// Keep lines of the configuration that run code or open files of this host.
+    pub allow_raw_config: bool,
+    /// Restore even if the disks could outgrow the storage.
+    pub overcommit: bool,
 }
 
 impl Host {
@@ -59,6 +80,33 @@ impl Host {
         }
         let ctx = self.context()?;
         let job = job::run_backup(&ctx, &ids, provider.as_ref(), &options, sink, cancel);
+        Ok(Box::pin(job).await)
+    }
+
+    /// Restores an archive as a new guest. What goes wrong with the guest is in the report. Must be
+    /// awaited to its end; cancel it by the token.
+    ///
+    /// # Errors
+    /// [`HostError::Archive`], [`HostError::Storage`] when there is nothing to restore.
+    pub async fn restore(
+        &self,
+        request: RestoreRequest,
+        sink: &dyn TaskSink,
+        cancel: &CancellationToken,
+    ) -> Result<RestoreReport, HostError> {
+        let archive = self.resolve_archive(&request.archive).await?;
+        let provider = self.providers.get(&archive.storage).map_err(HostError::Storage)?;
+        let options = RestoreOptions {
+            source_storage: archive.storage,
+            storage: request.storage,
+            format: request.format,
+            start: request.start,
+            allow_raw_config: request.allow_raw_config,
+            overcommit: request.overcommit,
+        };
+        let ctx = self.context()?;
+        let (provider, id) = (provider.as_ref(), request.new_id);
+        let job = restore_vm(&ctx, provider, &archive.name, id, &options, sink, cancel);
         Ok(Box::pin(job).await)
     }
 

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One function per command: options in, host function called, result printed.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use serde_json::{Value, json};
+use vzdump_host::{
+    BackupRequest, CancellationToken, CreateOptions, DiskContent, DoctorReport, Host, ImageFormat,
+    Overrides, RestoreRequest, StartOptions, StopOptions, Stopped, VmStatus, size,
+};
+
+use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, RestoreArgs, VmCommand};
+use crate::output::{self, Failure, Output, printable, table};
+use crate::signals::cancel_on_signal;
+use crate::task::Screen;
+
+/// A guest's backup failed; the program's own exit code of -1.
+const GUEST_FAILED: u8 = 255;
+
+type CommandResult = Result<ExitCode, Failure>;
+
+pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
+    let cancel = cancel_on_signal().context("cannot watch for signals")?;
+    let overrides = Overrides { qemu_bin: cli.global.qemu_bin };
+    let host = Host::open(cli.global.root, &overrides)?;
+    let run = Run { host: &host, output: *output, cancel: &cancel };
+    match cli.command {
+        Command::Vm(VmCommand::Create(args)) => run.create(*args).await,
+        Command::Vm(VmCommand::Start { id, paused }) => run.start(id, paused).await,
+        Command::Vm(VmCommand::Stop { id, timeout, now }) => {
+            let timeout_s = if now { 0 } else { timeout };
+            run.stop(id, Duration::from_secs(timeout_s.into())).await
+        }
+        Command::Vm(VmCommand::Status { id }) => run.status(id).await,
+        Command::Backup(args) => run.backup(args).await,
+        Command::List { storage } => run.list(storage.as_deref()).await,
+        Command::ShowConfig { archive, firewall } => run.show_config(&archive, firewall).await,
+        Command::Restore(args) => run.restore(args).await,
+        Command::Doctor { fix } => run.doctor(fix).await,
+    }
+}
+
+/// What all commands need.
+struct Run<'a> {
+    host: &'a Host,
+    output: Output,
+    cancel: &'a CancellationToken,
+}
+
+impl Run<'_> {
+    /// Waits for something that undoes itself when it is dropped.
+    async fn or_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, Failure> {
+        let cancelled = || Failure::from(anyhow!("Interrupted; what had been begun was undone."));
+        self.cancel.run_until_cancelled(work).await.ok_or_else(cancelled)
+    }
+
+    async fn create(&self, args: CreateArgs) -> CommandResult {
+        let id = args.id;
+        let options = create_options(args)?;
+        let created = self.or_cancelled(self.host.vm_create(id, &options)).await??;
+        self.output.result(&json!(created), || {
+            let mut text = format!("created VM {id}: {}\n", created.config.display());
+            for (key, volume) in &created.disks {
+                text.push_str(&format!("  {key}: {volume}\n"));
+            }
+            text
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+
+    async fn start(&self, id: u32, paused: bool) -> CommandResult {
+        let options = StartOptions { paused, for_backup: false };
+        let started = self.or_cancelled(self.host.vm_start(id, options)).await??;
+        let value = json!({
+            "id": id,
+            "pid": started.process.pid,
+            "start_time_ticks": started.process.start_time_ticks,
+            "notices": started.notices,
+        });
+        if !self.output.is_json() {
+            started.notices.iter().for_each(|notice| output::warning(&printable(notice)));
+        }
+        self.output
+            .result(&value, || format!("started VM {id} (process {})\n", started.process.pid));
+        Ok(ExitCode::SUCCESS)
+    }
+
+    async fn stop(&self, id: u32, timeout: Duration) -> CommandResult {
+        let stopped = self.or_cancelled(self.host.vm_stop(id, StopOptions { timeout })).await??;
+        self.output.result(&json!({ "id": id, "stopped": stopped }), || {
+            let how = match stopped {
+                Stopped::NotRunning => "was not running",
+                Stopped::Shutdown => "has shut down",
+                Stopped::Quit => "was switched off",
+                Stopped::Killed => "was killed",
+            };
+            format!("VM {id} {how}\n")
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+
+    async fn status(&self, id: Option<u32>) -> CommandResult {
+        let (all, value) = match id {
+            Some(id) => {
+                let status = self.host.vm_status(id).await?;
+                let value = json!(status);
+                (vec![status], value)
+            }
+            None => {
+                let all = self.host.vm_list().await?;
+                let value = json!(all);
+                (all, value)
+            }
+        };
+        self.output.result(&value, || {
+            table(&["VMID", "NAME", "STATUS", "PID"], all.iter().map(status_row).collect())
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+
+    async fn backup(&self, args: BackupArgs) -> CommandResult {
+        let request = BackupRequest {
+            ids: args.ids,
+            storage: args.storage,
+            fleecing_storage: args.fleecing_storage,
+            freeze: !args.no_freeze,
+            buffer_size_bytes: args.buffer_size,
+            granularity_bytes: args.granularity,
+            lock_wait: Duration::from_secs(u64::from(args.lockwait) * 60),
+        };
+        let screen = Screen::new(self.output);
+        let report = self.host.backup(request, &screen, self.cancel).await?;
+        drop(screen);
+        let success = report.is_success();
+        // The lines have said it all to people.
+        self.output.result(&task_result(json!(report), success), String::new);
+        Ok(if success { ExitCode::SUCCESS } else { ExitCode::from(GUEST_FAILED) })
+    }
+
+    async fn restore(&self, args: RestoreArgs) -> CommandResult {
+        let request = RestoreRequest {
+            archive: args.archive,
+            new_id: args.new_id,
+            storage: args.storage,
+            format: args.format.map(Into::into),
+            start: args.start,
+            allow_raw_config: args.allow_raw_config,
+            overcommit: args.overcommit,
+        };
+        let screen = Screen::new(self.output);
+        let report = self.host.restore(request, &screen, self.cancel).await?;
+        drop(screen);
+        let success = report.is_success();
+        self.output.result(&task_result(json!(report), success), String::new);
+        Ok(if success { ExitCode::SUCCESS } else { ExitCode::from(GUEST_FAILED) })
+    }
+
+    async fn list(&self, storage: Option<&str>) -> CommandResult {
+        let list = self.or_cancelled(self.host.list(storage)).await??;
+        for problem in &list.problems {
+            output::warning(&format!("{}: {}", problem.storage, printable(&problem.problem)));
+        }
+        self.output.result(&json!(list), || {
+            let rows = list.archives.iter().map(|archive| {
+                vec![
+                    archive.volid.clone(),
+                    archive.subtype.to_string(),
+                    archive.vmid.to_string(),
+                    archive.time.clone(),
+                    size(archive.size_bytes),
+                    archive.base.clone().unwrap_or_else(|| "-".to_owned()),
+                ]
+            });
+            table(&["VOLID", "SUBTYPE", "VMID", "TIME", "SIZE", "BASE"], rows.collect())
+        });
+        Ok(if list.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    async fn show_config(&self, archive: &str, firewall: bool) -> CommandResult {
+        let config = self.or_cancelled(self.host.show_config(archive)).await??;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let shown = if firewall {
+            let missing = || anyhow!("The archive '{archive}' holds no firewall configuration.");
+            text(config.firewall.as_deref().ok_or_else(missing)?)
+        } else {
+            text(&config.config)
+        };
+        let value = json!({
+            "config": text(&config.config),
+            "firewall": config.firewall.as_deref().map(text),
+        });
+        self.output.result(&value, || printable(&shown));
+        Ok(ExitCode::SUCCESS)
+    }
+
+    async fn doctor(&self, fix: bool) -> CommandResult {
+        let screen = Screen::new(self.output);
+        let report = self.host.doctor(fix, &screen).await?;
+        drop(screen);
+        let healthy = report.is_healthy();
+        self.output.result(&task_result(json!(report), healthy), || doctor_text(&report));
+        Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// The last line of a task's JSON.
+fn task_result(mut report: Value, success: bool) -> Value {
+    report["event"] = json!("result");
+    report["success"] = json!(success);
+    report
+}
+
+fn status_row(status: &VmStatus) -> Vec<String> {
+    let state = match (&status.qmp_status, status.running) {
+        (Some(state), true) => state.clone(),
+        (None, true) => "running (monitor busy)".to_owned(),
+        (_, false) => "stopped".to_owned(),
+    };
+    let pid = status.process.map(|process| process.pid.to_string());
+    vec![
+        status.id.to_string(),
+        printable(status.name.as_deref().unwrap_or("-")),
+        state,
+        pid.unwrap_or_else(|| "-".to_owned()),
+    ]
+}
+
+fn doctor_text(report: &DoctorReport) -> String {
+    let rows = report.checks.iter().map(|check| {
+        let state = if check.ok { "ok" } else { "FAULT" };
+        vec![state.to_owned(), check.name.clone(), printable(&check.found)]
+    });
+    let mut text = table(&["STATE", "CHECK", "FOUND"], rows.collect());
+    for pending in &report.pending {
+        let guest = pending.guest_id.map_or_else(|| "?".to_owned(), |id| id.to_string());
+        let state = match (&pending.problem, pending.alive) {
+            (Some(problem), _) => printable(problem),
+            (None, true) => "still at work".to_owned(),
+            (None, false) => "dead".to_owned(),
+        };
+        text.push_str(&format!("task of guest {guest}: {state} ({})\n", pending.journal.display()));
+    }
+    if let Some(recovered) = &report.recovered {
+        text.push_str(&format!("cleaned up after {} dead tasks\n", recovered.cleared.len()));
+        for left in &recovered.left {
+            let reason = printable(&left.reason);
+            text.push_str(&format!("left: {}: {reason}\n", left.journal.display()));
+        }
+    } else if report.pending.iter().any(|pending| !pending.alive) {
+        text.push_str("`vzdump doctor --fix` cleans up after dead tasks\n");
+    }
+    text
+}
+
+fn create_options(args: CreateArgs) -> anyhow::Result<CreateOptions> {
+    let mut keys = vec![
+        ("memory", args.memory.to_string()),
+        ("cores", args.cores.to_string()),
+        ("serial0", "socket".to_owned()),
+    ];
+    keys.extend(args.name.map(|name| ("name", name)));
+    if args.agent {
+        keys.push(("agent", "1".to_owned()));
+    }
+    if args.kvm {
+        keys.push(("kvm", "1".to_owned()));
+    }
+    if args.bus == Bus::Scsi {
+        keys.push(("scsihw", "virtio-scsi-single".to_owned()));
+    }
+    let mut qemu_args = Vec::new();
+    for (option, file) in [("-kernel", args.kernel), ("-initrd", args.initrd)] {
+        if let Some(file) = file {
+            qemu_args.push(format!("{option} {}", quoted(&existing(&file)?)));
+        }
+    }
+    qemu_args.extend(args.append.map(|text| format!("-append {}", quoted(&text))));
+    qemu_args.extend(args.args);
+    if !qemu_args.is_empty() {
+        keys.push(("args", qemu_args.join(" ")));
+    }
+    let copies = args.disk_from.into_iter().map(DiskContent::CopyOf);
+    let disks = copies.chain(args.disk.into_iter().map(DiskContent::Empty)).collect();
+    Ok(CreateOptions {
+        keys: keys.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+        disks,
+        storage: args.storage,
+        format: args.format.into(),
+        bus: match args.bus {
+            Bus::Virtio => "virtio",
+            Bus::Scsi => "scsi",
+            Bus::Sata => "sata",
+            Bus::Ide => "ide",
+        }
+        .to_owned(),
+        disk_options: args.disk_options,
+    })
+}
+
+impl From<DiskFormat> for ImageFormat {
+    fn from(format: DiskFormat) -> Self {
+        match format {
+            DiskFormat::Raw => Self::Raw,
+            DiskFormat::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+/// The absolute path of a file, because QEMU runs in another directory.
+fn existing(file: &Path) -> anyhow::Result<String> {
+    let path: PathBuf =
+        file.canonicalize().with_context(|| format!("cannot use '{}'", file.display()))?;
+    path.into_os_string().into_string().map_err(|path| anyhow!("{path:?} is not text (UTF-8)"))
+}
+
+/// One word for the splitting of `args`.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[test]
+    fn a_kernel_becomes_arguments_of_qemu() {
+        let cli = Cli::parse_from([
+            "vzdump",
+            "vm",
+            "create",
+            "100",
+            "--kernel",
+            "/bin/sh",
+            "--append",
+            "a='b' c",
+            "--args",
+            "-no-reboot",
+            "--bus",
+            "scsi",
+            "--disk",
+            "1G",
+            "--disk-from",
+            "/x",
+        ]);
+        let Command::Vm(VmCommand::Create(args)) = cli.command else { panic!("another command") };
+        let options = create_options(*args).unwrap();
+        let get = |key: &str| options.keys.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str());
+        let kernel = existing(Path::new("/bin/sh")).unwrap();
+        let expected = format!("-kernel '{kernel}' -append 'a='\\''b'\\'' c' -no-reboot");
+        assert_eq!(get("args"), Some(expected.as_str()));
+        assert_eq!(get("scsihw"), Some("virtio-scsi-single"));
+        let disks = [DiskContent::CopyOf("/x".into()), DiskContent::Empty(1 << 30)];
+        assert_eq!(options.disks, disks);
+    }
+}
