@@ -24,8 +24,8 @@ pub(crate) const CONNECTIONS: usize = 2;
 /// Wait for one NBD request. A bandwidth limit may stretch the requests in flight.
 pub(crate) const NBD_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Archives in one backing chain. Each costs two descriptors and a lookup per read in a restore; at the bound
-/// the next backup is a full one.
+/// Archives in one backing chain. Each costs a descriptor and a lookup per read in a restore; at
+/// the bound the next backup is a full one.
 pub(crate) const CHAIN_ARCHIVES_MAX: usize = 128;
 /// Largest disk accepted from a manifest: far above any real one, far below an overflow.
 pub(crate) const DISK_BYTES_MAX: u64 = 1 << 56;
