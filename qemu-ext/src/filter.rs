@@ -246,10 +246,7 @@ pub fn begin_close(node: Bds) {
 
 /// Requests to the fleecing image that are still in flight.
 pub fn io_in_flight(node: Bds) -> u64 {
-    filter(node)
-        .ok()
-        .and_then(|filter| filter.engine.get())
-        .map_or(0, Engine::log_io_in_flight)
+    filter(node).ok().and_then(|filter| filter.engine.get()).map_or(0, Engine::log_io_in_flight)
 }
 
 /// Breaks the snapshot when it makes no progress; called every second.

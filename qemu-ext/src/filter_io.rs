@@ -46,7 +46,10 @@ impl<'a> FilterIo<'a> {
         Self { filter, graph: Graph::NoIo }
     }
 
-    fn io<T>(&self, f: impl FnOnce(&CoGraph<'_>, Child, Child) -> Result<T, Errno>) -> Result<T, Errno> {
+    fn io<T>(
+        &self,
+        f: impl FnOnce(&CoGraph<'_>, Child, Child) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
         let (source, target) = (self.filter.source(), self.filter.target());
         match self.graph {
             Graph::Held(graph) => f(graph, source, target),

@@ -60,7 +60,13 @@ impl Child {
         let part = &mut buf.as_mut()[at..at + len];
         // SAFETY: coroutine and graph lock by the witness; the buffer is ours until the return.
         check(unsafe {
-            sys::bdrv_co_pread(self.as_ptr(), offset as i64, len as i64, part.as_mut_ptr().cast(), 0)
+            sys::bdrv_co_pread(
+                self.as_ptr(),
+                offset as i64,
+                len as i64,
+                part.as_mut_ptr().cast(),
+                0,
+            )
         })
     }
 

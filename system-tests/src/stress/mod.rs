@@ -55,13 +55,16 @@ impl Plan {
     #[must_use]
     pub fn from_seed(seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
+        let direct = rng.random();
+        // Direct I/O may demand whole blocks of the host's disk.
+        let unit = if direct { 4096 } else { 512 };
         Self {
             seed,
-            size_bytes: (rng.random_range(24..48) << 20) + 512 * rng.random_range(0..9),
+            size_bytes: (rng.random_range(24..48) << 20) + unit * rng.random_range(0..9),
             queue_depth: if seed.is_multiple_of(2) { 32 } else { 1 },
             buffer_bytes: [0, 2 << 20, 4 << 20, 64 << 20][(seed / 2 % 4) as usize],
             qcow2: seed % 3 == 1,
-            direct: rng.random(),
+            direct,
             iothread: seed % 4 >= 2,
             trims: rng.random(),
             quits_active: seed % 5 == 4,
