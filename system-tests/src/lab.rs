@@ -4,7 +4,7 @@
 //! ```text
 //! DIR/etc/storage.cfg              local: disk images    backups: the backups
 //! DIR/etc/qemu-server/100.conf     the VM
-//! DIR/local/images/100/…           its disks: one raw, one qcow2
+//! DIR/local/images/100/…           its two disks
 //! DIR/backups/…                    what the provider stores
 //! DIR/run/vm/100/console.log       what the guest says
 //! ```
@@ -48,6 +48,8 @@ const LIST_WITHIN: Duration = Duration::from_secs(60);
 pub struct LabOptions {
     /// Size of each of the two disks in bytes.
     pub disk_bytes: u64,
+    /// Format of the VM's disks: `raw` or `qcow2`.
+    pub format: &'static str,
     /// Records per second the guest writes.
     pub rate_per_s: u32,
     /// Print every command line that is run.
@@ -121,7 +123,6 @@ impl Lab {
         let (stop, started) = (stop.clone(), BTreeSet::new());
         let lab = Self { dir, vzdump, stop, options, image, started };
         lab.write_storages()?;
-        lab.make_disks()?;
         lab.make_vm()?;
         Ok(lab)
     }
@@ -140,40 +141,23 @@ impl Lab {
         fs::write(etc.join("storage.cfg"), text).context("cannot write storage.cfg")
     }
 
-    /// Disk A is a raw image, disk B a qcow2 image: both kinds of source are covered.
-    fn make_disks(&self) -> Result<()> {
-        let folder = self.images_dir().join(format!("images/{SOURCE_VM}"));
-        fs::create_dir_all(&folder)?;
-        let [raw, unpacked, qcow2] = ["disk-0.raw", "disk-1.raw", "disk-1.qcow2"]
-            .map(|name| folder.join(format!("vm-{SOURCE_VM}-{name}")));
-        create_pair([&raw, &unpacked], self.options.disk_bytes, PAIR_NUMBER)
-            .map_err(anyhow::Error::msg)?;
-        self.convert(&unpacked, "raw", &qcow2, "qcow2")?;
-        fs::remove_file(unpacked)?;
-        Ok(())
-    }
-
+    /// Makes the VM by copies of two prepared disks; it boots the kernel it is given, because the
+    /// disks hold records and no boot loader.
     fn make_vm(&self) -> Result<()> {
-        let folder = self.dir.join("etc/qemu-server");
-        fs::create_dir_all(&folder)?;
-        let text = format!(
-            "agent: 1\nargs: {}\ncores: 2\nmemory: 256\nname: demo\nserial0: socket\n\
-             virtio0: {IMAGES}:{SOURCE_VM}/vm-{SOURCE_VM}-disk-0.raw\n\
-             virtio1: {IMAGES}:{SOURCE_VM}/vm-{SOURCE_VM}-disk-1.qcow2\n",
-            self.kernel_arguments()
-        );
-        fs::write(folder.join(format!("{SOURCE_VM}.conf")), text).context("cannot write the VM")
-    }
-
-    /// The guest has no boot loader: QEMU loads its kernel.
-    fn kernel_arguments(&self) -> String {
+        let scratch = tempfile::tempdir_in(&self.dir)?;
+        let [a, b] = ["a.raw", "b.raw"].map(|name| scratch.path().join(name));
+        create_pair([&a, &b], self.options.disk_bytes, PAIR_NUMBER).map_err(anyhow::Error::msg)?;
         let GuestImage { kernel, initrd } = &self.image;
-        format!(
-            "-kernel '{}' -initrd '{}' -append '{KERNEL_OPTIONS} vzdump.rate={}' -no-reboot",
-            kernel.display(),
-            initrd.display(),
-            self.options.rate_per_s
-        )
+        let text = |path: &Path| {
+            path.to_str().map(str::to_owned).with_context(|| format!("{path:?} is not text"))
+        };
+        let (kernel, initrd, a, b) = (text(kernel)?, text(initrd)?, text(&a)?, text(&b)?);
+        let append = format!("{KERNEL_OPTIONS} vzdump.rate={}", self.options.rate_per_s);
+        let mut arguments = vec!["vm", "create", "100", "--name", "demo", "--agent"];
+        arguments.extend(["--memory", "256", "--cores", "2", "--format", self.options.format]);
+        arguments.extend(["--disk-from", &a, "--disk-from", &b]);
+        arguments.extend(["--kernel", &kernel, "--initrd", &initrd, "--append", &append]);
+        self.vzdump.run(&arguments, TASK_WITHIN).map(drop)
     }
 
     fn images_dir(&self) -> PathBuf {

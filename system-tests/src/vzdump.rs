@@ -96,7 +96,12 @@ impl Vzdump {
     #[must_use]
     pub fn line(&self, arguments: &[&str]) -> String {
         let program = self.program.strip_prefix(qemu::workspace()).unwrap_or(&self.program);
-        format!("{} --root {} {}", program.display(), self.root.display(), arguments.join(" "))
+        let mut line = format!("{} --root {}", program.display(), self.root.display());
+        for argument in arguments {
+            let quote = if argument.contains(' ') { "'" } else { "" };
+            line.push_str(&format!(" {quote}{argument}{quote}"));
+        }
+        line
     }
 }
 

@@ -29,11 +29,12 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(disk_mib: u64) -> Self {
+    fn new(disk_mib: u64, format: &'static str) -> Self {
         let stop = Stop::default();
         let turn = Turn::wait(&stop).unwrap();
         let dir = tempfile::Builder::new().prefix("vz-e2e-").tempdir_in("/var/tmp").unwrap();
-        let options = LabOptions { disk_bytes: disk_mib << 20, rate_per_s: RATE_PER_S, show: true };
+        let options =
+            LabOptions { disk_bytes: disk_mib << 20, format, rate_per_s: RATE_PER_S, show: true };
         let lab = Lab::create(dir.path(), options, &stop).unwrap();
         Self { lab, dir, _turn: turn, next_vm: 200 }
     }
@@ -104,7 +105,7 @@ fn size_of(folder: &Path) -> u64 {
 
 #[test]
 fn a_running_vm_is_backed_up_twice_and_both_backups_boot_elsewhere() {
-    let mut scene = Scene::new(128);
+    let mut scene = Scene::new(128, "raw");
     let pace = Pace { before: 300, between: 900 };
     let ending = story::tell(&mut scene.lab, pace, |step| println!("{step}")).unwrap();
     println!("{}", ending.table);
@@ -114,7 +115,7 @@ fn a_running_vm_is_backed_up_twice_and_both_backups_boot_elsewhere() {
 
 #[test]
 fn a_backup_killed_anywhere_is_followed_by_an_increment_that_restores_exactly() {
-    let mut scene = Scene::new(64);
+    let mut scene = Scene::new(64, "qcow2");
     let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
     let first = scene.lab.backup().unwrap();
     assert!(!first.is_increment());
@@ -146,7 +147,7 @@ fn a_backup_killed_anywhere_is_followed_by_an_increment_that_restores_exactly() 
 
 #[test]
 fn a_transfer_that_is_killed_or_interrupted_harms_nobody() {
-    let mut scene = Scene::new(256);
+    let mut scene = Scene::new(256, "raw");
     let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
     for signal in [Signal::KILL, Signal::TERM] {
         println!("transfer ended by {signal:?}");
@@ -172,7 +173,7 @@ fn a_transfer_that_is_killed_or_interrupted_harms_nobody() {
 
 #[test]
 fn a_qemu_killed_during_a_backup_loses_no_write_and_leaves_no_archive() {
-    let mut scene = Scene::new(256);
+    let mut scene = Scene::new(256, "qcow2");
     let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
     let seen = console.wait_for_record(300, SOON, &scene.lab.stop).unwrap();
     let stored = scene.stored_bytes();

@@ -16,7 +16,8 @@ const USAGE: &str = "usage: demo [--keep] [--dir DIR]
   --dir DIR  use this folder, which must be empty or new (default: a new one in /var/tmp)";
 /// Disks, their backups and restores together.
 const NEEDED_BYTES: u64 = 6 << 30;
-const OPTIONS: LabOptions = LabOptions { disk_bytes: 512 << 20, rate_per_s: 200, show: true };
+const OPTIONS: LabOptions =
+    LabOptions { disk_bytes: 512 << 20, format: "qcow2", rate_per_s: 200, show: true };
 const PACE: Pace = Pace { before: 500, between: 2500 };
 /// Cleaning up stops the VMs; after this long the demo ends anyway.
 const CLEAN_WITHIN: Duration = Duration::from_secs(90);
