@@ -142,7 +142,7 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         self.table.close_to_new();
-        if !self.leaving.is_cancelled() {
+        if !self.leaving.is_cancelled() && !self.stop.is_cancelled() {
             self.say_goodbye();
         }
         // The queue ends with this value, the writer with the queue, the reader with the writer.
