@@ -138,7 +138,13 @@ fn check_device(
 
 /// The topmost node of the device: of its backend, else the node, else of the device's backend.
 fn resolve(main_loop: MainLoop, name: &str) -> Result<Bds, Error> {
-    let backends = [Backend::find(main_loop, name), Backend::find_by_qdev_id(main_loop, name)];
+    // The drive of a virtio device belongs to a part of it that has no id of its own.
+    let part = format!("{name}/virtio-backend");
+    let backends = [
+        Backend::find(main_loop, name),
+        Backend::find_by_qdev_id(main_loop, name),
+        Backend::find_by_qdev_id(main_loop, &part),
+    ];
     let node = Bds::find(main_loop, name);
     let found: Vec<Bds> =
         backends.iter().flatten().filter_map(|b| b.node(main_loop)).chain(node).collect();

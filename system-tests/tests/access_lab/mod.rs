@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A storage daemon, or an emulator whose guest never runs, with small disks: `disk0` and `disk1`
+//! with fleecing images and exports of the same names, and nodes that are wrong in some way.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use qmp_client::{EventItem, EventStream, Options, Session};
+use serde_json::{Value, json};
+use system_tests::qemu::bin_dir;
+
+/// Size of all disks.
+pub(super) const DISK_BYTES: u64 = 4 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What is special about a daemon.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Setup {
+    /// Disks and exports are in a thread of their own.
+    pub(super) iothread: bool,
+    /// There is a node `slow` that writes 200 kB per second.
+    pub(super) slow_fleecing: bool,
+}
+
+/// A write of the guest.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Change {
+    pub(super) pattern: u8,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+}
+
+/// The process with its folder; killed when dropped.
+pub(super) struct Lab {
+    child: Option<Child>,
+    session: Session,
+    folder: tempfile::TempDir,
+    exports: AtomicU32,
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            drop(child.kill());
+            drop(child.wait());
+        }
+    }
+}
+
+impl Lab {
+    /// Starts a storage daemon.
+    pub(super) async fn start(setup: Setup) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new(bin_dir().unwrap().join("qemu-storage-daemon"));
+        let nbd = json!({ "addr": { "type": "unix", "path": folder.path().join("nbd") },
+                          "max-connections": 16 });
+        if setup.iothread {
+            command.args(["--object", "iothread,id=io0"]);
+        }
+        for node in nodes(folder.path()) {
+            command.arg("--blockdev").arg(node.to_string());
+        }
+        if setup.slow_fleecing {
+            let group = json!({ "qom-type": "throttle-group", "id": "brake",
+                                "limits": { "bps-write": 200_000 } });
+            let node = json!({ "driver": "throttle", "node-name": "slow",
+                               "throttle-group": "brake", "file": "exported" });
+            command.arg("--object").arg(group.to_string());
+            command.arg("--blockdev").arg(node.to_string());
+        }
+        command.arg("--nbd-server").arg(nbd.to_string());
+        for (node, writable) in [("disk0", true), ("disk1", true), ("exported", false)] {
+            if setup.slow_fleecing && node == "exported" {
+                continue;
+            }
+            let mut export = json!({ "type": "nbd", "id": format!("guest-{node}"), "name": node,
+                                     "node-name": node, "writable": writable });
+            if setup.iothread {
+                export["iothread"] = json!("io0");
+                export["fixed-iothread"] = json!(true);
+            }
+            command.arg("--export").arg(export.to_string());
+        }
+        let qmp = folder.path().join("qmp");
+        command.arg("--chardev");
+        command.arg(format!("socket,id=qmp,path={},server=on,wait=off", qmp.display()));
+        command.args(["--monitor", "chardev=qmp"]);
+        Self::connect(command, folder).await
+    }
+
+    /// Starts an emulator: `disk0` has the device `guest-disk0`, `other` has the device `disk1`.
+    pub(super) async fn start_emulator(options: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new(bin_dir().unwrap().join("qemu-system-x86_64"));
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-S"]);
+        command.args(["-machine", "q35", "-accel", "tcg", "-object", "iothread,id=io0"]);
+        for node in nodes(folder.path()) {
+            command.arg("-blockdev").arg(node.to_string());
+        }
+        command.args(["-device", "virtio-blk-pci,id=guest-disk0,drive=disk0,iothread=io0"]);
+        command.args(["-device", "virtio-blk-pci,id=disk1,drive=shared"]);
+        command.arg("-qmp");
+        command.arg(format!("unix:{},server=on,wait=off", folder.path().join("qmp").display()));
+        command.args(options);
+        Self::connect(command, folder).await
+    }
+
+    async fn connect(mut command: Command, folder: tempfile::TempDir) -> Self {
+        let mut child = command.stdin(Stdio::null()).spawn().unwrap();
+        let start = Instant::now();
+        let session = loop {
+            match Session::connect(folder.path().join("qmp"), Options::default()).await {
+                Ok(session) => break session,
+                Err(error) => {
+                    let ended = child.try_wait().unwrap();
+                    if ended.is_some() || start.elapsed() > LIMIT {
+                        drop(child.kill());
+                        drop(child.wait());
+                        panic!("{error}; the process: {ended:?}");
+                    }
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        Self { child: Some(child), session, folder, exports: AtomicU32::new(0) }
+    }
+
+    pub(super) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Gives a command that may fail.
+    pub(super) async fn try_run(
+        &self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, qmp_client::Error> {
+        self.session.execute_raw(command, arguments, Some(LIMIT)).await
+    }
+
+    /// Gives a command that must succeed.
+    pub(super) async fn run(&self, command: &str, arguments: Value) -> Value {
+        let shown = format!("{command} {arguments}");
+        self.try_run(command, arguments).await.unwrap_or_else(|error| panic!("{shown}: {error}"))
+    }
+
+    pub(super) async fn setup(&self, target: &str, devices: Value) -> Vec<Value> {
+        let arguments = json!({ "target-id": target, "devices": devices });
+        let infos = self.run("backup-access-setup", arguments).await;
+        infos.as_array().unwrap().clone()
+    }
+
+    pub(super) async fn teardown(&self, target: &str, success: bool) -> Value {
+        let arguments = json!({ "target-id": target, "success": success });
+        self.run("backup-access-teardown", arguments).await
+    }
+
+    /// All nodes and links, in a form that can be compared.
+    pub(super) async fn graph(&self) -> Vec<String> {
+        let graph = self.run("x-debug-query-block-graph", json!({})).await;
+        let name = |id: &Value| {
+            let nodes = graph["nodes"].as_array().unwrap();
+            let node = nodes.iter().find(|node| node["id"] == *id).unwrap();
+            format!("{} '{}'", node["type"].as_str().unwrap(), node["name"].as_str().unwrap())
+        };
+        let nodes = graph["nodes"].as_array().unwrap().iter().map(|node| name(&node["id"]));
+        let edges = graph["edges"].as_array().unwrap().iter().map(|edge| {
+            let (parent, child) = (name(&edge["parent"]), name(&edge["child"]));
+            format!(
+                "{parent} -{}-> {child}: {} {}",
+                edge["name"], edge["perm"], edge["shared-perm"]
+            )
+        });
+        let mut lines: Vec<String> = nodes.chain(edges).collect();
+        lines.sort();
+        lines
+    }
+
+    /// The names of a node's dirty bitmaps.
+    pub(super) async fn bitmaps(&self, node: &str) -> Vec<String> {
+        let nodes = self.run("query-named-block-nodes", json!({ "flat": true })).await;
+        let nodes = nodes.as_array().unwrap();
+        let node = nodes.iter().find(|entry| entry["node-name"] == node).unwrap();
+        let bitmaps = node.get("dirty-bitmaps").and_then(Value::as_array);
+        let names = bitmaps.into_iter().flatten().map(|b| b["name"].as_str().unwrap().to_owned());
+        names.collect()
+    }
+
+    /// Exports a snapshot, with its bitmap if it has one; the export's name.
+    pub(super) async fn export(&self, info: &Value) -> String {
+        let name = format!("snapshot{}", self.exports.fetch_add(1, Ordering::Relaxed));
+        let mut export = json!({ "type": "nbd", "id": name, "name": name, "writable": true,
+                                 "node-name": info["node-name"] });
+        if let Some(bitmap) = info.get("bitmap-name") {
+            export["bitmaps"] = json!([{ "node": info["bitmap-node-name"], "name": bitmap }]);
+        }
+        self.run("block-export-add", export).await;
+        name
+    }
+
+    fn uri(&self, export: &str) -> String {
+        format!("nbd+unix:///{export}?socket={}", self.folder.path().join("nbd").display())
+    }
+
+    async fn io(&self, export: &str, command: &str) {
+        let output = tokio::process::Command::new(bin_dir().unwrap().join("qemu-io"))
+            .args(["-f", "raw", "-c", command, &self.uri(export)])
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        let output = tokio::time::timeout(LIMIT, output).await.expect("in time").unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && !text.contains("failed"),
+            "{command} on {export}: {text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// Writes as the guest would.
+    pub(super) async fn guest_writes(&self, export: &str, pattern: u8, offset: u64, len: u64) {
+        self.io(export, &format!("write -P {pattern:#x} {offset} {len}")).await;
+    }
+
+    /// Compares the content with a pattern.
+    pub(super) async fn expect(&self, export: &str, pattern: u8, offset: u64, len: u64) {
+        self.io(export, &format!("read -P {pattern:#x} {offset} {len}")).await;
+    }
+
+    /// Reads everything.
+    pub(super) async fn read_all(&self, export: &str) {
+        self.io(export, &format!("read 0 {DISK_BYTES}")).await;
+    }
+
+    /// The dirty areas as a client sees them.
+    pub(super) fn dirty_map(&self, export: &str, bitmap: &str) -> Vec<Range<u64>> {
+        let options = format!(
+            "driver=nbd,export={export},server.type=unix,server.path={},\
+             x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}",
+            self.folder.path().join("nbd").display()
+        );
+        let output = Command::new(bin_dir().unwrap().join("qemu-img"))
+            .args(["map", "--output=json", "--image-opts", &options])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let areas: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        // qemu-img shows what is dirty as a hole.
+        let dirty = areas.iter().filter(|area| area["data"] == false);
+        dirty
+            .map(|area| {
+                let start = area["start"].as_u64().unwrap();
+                start..start + area["length"].as_u64().unwrap()
+            })
+            .collect()
+    }
+
+    /// Writes all the time until it is told to stop.
+    pub(super) fn write_forever(self: &Arc<Self>, export: &str) -> Writer {
+        let (lab, export) = (Arc::clone(self), export.to_owned());
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        let task = tokio::spawn(async move {
+            let mut number = 0_u64;
+            while !told.load(Ordering::Relaxed) {
+                let offset = number * 7 % 64 * 65536;
+                lab.guest_writes(&export, 0xa5, offset, 65536).await;
+                number += 1;
+            }
+            number
+        });
+        Writer { stop, task }
+    }
+
+    /// Waits for an event of this name; its data.
+    pub(super) async fn next_event(&self, events: &mut EventStream, name: &str) -> Value {
+        let wait = async {
+            loop {
+                match events.next().await.expect("the connection stays") {
+                    EventItem::Event(event) if event.name == name => return event.data,
+                    _ => {}
+                }
+            }
+        };
+        let data = tokio::time::timeout(LIMIT, wait).await.expect("the event comes");
+        serde_json::to_value(data).unwrap()
+    }
+
+    /// Waits until it is so.
+    pub(super) async fn until(&self, what: &str, condition: impl AsyncFn() -> bool) {
+        let start = Instant::now();
+        while !condition().await {
+            assert!(start.elapsed() < LIMIT, "not in time: {what}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Tells it to quit; it must end by itself and well.
+    pub(super) async fn quit(mut self) {
+        drop(self.session.execute_raw("quit", json!({}), None).await);
+        let mut child = self.child.take().unwrap();
+        let status: ExitStatus = tokio::task::spawn_blocking(move || {
+            let start = Instant::now();
+            loop {
+                if let Some(status) = child.try_wait().unwrap() {
+                    return status;
+                }
+                if start.elapsed() > LIMIT {
+                    drop(child.kill());
+                    drop(child.wait());
+                    panic!("it did not quit");
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        })
+        .await
+        .unwrap();
+        assert!(status.success(), "{status}");
+    }
+}
+
+/// A guest that writes all the time.
+pub(super) struct Writer {
+    stop: Arc<AtomicBool>,
+    task: tokio::task::JoinHandle<u64>,
+}
+
+impl Writer {
+    /// Ends it; how often it wrote.
+    pub(super) async fn stop(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        tokio::time::timeout(LIMIT, self.task).await.expect("in time").unwrap()
+    }
+}
+
+/// A client of an export that stays connected until it is dropped.
+pub(super) struct Client {
+    child: Child,
+}
+
+impl Client {
+    pub(super) fn connect(lab: &Lab, export: &str) -> Self {
+        let child = Command::new(bin_dir().unwrap().join("qemu-io"))
+            .args(["-f", "raw", &lab.uri(export)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { child }
+    }
+
+    /// Reads and compares, and goes on waiting for commands.
+    pub(super) fn reads(&mut self, pattern: u8) {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        writeln!(stdin, "read -P {pattern:#x} 0 4096").unwrap();
+        let mut lines = BufReader::new(self.child.stdout.as_mut().unwrap()).lines();
+        let line = lines.next().unwrap().unwrap();
+        assert!(line.contains("read 4096/4096"), "{line}");
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// The block nodes of daemon and emulator.
+fn nodes(folder: &Path) -> Vec<Value> {
+    let mut nodes = Vec::new();
+    let mut disk = |name: &str, size_bytes: u64, read_only: bool| {
+        let path: PathBuf = folder.join(name);
+        std::fs::File::create(&path).unwrap().set_len(size_bytes).unwrap();
+        let file = format!("{name}-file");
+        nodes.push(json!({ "driver": "file", "node-name": file, "filename": path,
+                           "discard": "unmap", "read-only": read_only }));
+        nodes.push(json!({ "driver": "raw", "node-name": name, "file": file, "discard": "unmap",
+                           "read-only": read_only }));
+    };
+    for name in ["disk0", "disk0-fleecing", "disk1", "disk1-fleecing", "alone", "shared"] {
+        disk(name, DISK_BYTES, false);
+    }
+    disk("exported", DISK_BYTES, false);
+    disk("a-name-of-23-characters", DISK_BYTES, false);
+    disk("read-only", DISK_BYTES, true);
+    disk("small", 1 << 20, false);
+    nodes
+}
