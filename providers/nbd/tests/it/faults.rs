@@ -116,7 +116,7 @@ async fn wrong_block_status_ends_the_connection() {
         ("is empty", 0, &[(0, 0)]),
         ("not expected", 7, &[(100, 0)]),
         ("lacks the context", 1, &[(100, 0)]),
-        ("after the end", 0, &[(u64::from(u32::MAX), 0), (1, 0)]),
+        ("after the end", 0, &[(0xffff_ffff, 0), (1, 0)]),
     ];
     for mode in [Mode::Structured, Mode::Extended] {
         for &(expected, context, extents) in faults {
