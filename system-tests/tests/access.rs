@@ -175,10 +175,22 @@ async fn foreign_users_of_a_snapshot_keep_it() {
     let name = lab.export(&infos[0]).await;
     lab.expect(&name, 0x31, 0, DISK_BYTES).await;
 
+    let filter = format!("{}0", &node[..node.len() - 1]);
+    let overlay = |node: &str| {
+        json!({ "node-name": node, "snapshot-node-name": "overlay",
+                "snapshot-file": lab.path("overlay") })
+    };
+    let job =
+        |node: &str| json!({ "job-id": "j", "device": node, "target": "alone", "sync": "full" });
     for (command, arguments) in [
         ("blockdev-del", json!({ "node-name": node })),
         ("blockdev-del", json!({ "node-name": "disk0" })),
         ("blockdev-del", json!({ "node-name": "disk0-fleecing" })),
+        ("blockdev-snapshot-sync", overlay("disk0")),
+        ("blockdev-snapshot-sync", overlay(&filter)),
+        ("blockdev-backup", job("disk0")),
+        ("blockdev-mirror", job("disk0")),
+        ("blockdev-mirror", job(&filter)),
         ("block_resize", json!({ "node-name": "disk0", "size": DISK_BYTES * 2 })),
         (
             "block-dirty-bitmap-remove",

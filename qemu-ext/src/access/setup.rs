@@ -141,7 +141,7 @@ fn prepare(
         timeout_ms: u64::try_from(rest.timeout.as_millis()).unwrap_or(u64::MAX),
         need,
         notify: notifier(target_id, &rest.device),
-        on_close: on_close(target_id, &rest.device),
+        on_close: on_close(filter_node, target_id, &rest.device),
     };
     filter::configure(filter_node, settings).map_err(Error::new)?;
 
@@ -170,10 +170,11 @@ fn notifier(target_id: &str, device: &str) -> Box<dyn Fn() + Send + Sync> {
 }
 
 /// What the filter calls when it closes. During an access that happens at QEMU's exit only.
-fn on_close(target_id: &str, device: &str) -> Box<dyn FnOnce() + Send> {
+fn on_close(filter: Bds, target_id: &str, device: &str) -> Box<dyn FnOnce() + Send> {
     let (target_id, device) = (target_id.to_owned(), device.to_owned());
     Box::new(move || {
         if let Some(main_loop) = MainLoop::current() {
+            filter.freeze_filtered(main_loop, false);
             status::filter_closed(main_loop, &target_id, &device);
         }
     })
@@ -221,6 +222,8 @@ impl Prepared {
             return Err(error);
         }
         self.inserted = true;
+        // An external snapshot of the source would take its writes away from the bitmaps.
+        filter.freeze_filtered(main_loop, true);
         if let Some(bitmaps) = &mut self.bitmaps {
             bitmaps.switch();
         }
@@ -251,6 +254,7 @@ impl Prepared {
         if let Some(filter) = self.filter_node() {
             filter::begin_close(filter);
             filter::set_active(filter, false);
+            filter.freeze_filtered(main_loop, false);
             if self.inserted
                 && let Err(error) = drained.replace_node(filter, self.source.node())
             {

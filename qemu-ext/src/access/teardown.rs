@@ -195,7 +195,9 @@ fn remove(
     let removed = match &filter {
         Some(filter) => {
             filter::set_active(filter.node(), false);
-            drained.replace_node(filter.node(), source.node())
+            filter.node().freeze_filtered(main_loop, false);
+            let below = filter.node().filtered(main_loop).unwrap_or(source.node());
+            drained.replace_node(filter.node(), below)
         }
         None => Err(gone(&device.filter_node)),
     };

@@ -126,6 +126,29 @@ impl Bds {
         blocked.then(|| error.take())
     }
 
+    /// The node that this filter filters.
+    pub fn filtered(self, _: MainLoop) -> Option<Self> {
+        let _lock = GraphReader::new();
+        // SAFETY: main loop with the graph lock; the link of a node that is there.
+        unsafe {
+            let link = (*self.as_ptr()).file;
+            if link.is_null() { None } else { Self::from_ptr((*link).bs) }
+        }
+    }
+
+    /// Keeps everything from being put between this filter and what it filters, or ends that. A
+    /// frozen link must not be there any more when the filter closes.
+    pub fn freeze_filtered(self, _: MainLoop, frozen: bool) {
+        let _lock = GraphReader::new();
+        // SAFETY: main loop with the graph lock; the link of a node that is there.
+        unsafe {
+            let link = (*self.as_ptr()).file;
+            if !link.is_null() {
+                (*link).frozen = frozen;
+            }
+        }
+    }
+
     /// Whatever uses the node.
     pub fn parents(self, _: MainLoop) -> Vec<Parent> {
         let _lock = GraphReader::new();

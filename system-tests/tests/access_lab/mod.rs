@@ -134,6 +134,11 @@ impl Lab {
         &self.session
     }
 
+    /// A file in the lab's folder.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
     /// Gives a command that may fail.
     pub(super) async fn try_run(
         &self,
