@@ -15,7 +15,7 @@ pub(crate) fn cancel_on_signal() -> std::io::Result<CancellationToken> {
     tokio::spawn(async move {
         loop {
             let name = any(&mut interrupt, &mut terminate, &mut hang_up).await;
-            tracing::warn!("{name}: ending in order");
+            crate::output::warning(&format!("{name}: ending in order"));
             cancel.cancel();
         }
     });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Looks for what is missing or left over, and cleans up after dead tasks.
 
+use std::future::Future;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,8 @@ use crate::{CancellationToken, Host, HostError, TaskSink, chain, size};
 
 /// A storage that does not tell its space in this time does not work.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Removing large leftovers takes its time.
+const ACTIVATE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// One thing that was looked at.
 #[derive(Debug, Clone, Serialize)]
@@ -68,14 +71,16 @@ impl Host {
     /// # Errors
     /// [`HostError::Journal`] when the journals cannot be listed.
     pub async fn doctor(&self, fix: bool, sink: &dyn TaskSink) -> Result<DoctorReport, HostError> {
-        let mut checks = self.check_tools();
-        checks.extend(self.check_storages().await);
         let paths = journal::list(&self.layout, None)?;
         let pending = paths.into_iter().filter_map(pending).collect();
-        let recovered = match fix {
-            true => Some(Box::pin(recover_all(&self.context()?, sink)).await?),
-            false => None,
-        };
+        let mut recovered = None;
+        let mut checks = self.check_tools();
+        if fix {
+            recovered = Some(Box::pin(recover_all(&self.context()?, sink)).await?);
+            // Only now, because what is left in a storage tells the recovery what had become of it.
+            checks.extend(self.activate_storages().await);
+        }
+        checks.extend(self.check_storages().await);
         Ok(DoctorReport { checks, pending, recovered })
     }
 
@@ -98,25 +103,32 @@ impl Host {
         .collect()
     }
 
+    /// Has every provider remove what dead tasks left in its storage; returns what failed.
+    async fn activate_storages(&self) -> Vec<Check> {
+        let mut checks = Vec::new();
+        for id in self.providers.backup_ids() {
+            let Ok(provider) = self.providers.get(&id) else { continue };
+            let activate =
+                within(ACTIVATE_TIMEOUT, |call| async move { provider.activate(&call).await });
+            if let Err(found) = activate.await {
+                checks.push(Check { name: format!("clean up storage {id}"), ok: false, found });
+            }
+        }
+        checks
+    }
+
     async fn check_storages(&self) -> Vec<Check> {
         let mut checks = Vec::new();
         for id in self.providers.backup_ids() {
             let found = match self.providers.get(&id) {
                 Err(error) => Err(error),
                 Ok(provider) => {
-                    let call = Call {
-                        cancel: CancellationToken::new(),
-                        deadline: Instant::now().checked_add(STATUS_TIMEOUT),
-                    };
-                    match tokio::time::timeout(STATUS_TIMEOUT, provider.status(&call)).await {
-                        Ok(Ok(status)) => Ok(format!(
-                            "{} of {} used",
-                            size(status.used_bytes),
-                            size(status.total_bytes)
-                        )),
-                        Ok(Err(error)) => Err(chain(&error)),
-                        Err(_) => Err("it does not answer".to_owned()),
-                    }
+                    within(STATUS_TIMEOUT, |call| async move { provider.status(&call).await })
+                        .await
+                        .map(|status| {
+                            let (used, total) = (size(status.used_bytes), size(status.total_bytes));
+                            format!("{used} of {total} used")
+                        })
                 }
             };
             let ok = found.is_ok();
@@ -124,6 +136,19 @@ impl Host {
             checks.push(Check { name: format!("storage {id}"), ok, found });
         }
         checks
+    }
+}
+
+/// One call of a provider that may not answer.
+async fn within<T, F>(limit: Duration, work: impl FnOnce(Call) -> F) -> Result<T, String>
+where
+    F: Future<Output = provider_api::Result<T>>,
+{
+    let deadline = Instant::now().checked_add(limit);
+    let call = Call { cancel: CancellationToken::new(), deadline };
+    match tokio::time::timeout(limit, work(call)).await {
+        Ok(result) => result.map_err(|error| chain(&error)),
+        Err(_) => Err(format!("it does not answer within {} s", limit.as_secs())),
     }
 }
 

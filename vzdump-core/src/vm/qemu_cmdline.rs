@@ -48,6 +48,9 @@ const WITHOUT_EFFECT: [&str; 14] = [
 /// More keys that change the machine, apart to keep the lines above sorted.
 const USED_KEYS_TOO: [&str; 2] = ["template", "vmgenid"];
 
+/// A guest that breaks out into QEMU cannot start programs or change its own limits.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
 /// Memory of a VM that does not say, in MiB.
 const MEMORY_DEFAULT_MIB: u64 = 512;
 /// Most memory that is believed, in MiB (16 TiB).
@@ -213,6 +216,7 @@ fn machine(
     line: &mut CommandLine,
 ) -> Result<Chipset, CmdlineError> {
     line.args.extend(["-no-user-config", "-nodefaults"].map(Into::into));
+    line.option("-sandbox", SANDBOX);
     let default_name = format!("vm{}", input.id);
     let name = config.name().unwrap_or(&default_name);
     line.option("-name", format!("guest={},debug-threads=on", escaped(name)));

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The program as a user runs it: exit codes, JSON, and the whole way of a small VM.
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self { dir: tempfile::tempdir().unwrap() };
+        fs::create_dir_all(place.path("etc")).unwrap();
+        let text = format!("directory: backups\n\tpath {}\n", place.path("backups").display());
+        fs::write(place.path("etc/storage.cfg"), text).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_vzdump"))
+            .arg("--root")
+            .arg(self.dir.path())
+            .args(arguments)
+            .output()
+            .unwrap()
+    }
+
+    /// Runs a command that must succeed and returns the last line of its JSON.
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.run(&[arguments, &["--output", "json"]].concat());
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {output:?}");
+        last_json(&output)
+    }
+
+    fn has_qemu(&self) -> bool {
+        let output = self.run(&["doctor", "--fix", "--output", "json"]);
+        let checks = last_json(&output)["checks"].clone();
+        let missing = checks.as_array().unwrap().iter().find(|check| check["ok"] == false);
+        if let Some(missing) = missing {
+            eprintln!("skipped: {}", missing["found"]);
+        }
+        missing.is_none()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        for id in ["100", "101"] {
+            self.run(&["vm", "stop", id, "--now"]);
+        }
+    }
+}
+
+fn last_json(output: &Output) -> Value {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    serde_json::from_str(text.lines().last().unwrap()).unwrap()
+}
+
+#[test]
+fn a_wrong_command_line_is_told_from_a_failure() {
+    let place = Place::new();
+    assert_eq!(place.run(&["backup"]).status.code(), Some(2));
+    assert_eq!(place.run(&["nonsense"]).status.code(), Some(2));
+    let output = place.run(&["vm", "start", "100"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.starts_with("ERROR: The VM 100 does not exist"), "{text}");
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn a_failure_is_json_where_json_was_asked_for() {
+    let place = Place::new();
+    let output = place.run(&["vm", "status", "100", "--output", "json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let value = last_json(&output);
+    assert!(value["error"].as_str().unwrap().contains("VM 100"), "{value}");
+    assert!(value["advice"].as_str().unwrap().contains("vzdump vm status"), "{value}");
+}
+
+#[test]
+fn a_guest_that_cannot_be_backed_up_gives_the_guests_exit_code() {
+    let place = Place::new();
+    let output = place.run(&["backup", "100", "--storage", "backups"]);
+    assert_eq!(output.status.code(), Some(255));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("ERROR: Backup of VM 100 failed - "), "{text}");
+    let output = place.run(&["backup", "100", "--storage", "none"]);
+    assert_eq!(output.status.code(), Some(1), "without a storage no guest was tried");
+}
+
+#[test]
+fn a_created_vm_is_listed_and_not_made_twice() {
+    let place = Place::new();
+    let created = place.json(&["vm", "create", "100", "--name", "web", "--disk", "1M"]);
+    assert_eq!(created["disks"][0][1], "local:100/vm-100-disk-0.raw");
+    let again = place.run(&["vm", "create", "100"]);
+    assert_eq!(again.status.code(), Some(1));
+    let all = place.json(&["vm", "status"]);
+    assert_eq!((&all[0]["id"], &all[0]["running"]), (&100.into(), &false.into()));
+    let text = String::from_utf8(place.run(&["vm", "status"]).stdout).unwrap();
+    assert_eq!(text, "VMID  NAME  STATUS   PID\n100   web   stopped  -\n");
+}
+
+/// Paused, because a guest that runs nothing changes nothing: what comes back must be what was
+/// put in.
+#[test]
+fn a_vm_is_backed_up_twice_and_restored() {
+    let place = Place::new();
+    if !place.has_qemu() {
+        return;
+    }
+    let source = place.path("source");
+    let content: Vec<u8> = (0..3_000_064_u32).flat_map(u32::to_le_bytes).collect();
+    fs::write(&source, &content).unwrap();
+    let source = source.to_str().unwrap();
+    place.json(&["vm", "create", "100", "--memory", "64", "--disk-from", source, "--disk", "1M"]);
+    let started = place.json(&["vm", "start", "100", "--paused"]);
+    assert_eq!(place.json(&["vm", "status", "100"])["pid"], started["pid"]);
+
+    let full = place.json(&["backup", "100"]);
+    let increment = place.json(&["backup", "100", "--storage", "backups"]);
+    assert_eq!(full["guests"][0]["transferred"]["total_bytes"], content.len() + (1 << 20));
+    assert_eq!(increment["guests"][0]["transferred"]["total_bytes"], 0);
+    assert_eq!(increment["guests"][0]["volumes"][0]["bitmap_action"], "used");
+    let list = place.json(&["list"]);
+    let archives = list["archives"].as_array().unwrap();
+    assert_eq!(archives.len(), 2);
+    assert_eq!(archives[1]["base"], archives[0]["volid"]);
+
+    let newest = archives[1]["volid"].as_str().unwrap();
+    let config = String::from_utf8(place.run(&["show-config", newest]).stdout).unwrap();
+    assert_eq!(config, fs::read_to_string(place.path("etc/qemu-server/100.conf")).unwrap());
+    let restored = place.json(&["restore", newest, "101", "--storage", "local", "--start"]);
+    assert_eq!((&restored["success"], &restored["started"]), (&true.into(), &true.into()));
+    assert_eq!(place.json(&["vm", "stop", "101", "--now"])["stopped"], "quit");
+    let copy = fs::read(place.path("state/storage/images/101/vm-101-disk-0.raw")).unwrap();
+    assert!(copy == content, "the restored disk differs");
+    let doctor = place.json(&["doctor"]);
+    assert_eq!(doctor["pending"], Value::Array(Vec::new()));
+}
