@@ -2,6 +2,7 @@
 //! What a task tells while it runs: log lines and a progress bar, or one JSON event per line.
 
 use std::io::IsTerminal;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -12,21 +13,27 @@ use crate::output::{self, Output};
 /// Shows a task's lines and progress.
 pub(crate) struct Screen {
     is_json: bool,
-    /// Present on a terminal.
-    bar: Option<ProgressBar>,
+    on_terminal: bool,
+    /// There while a transfer runs.
+    bar: Mutex<Option<ProgressBar>>,
 }
 
 impl Screen {
     pub(crate) fn new(output: Output) -> Self {
         let is_json = output.is_json();
         let on_terminal = std::io::stderr().is_terminal() && std::io::stdout().is_terminal();
-        let bar = (!is_json && on_terminal).then(|| {
-            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-            bar.set_style(style());
-            bar
-        });
-        Self { is_json, bar }
+        Self { is_json, on_terminal: !is_json && on_terminal, bar: Mutex::default() }
     }
+
+    fn bar(&self) -> MutexGuard<'_, Option<ProgressBar>> {
+        self.bar.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn new_bar() -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+    bar.set_style(style());
+    bar
 }
 
 fn style() -> ProgressStyle {
@@ -39,7 +46,7 @@ fn style() -> ProgressStyle {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = self.bar().take() {
             bar.finish_and_clear();
         }
     }
@@ -60,7 +67,7 @@ impl TaskSink for Screen {
             return output::line(&event.to_string());
         }
         let line = format!("{level}: {text}");
-        match &self.bar {
+        match &*self.bar() {
             Some(_) if is_percent_line(&text) => {}
             Some(bar) => bar.suspend(|| output::line(&line)),
             None => output::line(&line),
@@ -74,15 +81,21 @@ impl TaskSink for Screen {
             event["percent"] = json!(progress.percent());
             return output::line(&event.to_string());
         }
-        if let Some(bar) = &self.bar {
-            if progress.done_bytes >= progress.total_bytes {
-                // Another disk or guest may follow; until then there is nothing to show.
-                return bar.reset();
-            }
-            bar.set_length(progress.total_bytes);
-            bar.set_position(progress.done_bytes);
-            bar.set_message(format!("{}/s", vzdump_host::size(progress.read_bytes_per_s)));
+        if !self.on_terminal {
+            return;
         }
+        let mut current = self.bar();
+        if progress.done_bytes >= progress.total_bytes {
+            // Another disk or guest may follow; until then there is nothing to show.
+            if let Some(bar) = current.take() {
+                bar.finish_and_clear();
+            }
+            return;
+        }
+        let bar = current.get_or_insert_with(new_bar);
+        bar.set_length(progress.total_bytes);
+        bar.set_message(format!("{}/s", vzdump_host::size(progress.read_bytes_per_s)));
+        bar.set_position(progress.done_bytes);
     }
 }
 
