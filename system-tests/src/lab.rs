@@ -107,6 +107,8 @@ pub struct Backup {
     pub archive_bytes: u64,
     /// How long it took.
     pub duration: Duration,
+    /// How long the guest's file systems were frozen, if they were.
+    pub freeze: Option<Duration>,
     /// The longest delay of a guest write, as QEMU measured it.
     pub longest_delay: Duration,
 }
@@ -365,6 +367,10 @@ impl Backup {
             read_bytes: number("/transferred/read_bytes")?,
             archive_bytes: number("/archive_size_bytes")?,
             duration,
+            freeze: guest
+                .pointer("/point_in_time/freeze_ms")
+                .and_then(Value::as_u64)
+                .map(Duration::from_millis),
             longest_delay: Duration::from_nanos(number("/access/delay_max_ns")?),
         })
     }

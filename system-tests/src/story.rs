@@ -59,6 +59,7 @@ pub fn tell(lab: &mut Lab, pace: Pace, mut say: impl FnMut(&str)) -> Result<Endi
     let full = lab.backup()?;
     seen = running.console.wait_for_record(seen.last + 1, RECORDS_WITHIN, &lab.stop)?;
     ensure!(!full.is_increment(), "the first backup cannot be an increment");
+    ensure!(full.freeze.is_some(), "the guest's file systems were not frozen");
     table.add(Row::of_backup("full backup", &full).stall(seen.longest_stall));
 
     say("The guest writes more.");

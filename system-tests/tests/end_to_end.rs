@@ -76,6 +76,14 @@ impl Scene {
         std::fs::remove_file(self.dir.path().join(format!("etc/qemu-server/{vm}.conf"))).unwrap();
     }
 
+    /// A backup that dies at this step, and the archives that `list` shows then.
+    fn backup_killed_at(&self, step: &str, archives: usize) {
+        let finished = self.finish(self.start_backup(&[(KILL_AT, step)]));
+        assert_eq!(finished.status.signal(), Some(9), "{step}: {}", finished.stderr);
+        let listed = self.lab.archives().unwrap();
+        assert_eq!(listed.len(), archives, "after the kill at {step}: {listed:?}");
+    }
+
     fn assert_guest_writes(&self, console: &mut Console) {
         let before = console.records().unwrap().last;
         console.wait_for_record(before.max(1) + 50, SOON, &self.lab.stop).unwrap();
@@ -113,6 +121,22 @@ fn a_running_vm_is_backed_up_twice_and_both_backups_boot_elsewhere() {
     scene.assert_tidy();
 }
 
+/// Every step of the job, and whether the archive is there when the next one begins.
+const STEPS: [(&str, bool); 12] = [
+    ("StartGuest", false),
+    ("Acquire", false),
+    ("PointInTime", false),
+    ("OpenSource", false),
+    ("JournalCommit", false),
+    ("Commit", false),
+    ("RecordOutcome", true),
+    ("CloseSource", true),
+    ("Teardown", true),
+    ("Release", true),
+    ("Cleanup", true),
+    ("CloseJournal", true),
+];
+
 #[test]
 fn a_backup_killed_anywhere_is_followed_by_an_increment_that_restores_exactly() {
     let mut scene = Scene::new(64, "qcow2");
@@ -120,29 +144,43 @@ fn a_backup_killed_anywhere_is_followed_by_an_increment_that_restores_exactly() 
     let first = scene.lab.backup().unwrap();
     assert!(!first.is_increment());
     let mut archives = 1;
-    // What happens at a step is the job's; what must hold is the same at every one of them.
-    for (step, commits) in [
-        ("Acquire", 0),
-        ("OpenSource", 0),
-        ("JournalCommit", 0),
-        ("RecordOutcome", 1),
-        ("Teardown", 1),
-        ("Release", 1),
-    ] {
+    for (step, is_committed) in STEPS {
         println!("killed at {step}");
-        let backup = scene.start_backup(&[(KILL_AT, step)]);
-        let finished = scene.finish(backup);
-        assert_eq!(finished.status.signal(), Some(9), "{step}: {}", finished.stderr);
-        archives += commits;
-        assert_eq!(scene.lab.archives().unwrap().len(), archives, "after the kill at {step}");
+        archives += usize::from(is_committed);
+        scene.backup_killed_at(step, archives);
         scene.assert_guest_writes(&mut console);
         let next = scene.lab.backup().unwrap();
         assert!(next.is_increment(), "after the kill at {step}: {:?}", next.bitmap_actions);
         archives += 1;
-        assert_eq!(scene.lab.archives().unwrap().len(), archives);
         scene.assert_tidy();
         scene.assert_restores(&next);
     }
+    println!("killed again and again without a success in between");
+    for (step, is_committed) in STEPS.into_iter().rev() {
+        archives += usize::from(is_committed);
+        scene.backup_killed_at(step, archives);
+    }
+    scene.assert_guest_writes(&mut console);
+    let last = scene.lab.backup().unwrap();
+    assert!(last.is_increment(), "{:?}", last.bitmap_actions);
+    scene.assert_tidy();
+    scene.assert_restores(&last);
+}
+
+#[test]
+fn a_plain_copy_of_the_disks_of_a_running_vm_is_found_out() {
+    // Not a test of the product but of these tests: a backup without a point in time must fail.
+    let mut scene = Scene::new(32, "raw");
+    let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
+    let images = scene.dir.path().join("local/images");
+    std::fs::create_dir(images.join("300")).unwrap();
+    for name in ["disk-0.raw", "disk-1.raw"] {
+        scene.assert_guest_writes(&mut console);
+        let from = images.join(format!("{SOURCE_VM}/vm-{SOURCE_VM}-{name}"));
+        std::fs::copy(from, images.join("300").join(name)).unwrap();
+    }
+    let line = scene.lab.check_outside(300, true).unwrap().line();
+    assert!(line.contains("different points in time"), "{line}");
 }
 
 #[test]

@@ -54,9 +54,9 @@ fn run(options: &Options) -> Result<()> {
     let stop = Stop::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut folder = Folder::make(options)?;
-    let (dir, asked) = (folder.path.clone(), stop.clone());
+    let (dir, keep, asked) = (folder.path.clone(), options.keep, stop.clone());
     let result = runtime.block_on(async move {
-        let mut story = tokio::task::spawn_blocking(move || demo(&dir, &asked));
+        let mut story = tokio::task::spawn_blocking(move || demo(&dir, keep, &asked));
         let mut interrupt = signal(tokio::signal::unix::SignalKind::interrupt())?;
         let mut terminate = signal(tokio::signal::unix::SignalKind::terminate())?;
         tokio::select! {
@@ -80,7 +80,7 @@ fn signal(kind: tokio::signal::unix::SignalKind) -> Result<tokio::signal::unix::
     tokio::signal::unix::signal(kind).context("cannot listen for signals")
 }
 
-fn demo(dir: &Path, stop: &Stop) -> Result<()> {
+fn demo(dir: &Path, keep: bool, stop: &Stop) -> Result<()> {
     println!("Backup of a running VM, an increment, and restores of both, in {}\n", dir.display());
     println!("1. Build a small Linux guest and its disks (2 × {}).", bytes(OPTIONS.disk_bytes));
     let mut lab = Lab::create(dir, OPTIONS, stop)?;
@@ -92,9 +92,11 @@ fn demo(dir: &Path, stop: &Stop) -> Result<()> {
     let archives = lab.archives()?;
     println!("\n{}", ending.table);
     println!("{}", explain(&ending));
-    println!("\nWith --keep, try these by hand:");
-    for line in hints(&lab, &archives) {
-        println!("   {line}");
+    if keep {
+        println!("\nTry these by hand:");
+        hints(&lab, &archives).iter().for_each(|line| println!("   {line}"));
+    } else {
+        println!("\nRun it with --keep to try the commands by hand afterwards.");
     }
     Ok(())
 }

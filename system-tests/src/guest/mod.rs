@@ -74,22 +74,31 @@ impl GuestImage {
 fn package_entry(
     cache: &Cache,
     kind: &str,
-    package: Result<String>,
+    package: impl Fn() -> Result<String>,
     stop: &Stop,
     fill: impl FnOnce(&str, &Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let named = package.and_then(|name| Ok((packages::file_name(&name, stop)?, name)));
-    match named {
-        Ok((file, name)) => {
-            let key = file.trim_end_matches(".deb").replace('%', "_");
-            cache.entry(kind, &key, |to| fill(&name, to))
+    let name_and_file = || {
+        let name = package()?;
+        packages::file_name(&name, stop).map(|file| (name, file))
+    };
+    let (name, file) = match name_and_file() {
+        Ok(known) => known,
+        Err(error) => {
+            if let Some(entry) = cache.newest(kind)? {
+                return Ok(entry);
+            }
+            // A fresh system has no package lists yet.
+            packages::update_lists(stop).map_err(|_| error)?;
+            name_and_file()?
         }
-        Err(error) => cache.newest(kind)?.ok_or(error),
-    }
+    };
+    let key = file.trim_end_matches(".deb").replace('%', "_");
+    cache.entry(kind, &key, |to| fill(&name, to))
 }
 
 fn kernel_entry(cache: &Cache, stop: &Stop) -> Result<PathBuf> {
-    let package = packages::dependency(KERNEL_META, "linux-image-", stop);
+    let package = || packages::dependency(KERNEL_META, "linux-image-", stop);
     package_entry(cache, "kernel", package, stop, |package, to| {
         let root = to.join("root");
         packages::unpack(&[package], &to.join("debs"), &root, stop)?;
@@ -99,7 +108,7 @@ fn kernel_entry(cache: &Cache, stop: &Stop) -> Result<PathBuf> {
 }
 
 fn busybox_entry(cache: &Cache, stop: &Stop) -> Result<PathBuf> {
-    let package = Ok("busybox-static".to_owned());
+    let package = || Ok("busybox-static".to_owned());
     package_entry(cache, "busybox", package, stop, |package, to| {
         let root = to.join("root");
         packages::unpack(&[package], &to.join("debs"), &root, stop)?;
@@ -113,7 +122,7 @@ fn busybox_entry(cache: &Cache, stop: &Stop) -> Result<PathBuf> {
 
 /// The agent with its libraries: those of this machine, else those of the packages it names.
 fn agent_entry(cache: &Cache, stop: &Stop) -> Result<PathBuf> {
-    let package = Ok("qemu-guest-agent".to_owned());
+    let package = || Ok("qemu-guest-agent".to_owned());
     package_entry(cache, "agent", package, stop, |package, to| {
         let (root, debs) = (to.join("root"), to.join("debs"));
         let fetched = packages::unpack(&[package], &debs, &root, stop)?;

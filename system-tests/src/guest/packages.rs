@@ -43,6 +43,11 @@ pub(super) fn dependency(meta: &str, prefix: &str, stop: &Stop) -> Result<String
         .with_context(|| format!("{meta} depends on no package {prefix}…"))
 }
 
+/// Fetches the package lists; needs root.
+pub(super) fn update_lists(stop: &Stop) -> Result<()> {
+    run(apt("apt-get").args(["-q", "update"]), FETCH_WITHIN, stop).map(drop)
+}
+
 /// Fetches packages into a folder and unpacks all of them into `root`.
 pub(super) fn unpack(
     packages: &[&str],
