@@ -52,6 +52,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 self.settle(result, cookie, true, pending)
             }
             Reply::Chunk(chunk) => {
+                // The offset of an extended head only repeats the request's; the cookie decides.
                 let mut pending = self.table.take(chunk.cookie)?;
                 let result = self.payload(&chunk, &mut pending).await;
                 self.settle(result, chunk.cookie, chunk.flags & chunk::DONE != 0, pending)

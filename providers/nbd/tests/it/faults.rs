@@ -192,11 +192,11 @@ async fn a_lost_connection_ends_all_requests_in_flight() {
 
 #[tokio::test]
 async fn a_reply_that_never_comes_is_a_timeout_and_may_come_late() {
-    let setup = Setup { timeout: Some(Duration::from_millis(300)), ..Setup::default() };
+    let setup = Setup { timeout: Some(Duration::from_millis(1500)), ..Setup::default() };
     let check = async |client: provider_nbd::Client| {
         let begin = Instant::now();
         assert!(matches!(client.read(0, 100).await, Err(Error::Timeout)));
-        assert!(begin.elapsed() >= Duration::from_millis(300));
+        assert!(begin.elapsed() >= Duration::from_millis(1500));
         // The connection is still good, and the late reply goes nowhere.
         assert_eq!(&client.read(4096, 100).await.unwrap()[..], [2; 100]);
     };
@@ -212,7 +212,7 @@ async fn a_reply_that_never_comes_is_a_timeout_and_may_come_late() {
 
 #[tokio::test]
 async fn requests_without_answers_are_bounded() {
-    let setup = Setup { timeout: Some(Duration::from_millis(200)), ..Setup::default() };
+    let setup = Setup { timeout: Some(Duration::from_secs(1)), ..Setup::default() };
     let check = async |client: provider_nbd::Client| {
         let reads = (0..1000u64).map(|n| client.read(n * 512, 512));
         for result in futures_util::future::join_all(reads).await {
