@@ -52,7 +52,7 @@ pub(crate) enum Command {
     },
     /// Print the guest's configuration that an archive holds
     ShowConfig {
-        /// The archive: <storage>:backup/<name>, or its name
+        /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
         archive: String,
         /// Print the firewall configuration instead
         #[arg(long)]
@@ -190,7 +190,7 @@ pub(crate) struct BackupArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct RestoreArgs {
-    /// The archive: <storage>:backup/<name>, or its name
+    /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
     pub(crate) archive: String,
     /// Number of the new guest
     pub(crate) new_id: u32,
