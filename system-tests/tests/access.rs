@@ -397,6 +397,17 @@ async fn the_emulator_knows_devices_and_refuses_migration() {
         lab.teardown("t", true).await;
         assert_eq!(lab.graph().await, before);
     }
+    for _ in 0..2 {
+        lab.setup("t", json!([{ "device": "old" }])).await;
+        lab.teardown("t", true).await;
+        assert_eq!(lab.graph().await, before);
+    }
+    for device in ["empty", "cd"] {
+        let devices = json!([{ "device": device, "fleecing": "disk1-fleecing" }]);
+        let request = json!({ "target-id": "t", "devices": devices });
+        let error = lab.try_run("backup-access-setup", request).await.unwrap_err();
+        assert!(error.to_string().contains("no medium"), "{error}");
+    }
     // The device called `disk1` is on the other disk.
     let request = json!({ "target-id": "t", "devices": [{ "device": "disk1" }] });
     let error = lab.try_run("backup-access-setup", request).await.unwrap_err();

@@ -13,7 +13,7 @@ use fleece::bitmap_name::Action;
 use super::bitmaps::AccessBitmaps;
 use crate::qemu::error::Error;
 use crate::qemu::export::HeldExport;
-use crate::qemu::graph::{Bds, Holder};
+use crate::qemu::graph::{Bds, Holder, Relaxed};
 use crate::qemu::main_loop::MainLoop;
 use crate::qemu::migration::MigrationBlocker;
 use crate::qemu::timer::Timer;
@@ -34,6 +34,8 @@ pub(super) struct Device {
     pub(super) bitmaps: Option<AccessBitmaps>,
     /// Owns the snapshot node, so that no user can delete it.
     pub(super) owner: Option<Holder>,
+    /// Backends of the fleecing image; held until the filter is closed.
+    pub(super) relaxed: Vec<Relaxed>,
     /// The worst state that was reported by an event.
     pub(super) reported: State,
 }

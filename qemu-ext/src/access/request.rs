@@ -233,11 +233,7 @@ fn check_fleecing(
     if node.is_inactive(main_loop) {
         return fault("is inactive (handed over by a migration)".into());
     }
-    let idle: HashSet<_> = Backend::all(main_loop)
-        .into_iter()
-        .filter(|b| !b.name(main_loop).is_empty() && b.device_type(main_loop).is_empty())
-        .map(Backend::id)
-        .collect();
+    let idle: HashSet<_> = idle_backends(main_loop, node).into_iter().map(Backend::id).collect();
     if let Some(user) = node.parents(main_loop).into_iter().find(|p| !idle.contains(&p.who)) {
         return fault(format!("is in use by {}", user.description));
     }
@@ -250,6 +246,17 @@ fn check_fleecing(
         ));
     }
     Ok(node.node_name(main_loop))
+}
+
+/// Backends of the node that the monitor knows and no device uses.
+pub(super) fn idle_backends(main_loop: MainLoop, node: Bds) -> Vec<Backend> {
+    let mut backends = Backend::all(main_loop);
+    backends.retain(|backend| {
+        backend.node(main_loop) == Some(node)
+            && !backend.name(main_loop).is_empty()
+            && backend.device_type(main_loop).is_empty()
+    });
+    backends
 }
 
 /// The name where a fleecing image is expected when the request has none.

@@ -15,7 +15,7 @@ use super::request::{self, Plan};
 use super::{BitmapInfo, DeviceInfo, SetupRequest, status};
 use crate::filter::{self, FILTER_DRIVER, SNAPSHOT_DRIVER, Settings};
 use crate::qemu::error::Error;
-use crate::qemu::graph::{Bds, Drained, Holder, NodeRef, SNAPSHOT_FLAGS};
+use crate::qemu::graph::{Bds, Drained, Holder, NodeRef, Relaxed, SNAPSHOT_FLAGS};
 use crate::qemu::main_loop::{self, MainLoop};
 use crate::qemu::migration::MigrationBlocker;
 
@@ -25,6 +25,7 @@ struct Prepared {
     /// Owns the snapshot node.
     owner: Option<Holder>,
     filter: Option<NodeRef>,
+    relaxed: Vec<Relaxed>,
     /// Keeps the source in its AioContext, so that opening the filter moves the filter there.
     pin: Option<Holder>,
     source: NodeRef,
@@ -109,6 +110,7 @@ fn prepare(
     prepared.push(Prepared {
         owner: None,
         filter: None,
+        relaxed: Vec::new(),
         pin: None,
         source: NodeRef::new(main_loop, plan.source),
         bitmaps: Some(bitmaps),
@@ -126,6 +128,11 @@ fn prepare(
     let this = prepared.last_mut().expect("it was just pushed");
     let rest = &this.plan;
     this.pin = Some(Holder::new(main_loop, plan.source)?);
+    if let Some(fleecing) = Bds::find(main_loop, &rest.fleecing_node) {
+        for backend in request::idle_backends(main_loop, fleecing) {
+            this.relaxed.push(Relaxed::new(main_loop, backend)?);
+        }
+    }
 
     let options = [
         ("driver", FILTER_DRIVER),
@@ -265,6 +272,7 @@ impl Prepared {
         // The filter reads its bitmap until it is closed.
         self.owner = None;
         self.filter = None;
+        self.relaxed.clear();
         self.pin = None;
         if let Some(bitmaps) = self.bitmaps.take() {
             bitmaps.undo(main_loop);
@@ -285,6 +293,7 @@ impl Prepared {
             action: info.action,
             dirty_bytes: info.bitmap.as_ref().map(|bitmap| bitmap.dirty_bytes),
             owner: self.owner.take(),
+            relaxed: self.relaxed,
             reported: State::Active,
         }
     }

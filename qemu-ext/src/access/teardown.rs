@@ -203,6 +203,7 @@ fn remove(
     };
     // The filter reads its bitmap until it is closed.
     drop(filter);
+    device.relaxed.clear();
     let stored = match &device.bitmaps {
         Some(bitmaps) => bitmaps.settle(main_loop, source.node(), success)?,
         None => None,

@@ -317,6 +317,55 @@ impl Backend {
     }
 }
 
+/// A backend without a device, as `-drive` makes them: it claims permissions that it does not use.
+/// While this exists it claims none, so that its node can be used as a fleecing image.
+#[derive(Debug)]
+pub struct Relaxed {
+    backend: Backend,
+    perm: u64,
+    shared: u64,
+}
+
+// SAFETY: only the main loop uses the pointer (see `drop`).
+unsafe impl Send for Relaxed {}
+
+impl Relaxed {
+    /// Takes the backend's claims away.
+    ///
+    /// # Errors
+    /// QEMU's error.
+    pub fn new(_: MainLoop, backend: Backend) -> Result<Self, Error> {
+        let blk = backend.0.as_ptr();
+        let (mut perm, mut shared) = (0, 0);
+        let mut error = Slot::new();
+        // SAFETY: main loop; the backend is there, and our reference keeps it.
+        unsafe {
+            sys::blk_get_perm(blk, &raw mut perm, &raw mut shared);
+            if sys::blk_set_perm(blk, 0, u64::from(sys::BLK_PERM_ALL), error.as_errp()) < 0 {
+                return Err(error.take());
+            }
+            sys::blk_ref(blk);
+        }
+        Ok(Self { backend, perm, shared })
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        let Some(main_loop) = MainLoop::current() else { return };
+        let blk = self.backend.0.as_ptr();
+        let mut error = Slot::new();
+        // SAFETY: main loop; the reference is ours. A device that came meanwhile knows better
+        // what it needs.
+        unsafe {
+            if self.backend.device_type(main_loop).is_empty() {
+                sys::blk_set_perm(blk, self.perm, self.shared, error.as_errp());
+            }
+            sys::blk_unref(blk);
+        }
+    }
+}
+
 /// An anonymous BlockBackend of our own: it holds a node, uses nothing of it, and keeps the node in
 /// its AioContext unless told otherwise.
 #[derive(Debug)]

@@ -93,7 +93,8 @@ impl Lab {
         Self::connect(command, folder).await
     }
 
-    /// Starts an emulator: `disk0` has the device `guest-disk0`, `other` has the device `disk1`.
+    /// Starts an emulator: `disk0` has the device `guest-disk0`, `shared` has the device `disk1`,
+    /// `old` and its fleecing image are made by `-drive`, the drive of `cd` is empty.
     pub(super) async fn start_emulator(options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut command = Command::new(bin_dir().unwrap().join("qemu-system-x86_64"));
@@ -104,6 +105,14 @@ impl Lab {
         }
         command.args(["-device", "virtio-blk-pci,id=guest-disk0,drive=disk0,iothread=io0"]);
         command.args(["-device", "virtio-blk-pci,id=disk1,drive=shared"]);
+        for id in ["old", "old-fleecing"] {
+            let path = folder.path().join(id);
+            std::fs::File::create(&path).unwrap().set_len(DISK_BYTES).unwrap();
+            let file = path.display();
+            command.args(["-drive", &format!("if=none,id={id},format=raw,file={file}")]);
+        }
+        command.args(["-device", "virtio-blk-pci,drive=old"]);
+        command.args(["-drive", "if=none,id=empty", "-device", "ide-cd,drive=empty,id=cd"]);
         command.arg("-qmp");
         command.arg(format!("unix:{},server=on,wait=off", folder.path().join("qmp").display()));
         command.args(options);
