@@ -421,7 +421,7 @@ pub struct Cont;
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct SystemPowerdown;
 
-/// Ends QEMU at once.
+/// Ends QEMU at once, perhaps before it replies: see [`crate::Session::quit`].
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Quit;
 

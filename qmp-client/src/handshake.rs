@@ -6,7 +6,7 @@ use std::{io, path::Path, time::Duration};
 use serde_json::Value;
 use tokio::{
     net::UnixStream,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use crate::{
@@ -18,7 +18,9 @@ use crate::{
 const NEGOTIATE: &str = "qmp_capabilities";
 /// A greeting is a few hundred bytes; what is longer is no greeting.
 const MAX_GREETING_BYTES: usize = 64 << 10;
-/// While a monitor's queue of connections is full.
+/// How often a connection is made when the monitor closes it without a word.
+const CLOSED_ATTEMPTS: u32 = 10;
+/// While a monitor's queue of connections is full, and between those attempts.
 const CONNECT_RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Connects to a Unix socket. A full connection queue means that other clients wait already.
@@ -41,18 +43,58 @@ pub(crate) async fn connect_unix(path: &Path, limit: Duration) -> Result<UnixStr
     }
 }
 
-/// Brings a monitor into command mode. Returns its greeting and a framer with what came after.
-pub(crate) async fn shake_hands(
+/// A monitor in command mode, and a framer with what it has sent since.
+pub(crate) type Ready = (Greeting, Framer);
+
+/// Connects and shakes hands. QEMU can close a new connection at once while it is still busy with
+/// the end of an earlier one, so that is tried again a few times.
+pub(crate) async fn connect(
+    path: &Path,
+    ids: &IdSpace,
+    options: &Options,
+) -> Result<(Stream, Ready)> {
+    let peer = path.display().to_string();
+    let deadline = Instant::now() + options.greeting_timeout;
+    for _ in 1..CLOSED_ATTEMPTS {
+        let stream = connect_unix(path, options.greeting_timeout).await?.into();
+        if let Some(ready) = shake_hands(&stream, &peer, ids, options, deadline).await? {
+            return Ok((stream, ready));
+        }
+        sleep(CONNECT_RETRY_INTERVAL).await;
+    }
+    let stream = connect_unix(path, options.greeting_timeout).await?.into();
+    let ready = shake_hands_once(&stream, &peer, ids, options).await?;
+    Ok((stream, ready))
+}
+
+/// Shakes hands on a connection that cannot be made anew.
+pub(crate) async fn shake_hands_once(
     stream: &Stream,
     peer: &str,
     ids: &IdSpace,
     options: &Options,
-) -> Result<(Greeting, Framer)> {
-    let limit = options.greeting_timeout;
+) -> Result<Ready> {
+    let deadline = Instant::now() + options.greeting_timeout;
+    shake_hands(stream, peer, ids, options, deadline).await?.ok_or_else(|| Error::NotQemu {
+        peer: peer.to_owned(),
+        detail: "it closed the connection without a greeting".to_owned(),
+    })
+}
+
+/// Brings a monitor into command mode; `None` if it closed the connection without a word.
+async fn shake_hands(
+    stream: &Stream,
+    peer: &str,
+    ids: &IdSpace,
+    options: &Options,
+    deadline: Instant,
+) -> Result<Option<Ready>> {
     let mut reader = LineReader { stream, framer: Framer::new(MAX_GREETING_BYTES) };
-    let greeting = timeout(limit, read_greeting(&mut reader, peer))
-        .await
-        .map_err(|_elapsed| Error::Busy { peer: peer.to_owned(), after_ms: millis(limit) })??;
+    let greeting =
+        timeout_at(deadline, read_greeting(&mut reader, peer)).await.map_err(|_elapsed| {
+            Error::Busy { peer: peer.to_owned(), after_ms: millis(options.greeting_timeout) }
+        })??;
+    let Some(greeting) = greeting else { return Ok(None) };
 
     let limit = options.command_timeout;
     timeout(limit, negotiate(&mut reader, peer, ids))
@@ -61,7 +103,7 @@ pub(crate) async fn shake_hands(
 
     let mut framer = Framer::new(options.max_line_bytes);
     framer.push(reader.framer.incomplete());
-    Ok((greeting, framer))
+    Ok(Some((greeting, framer)))
 }
 
 struct LineReader<'a> {
@@ -79,12 +121,14 @@ impl LineReader<'_> {
     }
 }
 
-async fn read_greeting(reader: &mut LineReader<'_>, peer: &str) -> Result<Greeting> {
+async fn read_greeting(reader: &mut LineReader<'_>, peer: &str) -> Result<Option<Greeting>> {
     let not_qemu = |detail: String| Error::NotQemu { peer: peer.to_owned(), detail };
     loop {
         match reader.framer.next_frame() {
             Some(Frame::Line(line)) if line.trim_ascii().is_empty() => {}
-            Some(Frame::Line(line)) => return parse_greeting(&line).map_err(not_qemu),
+            Some(Frame::Line(line)) => {
+                return parse_greeting(&line).map(Some).map_err(not_qemu);
+            }
             Some(Frame::Oversize { .. }) => {
                 return Err(not_qemu("its first line is too long for a greeting".to_owned()));
             }
@@ -97,9 +141,15 @@ async fn read_greeting(reader: &mut LineReader<'_>, peer: &str) -> Result<Greeti
                 if begun.first().is_some_and(|&byte| byte != b'{') {
                     return Err(not_qemu(format!("it sent \"{}\"", codec::excerpt(begun))));
                 }
-                let more = reader.fill().await.map_err(|e| not_qemu(format!("{e}")))?;
-                if !more {
-                    return Err(not_qemu("it closed the connection without a greeting".to_owned()));
+                let silent = begun.is_empty();
+                match reader.fill().await {
+                    Ok(true) => {}
+                    Ok(false) | Err(_) if silent => return Ok(None),
+                    Ok(false) => {
+                        let detail = "it closed the connection in the middle of its first line";
+                        return Err(not_qemu(detail.to_owned()));
+                    }
+                    Err(e) => return Err(not_qemu(format!("{e}"))),
                 }
             }
         }

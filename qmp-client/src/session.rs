@@ -26,8 +26,8 @@ use tokio::{
 use crate::{
     Error, EventStream, Greeting, Result, Stream, Version,
     codec::{self, IdSpace},
-    commands::QueryCommands,
-    handshake,
+    commands::{QueryCommands, Quit},
+    handshake::{self, Ready},
     pending::{Keep, Reply, Waiter},
     pump::{self, Outgoing, Shared},
     stream::MAX_FDS,
@@ -98,8 +98,9 @@ impl Session {
     /// [`Error::Connect`], [`Error::Busy`] or [`Error::NotQemu`].
     pub async fn connect(path: impl AsRef<Path>, options: Options) -> Result<Self> {
         let path = path.as_ref();
-        let stream = handshake::connect_unix(path, options.greeting_timeout).await?;
-        Self::start(stream.into(), path.display().to_string(), options).await
+        let ids = new_ids();
+        let (stream, ready) = handshake::connect(path, &ids, &options).await?;
+        Ok(Self::start(stream, path.display().to_string(), ids, ready, &options))
     }
 
     /// Connects over TCP. QMP has no authentication: for tests and loopback only.
@@ -112,7 +113,7 @@ impl Session {
             .await
             .unwrap_or_else(|elapsed| Err(elapsed.into()))
             .map_err(|source| Error::Connect { path: peer.clone(), source })?;
-        Self::start(stream.into(), peer, options).await
+        Self::start_on(stream.into(), peer, options).await
     }
 
     /// Starts on a connected socket whose peer has not been spoken to.
@@ -120,12 +121,22 @@ impl Session {
     /// # Errors
     /// [`Error::Busy`] or [`Error::NotQemu`].
     pub async fn from_stream(stream: impl Into<Stream>, options: Options) -> Result<Self> {
-        Self::start(stream.into(), "The given socket".to_owned(), options).await
+        Self::start_on(stream.into(), "The given socket".to_owned(), options).await
     }
 
-    async fn start(stream: Stream, peer: String, options: Options) -> Result<Self> {
-        let ids = IdSpace::new(RandomState::new().hash_one(&peer));
-        let (greeting, framer) = handshake::shake_hands(&stream, &peer, &ids, &options).await?;
+    async fn start_on(stream: Stream, peer: String, options: Options) -> Result<Self> {
+        let ids = new_ids();
+        let ready = handshake::shake_hands_once(&stream, &peer, &ids, &options).await?;
+        Ok(Self::start(stream, peer, ids, ready, &options))
+    }
+
+    fn start(
+        stream: Stream,
+        peer: String,
+        ids: IdSpace,
+        (greeting, framer): Ready,
+        options: &Options,
+    ) -> Self {
         let passes_fds = stream.passes_fds();
         let stream = Arc::new(stream);
         let shared = Arc::new(Shared::new(peer, ids, options.event_capacity));
@@ -143,7 +154,7 @@ impl Session {
             passes_fds,
             commands: OnceCell::new(),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Self { inner: Arc::new(inner) }
     }
 
     /// QEMU's version, from its greeting.
@@ -204,6 +215,21 @@ impl Session {
         drop(command);
         let value = self.call(C::NAME, arguments, vec![fd], self.inner.command_timeout).await?;
         from_result(C::NAME, &value)
+    }
+
+    /// Ends QEMU and returns once it has closed the connection. A guest is not asked.
+    ///
+    /// QEMU may be gone before its reply is sent, so that is no error here.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] if it does not end, [`Error::Qmp`] if it refuses.
+    pub async fn quit(&self) -> Result<()> {
+        match self.execute(Quit).await {
+            Ok(_) | Err(Error::Disconnected) => {}
+            Err(error) => return Err(error),
+        }
+        let limit = self.inner.command_timeout;
+        timeout(limit, self.closed()).await.map_err(|_elapsed| Error::timeout(Quit::NAME, limit))
     }
 
     /// All events from now on, for this reader.
@@ -316,6 +342,10 @@ impl Session {
             value = wait => Ok(value),
         }
     }
+}
+
+fn new_ids() -> IdSpace {
+    IdSpace::new(RandomState::new().hash_one("session"))
 }
 
 /// A queued command that holds its session open until the reply is there.

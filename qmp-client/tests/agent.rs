@@ -266,9 +266,12 @@ async fn the_real_agent_answers_after_junk() {
         .unwrap();
     support::wait_for_socket(&socket, &mut child).await;
 
-    // An earlier client leaves half a command and an unread reply behind.
-    let mut earlier = UnixStream::connect(&socket).await.unwrap();
-    earlier.write_all(b"{\"execute\": \"guest-info\"}\n{\"execute\": \"gue").await.unwrap();
+    // An earlier client leaves half a command behind. (An unread reply would be an error on the
+    // agent's socket, which ends it; a guest's serial port has no such error.)
+    let mut earlier = BufReader::new(UnixStream::connect(&socket).await.unwrap());
+    earlier.write_all(b"{\"execute\": \"guest-ping\"}\n").await.unwrap();
+    soon(earlier.read_until(b'\n', &mut Vec::new())).await.unwrap();
+    earlier.write_all(b"{\"execute\": \"gue").await.unwrap();
     drop(earlier);
 
     let agent = Agent::connect(&socket, AgentOptions::default()).await.unwrap();

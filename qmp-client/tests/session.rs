@@ -110,6 +110,47 @@ async fn a_monitor_that_serves_another_client_is_busy() {
 }
 
 #[tokio::test]
+async fn a_monitor_that_hangs_up_once_is_called_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    let script = async {
+        for _ in 0..2 {
+            drop(listener.accept().await.unwrap());
+        }
+        let mut peer = Peer::new(listener.accept().await.unwrap().0);
+        peer.greet().await;
+        peer
+    };
+    let connect = Session::connect(&path, Options::default());
+    let (session, _peer) = soon(async { tokio::join!(connect, script) }).await;
+    session.unwrap();
+
+    // But not for ever.
+    let script = async {
+        loop {
+            drop(listener.accept().await.unwrap());
+        }
+    };
+    let error = tokio::select! {
+        result = soon(Session::connect(&path, Options::default())) => result.unwrap_err(),
+        () = script => panic!("the script ended"),
+    };
+    assert!(matches!(error, Error::NotQemu { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn quitting_needs_no_reply() {
+    let (session, mut peer) = pair().await;
+    let script = async {
+        peer.read().await;
+        drop(peer);
+    };
+    let (result, ()) = tokio::join!(session.quit(), script);
+    result.unwrap();
+}
+
+#[tokio::test]
 async fn a_missing_socket_is_named() {
     let error = Session::connect("/nonexistent/qmp", Options::default()).await.unwrap_err();
     assert!(matches!(error, Error::Connect { .. }));

@@ -15,7 +15,7 @@ use qmp_client::{
     backup::{self, AccessState, BackupAccess, BitmapAction, BitmapMode, Device, SetupRequest},
     commands::{
         BlockExportDel, BlockdevAdd, BlockdevDel, NbdExportAdd, NbdServerStart, NbdServerStop,
-        QueryBlockExports, QueryNamedBlockNodes, QueryQmpSchema, QueryVersion, Quit, RemoveMode,
+        QueryBlockExports, QueryNamedBlockNodes, QueryQmpSchema, QueryVersion, RemoveMode,
     },
 };
 use serde_json::{Map, Value, json};
@@ -139,8 +139,8 @@ async fn clients_that_leave_in_the_middle_do_not_confuse_the_next() {
 async fn quitting_or_killing_the_daemon_ends_the_session() {
     let Some(daemon) = plain().await else { return };
     let session = daemon.connect().await;
-    session.execute(Quit).await.unwrap();
-    soon(session.closed()).await;
+    session.quit().await.unwrap();
+    assert!(session.is_closed());
     drop(daemon);
 
     let Some(mut daemon) = plain().await else { return };
