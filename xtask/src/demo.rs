@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cargo::cargo;
+use crate::cargo::{QEMU_BIN_ENV, cargo};
 use crate::paths::Paths;
 use crate::run::{Show, Step};
 use crate::{qemu, setup};
@@ -37,6 +37,7 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
         paths,
         &["run", "--quiet", "--release", "--package", "system-tests", "--bin", "demo", "--"],
     )
+    .env(QEMU_BIN_ENV, paths.qemu_bin())
     .args(&options.args)
     .stdin(Stdio::null())
     .status()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::cargo::{cargo, ensure_components, has_subcommand};
+use crate::cargo::{QEMU_BIN_ENV, cargo, ensure_components, has_subcommand};
 use crate::paths::Paths;
 use crate::run::{Show, Step};
 use crate::{qemu, setup, tidy};
@@ -205,6 +205,7 @@ impl Gate<'_> {
             }
             command
         };
+        command.env(QEMU_BIN_ENV, self.paths.qemu_bin());
         if let Some(seeds) = self.options.stress_seeds {
             command.env("STRESS_SEEDS", seeds.to_string());
         }
@@ -229,12 +230,12 @@ impl Gate<'_> {
     }
 }
 
-/// Reads the closing line of cargo's or nextest's test run.
+/// Reads the closing line of cargo's or nextest's test run. nextest shows the output of failed
+/// tests indented, with closing lines of their own: those do not count.
 fn summary(line: &str) -> Option<Totals> {
-    let line = line.trim();
     let counts = match line.strip_prefix("test result: ") {
         Some(rest) => rest.split_once(". ")?.1,
-        None => line.strip_prefix("Summary [")?.split_once("run: ")?.1,
+        None => line.trim_start().strip_prefix("Summary [")?.split_once("run: ")?.1,
     };
     // nextest: "11 passed (2 slow, 1 flaky), 1 failed, 1 timed out, 3 skipped".
     let mut totals = Totals::default();
@@ -260,6 +261,7 @@ mod tests {
             finished in 0.01s";
         assert_eq!(summary(line), Some(Totals { passed: 5, failed: 2 }));
         assert_eq!(summary("test a::b ... ok"), None);
+        assert_eq!(summary(&format!("    {line}")), None);
     }
 
     #[test]
