@@ -30,6 +30,10 @@ use crate::vm::freeze_guard::GuardCommand;
 
 pub use report::{GuestReport, JobReport};
 
+/// A busy guest fails its backup, but a lock can outlive its holder for a moment: a program that is
+/// being started by another thread has a copy of it until it is executed.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
+
 /// Where the provider of a storage is found.
 pub trait Providers: Send + Sync {
     /// The provider of this storage, or a sentence that says why there is none.
@@ -119,7 +123,7 @@ impl BackupOptions {
             freeze: true,
             buffer_size_bytes: None,
             granularity_bytes: None,
-            lock_wait: Duration::ZERO,
+            lock_wait: LOCK_WAIT,
         }
     }
 }

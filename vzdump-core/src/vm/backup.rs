@@ -18,13 +18,14 @@ mod source;
 mod watch;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use provider_api::{BitmapRequest, BoxFuture, GuestKind, Uuid, VmBackup, VolumeInfo};
 use qmp_client::backup::{
     self, AccessInfo, AccessStatus, BackupAccess, BitmapMode, Device, SetupRequest,
 };
 use qmp_client::commands::{QueryStatus, RunState};
-use qmp_client::{EventStream, Session};
+use qmp_client::{Error, EventStream, Session};
 
 use self::disks::Disk;
 use super::freeze_guard::{self, Frozen, GuardCommand};
@@ -40,6 +41,9 @@ use crate::tools::Tools;
 
 /// The command all of this stands on.
 const SETUP_COMMAND: &str = "backup-access-setup";
+
+/// How long the end of a QEMU that has closed its monitor is waited for.
+const END_WAIT: Duration = Duration::from_secs(10);
 
 /// The target id of a storage.
 pub fn target_id(storage: &str) -> String {
@@ -142,9 +146,17 @@ impl VmDriver {
                 self.session = Some(session.clone());
                 Ok(Some(session))
             }
-            // It may have ended in between.
-            Err(_) if !self.process.is_alive() => Ok(None),
+            Err(_) if self.is_ending().await => Ok(None),
             Err(error) => Err(GuestError::step("connect to QEMU's monitor again", error)),
+        }
+    }
+
+    /// Whether QEMU has ended, or does within a moment: its sockets close before its process ends.
+    async fn is_ending(&self) -> bool {
+        match self.process.process.open() {
+            Ok(Some(handle)) => handle.wait(END_WAIT).await.unwrap_or(false),
+            Ok(None) => true,
+            Err(_) => !self.process.is_alive(),
         }
     }
 
@@ -375,7 +387,7 @@ impl VmDriver {
         };
         let result = match result {
             Ok(result) => result,
-            Err(_) if !self.process.is_alive() => return Ok(()),
+            Err(Error::Disconnected) if self.is_ending().await => return Ok(()),
             Err(error) => {
                 let doing = format!("end the backup access of VM {}", self.id);
                 return Err(GuestError::step(doing, error));
@@ -389,13 +401,9 @@ impl VmDriver {
     }
 
     async fn do_release(&mut self, task: Task<'_>) -> Result<(), GuestError> {
-        if self.fleecing.is_empty() {
-            return Ok(());
-        }
-        let session = self.session_if_alive().await?;
         let mut first = None;
         while let Some(image) = self.fleecing.pop() {
-            if let Err(error) = release_image(session.as_ref(), &self.storages, &image).await {
+            if let Err(error) = self.release_image(&image).await {
                 match first {
                     None => first = Some(error),
                     Some(_) => task.sink.warn(&chain(&error)),
@@ -404,21 +412,21 @@ impl VmDriver {
         }
         first.map_or(Ok(()), Err)
     }
-}
 
-async fn release_image(
-    session: Option<&Session>,
-    storages: &StorageSet,
-    image: &Fleecing,
-) -> Result<(), GuestError> {
-    let volume = &image.volume;
-    if let Some(session) = session {
-        // A file that QEMU still writes to is not removed.
-        ops::remove_node(session, &image.node)
-            .await
-            .map_err(GuestError::at(format!("detach the fleecing image '{volume}'")))?;
+    async fn release_image(&mut self, image: &Fleecing) -> Result<(), GuestError> {
+        let volume = &image.volume;
+        if let Some(session) = self.session_if_alive().await? {
+            // A file that QEMU still writes to is not removed.
+            match ops::remove_node(&session, &image.node).await {
+                Err(Error::Disconnected) if self.is_ending().await => {}
+                other => {
+                    let doing = format!("detach the fleecing image '{volume}'");
+                    other.map_err(GuestError::at(doing))?;
+                }
+            }
+        }
+        free_volume(&self.storages, volume)
     }
-    free_volume(storages, volume)
 }
 
 /// Frees a volume; one that is not there is no error.

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use provider_api::{Access, BitmapMode, VmBackup, Volume};
+use qmp_client::Error;
 use qmp_client::backup::{AccessInfo, BitmapAction};
 use qmp_client::commands::{BitmapRef, NbdExportAdd, NbdServerStart};
 
@@ -49,15 +50,23 @@ impl VmDriver {
 
     pub(super) async fn do_close_source(&mut self) -> Result<(), GuestError> {
         self.is_open = false;
-        let socket = self.server.take();
-        if socket.is_some()
-            && let Some(session) = self.session_if_alive().await?
-            && let Err(error) = ops::stop_nbd(&session, &self.export_ids()).await
-            && self.process.is_alive()
-        {
-            return Err(GuestError::step("stop the NBD server", error));
+        let stopped = self.stop_server().await;
+        // Also when the server could not be stopped: its socket is of no use to anybody.
+        let removed = remove_dir(self.run_dir.take());
+        stopped.and(removed)
+    }
+
+    async fn stop_server(&mut self) -> Result<(), GuestError> {
+        if self.server.take().is_none() {
+            return Ok(());
         }
-        remove_dir(self.run_dir.take())
+        let Some(session) = self.session_if_alive().await? else {
+            return Ok(());
+        };
+        match ops::stop_nbd(&session, &self.export_ids()).await {
+            Err(Error::Disconnected) if self.is_ending().await => Ok(()),
+            other => other.map_err(GuestError::at("stop the NBD server")),
+        }
     }
 
     pub(super) fn make_source(&self) -> VmBackup {

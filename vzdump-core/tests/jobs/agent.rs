@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A scripted guest agent.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+
+/// A guest agent behind its socket.
+pub struct FakeAgent {
+    log: Arc<Mutex<Vec<String>>>,
+    frozen: watch::Receiver<bool>,
+}
+
+impl FakeAgent {
+    /// `refuse_freeze`: freezing works but is reported as failed.
+    pub fn start(socket: &Path, refuse_freeze: bool) -> Self {
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (sender, frozen) = watch::channel(false);
+        let listener = UnixListener::bind(socket).unwrap();
+        let shared = Arc::clone(&log);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                serve(stream, &shared, &sender, refuse_freeze).await;
+            }
+        });
+        Self { log, frozen }
+    }
+
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        *self.frozen.borrow()
+    }
+
+    /// Waits until the guest is frozen, or thawed.
+    pub async fn wait_for(&self, frozen: bool) {
+        let mut receiver = self.frozen.clone();
+        let wait = receiver.wait_for(|now| *now == frozen);
+        tokio::time::timeout(std::time::Duration::from_secs(60), wait).await.unwrap().unwrap();
+    }
+}
+
+async fn serve(
+    stream: UnixStream,
+    log: &Mutex<Vec<String>>,
+    frozen: &watch::Sender<bool>,
+    refuse_freeze: bool,
+) {
+    let (reader, mut writer) = stream.into_split();
+    let mut lines = BufReader::new(reader).split(b'\n');
+    while let Ok(Some(line)) = lines.next_segment().await {
+        let line: Vec<u8> = line.into_iter().filter(|byte| *byte != 0xff).collect();
+        let Ok(request) = serde_json::from_slice::<Value>(&line) else { continue };
+        let name = request["execute"].as_str().unwrap().to_owned();
+        let mut answer = Vec::new();
+        let value = match name.as_str() {
+            "guest-sync-delimited" => {
+                answer.push(0xff);
+                json!({"return": request["arguments"]["id"]})
+            }
+            "guest-fsfreeze-status" => {
+                json!({"return": if *frozen.borrow() { "frozen" } else { "thawed" }})
+            }
+            "guest-fsfreeze-freeze" => {
+                frozen.send_replace(true);
+                if refuse_freeze {
+                    json!({"error": {"class": "GenericError", "desc": "scripted"}})
+                } else {
+                    json!({"return": 2})
+                }
+            }
+            "guest-fsfreeze-thaw" => {
+                frozen.send_replace(false);
+                json!({"return": 2})
+            }
+            _ => json!({"return": {}}),
+        };
+        if name != "guest-sync-delimited" {
+            log.lock().unwrap().push(name);
+        }
+        answer.extend_from_slice(format!("{value}\n").as_bytes());
+        if writer.write_all(&answer).await.is_err() {
+            return;
+        }
+    }
+}

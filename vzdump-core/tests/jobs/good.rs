@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Jobs that work: their order, their log, their report.
+
+use provider_api::BitmapRequest;
+use vzdump_core::job::report::GuestResult;
+
+use crate::provider::{ARCHIVE, Script};
+use crate::world::World;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_has_the_documented_order_and_leaves_nothing() {
+    let world = World::new();
+    let report = world.backup().await;
+    assert_eq!(report.result, GuestResult::Committed, "{}", world.sink.text());
+    world.assert_clean("success");
+    let log: Vec<String> =
+        world.peer.log().iter().map(|line| line.split(" [").next().unwrap().to_owned()).collect();
+    assert_eq!(
+        log,
+        [
+            "query-commands",
+            "query-named-block-nodes",
+            "blockdev-add drive-scsi0-fleecing",
+            "blockdev-add drive-virtio1-fleecing",
+            "backup-access-setup",
+            "nbd-server-start",
+            "block-export-add \"vzdump-scsi0\"",
+            "block-export-add \"vzdump-virtio1\"",
+            "query-block-exports",
+            "nbd-server-stop",
+            "query-backup-access",
+            "backup-access-teardown success=true",
+            "query-named-block-nodes",
+            "blockdev-del drive-virtio1-fleecing",
+            "query-named-block-nodes",
+            "blockdev-del drive-scsi0-fleecing",
+        ]
+    );
+    assert_eq!(
+        world.provider.calls(),
+        [
+            "activate",
+            "start_job",
+            "start_guest",
+            "plan_volumes",
+            "backup_vm",
+            "volumes [\"scsi0 New Some(\\\"gen-next\\\")\", \"virtio1 New Some(\\\"gen-next\\\")\"]",
+            "commit",
+            "finish",
+        ]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_report_and_the_log_have_every_number() {
+    let world = World::new();
+    let report = world.backup().await;
+    assert_eq!(report.archive.as_deref(), Some(ARCHIVE));
+    assert_eq!((report.archive_size_bytes, report.disks_size_bytes), (42, 5 << 19));
+    assert_eq!(report.transferred.total_bytes, 5 << 19);
+    assert_eq!(report.point_in_time.drained_ns, Some(1234));
+    assert_eq!(report.point_in_time.freeze_ms, None);
+    let access = report.access.unwrap();
+    assert_eq!((access.writes_delayed, access.delay_max_ns, access.captured_bytes), (6, 7, 8192));
+    assert_eq!(report.volumes[1].bitmap_action, "new");
+    let text = world.sink.text();
+    for line in [
+        "INFO: starting new backup job: vzdump 100 --storage store",
+        "INFO: Starting Backup of VM 100 (qemu)",
+        "INFO: status = running",
+        "INFO: VM Name: web",
+        "INFO: exclude disk 'scsi2' 'local:100/x.raw' (backup=no)",
+        "INFO: include disk 'scsi0' 'local:100/vm-100-disk-0.raw' 1M",
+        "INFO: scsi0: dirty-bitmap status: created new",
+        "INFO: all read",
+        "INFO: 100% (2.5 MiB of 2.5 MiB) in 0s",
+        "INFO: transferred 2.50 MiB in <1 seconds",
+        "INFO: Finished Backup of VM 100 (00:00:0",
+        "INFO: Backup job finished successfully",
+    ] {
+        assert!(text.contains(line), "{line:?} is missing in\n{text}");
+    }
+    let file = std::fs::read_to_string(report.log_path.unwrap()).unwrap();
+    assert!(
+        file.contains("INFO: Starting Backup of VM 100") && file.contains("Finished"),
+        "{file}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_increment_uses_the_bitmap_of_its_generation() {
+    let using = || BitmapRequest::Use { generation: "gen-1".into() };
+    let script = Script { requests: vec![using(), BitmapRequest::None], ..Script::default() };
+    let world = World::with("", script);
+    let report = world.backup().await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    let setup =
+        world.peer.log().into_iter().find(|l| l.starts_with("backup-access-setup")).unwrap();
+    assert!(setup.contains("\"generation\":\"gen-1\"") && setup.contains("\"none\""), "{setup}");
+    let volumes = world.provider.calls().into_iter().find(|c| c.starts_with("volumes")).unwrap();
+    assert!(volumes.contains("scsi0 Reuse") && volumes.contains("virtio1 None None"), "{volumes}");
+    assert!(world.sink.text().contains("OK (64.0 KiB of 1.0 MiB dirty)"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_without_disks_keeps_its_configuration() {
+    let world = World::new();
+    std::fs::write(world.ctx.layout.vm_config_path(100), "name: none\n").unwrap();
+    let report = world.backup().await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    assert!(!world.peer.log().iter().any(|line| line.contains("access")), "{:?}", world.peer.log());
+    assert_eq!(world.provider.count("plan_volumes"), 0);
+    world.assert_clean("no disks");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_is_off_is_refused_before_the_provider_hears_of_it() {
+    let mut world = World::new();
+    world.kill_qemu();
+    let report = world.backup().await;
+    assert_eq!(report.error.as_deref(), Some("VM 100 is not running; start it first."));
+    assert_eq!(world.provider.count("start_guest"), 0);
+    world.assert_no_files("off");
+}

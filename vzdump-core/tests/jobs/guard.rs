@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The freeze guard: whatever happens, the guest thaws.
+
+use std::process::Stdio;
+
+use vzdump_core::vm::freeze_guard::{freeze, thaw_directly};
+
+use crate::agent::FakeAgent;
+use crate::peer::Reaction;
+use crate::provider::Script;
+use crate::world::{ID, World, own_command};
+
+fn world(refuse_freeze: bool) -> (World, FakeAgent) {
+    let world = World::with("agent: 1\n", Script::default());
+    let agent = FakeAgent::start(&world.ctx.layout.agent_socket(ID), refuse_freeze);
+    (world, agent)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_point_in_time_is_taken_while_the_guest_is_frozen() {
+    let (world, agent) = world(false);
+    let agent = std::sync::Arc::new(agent);
+    let seen = std::sync::Arc::clone(&agent);
+    world.peer.script(move |_, name| {
+        if name == "backup-access-setup" {
+            assert!(seen.is_frozen(), "setup without a freeze");
+        }
+        Reaction::Answer
+    });
+    let report = world.backup().await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    assert!(!agent.is_frozen());
+    assert!(report.point_in_time.freeze_ms.is_some());
+    assert_eq!(report.point_in_time.freeze, "2 file systems frozen");
+    let text = world.sink.text();
+    assert!(text.contains("issuing guest-agent 'fs-freeze' command"), "{text}");
+    assert!(text.contains("issuing guest-agent 'fs-thaw' command"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_setup_thaws() {
+    let (world, agent) = world(false);
+    world.peer.script(|_, name| {
+        if name == "backup-access-setup" { Reaction::Refuse } else { Reaction::Answer }
+    });
+    assert!(!world.backup().await.is_success());
+    assert!(!agent.is_frozen());
+    assert_eq!(agent.log().last().map(String::as_str), Some("guest-fsfreeze-thaw"));
+    world.assert_clean("setup failed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_freeze_is_thawed_and_the_backup_goes_on() {
+    let (world, agent) = world(true);
+    let report = world.backup().await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    assert!(!agent.is_frozen());
+    assert!(report.point_in_time.freeze.starts_with("not frozen: "), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_not_there_does_not_stop_the_backup() {
+    let world = World::with("agent: 1\n", Script::default());
+    let report = world.backup().await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    assert!(world.sink.text().contains("WARN: guest-agent 'fs-freeze' failed"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_freeze_thaws() {
+    let (world, agent) = world(false);
+    let socket = world.ctx.layout.agent_socket(ID);
+    let frozen = freeze(&world.ctx.guard, &socket).await.unwrap();
+    assert!(agent.is_frozen());
+    drop(frozen);
+    agent.wait_for(false).await;
+    // The guard is gone, so its connection is free again.
+    thaw_directly(&socket).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_deadline_thaws_although_nobody_asks() {
+    let (world, agent) = world(false);
+    let mut child = own_command("guard_entry")
+        .arg(world.ctx.layout.agent_socket(ID))
+        .arg("50")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    agent.wait_for(true).await;
+    agent.wait_for(false).await;
+    // It ends by itself although its input stays open.
+    let _stdin = child.stdin.take();
+    tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_job_leaves_no_frozen_guest() {
+    let (world, agent) = world(false);
+    let child = world.spawn_child(crate::provider::Commit::Works);
+    let pid = rustix::process::Pid::from_raw(child.id().try_into().unwrap()).unwrap();
+    world.peer.script(move |_, name| {
+        if name == "backup-access-setup" {
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            return Reaction::Silent;
+        }
+        Reaction::Answer
+    });
+    let mut child = child;
+    tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    agent.wait_for(false).await;
+    world.peer.unscript();
+    assert_eq!(world.recover().await, [], "{}", world.sink.text());
+    world.assert_clean("killed while frozen");
+}

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A scripted provider. What it commits is a file, so that another process can ask for it.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use provider_api::{
+    Archive, BitmapRequest, BoxFuture, Call, Capabilities, CommitOutcome, Committed, Description,
+    Error, GuestBackup, GuestConfig, GuestInfo, Job, JobInfo, Kind, Progress, Provider,
+    RestoreDevice, Result, Status, Transferred, Uuid, VmBackup, VmRestore, VolumeInfo,
+    VolumeSource,
+};
+use tokio::sync::Notify;
+
+/// The provider's one archive name.
+pub const ARCHIVE: &str = "vzdump-qemu-100-2026_01_02-03_04_05";
+
+/// How the provider commits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Commit {
+    #[default]
+    Works,
+    /// Durable, and then an error.
+    WorksButFails,
+    /// Not durable, and an error.
+    Fails,
+    /// An error, and the outcome stays open.
+    StaysPending,
+    /// Never returns; not durable.
+    Hangs,
+    /// The process dies before it is durable.
+    DiesBefore,
+    /// The process dies when it is durable.
+    DiesAfter,
+}
+
+#[derive(Default)]
+pub struct Script {
+    /// The call that fails.
+    pub fail: Option<&'static str>,
+    pub commit: Commit,
+    /// `backup_vm` tells that it began, and waits to be told to go on.
+    pub hold: Option<Arc<(Notify, Notify)>>,
+    pub requests: Vec<BitmapRequest>,
+    pub archive_name: Option<String>,
+    /// For restores: configuration, firewall rules and disks with their files.
+    pub restore: Option<Stored>,
+}
+
+/// An archive to restore.
+#[derive(Clone, Default)]
+pub struct Stored {
+    pub config: String,
+    pub firewall: Option<String>,
+    pub devices: Vec<RestoreDevice>,
+    pub sources: Vec<VolumeSource>,
+}
+
+pub struct Inner {
+    pub script: Mutex<Script>,
+    pub calls: Mutex<Vec<String>>,
+    dir: PathBuf,
+}
+
+impl Inner {
+    fn call(&self, name: &'static str) -> Result<()> {
+        self.calls.lock().unwrap().push(name.to_owned());
+        if self.script.lock().unwrap().fail == Some(name) {
+            return Err(Error::new(Kind::Other, format!("scripted failure of {name}")));
+        }
+        Ok(())
+    }
+
+    fn commit_file(&self, id: Uuid) -> PathBuf {
+        self.dir.join(id.to_string())
+    }
+}
+
+#[derive(Clone)]
+pub struct FakeProvider(pub Arc<Inner>);
+
+impl FakeProvider {
+    pub fn new(dir: &Path, script: Script) -> Self {
+        std::fs::create_dir_all(dir).unwrap();
+        let calls = Mutex::default();
+        Self(Arc::new(Inner { script: Mutex::new(script), calls, dir: dir.to_owned() }))
+    }
+
+    pub fn calls(&self) -> Vec<String> {
+        self.0.calls.lock().unwrap().clone()
+    }
+
+    pub fn count(&self, name: &str) -> usize {
+        self.calls().iter().filter(|call| *call == name).count()
+    }
+
+    /// Archives that were committed.
+    pub fn committed(&self) -> usize {
+        std::fs::read_dir(&self.0.dir).unwrap().count()
+    }
+}
+
+fn ready<'a, T: Send + 'a>(value: T) -> BoxFuture<'a, T> {
+    Box::pin(std::future::ready(value))
+}
+
+impl Provider for FakeProvider {
+    fn describe(&self) -> Description {
+        let api_version = provider_api::API_VERSION;
+        let capabilities = Capabilities::default();
+        Description { name: "fake".into(), api_version, capabilities }
+    }
+
+    fn activate<'a>(&'a self, _call: &'a Call) -> BoxFuture<'a, Result<()>> {
+        ready(self.0.call("activate"))
+    }
+
+    fn status<'a>(&'a self, _call: &'a Call) -> BoxFuture<'a, Result<Status>> {
+        ready(Ok(Status { total_bytes: 1, used_bytes: 0 }))
+    }
+
+    fn list<'a>(&'a self, _call: &'a Call) -> BoxFuture<'a, Result<Vec<Archive>>> {
+        ready(Ok(Vec::new()))
+    }
+
+    fn guest_config<'a>(
+        &'a self,
+        _archive: &'a str,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<GuestConfig>> {
+        ready(self.0.call("guest_config").map(|()| {
+            let script = self.0.script.lock().unwrap();
+            let stored = script.restore.clone().unwrap_or_default();
+            GuestConfig {
+                config: stored.config.into_bytes(),
+                firewall: stored.firewall.map(String::into_bytes),
+            }
+        }))
+    }
+
+    fn commit_outcome<'a>(
+        &'a self,
+        id: Uuid,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<CommitOutcome>> {
+        ready(self.0.call("commit_outcome").map(|()| {
+            let script = self.0.script.lock().unwrap();
+            if script.commit == Commit::StaysPending {
+                CommitOutcome::Pending
+            } else if self.0.commit_file(id).exists() {
+                CommitOutcome::Committed { archive: ARCHIVE.into() }
+            } else {
+                CommitOutcome::NotCommitted
+            }
+        }))
+    }
+
+    fn start_job<'a>(
+        &'a self,
+        _job: JobInfo,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn Job>>> {
+        let job: Box<dyn Job> = Box::new(FakeJob(Arc::clone(&self.0)));
+        ready(self.0.call("start_job").map(|()| job))
+    }
+
+    fn restore_vm_init<'a>(
+        &'a self,
+        _archive: &'a str,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn VmRestore>>> {
+        let stored = self.0.script.lock().unwrap().restore.clone().unwrap_or_default();
+        let restore: Box<dyn VmRestore> =
+            Box::new(FakeRestore { inner: Arc::clone(&self.0), stored });
+        ready(self.0.call("restore_vm_init").map(|()| restore))
+    }
+}
+
+struct FakeJob(Arc<Inner>);
+
+impl Job for FakeJob {
+    fn start_guest<'a>(
+        &'a mut self,
+        _guest: GuestInfo,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn GuestBackup>>> {
+        let name = self.0.script.lock().unwrap().archive_name.clone();
+        let name = name.unwrap_or_else(|| ARCHIVE.to_owned());
+        let backup: Box<dyn GuestBackup> = Box::new(FakeBackup(Arc::clone(&self.0), name));
+        ready(self.0.call("start_guest").map(|()| backup))
+    }
+
+    fn finish<'a>(self: Box<Self>, _call: &'a Call) -> BoxFuture<'a, Result<()>>
+    where
+        Self: 'a,
+    {
+        ready(self.0.call("finish"))
+    }
+}
+
+struct FakeBackup(Arc<Inner>, String);
+
+impl GuestBackup for FakeBackup {
+    fn archive_name(&self) -> &str {
+        &self.1
+    }
+
+    fn plan_volumes<'a>(
+        &'a mut self,
+        volumes: &'a [VolumeInfo],
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<Vec<BitmapRequest>>> {
+        let requests = self.0.script.lock().unwrap().requests.clone();
+        ready(self.0.call("plan_volumes").map(|()| {
+            if requests.is_empty() { vec![BitmapRequest::New; volumes.len()] } else { requests }
+        }))
+    }
+
+    fn backup_vm<'a>(
+        &'a mut self,
+        backup: VmBackup,
+        progress: &'a dyn Progress,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<Transferred>> {
+        Box::pin(async move {
+            self.0.call("backup_vm")?;
+            let described: Vec<String> = backup
+                .volumes
+                .iter()
+                .map(|v| format!("{} {:?} {:?}", v.device, v.bitmap_mode, v.generation))
+                .collect();
+            self.0.calls.lock().unwrap().push(format!("volumes {described:?}"));
+            let hold = self.0.script.lock().unwrap().hold.clone();
+            if let Some(hold) = hold {
+                hold.0.notify_one();
+                hold.1.notified().await;
+            }
+            for volume in &backup.volumes {
+                progress.report(&volume.device, volume.size_bytes, volume.size_bytes, 0);
+            }
+            progress.log("all read");
+            let total_bytes = backup.volumes.iter().map(|volume| volume.size_bytes).sum();
+            Ok(Transferred { total_bytes, read_bytes: total_bytes, ..Transferred::default() })
+        })
+    }
+
+    fn commit<'a>(self: Box<Self>, id: Uuid, _call: &'a Call) -> BoxFuture<'a, Result<Committed>>
+    where
+        Self: 'a,
+    {
+        Box::pin(async move {
+            self.0.call("commit")?;
+            let how = self.0.script.lock().unwrap().commit;
+            let write = || std::fs::write(self.0.commit_file(id), ARCHIVE).unwrap();
+            let failed = Error::new(Kind::Io, "scripted failure of commit");
+            match how {
+                Commit::Works => write(),
+                Commit::WorksButFails => {
+                    write();
+                    return Err(failed);
+                }
+                Commit::Fails | Commit::StaysPending => return Err(failed),
+                Commit::Hangs => std::future::pending().await,
+                Commit::DiesBefore => std::process::abort(),
+                Commit::DiesAfter => {
+                    write();
+                    std::process::abort();
+                }
+            }
+            Ok(Committed { archive: ARCHIVE.into(), size_bytes: 42 })
+        })
+    }
+
+    fn abort<'a>(self: Box<Self>, _why: &'a str, _call: &'a Call) -> BoxFuture<'a, Result<()>>
+    where
+        Self: 'a,
+    {
+        ready(self.0.call("abort"))
+    }
+}
+
+struct FakeRestore {
+    inner: Arc<Inner>,
+    stored: Stored,
+}
+
+impl VmRestore for FakeRestore {
+    fn devices(&self) -> &[RestoreDevice] {
+        &self.stored.devices
+    }
+
+    fn volume_init<'a>(
+        &'a mut self,
+        device: &'a str,
+        _private_dir: &'a Path,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<VolumeSource>> {
+        let at = self.stored.devices.iter().position(|d| d.device == device).unwrap();
+        ready(self.inner.call("volume_init").map(|()| self.stored.sources[at].clone()))
+    }
+
+    fn volume_cleanup<'a>(
+        &'a mut self,
+        _device: &'a str,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        ready(self.inner.call("volume_cleanup"))
+    }
+
+    fn cleanup<'a>(self: Box<Self>, _call: &'a Call) -> BoxFuture<'a, Result<()>>
+    where
+        Self: 'a,
+    {
+        ready(self.inner.call("cleanup"))
+    }
+}
