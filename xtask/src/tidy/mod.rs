@@ -52,6 +52,8 @@ pub(crate) fn report(paths: &Paths) -> Result<(u64, u64)> {
 /// Every file that is or could be committed, relative to the top.
 fn tracked_files(paths: &Paths) -> Result<Vec<String>> {
     let mut git = Command::new("git");
+    // The gate's clone may belong to another user.
+    git.args(["-c", "safe.directory=*"]);
     git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
     let list =
         output(git.current_dir(&paths.root)).context("cannot list the repository's files")?;
