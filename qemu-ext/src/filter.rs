@@ -212,8 +212,8 @@ pub fn configure(node: Bds, settings: Settings) -> Result<(), String> {
     Ok(())
 }
 
-/// Starts or stops capturing and claiming permissions. Main loop, everything drained,
-/// immediately before the filter is put above its source or after it was taken away.
+/// Starts or stops capturing and claiming permissions. Main loop, everything drained, immediately
+/// before the filter is put above its source or taken away again: permissions change with that.
 pub fn set_active(node: Bds, active: bool) {
     let Ok(filter) = filter(node) else { return };
     filter.active.store(active, Ordering::Release);

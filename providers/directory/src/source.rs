@@ -40,6 +40,8 @@ impl Source {
             let options = Options {
                 contexts: base.into_iter().chain(bitmap_context.clone()).collect(),
                 connections: CONNECTIONS,
+                // Zeroes are skipped by their extents; an error must not cost the connection.
+                whole_reads: true,
                 timeout: Some(NBD_TIMEOUT),
             };
             Client::connect_unix(socket, export, options)

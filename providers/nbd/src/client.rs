@@ -34,6 +34,11 @@ pub struct Options {
     /// Connections to open, at most 16. Only one is opened if the server does not promise that
     /// several see the same content.
     pub connections: usize,
+    /// Ask for each read's answer in one piece where the server can. QEMU ends the connection when
+    /// a read fails that it answers in fragments; in one piece its error is answered as such, and
+    /// it asks for no block status first. Holes are then sent as zeroes: for callers that skip them.
+    /// A server may refuse large answers in one piece with `EOVERFLOW`; QEMU and nbdkit do not.
+    pub whole_reads: bool,
     /// Time for each request, and for the negotiation. Without it requests wait as long as it
     /// takes, and the negotiation 30 seconds.
     pub timeout: Option<Duration>,
@@ -41,7 +46,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { contexts: Vec::new(), connections: 1, timeout: None }
+        Self { contexts: Vec::new(), connections: 1, whole_reads: false, timeout: None }
     }
 }
 
@@ -61,6 +66,7 @@ struct Inner {
     connections: Vec<Connection>,
     export: Export,
     names: Vec<String>,
+    whole_reads: bool,
     timeout: Option<Duration>,
 }
 
@@ -140,8 +146,8 @@ impl Client {
             "connected to an NBD export"
         );
         let names = export.contexts.iter().map(|context| context.name.clone()).collect();
-        let timeout = options.timeout;
-        Ok(Self { inner: Arc::new(Inner { connections, export, names, timeout }) })
+        let Options { whole_reads, timeout, .. } = options;
+        Ok(Self { inner: Arc::new(Inner { connections, export, names, whole_reads, timeout }) })
     }
 
     /// Size of the export in bytes.
@@ -232,8 +238,10 @@ impl Client {
     }
 
     async fn read_piece(&self, piece: Piece, buf: BytesMut) -> Result<BytesMut> {
+        let whole = self.inner.whole_reads && self.flags().can_read_whole;
+        let flags = if whole { command_flag::DF } else { 0 };
         let body = Body::Read(ReadBody::new(buf, piece.len as usize));
-        match self.send(draft(command::READ, 0, piece, body)).await? {
+        match self.send(draft(command::READ, flags, piece, body)).await? {
             Answer::Data(data) => Ok(data),
             Answer::Done | Answer::Status(_) => Err(mixed_up()),
         }

@@ -32,6 +32,8 @@ pub struct Flags {
     pub can_multi_conn: bool,
     /// Block status can be asked for one of several contexts.
     pub can_select_contexts: bool,
+    /// Reads can be answered in one piece.
+    pub can_read_whole: bool,
     /// It is a rotating disk.
     pub rotational: bool,
 }
@@ -51,6 +53,7 @@ impl Flags {
             can_fast_zero: wire & flag::SEND_FAST_ZERO != 0,
             can_multi_conn: wire & flag::CAN_MULTI_CONN != 0,
             can_select_contexts: wire & flag::BLOCK_STATUS_PAYLOAD != 0,
+            can_read_whole: wire & flag::SEND_DF != 0,
             rotational: wire & flag::ROTATIONAL != 0,
         }
     }

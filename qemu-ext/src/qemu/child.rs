@@ -96,7 +96,7 @@ impl Child {
     /// Writes `parts` one after the other.
     pub fn write(self, _: &CoGraph<'_>, offset: u64, parts: &[&[u8]]) -> Result<(), Errno> {
         let mut vector = WriteVector::new(parts);
-        let len = vector.len() as i64;
+        let len = vector.byte_count() as i64;
         // SAFETY: coroutine and graph lock by the witness; the vector lives until the return.
         check(unsafe {
             sys::bdrv_co_pwritev(self.as_ptr(), offset as i64, len, vector.as_mut_ptr(), 0)
@@ -136,7 +136,7 @@ impl Child {
     pub fn size_bytes(self) -> u64 {
         // SAFETY: the node is alive while the link is.
         let sectors = unsafe { (*self.node().as_ptr()).total_sectors };
-        sectors.max(0) as u64 * u64::from(sys::BDRV_SECTOR_SIZE as u32)
+        sectors.max(0) as u64 * u64::from(sys::BDRV_SECTOR_SIZE)
     }
 
     /// The larger of both nodes' request alignments, in bytes.

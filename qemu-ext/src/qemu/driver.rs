@@ -58,7 +58,7 @@ unsafe extern "C" fn register() {
         drop(STAYING_CHILD.set(Registered(Box::leak(Box::new(class)))));
 
         let filter: *mut sys::BlockDriver = Box::leak(Box::new(filter_driver()));
-        drop(FILTER.set(filter as usize));
+        let _ = FILTER.set(filter as usize);
         // SAFETY: complete drivers that are never freed.
         unsafe { sys::bdrv_register(filter) };
         // SAFETY: as above.
@@ -127,15 +127,6 @@ pub fn filter_of(node: Bds) -> Option<&'static Filter> {
 unsafe fn state<'a>(bs: *mut sys::BlockDriverState) -> &'a Filter {
     // SAFETY: as stated; `filter_open` stored the pointer.
     unsafe { &**(*bs).opaque.cast::<*mut Filter>() }
-}
-
-/// As [`state`], for callbacks that come already while the node is being opened; none then.
-///
-/// # Safety
-/// `bs` is a node of the filter's driver.
-unsafe fn opened_state<'a>(bs: *mut sys::BlockDriverState) -> Option<&'a Filter> {
-    // SAFETY: as stated; QEMU zeroed the place before it opened the node.
-    unsafe { (*(*bs).opaque.cast::<*mut Filter>()).as_ref() }
 }
 
 fn errno<T>(result: Result<T, Errno>) -> c_int {
@@ -234,7 +225,8 @@ unsafe extern "C" fn filter_child_perm(
             return;
         }
         sys::bdrv_default_perms(bs, child, role, queue, perm, shared, nperm, nshared);
-        if opened_state(bs).is_some_and(Filter::is_active) {
+        // There is no state yet while the node is being opened.
+        if Bds::from_ptr(bs).and_then(filter_of).is_some_and(Filter::is_active) {
             *nperm |= u64::from(sys::BLK_PERM_CONSISTENT_READ);
             // A write beside the filter would not be captured, a resize would cut the snapshot.
             *nshared &= !u64::from(sys::BLK_PERM_WRITE | sys::BLK_PERM_RESIZE);

@@ -80,7 +80,7 @@ impl<'a> WriteVector<'a> {
     }
 
     /// Length in bytes.
-    pub fn len(&self) -> usize {
+    pub(super) fn byte_count(&self) -> usize {
         self.len
     }
 

@@ -142,6 +142,7 @@ async fn connect(daemon: &Daemon, export: &str, contexts: &[&str]) -> Result<Cli
     let options = Options {
         contexts: contexts.iter().map(|&context| context.to_owned()).collect(),
         connections: 1,
+        whole_reads: true,
         timeout: Some(REQUEST_WITHIN),
     };
     Client::connect_unix(daemon.nbd_socket(), export, options)

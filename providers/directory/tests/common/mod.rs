@@ -49,7 +49,8 @@ impl Drop for Process {
 pub(crate) async fn connect(socket: &Path, export: &str, contexts: Vec<String>) -> Client {
     let until = Instant::now() + LIMIT;
     loop {
-        let options = Options { contexts: contexts.clone(), timeout: Some(LIMIT), connections: 1 };
+        let options =
+            Options { contexts: contexts.clone(), timeout: Some(LIMIT), ..Options::default() };
         match Client::connect_unix(socket, export, options).await {
             Ok(client) => return client,
             Err(error) => assert!(Instant::now() < until, "no server: {error}"),

@@ -97,6 +97,7 @@ impl Peer {
             contexts: contexts.iter().map(|&name| name.to_owned()).collect(),
             connections: 4,
             timeout: Some(Duration::from_secs(20)),
+            ..Options::default()
         };
         Client::connect_unix(self.socket(), export, options).await.expect("the client connects")
     }
