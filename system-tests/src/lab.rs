@@ -35,8 +35,15 @@ pub const IMAGES: &str = "local";
 pub const BACKUPS: &str = "backups";
 /// Granularity of the bitmaps that mark what changed.
 pub const CLUSTER_BYTES: u64 = 64 << 10;
-/// The two disks of every VM, as its configuration names them.
-pub const DISKS: [&str; 2] = ["virtio0", "virtio1"];
+/// Disks of every VM.
+const DISKS: usize = 2;
+/// Disks on virtio, served by QEMU's main thread.
+pub const PLAIN_VIRTIO: &[&str] = &["--bus", "virtio"];
+/// Disks on virtio, each with a thread of its own.
+pub const VIRTIO_WITH_THREADS: &[&str] = &["--bus", "virtio", "--disk-options", "iothread=1"];
+/// Disks on virtio-scsi with threads; the guest can discard.
+pub const SCSI_WITH_THREADS: &[&str] =
+    &["--bus", "scsi", "--disk-options", "iothread=1,discard=on"];
 const PAIR_NUMBER: u64 = 0x5eed;
 const START_WITHIN: Duration = Duration::from_secs(60);
 const STOP_WITHIN: Duration = Duration::from_secs(60);
@@ -50,6 +57,8 @@ pub struct LabOptions {
     pub disk_bytes: u64,
     /// Format of the VM's disks: `raw` or `qcow2`.
     pub format: &'static str,
+    /// Options of `vm create` for how the disks are attached.
+    pub hardware: &'static [&'static str],
     /// Records per second the guest writes.
     pub rate_per_s: u32,
     /// Print every command line that is run.
@@ -157,6 +166,7 @@ impl Lab {
         let append = format!("{KERNEL_OPTIONS} vzdump.rate={}", self.options.rate_per_s);
         let mut arguments = vec!["vm", "create", "100", "--name", "demo", "--agent"];
         arguments.extend(["--memory", "256", "--cores", "2", "--format", self.options.format]);
+        arguments.extend(self.options.hardware);
         arguments.extend(["--disk-from", &a, "--disk-from", &b]);
         arguments.extend(["--kernel", &kernel, "--initrd", &initrd, "--append", &append]);
         self.vzdump.run(&arguments, TASK_WITHIN).map(drop)
@@ -378,7 +388,7 @@ impl Backup {
     /// Whether the bitmaps of both disks were used, so that only changes were transferred.
     #[must_use]
     pub fn is_increment(&self) -> bool {
-        self.bitmap_actions.len() == DISKS.len()
+        self.bitmap_actions.len() == DISKS
             && self.bitmap_actions.iter().all(|action| action == "used")
     }
 }

@@ -13,6 +13,8 @@ use anyhow::{Context, Result, bail};
 
 /// How often a wait looks again.
 pub const POLL_EVERY: Duration = Duration::from_millis(20);
+/// What a program may take to clean up when it is asked to end.
+const GRACE: Duration = Duration::from_secs(20);
 /// How much output of one program is kept.
 const OUTPUT_LIMIT_BYTES: u64 = 16 << 20;
 /// How much of a failed program's output is shown.
@@ -28,12 +30,18 @@ impl Stop {
         self.0.store(true, Ordering::SeqCst);
     }
 
+    /// Whether a stop was requested.
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
     /// Fails once a stop was requested.
     ///
     /// # Errors
     /// A stop was requested.
     pub fn check(&self) -> Result<()> {
-        if self.0.load(Ordering::SeqCst) {
+        if self.is_requested() {
             bail!("interrupted");
         }
         Ok(())
@@ -186,9 +194,16 @@ impl Collected {
     /// Waits for the end of the program.
     ///
     /// # Errors
-    /// It did not end in time, or a stop was requested; it is killed then.
+    /// It did not end in time, or a stop was requested; it is asked to end then, and killed when
+    /// it does not.
     pub fn finish(mut self, timeout: Duration, stop: &Stop) -> Result<Finished> {
-        let status = self.guarded.wait(timeout, stop)?;
+        let waited = self.guarded.wait(timeout, stop);
+        if waited.is_err() {
+            // Both fail only when the program is gone or hangs: dropping it kills it.
+            let _ = self.guarded.signal(rustix::process::Signal::TERM);
+            let _ = self.guarded.wait(GRACE, &Stop::default());
+        }
+        let status = waited?;
         // A grandchild that inherited the pipes must not keep us here.
         let deadline = Instant::now() + Duration::from_secs(5);
         while !(self.stdout.is_finished() && self.stderr.is_finished()) {

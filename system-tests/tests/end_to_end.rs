@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use system_tests::console::Console;
-use system_tests::lab::{BACKUPS, Backup, Lab, LabOptions, SOURCE_VM};
+use system_tests::lab::{
+    BACKUPS, Backup, Lab, LabOptions, PLAIN_VIRTIO, SCSI_WITH_THREADS, SOURCE_VM,
+    VIRTIO_WITH_THREADS,
+};
 use system_tests::process::{Collected, Finished, Stop};
 use system_tests::story::{self, Pace};
 use system_tests::turn::Turn;
@@ -29,12 +32,17 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(disk_mib: u64, format: &'static str) -> Self {
+    fn new(disk_mib: u64, format: &'static str, hardware: &'static [&'static str]) -> Self {
         let stop = Stop::default();
         let turn = Turn::wait(&stop).unwrap();
         let dir = tempfile::Builder::new().prefix("vz-e2e-").tempdir_in("/var/tmp").unwrap();
-        let options =
-            LabOptions { disk_bytes: disk_mib << 20, format, rate_per_s: RATE_PER_S, show: true };
+        let options = LabOptions {
+            disk_bytes: disk_mib << 20,
+            format,
+            hardware,
+            rate_per_s: RATE_PER_S,
+            show: true,
+        };
         let lab = Lab::create(dir.path(), options, &stop).unwrap();
         Self { lab, dir, _turn: turn, next_vm: 200 }
     }
@@ -113,7 +121,7 @@ fn size_of(folder: &Path) -> u64 {
 
 #[test]
 fn a_running_vm_is_backed_up_twice_and_both_backups_boot_elsewhere() {
-    let mut scene = Scene::new(128, "raw");
+    let mut scene = Scene::new(128, "raw", VIRTIO_WITH_THREADS);
     let pace = Pace { before: 300, between: 900 };
     let ending = story::tell(&mut scene.lab, pace, |step| println!("{step}")).unwrap();
     println!("{}", ending.table);
@@ -139,7 +147,7 @@ const STEPS: [(&str, bool); 12] = [
 
 #[test]
 fn a_backup_killed_anywhere_is_followed_by_an_increment_that_restores_exactly() {
-    let mut scene = Scene::new(64, "qcow2");
+    let mut scene = Scene::new(64, "qcow2", PLAIN_VIRTIO);
     let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
     let first = scene.lab.backup().unwrap();
     assert!(!first.is_increment());
@@ -170,7 +178,7 @@ fn a_backup_killed_anywhere_is_followed_by_an_increment_that_restores_exactly() 
 #[test]
 fn a_plain_copy_of_the_disks_of_a_running_vm_is_found_out() {
     // Not a test of the product but of these tests: a backup without a point in time must fail.
-    let mut scene = Scene::new(32, "raw");
+    let mut scene = Scene::new(32, "raw", PLAIN_VIRTIO);
     let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
     let images = scene.dir.path().join("local/images");
     std::fs::create_dir(images.join("300")).unwrap();
@@ -185,7 +193,7 @@ fn a_plain_copy_of_the_disks_of_a_running_vm_is_found_out() {
 
 #[test]
 fn a_transfer_that_is_killed_or_interrupted_harms_nobody() {
-    let mut scene = Scene::new(256, "raw");
+    let mut scene = Scene::new(256, "raw", PLAIN_VIRTIO);
     let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
     for signal in [Signal::KILL, Signal::TERM] {
         println!("transfer ended by {signal:?}");
@@ -211,7 +219,7 @@ fn a_transfer_that_is_killed_or_interrupted_harms_nobody() {
 
 #[test]
 fn a_qemu_killed_during_a_backup_loses_no_write_and_leaves_no_archive() {
-    let mut scene = Scene::new(256, "qcow2");
+    let mut scene = Scene::new(256, "qcow2", SCSI_WITH_THREADS);
     let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
     let seen = console.wait_for_record(300, SOON, &scene.lab.stop).unwrap();
     let stored = scene.stored_bytes();

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use system_tests::lab::{BACKUPS, IMAGES, Lab, LabOptions, SOURCE_VM};
+use system_tests::lab::{BACKUPS, IMAGES, Lab, LabOptions, PLAIN_VIRTIO, SOURCE_VM};
 use system_tests::process::Stop;
 use system_tests::story::{self, Ending, Pace};
 use system_tests::table::bytes;
@@ -16,11 +16,16 @@ const USAGE: &str = "usage: demo [--keep] [--dir DIR]
   --dir DIR  use this folder, which must be empty or new (default: a new one in /var/tmp)";
 /// Disks, their backups and restores together.
 const NEEDED_BYTES: u64 = 6 << 30;
-const OPTIONS: LabOptions =
-    LabOptions { disk_bytes: 512 << 20, format: "qcow2", rate_per_s: 200, show: true };
+const OPTIONS: LabOptions = LabOptions {
+    disk_bytes: 512 << 20,
+    format: "qcow2",
+    hardware: PLAIN_VIRTIO,
+    rate_per_s: 200,
+    show: true,
+};
 const PACE: Pace = Pace { before: 500, between: 2500 };
 /// Cleaning up stops the VMs; after this long the demo ends anyway.
-const CLEAN_WITHIN: Duration = Duration::from_secs(90);
+const CLEAN_WITHIN: Duration = Duration::from_secs(120);
 
 struct Options {
     keep: bool,
@@ -54,25 +59,32 @@ fn run(options: &Options) -> Result<()> {
     let stop = Stop::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut folder = Folder::make(options)?;
-    let (dir, keep, asked) = (folder.path.clone(), options.keep, stop.clone());
+    let (dir, keep, asked, requested) =
+        (folder.path.clone(), options.keep, stop.clone(), stop.clone());
     let result = runtime.block_on(async move {
         let mut story = tokio::task::spawn_blocking(move || demo(&dir, keep, &asked));
         let mut interrupt = signal(tokio::signal::unix::SignalKind::interrupt())?;
         let mut terminate = signal(tokio::signal::unix::SignalKind::terminate())?;
+        let mut hangup = signal(tokio::signal::unix::SignalKind::hangup())?;
         tokio::select! {
             ended = &mut story => return ended.context("the demo crashed")?,
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
         }
         eprintln!("\nStopping the VMs…");
-        stop.request();
+        requested.request();
         match tokio::time::timeout(CLEAN_WITHIN, story).await {
             Ok(ended) => ended.context("the demo crashed")?,
             Err(_) => bail!("interrupted; the VMs did not stop within {CLEAN_WITHIN:?}"),
         }
     });
     runtime.shutdown_background();
-    folder.close(result.is_err())?;
+    let interrupted = result.is_err() && stop.is_requested();
+    folder.close(result.is_err() && !interrupted)?;
+    if interrupted {
+        bail!("interrupted; the VMs are stopped");
+    }
     result
 }
 
