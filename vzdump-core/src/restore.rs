@@ -509,7 +509,8 @@ struct Meter<'a> {
     sink: &'a dyn TaskSink,
     progress: Progress,
     started: Instant,
-    line: Option<Instant>,
+    /// Percent and time of the last line.
+    line: Option<(u8, Instant)>,
 }
 
 impl<'a> Meter<'a> {
@@ -525,10 +526,12 @@ impl<'a> Meter<'a> {
         self.progress.read_bytes_per_s = rate(done_bytes, elapsed);
         self.progress.write_bytes_per_s = self.progress.read_bytes_per_s;
         self.sink.progress(&self.progress);
-        let is_due = self.line.is_none_or(|line| line.elapsed() >= LINE_INTERVAL);
-        if is_due || self.progress.percent() == 100 {
+        let percent = self.progress.percent();
+        let is_due = self.line.is_none_or(|(_, at)| at.elapsed() >= LINE_INTERVAL);
+        let is_new = self.line.is_none_or(|(shown, _)| shown != percent);
+        if is_new && (is_due || percent == 100) && percent > 0 {
             self.sink.info(&self.progress.line());
-            self.line = Some(Instant::now());
+            self.line = Some((percent, Instant::now()));
         }
     }
 }

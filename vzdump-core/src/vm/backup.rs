@@ -359,6 +359,10 @@ impl VmDriver {
         }
         let access = self.access.take();
         let Some(session) = self.session_if_alive().await? else {
+            if let Some(access) = access {
+                // It went with QEMU: only the guard has to know.
+                let _ = access.abort().await;
+            }
             if success {
                 task.sink.warn("QEMU ended before the bitmaps were settled");
             }
