@@ -3,8 +3,10 @@
 
 use std::path::Path;
 
-use provider_api::{RestoreDevice, VolumeSource};
+use provider_api::{GuestKind, RestoreDevice, VolumeSource};
 use vzdump_core::config::guest::VmConfig;
+use vzdump_core::journal::recover::recover_guest;
+use vzdump_core::journal::{Begin, Entry, Journal, TaskKind};
 use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
 use vzdump_core::storage::ImageFormat;
 
@@ -201,4 +203,54 @@ async fn a_cancelled_restore_leaves_nothing() {
     let report = restore(&world, &RestoreOptions::default()).await;
     assert!(report.error.unwrap().contains("cancelled"));
     assert_nothing_made(&world, "cancelled");
+}
+
+/// The journal of a restore that died, with its one volume and its private directory.
+async fn died(world: &World, config: Option<&str>, complete: bool) -> std::path::PathBuf {
+    let World { ctx, .. } = world;
+    let begin = Begin::new(TaskKind::Restore, GuestKind::Qemu, NEW_ID, "store").unwrap();
+    let journal = Journal::create(&ctx.layout, begin).await.unwrap();
+    let private = ctx.layout.run().join("r-12345678");
+    std::fs::create_dir_all(&private).unwrap();
+    let volume = "local:200/vm-200-disk-0.raw".to_owned();
+    let rules = ctx.layout.firewall_path(NEW_ID);
+    journal.append(Entry::Directory { path: private }).await.unwrap();
+    journal.append(Entry::Volume { volume: volume.clone() }).await.unwrap();
+    journal.append(Entry::Volume { volume: "local:200/foreign.raw".into() }).await.unwrap();
+    journal.append(Entry::Forget { volume: "local:200/foreign.raw".into() }).await.unwrap();
+    journal.append(Entry::File { path: rules.clone() }).await.unwrap();
+    std::fs::create_dir_all(rules.parent().unwrap()).unwrap();
+    std::fs::write(rules, "").unwrap();
+    let images = ctx.storages.images("local").unwrap();
+    for name in ["vm-200-disk-0", "foreign"] {
+        images.allocate(&ctx.tools, NEW_ID, name, ImageFormat::Raw, 512).await.unwrap();
+    }
+    if let Some(config) = config {
+        std::fs::write(ctx.layout.vm_config_path(NEW_ID), config).unwrap();
+    }
+    if complete {
+        journal.append(Entry::Complete).await.unwrap();
+    }
+    images.volume_path(&volume.parse().unwrap()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_died_is_removed_unless_its_vm_exists() {
+    let mine = "scsi0: local:200/vm-200-disk-0.raw\n";
+    for (what, config, complete, stays) in [
+        ("before the switch", None, false, false),
+        ("somebody else's VM", Some("scsi0: local:200/other.raw\n"), false, false),
+        ("after the switch", Some(mine), false, true),
+        ("at the end", Some(mine), true, true),
+    ] {
+        let world = world(|_| {}, None);
+        let disk = died(&world, config, complete).await;
+        let left = recover_guest(&world.ctx, GuestKind::Qemu, NEW_ID, &world.sink).await.unwrap();
+        assert_eq!(left, [], "{what}");
+        assert_eq!(disk.exists(), stays, "{what}");
+        // The rules belong to the VM of this number, whoever made it.
+        assert_eq!(world.ctx.layout.firewall_path(NEW_ID).exists(), config.is_some(), "{what}");
+        assert!(disk.with_file_name("foreign.raw").exists(), "{what}: not ours to remove");
+        assert!(world.journals().is_empty() && !world.ctx.layout.run().join("r-12345678").exists());
+    }
 }
