@@ -55,20 +55,39 @@ impl Console {
     /// # Errors
     /// The line does not come in time, or the guest reports a failure instead.
     pub fn wait_for(&mut self, needle: &str, timeout: Duration, stop: &Stop) -> Result<String> {
-        let what = format!("{needle:?} on the console {}", self.path.display());
-        let found = stop.wait_for(&what, timeout, || {
+        let [line] = self.wait_for_each([needle], timeout, stop)?;
+        Ok(line)
+    }
+
+    /// One line for each needle, in whatever order they come; others are passed over.
+    ///
+    /// # Errors
+    /// A line does not come in time, or the guest reports a failure instead.
+    pub fn wait_for_each<const N: usize>(
+        &mut self,
+        needles: [&str; N],
+        timeout: Duration,
+        stop: &Stop,
+    ) -> Result<[String; N]> {
+        let what = format!("{needles:?} on the console {}", self.path.display());
+        let mut found = needles.map(|_| None);
+        let waited = stop.wait_for(&what, timeout, || {
             self.refresh()?;
             while let Some(line) = self.next_line() {
-                if line.contains(needle) {
-                    return Ok(Some(line));
+                let wanted = needles.iter().position(|needle| line.contains(needle));
+                match wanted.and_then(|index| found.get_mut(index)) {
+                    Some(slot) => *slot = Some(line),
+                    None if is_fatal(&line) => bail!("the guest says: {line}"),
+                    None => {}
                 }
-                if FATAL.iter().any(|fatal| line.contains(fatal)) {
-                    bail!("the guest says: {line}");
+                if found.iter().all(Option::is_some) {
+                    return Ok(Some(()));
                 }
             }
             Ok(None)
         });
-        found.with_context(|| format!("the console ends with:\n{}", tail(&self.text)))
+        waited.with_context(|| format!("the console ends with:\n{}", tail(&self.text)))?;
+        Ok(found.map(Option::unwrap_or_default))
     }
 
     /// What the guest said about its records since the last call of any method here.
@@ -82,7 +101,7 @@ impl Console {
             if let Some((last, stall)) = parse_records(&line) {
                 seen.last = seen.last.max(last);
                 seen.longest_stall = seen.longest_stall.max(stall);
-            } else if FATAL.iter().any(|fatal| line.contains(fatal)) {
+            } else if is_fatal(&line) {
                 bail!("the guest says: {line}");
             }
         }
@@ -144,6 +163,10 @@ impl Console {
     }
 }
 
+fn is_fatal(line: &str) -> bool {
+    FATAL.iter().any(|fatal| line.contains(fatal))
+}
+
 fn parse_records(line: &str) -> Option<(u64, Duration)> {
     let rest = &line[line.find("RECORDS ")?..];
     let value = |key: &str| {
@@ -169,6 +192,8 @@ mod tests {
         file.write_all(b"noise\r\nGUEST READY\r\nRECORDS last=7 stall_us=1500 STALL").unwrap();
         assert_eq!(console.wait_for("READY", SOON, &stop).unwrap(), "GUEST READY");
         assert_eq!(console.records().unwrap(), RecordsSeen::default());
+        let both = console.wait_for_each(["STALL", "READY"], SOON, &stop);
+        assert!(both.is_err(), "the line is not complete");
         file.write_all(b" max_ms=2\r\nRECORDS last=9 stall_us=20 STALL max_ms=2\r\n").unwrap();
         let seen = RecordsSeen { last: 9, longest_stall: Duration::from_micros(1500) };
         assert_eq!(console.records().unwrap(), seen);

@@ -188,7 +188,7 @@ impl Lab {
         run(&mut command, CONVERT_WITHIN, &self.stop).map(drop)
     }
 
-    /// Starts a VM and waits until the guest has checked its disks.
+    /// Starts a VM and waits until the guest has checked its disks and started its agent.
     ///
     /// # Errors
     /// It does not start, or the check fails.
@@ -198,7 +198,8 @@ impl Lab {
         self.vzdump.run(&["vm", "start", &vm.to_string()], START_WITHIN)?;
         // QEMU begins the log anew, so what is there now is of this start.
         let mut console = Console::from_start_of(&self.console_log(vm));
-        let line = console.wait_for("CHECK ", BOOT_WITHIN, &self.stop)?;
+        let needles = ["CHECK ", "GUEST AGENT"];
+        let [line, _] = console.wait_for_each(needles, BOOT_WITHIN, &self.stop)?;
         let checked = Checked::parse(&line)
             .with_context(|| format!("the guest's check of VM {vm} failed: {line}"))?;
         Ok(Running { console, checked })
