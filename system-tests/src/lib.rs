@@ -13,6 +13,8 @@
 //! * [`turn`]: one guest at a time.
 //! * [`process`]: programs with a time limit that are ended on every path.
 
+#![forbid(unsafe_code)]
+
 pub mod console;
 pub mod guest;
 pub mod lab;

@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# SPDX-License-Identifier: MIT OR Apache-2.0
 # The guest's first process: devices, guest agent, a mounted file system that can be frozen, and
 # then the records: check what the disks hold, say so on the console, and go on writing.
 # Options on the kernel's command line: vzdump.rate=N, vzdump.write=no.

@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# SPDX-License-Identifier: MIT OR Apache-2.0
 # Ends the guest; the agent and the power button call it.
 echo "GUEST SHUTDOWN" >/dev/console
 killall guest-records 2>/dev/null
