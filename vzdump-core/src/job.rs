@@ -6,6 +6,7 @@
 //! the order that [`state`] keeps. One guest's failure does not stop the others.
 
 pub(crate) mod commit;
+#[cfg(debug_assertions)]
 mod kill_point;
 mod progress;
 pub mod report;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Lets the end-to-end tests kill the process at a chosen step of a backup.
+//! Lets the end-to-end tests kill the process at a chosen step of a backup. Debug builds only.
 //!
 //! Between commit and teardown there are milliseconds; a test that hoped to hit them would prove
 //! nothing on the day it misses.

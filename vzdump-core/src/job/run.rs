@@ -10,6 +10,7 @@ use provider_api::{
     check_archive_name,
 };
 
+#[cfg(debug_assertions)]
 use super::kill_point;
 use super::progress::Meter;
 use super::report::{GuestReport, millis};
@@ -91,6 +92,7 @@ impl<'a> Run<'a> {
                 self.report.result = verdict.into();
                 break;
             }
+            #[cfg(debug_assertions)]
             kill_point::reached(action);
             let event = match self.bounded(action, machine.is_cancellable()).await {
                 Ok(event) => event,
