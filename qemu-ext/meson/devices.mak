@@ -33,3 +33,9 @@ CONFIG_USB_XHCI_PCI=y
 CONFIG_USB_STORAGE_BOT=y
 CONFIG_HPET=y
 CONFIG_PFLASH_CFI01=y
+# Not wanted for themselves: without them some versions do not link (ACPI tables of q35 call CXL,
+# NVMe calls SPDM).
+CONFIG_PXB=y
+CONFIG_CXL=y
+CONFIG_CXL_MEM_DEVICE=y
+CONFIG_SPDM_SOCKET=y
