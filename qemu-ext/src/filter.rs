@@ -11,10 +11,10 @@ use fleece::{ByteRange, Engine, Errno, Geometry, NeedMap, Stats};
 
 use crate::filter_io::FilterIo;
 use crate::qemu::child::Child;
-use crate::qemu::coroutine::{CoGraph, Waiting};
+use crate::qemu::coroutine::{Busy, CoGraph, Waiting};
 use crate::qemu::graph::Bds;
 use crate::qemu::memory::AlignedBuf;
-use crate::qemu::{coroutine, driver, try_guard};
+use crate::qemu::{coroutine, driver, main_loop, try_guard};
 
 /// Name of the filter's driver. Options at open: `file` (the source) and `target` (the fleecing
 /// image), both node names.
@@ -104,7 +104,7 @@ impl Filter {
     /// snapshot is broken and the request passes.
     pub(crate) fn before_write(&self, graph: &CoGraph<'_>, range: ByteRange) {
         let Some(engine) = self.engine.get() else { return };
-        let io = FilterIo::of_request(self, graph);
+        let io = FilterIo::with_graph(self, graph);
         if try_guard(|| engine.before_write(&io, range)).is_none() {
             self.break_after_panic();
         }
@@ -113,7 +113,8 @@ impl Filter {
     /// How much of a large discard or write-zeroes may go down at once, and whether
     /// [`Filter::before_write`] is due before that.
     pub(crate) fn next_part(&self, range: ByteRange) -> (u64, bool) {
-        let part = self.engine.get().map(|engine| try_guard(|| engine.next_part(range)));
+        let unit = self.source.discard_unit();
+        let part = self.engine.get().map(|engine| try_guard(|| engine.next_part(range, unit)));
         match part {
             Some(Some(part)) => part,
             Some(None) => {
@@ -126,7 +127,7 @@ impl Filter {
 
     fn break_after_panic(&self) {
         if let Some(engine) = self.engine.get() {
-            let io = FilterIo::of_main_loop(self);
+            let io = FilterIo::without_io(self);
             let text = "internal error (panic) in the fleecing filter".to_owned();
             if try_guard(|| engine.break_snapshot(&io, text, Errno::EIO)).is_none() {
                 engine.deactivate();
@@ -141,7 +142,7 @@ impl Filter {
         f: impl FnOnce(&Engine<Waiting, AlignedBuf>, &FilterIo<'_>) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
         let engine = self.engine.get().ok_or(Errno::EIO)?;
-        let io = FilterIo::of_request(self, graph);
+        let io = FilterIo::with_graph(self, graph);
         try_guard(|| f(engine, &io)).unwrap_or_else(|| {
             self.break_after_panic();
             Err(Errno::EIO)
@@ -154,8 +155,15 @@ impl Filter {
         coroutine::spawn(node, move |here| {
             let Some(filter) = driver::filter_of(node) else { return };
             let Some(engine) = filter.engine.get() else { return };
-            let io = FilterIo::of_background(filter, here);
-            if try_guard(|| engine.flush_loop(&io)).is_none() {
+            let flushed = try_guard(|| {
+                // The lock is held for one batch, and not yet taken when there is none: whoever
+                // changes the graph waits for neither long.
+                while let Some(batch) = engine.next_batch(&FilterIo::without_io(filter)) {
+                    let graph = here.lock_graph();
+                    engine.flush(&FilterIo::with_graph(filter, &graph), batch);
+                }
+            });
+            if flushed.is_none() {
                 engine.flusher_died();
                 filter.break_after_panic();
             }
@@ -168,10 +176,22 @@ impl Filter {
         }
     }
 
+    /// Not here: the end of a drain may come inside a change of the graph, and a flusher would wait
+    /// for its end while a new drain waits for the flusher.
     pub(crate) fn drain_end(&self) {
-        if let Some(engine) = self.engine.get() {
-            engine.resume(&FilterIo::of_main_loop(self));
+        let Some(engine) = self.engine.get() else { return };
+        if !engine.resume() {
+            return;
         }
+        let (node, busy) = (self.node, Busy::new(self.node));
+        main_loop::schedule_in_polls(Box::new(move |_| {
+            if let Some(filter) = driver::filter_of(node)
+                && let Some(engine) = filter.engine.get()
+            {
+                engine.kick(&FilterIo::without_io(filter));
+            }
+            drop(busy);
+        }));
     }
 
     /// The node closes.
@@ -240,7 +260,7 @@ pub fn begin_close(node: Bds) {
     if let Ok(filter) = filter(node)
         && let Some(engine) = filter.engine.get()
     {
-        engine.close(&FilterIo::of_main_loop(filter));
+        engine.close(&FilterIo::without_io(filter));
     }
 }
 
@@ -254,6 +274,6 @@ pub fn check_timeout(node: Bds) {
     if let Ok(filter) = filter(node)
         && let Some(engine) = filter.engine.get()
     {
-        engine.check_timeout(&FilterIo::of_main_loop(filter));
+        engine.check_timeout(&FilterIo::without_io(filter));
     }
 }

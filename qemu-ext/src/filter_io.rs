@@ -8,18 +8,16 @@ use fleece::{Errno, Io};
 
 use crate::filter::Filter;
 use crate::qemu::child::Child;
-use crate::qemu::coroutine::{self, CoGraph, InCoroutine, Waiting};
+use crate::qemu::coroutine::{self, CoGraph, Waiting};
 use crate::qemu::iovec::IoSlice;
 use crate::qemu::memory::AlignedBuf;
 
 /// How an I/O comes by the graph lock.
 #[derive(Debug, Clone, Copy)]
 enum Graph<'a> {
-    /// The caller, a driver callback, holds it.
+    /// The caller holds it.
     Held(&'a CoGraph<'a>),
-    /// It is taken around each single I/O.
-    Take(InCoroutine),
-    /// There is none, and no I/O: the main loop ends or watches the snapshot.
+    /// There is none, and no I/O: the snapshot is ended or watched, or a flusher looks for work.
     NoIo,
 }
 
@@ -31,18 +29,13 @@ pub(crate) struct FilterIo<'a> {
 }
 
 impl<'a> FilterIo<'a> {
-    /// For a driver callback.
-    pub(crate) fn of_request(filter: &'a Filter, graph: &'a CoGraph<'a>) -> Self {
+    /// For whoever holds the graph lock: a driver callback, or a flusher during a batch.
+    pub(crate) fn with_graph(filter: &'a Filter, graph: &'a CoGraph<'a>) -> Self {
         Self { filter, graph: Graph::Held(graph) }
     }
 
-    /// For a background coroutine.
-    pub(crate) fn of_background(filter: &'a Filter, here: InCoroutine) -> Self {
-        Self { filter, graph: Graph::Take(here) }
-    }
-
-    /// For the main loop, which does no I/O.
-    pub(crate) fn of_main_loop(filter: &'a Filter) -> Self {
+    /// For whoever does no I/O.
+    pub(crate) fn without_io(filter: &'a Filter) -> Self {
         Self { filter, graph: Graph::NoIo }
     }
 
@@ -53,7 +46,6 @@ impl<'a> FilterIo<'a> {
         let (source, target) = (self.filter.source(), self.filter.target());
         match self.graph {
             Graph::Held(graph) => f(graph, source, target),
-            Graph::Take(here) => f(&here.lock_graph(), source, target),
             Graph::NoIo => Err(Errno::EIO),
         }
     }

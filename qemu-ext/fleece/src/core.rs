@@ -77,7 +77,7 @@ struct Extent<B> {
 /// One sequential write to the log.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct Batch<B> {
+pub struct Batch<B> {
     /// First position in the log, in granules.
     pub(crate) position: u32,
     /// Byte offset in the fleecing image.

@@ -18,6 +18,8 @@ use crate::{Errno, Io, NeedMap, OutOfMemory};
 const BATCH_BYTES: u64 = 256 << 10;
 /// So many flushers at most.
 const MAX_FLUSHERS: u32 = 4;
+/// The states of at most this much of the disk are looked at in one hold of the lock.
+const LOOK_BYTES: u64 = 64 << 20;
 /// A write to the log is tried so often.
 const WRITE_TRIES: u32 = 3;
 
@@ -251,19 +253,23 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     }
 
     /// How many bytes from `range.start` a discard or write-zeroes may take at once, and whether
-    /// they need [`Engine::before_write`] first. Cut at multiples of [`PIECE_BYTES`], so that the
-    /// source's own alignment is kept.
-    pub fn next_part(&self, range: ByteRange) -> (u64, bool) {
+    /// they need [`Engine::before_write`] first. Cut at multiples of `unit`, which is at least
+    /// what the source can discard as a whole.
+    pub fn next_part(&self, range: ByteRange, unit: u64) -> (u64, bool) {
         let mut pass = 0;
-        for piece in range.pieces(PIECE_BYTES) {
-            let free =
-                !self.capturing.load(Ordering::Acquire) || self.lock().core.needs_nothing(piece);
-            if !free {
-                return if pass > 0 { (pass, false) } else { (piece.len(), true) };
+        for part in range.pieces(unit.max(PIECE_BYTES)) {
+            if !self.may_pass(part) {
+                return if pass > 0 { (pass, false) } else { (part.len(), true) };
             }
-            pass += piece.len();
+            pass += part.len();
         }
         (pass, false)
+    }
+
+    fn may_pass(&self, range: ByteRange) -> bool {
+        range.pieces(LOOK_BYTES).all(|look| {
+            !self.capturing.load(Ordering::Acquire) || self.lock().core.needs_nothing(look)
+        })
     }
 
     fn note_delay(&self, delay_ns: u64) {
@@ -420,35 +426,33 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         self.quiesced.store(true, Ordering::Release);
     }
 
-    /// Lets background work go on.
-    pub fn resume(&self, io: &impl Io<Task = T, Block = B>) {
+    /// Lets background work go on, once somebody calls [`Engine::kick`]; whether that is due.
+    pub fn resume(&self) -> bool {
         self.quiesced.store(false, Ordering::Release);
-        self.kick(io);
+        let inner = self.lock();
+        inner.flushers < MAX_FLUSHERS && self.should_flush(&inner)
     }
 
-    /// One flusher's life: writes batches until there is nothing to do. Called once for each
-    /// [`Io::spawn_flusher`].
-    pub fn flush_loop(&self, io: &impl Io<Task = T, Block = B>) {
-        loop {
-            let batch = {
-                let mut inner = self.lock();
-                let batch = if self.should_flush(&inner) {
-                    inner.core.take_batch(BATCH_BYTES)
-                } else {
-                    Ok(None)
-                };
-                if !matches!(batch, Ok(Some(_))) {
-                    // Counted down under the same lock, so that no kick is lost.
-                    inner.flushers -= 1;
-                }
-                batch
+    /// A flusher's next batch, to be given to [`Engine::flush`]; none ends the flusher. Called in
+    /// a loop by each [`Io::spawn_flusher`].
+    pub fn next_batch(&self, io: &impl Io<Task = T, Block = B>) -> Option<Batch<B>> {
+        let batch = {
+            let mut inner = self.lock();
+            let batch = if self.should_flush(&inner) {
+                inner.core.take_batch(BATCH_BYTES)
+            } else {
+                Ok(None)
             };
-            match batch {
-                Ok(None) => return,
-                Ok(Some(batch)) => self.flush(io, batch),
-                Err(error) => return self.out_of_memory(io, error),
+            if !matches!(batch, Ok(Some(_))) {
+                // Counted down under the same lock, so that no kick is lost.
+                inner.flushers -= 1;
             }
-        }
+            batch
+        };
+        batch.unwrap_or_else(|error| {
+            self.out_of_memory(io, error);
+            None
+        })
     }
 
     /// A flusher died (panicked) before it counted itself down.
@@ -457,7 +461,8 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         inner.flushers = inner.flushers.saturating_sub(1);
     }
 
-    fn flush(&self, io: &impl Io<Task = T, Block = B>, batch: Batch<B>) {
+    /// Writes a batch to the log.
+    pub fn flush(&self, io: &impl Io<Task = T, Block = B>, batch: Batch<B>) {
         let written = self.write_batch(io, &batch);
         let mut inner = self.lock();
         let completed = match written {
@@ -594,6 +599,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         io: &impl Io<Task = T, Block = B>,
         range: ByteRange,
     ) -> Result<(u64, bool), Errno> {
+        let range = range.intersect(ByteRange::at(range.start, LOOK_BYTES));
         loop {
             let (len, stored) = self.lock().core.stored(range)?;
             match stored {
@@ -613,6 +619,13 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
 
     /// Releases what lies wholly within `range`: it is never read again and need not be saved.
     pub fn release(&self, io: &impl Io<Task = T, Block = B>, range: ByteRange) {
+        // Cut at multiples of the largest granule: none is split.
+        for look in range.pieces(LOOK_BYTES) {
+            self.release_part(io, look);
+        }
+    }
+
+    fn release_part(&self, io: &impl Io<Task = T, Block = B>, range: ByteRange) {
         let mut inner = self.lock();
         let released = inner.core.release(range);
         let freed = matches!(released, Ok((_, true)));

@@ -43,7 +43,7 @@ pub trait Io {
     fn park(&self);
     /// Resumes a task, exactly once for each time it was published.
     fn unpark(&self, task: Self::Task);
-    /// Starts a task that calls [`crate::Engine::flush_loop`] once.
+    /// Starts a task that asks for [`crate::Engine::next_batch`] and flushes it until there is none.
     fn spawn_flusher(&self);
     /// The state became worse; may be called from any task.
     fn notify(&self);

@@ -35,6 +35,7 @@ mod range;
 mod stats;
 mod table;
 
+pub use crate::core::Batch;
 pub use engine::{Engine, Settings};
 pub use io::{Errno, Io, NeedMap};
 pub use range::{ByteRange, Geometry, MAX_GRANULE_BYTES, MIN_GRANULE_BYTES, PIECE_BYTES};

@@ -173,13 +173,26 @@ impl Table {
     /// How many granules from `granule`, at most `limit`, are surely in the same state because
     /// their regions are uniform; at least one.
     pub(crate) fn uniform_run(&self, granule: u64, limit: u64) -> u64 {
-        match &self.regions[(granule / REGION) as usize] {
-            Region::Untouched if self.need.is_some() => 1,
-            Region::Untouched | Region::Clean | Region::Released => {
-                (REGION - granule % REGION).min(limit).max(1)
-            }
-            Region::Table { .. } => 1,
+        let rest = (REGION - granule % REGION).min(limit).max(1);
+        match (&self.regions[(granule / REGION) as usize], &self.need) {
+            (Region::Untouched, Some(need)) => self.untouched_run(need.as_ref(), granule, rest),
+            (Region::Untouched, None) | (Region::Clean | Region::Released, _) => rest,
+            (Region::Table { .. }, _) => 1,
         }
+    }
+
+    /// One question to the need map for the whole run.
+    fn untouched_run(&self, need: &dyn NeedMap, granule: u64, rest: u64) -> u64 {
+        let area = self.geometry.bytes(granule..granule + rest);
+        let run = match need.next_needed(area.start, area.end) {
+            None => rest,
+            Some(needed) => {
+                let cover = self.geometry.cover(ByteRange { start: needed.start, end: needed.end });
+                let end = if cover.start > granule { cover.start } else { cover.end };
+                end - granule
+            }
+        };
+        run.clamp(1, rest)
     }
 
     fn materialise(&mut self, index: usize) -> Result<(), OutOfMemory> {

@@ -206,7 +206,11 @@ impl Io for SimIo {
     }
     fn spawn_flusher(&self) {
         let engine = self.world.engine.lock().unwrap().clone().unwrap();
-        self.world.start(move |io| engine.flush_loop(&io));
+        self.world.start(move |io| {
+            while let Some(batch) = engine.next_batch(&io) {
+                engine.flush(&io, batch);
+            }
+        });
     }
     fn notify(&self) {}
     fn alloc(&self, len: usize) -> Option<Vec<u8>> {
@@ -336,8 +340,9 @@ fn writer(io: &SimIo, engine: &SimEngine, seed: u64, size: u64) {
         };
         if rng.random_ratio(1, 3) {
             let mut rest = range;
+            let unit = 1 << rng.random_range(20..24);
             while !rest.is_empty() {
-                let (len, due) = engine.next_part(rest);
+                let (len, due) = engine.next_part(rest, unit);
                 let part = ByteRange::at(rest.start, len);
                 if due {
                     engine.before_write(io, part);
@@ -490,7 +495,10 @@ fn run(seed: u64) -> Result<(), String> {
         world.start(move |io| {
             engine.quiesce();
             io.pause();
-            engine.resume(&io);
+            if engine.resume() {
+                io.pause();
+                engine.kick(&io);
+            }
         });
     }
     finish(&world);

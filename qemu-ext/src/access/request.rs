@@ -190,6 +190,16 @@ fn check_source(main_loop: MainLoop, top: Bds, source: Bds) -> Result<u64, Error
     if source.is_scsi_generic(main_loop) || Backend::all(main_loop).iter().any(passes_by) {
         return Err(Error::new("it is a SCSI passthrough device, whose requests bypass filters"));
     }
+    if source.is_zoned(main_loop) {
+        return Err(Error::new("it is a zoned device, whose requests filters do not pass on"));
+    }
+    if source.may_grow(main_loop) {
+        let users = source.parents(main_loop).into_iter().map(|user| user.description);
+        return Err(Error::new(format!(
+            "it may grow while it is used by {}; name the disk above it",
+            users.collect::<Vec<_>>().join(", ")
+        )));
+    }
     for node in [top, source] {
         if let Some(error) = node.backup_forbidden(main_loop) {
             return Err(error);

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::TeardownOutcome;
 use super::registry::{self, Access, Device, Operation};
+use super::status;
 use crate::filter;
 use crate::qemu::bitmap::Bitmap;
 use crate::qemu::error::Error;
@@ -132,6 +133,8 @@ fn finish(main_loop: MainLoop, target_id: &str, success: bool) -> Result<Teardow
     if let Err(error) = delete_exports(&drained, &mut access) {
         drop(drained);
         registry::lock().accesses.push(access);
+        // It may have found no access meanwhile and stopped.
+        status::start_watchdog(main_loop);
         return Err(error);
     }
     let mut problems: Vec<String> = access
@@ -216,11 +219,16 @@ fn remove(
 /// exits and waits for all exports, while the teardown waits for the main loop.
 pub(super) fn release_ended_exports(main_loop: MainLoop) {
     let mut ended = Vec::new();
-    for access in &mut registry::lock().accesses {
-        let stuck = |device: &Device| {
+    {
+        let mut registry = registry::lock();
+        // The drained section below waits for all disks of the guest, not only for these.
+        let is_busy = |device: &Device| {
             device.filter(main_loop).is_some_and(|filter| filter::io_in_flight(filter) > 0)
         };
-        if !access.devices.iter().any(stuck) {
+        if registry.accesses.iter().flat_map(|access| &access.devices).any(is_busy) {
+            return;
+        }
+        for access in &mut registry.accesses {
             ended.extend(access.exports.extract_if(.., |export| export.is_idle(main_loop)));
         }
     }

@@ -148,6 +148,13 @@ impl Child {
         of(self).max(of(other))
     }
 
+    /// What the node can discard or zero as a whole, in bytes; 0 when it does not say.
+    pub fn discard_unit(self) -> u64 {
+        // SAFETY: the node is alive while the link is.
+        let limits = unsafe { (*self.node().as_ptr()).bl };
+        u64::from(limits.pdiscard_alignment.max(limits.pwrite_zeroes_alignment))
+    }
+
     /// Cluster size of the node's image in bytes; 0 when it has none.
     pub fn cluster_bytes(self) -> u64 {
         let mut info = sys::BlockDriverInfo::default();

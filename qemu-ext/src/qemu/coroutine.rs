@@ -99,15 +99,33 @@ pub fn park() {
     unsafe { sys::qemu_coroutine_yield() };
 }
 
+/// Keeps a node busy: a drained section waits until the value is dropped.
+#[derive(Debug)]
+pub struct Busy(Bds);
+
+impl Busy {
+    /// Counts a request on the node, which is alive: one of its requests or its driver's callbacks
+    /// calls this.
+    pub fn new(node: Bds) -> Self {
+        // SAFETY: as stated.
+        unsafe { sys::bdrv_inc_in_flight(node.as_ptr()) };
+        Self(node)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        // SAFETY: counted in `new`; the node lives at least until now because it was busy.
+        unsafe { sys::bdrv_dec_in_flight(self.0.as_ptr()) };
+    }
+}
+
 /// What a background coroutine runs; it must not panic.
 type Body = Box<dyn FnOnce(InCoroutine)>;
 
-/// Runs `body` in a new coroutine in the node's AioContext. The node counts as busy until it
-/// ends, so a drained section waits for it.
+/// Runs `body` in a new coroutine in the node's AioContext. The node is busy until it ends.
 pub fn spawn(node: Bds, body: impl FnOnce(InCoroutine) + 'static) {
-    // SAFETY: the node is alive: one of its requests or its driver's callbacks calls this.
-    unsafe { sys::bdrv_inc_in_flight(node.as_ptr()) };
-    let task: Box<(Bds, Body)> = Box::new((node, Box::new(body)));
+    let task: Box<(Busy, Body)> = Box::new((Busy::new(node), Box::new(body)));
     // SAFETY: the entry takes the box over.
     let co = unsafe { sys::qemu_coroutine_create(Some(entry), Box::into_raw(task).cast()) };
     // SAFETY: the node is alive, as above.
@@ -118,11 +136,9 @@ pub fn spawn(node: Bds, body: impl FnOnce(InCoroutine) + 'static) {
 
 extern "C" fn entry(opaque: *mut c_void) {
     // SAFETY: `spawn` passes exactly this, once.
-    let task = unsafe { Box::from_raw(opaque.cast::<(Bds, Body)>()) };
-    let (node, body) = *task;
+    let task = unsafe { Box::from_raw(opaque.cast::<(Busy, Body)>()) };
+    let (_busy, body) = *task;
     // SAFETY: this is a coroutine's entry.
     let here = unsafe { InCoroutine::new() };
     super::guard((), move || body(here));
-    // SAFETY: counted in `spawn`; the node lives at least until now because it was busy.
-    unsafe { sys::bdrv_dec_in_flight(node.as_ptr()) };
 }

@@ -13,7 +13,7 @@ use fleece::{ByteRange, Errno};
 use qemu_ext_sys as sys;
 
 use super::child::Child;
-use super::coroutine::CoGraph;
+use super::coroutine::{Busy, CoGraph};
 use super::graph::Bds;
 use super::iovec::IoSlice;
 use super::{guard, try_guard};
@@ -77,6 +77,7 @@ fn filter_driver() -> sys::BlockDriver {
         bdrv_refresh_limits: Some(filter_refresh_limits),
         bdrv_refresh_filename: Some(filter_refresh_filename),
         bdrv_reopen_prepare: Some(reopen_prepare),
+        bdrv_inactivate: Some(filter_inactivate),
         bdrv_drain_begin: Some(filter_drain_begin),
         bdrv_drain_end: Some(filter_drain_end),
         bdrv_co_preadv_part: Some(filter_co_preadv_part),
@@ -260,6 +261,12 @@ unsafe extern "C" fn reopen_prepare(
     _errp: *mut *mut sys::Error,
 ) -> c_int {
     0
+}
+
+/// The fleecing image must stay writable as long as old data is saved.
+unsafe extern "C" fn filter_inactivate(bs: *mut sys::BlockDriverState) -> c_int {
+    let active = Bds::from_ptr(bs).and_then(filter_of).is_some_and(Filter::is_active);
+    if active { -EBUSY } else { 0 }
 }
 
 unsafe extern "C" fn filter_drain_begin(bs: *mut sys::BlockDriverState) {
@@ -485,13 +492,8 @@ unsafe fn on_snapshot<T>(
     let filter = unsafe { snapshot_filter(bs) }.ok_or(Errno::EIO)?;
     // SAFETY: as stated.
     let graph = unsafe { CoGraph::of_caller() };
-    let node = filter.node();
-    // SAFETY: the filter is alive as long as the snapshot's link.
-    unsafe { sys::bdrv_inc_in_flight(node.as_ptr()) };
-    let result = try_guard(|| f(filter, &graph)).unwrap_or(Err(Errno::EIO));
-    // SAFETY: counted above.
-    unsafe { sys::bdrv_dec_in_flight(node.as_ptr()) };
-    result
+    let _busy = Busy::new(filter.node());
+    try_guard(|| f(filter, &graph)).unwrap_or(Err(Errno::EIO))
 }
 
 unsafe extern "C" fn snapshot_co_preadv_part(

@@ -96,6 +96,23 @@ impl Bds {
         unsafe { sys::bdrv_is_sg(self.as_ptr()) }
     }
 
+    /// Whether a user of the node may make it grow, as a format does with its storage.
+    pub fn may_grow(self, _: MainLoop) -> bool {
+        let _lock = GraphReader::new();
+        let (mut perm, mut shared) = (0, 0);
+        // SAFETY: main loop with the graph lock; out pointers of ours.
+        unsafe {
+            sys::bdrv_get_cumulative_perm(self.as_ptr(), &raw mut perm, &raw mut shared);
+        }
+        perm & u64::from(sys::BLK_PERM_RESIZE) != 0
+    }
+
+    /// Whether it is a zoned device, whose own requests filters do not pass on.
+    pub fn is_zoned(self, _: MainLoop) -> bool {
+        // SAFETY: the node is there.
+        unsafe { (*self.as_ptr()).bl.zoned != sys::BLK_Z_NONE }
+    }
+
     /// Whether it was handed over to another process (migration).
     pub fn is_inactive(self, _: MainLoop) -> bool {
         let _lock = GraphReader::new();

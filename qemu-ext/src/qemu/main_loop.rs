@@ -58,6 +58,14 @@ pub fn schedule(task: Task) {
     unsafe { sys::ba_bh_schedule_oneshot(sys::ba_main_loop_context(), Some(run_task), opaque) };
 }
 
+/// Runs the task soon in the main context, also inside waits that poll it, such as a drain. May be
+/// called from any thread.
+pub fn schedule_in_polls(task: Task) {
+    let opaque = Box::into_raw(Box::new(task)).cast();
+    // SAFETY: as above.
+    unsafe { sys::ba_bh_schedule_oneshot(sys::qemu_get_aio_context(), Some(run_task), opaque) };
+}
+
 /// A call from a coroutine to the main loop, on the coroutine's stack.
 struct Call<F, T> {
     function: Option<F>,
