@@ -3,11 +3,11 @@
 //!
 //! ```text
 //!  prepare ─► acquire ─► point_in_time ─► open_source ─► (watch) ┐
-//!  cleanup ◄─ release ◄─ teardown(success) ◄─ close_source ◄─────┘
+//!  cleanup ◄─ release ◄─ close_source ◄─ teardown(success) ◄─────┘
 //! ```
 //!
-//! The job calls each at most once and the lower row in reverse order for every one of the upper
-//! row that was begun, also when that one failed or was dropped at an await point. So a driver
+//! The job calls each at most once and the lower row in this order for every one of the upper row
+//! that was begun (why the teardown comes first is said in [`crate::job::state`]), also when that one failed or was dropped at an await point. So a driver
 //! notes (and journals) a name before it acquires the thing, and undoing what is not there is no
 //! error. The lower row is never cancelled; the job bounds its time.
 

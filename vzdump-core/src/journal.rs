@@ -407,8 +407,8 @@ pub struct Record {
     pub frozen: bool,
     /// Target id of the access.
     pub access: Option<String>,
-    /// Exports of the NBD server; `None` if it was not started.
-    pub exports: Option<Vec<String>>,
+    /// Socket and exports of the NBD server; `None` if it was not started.
+    pub nbd: Option<(PathBuf, Vec<String>)>,
     /// The commit that was begun.
     pub committing: Option<Uuid>,
     /// What is known of it.
@@ -432,7 +432,7 @@ impl Record {
             fleecing: Vec::new(),
             frozen: false,
             access: None,
-            exports: None,
+            nbd: None,
             committing: None,
             outcome: None,
             volumes: Vec::new(),
@@ -451,7 +451,7 @@ impl Record {
             Entry::Freeze => self.frozen = true,
             Entry::Thawed => self.frozen = false,
             Entry::Access { target_id } => self.access = Some(target_id),
-            Entry::NbdServer { exports, .. } => self.exports = Some(exports),
+            Entry::NbdServer { socket, exports } => self.nbd = Some((socket, exports)),
             Entry::Committing { id } => self.committing = Some(id),
             Entry::Outcome { id, outcome } => {
                 if self.committing != Some(id) {

@@ -6,15 +6,18 @@
 //!       │            │           └─(no disks)────────────────────────────────────────────────▲ │
 //!       │            │                                                                         ▼
 //!  every failure or cancellation: what was begun is          JournalCommit ► Commit ─error► AskOutcome
-//!  undone, in reverse order, each once                                          │               │
+//!  undone, the newest first, each once                                          │               │
 //!       ▼                                                                       └──► RecordOutcome
-//!  CloseSource ► Teardown{success} ► Release ► Cleanup ► Abort ► CloseJournal ► Finish  ◄─┘
+//!  Teardown{success} ► CloseSource ► Release ► Cleanup ► Abort ► CloseJournal ► Finish  ◄─┘
 //! ```
 //!
 //! # Invariants
 //! - An action counts as begun when it is handed out, so a step that fails half way is undone too.
 //! - `Teardown { success: true }` is handed out only after the commit's outcome is `Committed`.
 //! - `Abort` is handed out only if `Commit` was not: the provider's backup is consumed once.
+//! - `CloseSource` comes after `Teardown`, although its pair began later: the teardown ends the
+//!   exports in bounded time, while stopping an NBD server that still has exports waits for their
+//!   requests, and with them all of QEMU, for as long as a storage hangs.
 //! - A failure while undoing changes neither the verdict nor what is undone after it.
 
 /// What is to be done next.
@@ -173,7 +176,11 @@ impl Machine {
             Action::Prepare => self.undo.push(Action::Cleanup),
             Action::Acquire => self.undo.push(Action::Release),
             Action::PointInTime => self.undo.push(Action::Teardown { success: false }),
-            Action::OpenSource => self.undo.push(Action::CloseSource),
+            // Below the teardown, so that it is undone after it.
+            Action::OpenSource => {
+                let below = self.undo.len().saturating_sub(1);
+                self.undo.insert(below, Action::CloseSource);
+            }
             // The provider's backup is consumed by the commit.
             Action::Commit => self.undo.retain(|undo| *undo != Action::Abort),
             _ => {}
@@ -242,13 +249,13 @@ mod tests {
         }
     }
 
-    /// What may be undone, and what makes that necessary.
+    /// What may be undone, and what makes that necessary; undone from the last to the first.
     const PAIRS: [(Action, Action); 5] = [
         (Action::StartGuest, Action::Abort),
         (Action::Prepare, Action::Cleanup),
         (Action::Acquire, Action::Release),
-        (Action::PointInTime, Action::Teardown { success: false }),
         (Action::OpenSource, Action::CloseSource),
+        (Action::PointInTime, Action::Teardown { success: false }),
     ];
 
     #[test]
@@ -273,8 +280,8 @@ mod tests {
                 JournalCommit,
                 Commit,
                 RecordOutcome,
-                CloseSource,
                 Teardown { success: true },
+                CloseSource,
                 Release,
                 Cleanup,
                 CloseJournal { keep: false },
@@ -303,11 +310,12 @@ mod tests {
                 if action == *failing { Event::Failed } else { good(action) }
             });
             assert_eq!(seen.last(), Some(&Action::Finish(Verdict::Failed)), "{failing:?}");
-            // The reverse order of what was begun, each once, nothing else.
-            let expected: Vec<Action> = seen
+            // In the order of the pairs, each once, nothing else.
+            let expected: Vec<Action> = PAIRS
                 .iter()
-                .filter_map(|a| PAIRS.iter().find(|(begin, _)| begin == a).map(|(_, undo)| *undo))
                 .rev()
+                .filter(|(begin, _)| seen.contains(begin))
+                .map(|(_, undo)| *undo)
                 .chain([Action::CloseJournal { keep: false }, Action::Finish(Verdict::Failed)])
                 .collect();
             let at = seen.iter().position(|a| a == failing).expect("it was handed out");

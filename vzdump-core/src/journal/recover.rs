@@ -2,8 +2,8 @@
 //! Cleans up after tasks that died, from their journals.
 //!
 //! For a backup, in this order: thaw; ask what became of a commit that was begun (nothing is torn
-//! down while that is open); stop the exports; tear the access down, as a success only if the
-//! commit is durable; detach and free the fleecing images; remove directories; remove the journal.
+//! down while that is open); tear the access down with its exports, as a success only if the
+//! commit is durable; stop the NBD server, if it is ours; detach and free the fleecing images; remove directories; remove the journal.
 //! What belongs to a QEMU that has ended needs no QMP. Every step may be repeated.
 //!
 //! For a restore: a configuration that names the new volumes makes it complete; else the volumes
@@ -143,8 +143,7 @@ async fn recover_backup(
     }
     let is_committed = settle_commit(ctx, record, sink).await?;
     // Before anything was acquired in QEMU it need not be asked, and may be busy or hang.
-    let has_traces =
-        record.access.is_some() || record.exports.is_some() || !record.fleecing.is_empty();
+    let has_traces = record.access.is_some() || record.nbd.is_some() || !record.fleecing.is_empty();
     let session = if is_alive && has_traces {
         let socket = ctx.layout.qmp_socket(id, Monitor::Backup);
         Some(ops::connect(&socket).await.map_err(|error| chain(&error))?)
@@ -205,9 +204,13 @@ async fn undo_in_qemu(
     is_committed: bool,
     sink: &dyn TaskSink,
 ) -> Result<(), GuestError> {
-    if let Some(exports) = &record.exports {
-        ops::stop_nbd(session, exports).await.map_err(GuestError::at("stop the NBD server"))?;
-    }
+    // Before the teardown, which ends our exports.
+    let owns_nbd = match &record.nbd {
+        Some((socket, exports)) => ops::owns_nbd(session, socket, exports)
+            .await
+            .map_err(GuestError::at("find out whose the NBD server is"))?,
+        None => false,
+    };
     if let Some(target_id) = &record.access {
         let result = backup::teardown(session, target_id, is_committed)
             .await
@@ -215,6 +218,9 @@ async fn undo_in_qemu(
         if let Some(reason) = result.reason {
             sink.warn(&format!("backup access: {reason}"));
         }
+    }
+    if owns_nbd {
+        ops::stop_nbd(session).await?;
     }
     for image in record.fleecing.iter().rev() {
         ops::remove_node(session, &image.node)

@@ -4,8 +4,9 @@
 //! ```text
 //!  prepare        status, disks, sizes            cleanup       session closed
 //!  acquire        images, blockdev-add            release       blockdev-del, images freed
-//!  point_in_time  freeze, setup, thaw             teardown      query, backup-access-teardown
-//!  open_source    nbd-server-start, exports       close_source  nbd-server-stop
+//!  point_in_time  freeze, setup, thaw             teardown      query, backup-access-teardown,
+//!                                                               which ends the exports
+//!  open_source    nbd-server-start, exports       close_source  nbd-server-stop, after teardown
 //! ```
 //!
 //! What was begun is noted here and in the journal before it is done, so that the right column
@@ -57,6 +58,14 @@ struct Fleecing {
     volume: VolumeId,
 }
 
+/// The NBD server in QEMU, which has only one.
+#[derive(Debug)]
+struct Server {
+    socket: PathBuf,
+    /// QEMU said that it started; else only the socket tells whose server it is.
+    is_started: bool,
+}
+
 /// The backup of one running VM.
 pub struct VmDriver {
     layout: Layout,
@@ -79,7 +88,7 @@ pub struct VmDriver {
     events: Option<EventStream>,
     run_dir: Option<PathBuf>,
     /// The NBD server was begun.
-    server: Option<PathBuf>,
+    server: Option<Server>,
     /// Exports and server are ready.
     is_open: bool,
     stats: Option<AccessStats>,

@@ -77,6 +77,73 @@ async fn a_failing_cleanup_does_not_hide_the_first_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_server_of_exports_that_do_not_end_is_not_stopped() {
+    let world = World::new();
+    // As when a read of a fleecing image hangs.
+    world.peer.script(|_, name| {
+        if name == "backup-access-teardown" { Reaction::Refuse } else { Reaction::Answer }
+    });
+    let report = world.backup().await;
+    assert!(report.is_success(), "{report:?}");
+    assert!(
+        report
+            .warnings
+            .iter()
+            .any(|warning| warning.contains("it still has exports: vzdump-scsi0")),
+        "{report:?}"
+    );
+    let left = world.recover().await;
+    assert!(left[0].reason.contains("end the backup access"), "{left:?}");
+    assert!(!world.peer.log().iter().any(|line| line == "nbd-server-stop"));
+    assert_eq!(world.journals().len(), 1, "the journal must stay");
+    world.peer.unscript();
+    assert_eq!(world.recover().await, []);
+    world.assert_clean("recovered");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_does_not_stop_is_stopped_by_the_recovery() {
+    let world = World::new();
+    world.peer.script(
+        |_, name| {
+            if name == "nbd-server-stop" { Reaction::Refuse } else { Reaction::Answer }
+        },
+    );
+    assert!(world.backup().await.is_success());
+    assert_eq!(world.recover().await.len(), 1);
+    world.peer.unscript();
+    assert_eq!(world.recover().await, []);
+    world.assert_clean("recovered");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_nbd_server_of_somebody_else_is_left_alone() {
+    let world = World::new();
+    world.peer.state().server = true;
+    let error = world.backup().await.error.unwrap();
+    assert!(error.contains("already running"), "{error}");
+    assert!(world.peer.state().server && world.peer.state().access.is_none());
+    world.assert_no_files("somebody else's server");
+    // The same for the recovery of a backup that died then.
+    let child = world.spawn_child(Commit::Works);
+    let pid = rustix::process::Pid::from_raw(child.id().try_into().unwrap()).unwrap();
+    world.peer.script(move |_, name| {
+        if name == "nbd-server-start" {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            return Reaction::Silent;
+        }
+        Reaction::Answer
+    });
+    let mut child = child;
+    tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    world.peer.unscript();
+    assert_eq!(world.journals().len(), 1);
+    assert_eq!(world.recover().await, [], "{}", world.sink.text());
+    assert!(world.peer.state().server && world.peer.state().access.is_none());
+    world.assert_no_files("recovered");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn after_a_failed_commit_the_outcome_decides() {
     for (commit, result, success) in [
         (Commit::WorksButFails, GuestResult::Committed, true),

@@ -36,6 +36,8 @@ pub struct State {
     /// Node names and sizes; the disks and the fleecing images.
     pub nodes: BTreeMap<String, u64>,
     pub server: bool,
+    /// Where the server listens, if a backup started it.
+    socket: Option<String>,
     pub exports: Vec<String>,
     pub access: Option<Access>,
     /// Every command, with what matters of its arguments.
@@ -229,14 +231,18 @@ impl State {
             }
             "nbd-server-start" if self.server => Err("NBD server already running".into()),
             "nbd-server-start" => {
-                std::fs::write(arguments["addr"]["data"]["path"].as_str().unwrap(), "").unwrap();
+                let socket = arguments["addr"]["data"]["path"].as_str().unwrap();
+                std::fs::write(socket, "").unwrap();
+                self.socket = Some(socket.to_owned());
                 self.server = true;
                 Ok(json!({}))
             }
             "nbd-server-stop" if !self.server => Err("NBD server not running".into()),
+            // The real one waits for their requests, and all of QEMU with it.
+            "nbd-server-stop" if !self.exports.is_empty() => Err("QEMU hangs".into()),
             "nbd-server-stop" => {
                 self.server = false;
-                self.exports.clear();
+                self.socket.take().map(std::fs::remove_file);
                 Ok(json!({}))
             }
             "block-export-add" => {

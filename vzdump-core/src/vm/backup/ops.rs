@@ -5,21 +5,25 @@ use std::path::Path;
 use std::time::Duration;
 
 use qmp_client::commands::{
-    BlockExportDel, BlockdevAdd, BlockdevDel, NbdServerStop, QueryBlockExports,
-    QueryNamedBlockNodes, RemoveMode,
+    BlockdevAdd, BlockdevDel, NbdServerStop, QueryBlockExports, QueryNamedBlockNodes,
 };
 use qmp_client::{Error, Options, Session};
 use serde_json::{Map, Value, json};
 
+use crate::guest::GuestError;
 use crate::storage::ImageFormat;
+use crate::task_log::clean;
 
 /// Closing an image may have to wait for a slow storage.
 const BLOCKDEV_LIMIT: Duration = Duration::from_secs(60);
-/// Stopping the server waits for its requests in flight.
+/// Stopping the server waits for its connections to close.
 const NBD_STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How often a node in use is tried again: a closing client may hold it for a moment.
 const DEL_ATTEMPTS: u32 = 10;
 const DEL_DELAY: Duration = Duration::from_millis(200);
+/// How often exports that are ending are looked at.
+const EXPORT_ATTEMPTS: u32 = 10;
+const EXPORT_DELAY: Duration = Duration::from_millis(200);
 
 /// Connects to a monitor.
 pub(crate) async fn connect(socket: &Path) -> Result<Session, Error> {
@@ -80,22 +84,47 @@ pub(crate) async fn remove_node(session: &Session, node: &str) -> Result<(), Err
     }
 }
 
-/// Stops the NBD server with our exports; exports of others, if any, keep it running.
-pub(crate) async fn stop_nbd(session: &Session, ours: &[String]) -> Result<(), Error> {
+/// Whether the NBD server is the one that was to be started with these names, and not somebody
+/// else's, of whom ours was refused.
+pub(crate) async fn owns_nbd(
+    session: &Session,
+    socket: &Path,
+    exports: &[String],
+) -> Result<bool, Error> {
+    // QEMU removes the socket with the server, and only a backup that is cleaned up removes it else.
+    Ok(socket.exists() || nbd_exports(session).await?.iter().any(|id| exports.contains(id)))
+}
+
+/// Stops our NBD server, after the teardown has ended its exports.
+///
+/// While there are exports it is not stopped: QEMU would wait for their requests with its main loop,
+/// without a limit if their storage hangs.
+pub(crate) async fn stop_nbd(session: &Session) -> Result<(), GuestError> {
+    let failed = || GuestError::at("stop the NBD server");
+    let mut attempt = 0;
+    loop {
+        let left = nbd_exports(session).await.map_err(failed())?;
+        if left.is_empty() {
+            break;
+        }
+        attempt += 1;
+        if attempt == EXPORT_ATTEMPTS {
+            return Err(GuestError::Refused(format!(
+                "The NBD server is not stopped, because it still has exports: {}.",
+                clean(&left.join(", "))
+            )));
+        }
+        tokio::time::sleep(EXPORT_DELAY).await;
+    }
+    match session.execute_with_timeout(NbdServerStop, NBD_STOP_LIMIT).await {
+        // It does not run, which is what is wanted.
+        Err(Error::Qmp { desc, .. }) if desc.contains("not running") => Ok(()),
+        other => other.map(|_| ()).map_err(failed()),
+    }
+}
+
+async fn nbd_exports(session: &Session) -> Result<Vec<String>, Error> {
     let exports = session.execute(QueryBlockExports).await?;
-    let nbd: Vec<String> =
-        exports.into_iter().filter(|export| export.kind == "nbd").map(|export| export.id).collect();
-    if nbd.iter().all(|id| ours.contains(id)) {
-        let stopped = session.execute_with_timeout(NbdServerStop, NBD_STOP_LIMIT).await;
-        return match stopped {
-            // It does not run, which is what is wanted.
-            Err(Error::Qmp { desc, .. }) if desc.contains("not running") => Ok(()),
-            other => other.map(|_| ()),
-        };
-    }
-    for id in nbd.into_iter().filter(|id| ours.contains(id)) {
-        let command = BlockExportDel { id, mode: Some(RemoveMode::Hard) };
-        session.execute(command).await?;
-    }
-    Ok(())
+    let nbd = exports.into_iter().filter(|export| export.kind == "nbd");
+    Ok(nbd.map(|export| export.id).collect())
 }

@@ -9,7 +9,7 @@ use qmp_client::backup::{AccessInfo, BitmapAction};
 use qmp_client::commands::{BitmapRef, NbdExportAdd, NbdServerStart};
 
 use super::disks::Disk;
-use super::{VmDriver, ops, short_id};
+use super::{Server, VmDriver, ops, short_id};
 use crate::guest::{GuestError, Task};
 use crate::journal::Entry;
 use crate::layout::{check_socket_path, make_private_dir};
@@ -29,11 +29,15 @@ impl VmDriver {
         let start = NbdServerStart::unix(&socket).ok_or_else(|| {
             GuestError::Refused(format!("'{}' is not UTF-8, as QMP needs.", socket.display()))
         })?;
-        self.server = Some(socket);
-        session
-            .execute(start)
-            .await
-            .map_err(GuestError::at(format!("start the NBD server of VM {}", self.id)))?;
+        self.server = Some(Server { socket: socket.clone(), is_started: false });
+        let started = session.execute(start).await;
+        self.server = match &started {
+            Ok(_) => Some(Server { socket, is_started: true }),
+            // The one that runs, if any, is somebody else's.
+            Err(Error::Qmp { .. }) => None,
+            Err(_) => Some(Server { socket, is_started: false }),
+        };
+        started.map_err(GuestError::at(format!("start the NBD server of VM {}", self.id)))?;
         for (disk, info) in self.disks.iter().zip(&self.infos) {
             session
                 .execute(export_of(disk, info))
@@ -50,28 +54,34 @@ impl VmDriver {
 
     pub(super) async fn do_close_source(&mut self) -> Result<(), GuestError> {
         self.is_open = false;
-        let stopped = self.stop_server().await;
-        // Also when the server could not be stopped: its socket is of no use to anybody.
-        let removed = remove_dir(self.run_dir.take());
-        stopped.and(removed)
+        // The directory stays with a server that stays: its socket tells the recovery whose it is.
+        self.stop_server().await?;
+        remove_dir(self.run_dir.take())
     }
 
     async fn stop_server(&mut self) -> Result<(), GuestError> {
-        if self.server.take().is_none() {
+        let Some(server) = self.server.take() else {
             return Ok(());
-        }
+        };
         let Some(session) = self.session_if_alive().await? else {
             return Ok(());
         };
-        match ops::stop_nbd(&session, &self.export_ids()).await {
-            Err(Error::Disconnected) if self.is_ending().await => Ok(()),
-            other => other.map_err(GuestError::at("stop the NBD server")),
+        let stop = async {
+            let is_ours = server.is_started
+                || ops::owns_nbd(&session, &server.socket, &self.export_ids())
+                    .await
+                    .map_err(GuestError::at("find out whose the NBD server is"))?;
+            if is_ours { ops::stop_nbd(&session).await } else { Ok(()) }
+        };
+        match stop.await {
+            Err(_) if session.is_closed() && self.is_ending().await => Ok(()),
+            other => other,
         }
     }
 
     pub(super) fn make_source(&self) -> VmBackup {
         let mut volumes = Vec::new();
-        if let Some(socket) = self.server.as_ref().filter(|_| self.is_open) {
+        if let Some(Server { socket, .. }) = self.server.as_ref().filter(|_| self.is_open) {
             let pairs = self.disks.iter().zip(&self.infos);
             volumes = pairs.map(|(disk, info)| volume_of(disk, info, socket.clone())).collect();
         }
