@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use access_lab::{Change, Client, DISK_BYTES, Lab, Setup};
 use serde_json::{Value, json};
+use system_tests::qemu::bin_dir;
 
 const MIB: u64 = 1 << 20;
 
@@ -92,6 +93,39 @@ async fn bad_requests_are_refused_and_change_nothing() {
         assert_eq!(lab.graph().await, before);
     }
     lab.teardown("t", false).await;
+    assert_eq!(lab.graph().await, before);
+    lab.quit().await;
+}
+
+#[tokio::test]
+async fn the_storage_of_a_growing_image_is_refused() {
+    // QEMU truncates the bitmaps of a file that grows, and aborts if one of them is busy.
+    let lab = Lab::start(Setup::default()).await;
+    let path = lab.path("growing");
+    let created = std::process::Command::new(bin_dir().unwrap().join("qemu-img"))
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&path)
+        .arg("1M")
+        .status();
+    assert!(created.unwrap().success());
+    for node in [
+        json!({ "driver": "file", "node-name": "growing-file", "filename": path }),
+        json!({ "driver": "qcow2", "node-name": "growing", "file": "growing-file" }),
+    ] {
+        lab.run("blockdev-add", node).await;
+    }
+    let export =
+        json!({ "type": "nbd", "id": "growing", "node-name": "growing", "writable": true });
+    lab.run("block-export-add", export).await;
+    let before = lab.graph().await;
+    let request = request(
+        "t",
+        json!({ "devices": [{
+            "device": "growing-file", "fleecing": "disk0-fleecing", "bitmap-mode": "new"
+        }] }),
+    );
+    let error = lab.try_run("backup-access-setup", request).await.unwrap_err().to_string();
+    assert!(error.contains("may grow") && error.contains("growing"), "{error}");
     assert_eq!(lab.graph().await, before);
     lab.quit().await;
 }
