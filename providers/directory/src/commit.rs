@@ -5,7 +5,7 @@
 //! storage's lock, each step durable before the next:
 //!
 //! ```text
-//! manifest with the commit id  ─►  commits/<id> = "committing X"  ─►  rename .tmp-X X  ─►  return
+//! .tmp-X with manifest and note of the id ─► commits/<id> = "committing X" ─► rename .tmp-X X ─► return
 //! ```
 //!
 //! So for an id whose commit may have happened there is always a record, and the record names the
@@ -15,7 +15,7 @@
 //! |---|---|---|---|
 //! | committing X | there | | committed |
 //! | committing X | | lock held | pending |
-//! | committing X | | no lock | died before the rename: record becomes "not committed", `.tmp-X` goes |
+//! | committing X | | no lock | died before the rename: record becomes "not committed", then `.tmp-X` goes |
 //! | committing X | | none | committed, and removed since |
 //! | not committed | | | not committed |
 //! | none | | one with this id, lock held | pending |
@@ -33,7 +33,7 @@ use crate::call::{corrupt, invalid};
 use crate::files;
 use crate::limits::RECORD_BYTES_MAX;
 use crate::manifest::{MANIFEST_FILE, Manifest, check_name};
-use crate::storage::{Claim, RunDirectory, Storage, StorageLock};
+use crate::storage::{Claim, Leftover, RunDirectory, Storage, StorageLock};
 
 /// What is known of a commit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +91,7 @@ pub(crate) fn commit(
             return Err(invalid(format!("Commit id {id} is that of archive {archive}.")));
         }
     }
-    let size_bytes = write_manifest(storage, run, manifest, id, lock)?;
+    let size_bytes = write_manifest(storage, run, manifest, id)?;
     if !gate.pass() {
         return Err(Error::new(Kind::Cancelled, format!("Commit {id} was given up.")));
     }
@@ -106,7 +106,15 @@ pub(crate) fn commit(
         return Err(error);
     }
     files::sync_directory(storage.path())?;
+    remove_notes(storage, &archive, lock);
     Ok(Committed { archive, size_bytes })
+}
+
+/// What is left of them does no harm: nothing reads them in an archive.
+fn remove_notes(storage: &Storage, archive: &str, lock: &StorageLock) {
+    if let Err(error) = storage.remove_notes(archive, lock) {
+        warn!("{error}");
+    }
 }
 
 fn publish(storage: &Storage, run: &RunDirectory, id: Uuid) -> Result<()> {
@@ -121,7 +129,6 @@ fn write_manifest(
     run: &RunDirectory,
     mut manifest: Manifest,
     id: Uuid,
-    lock: &StorageLock,
 ) -> Result<u64> {
     if storage.exists(run.archive()) {
         return Err(Error::new(Kind::Other, format!("Archive {} exists.", run.archive())));
@@ -142,26 +149,25 @@ fn write_manifest(
     let text = serde_json::to_vec_pretty(&manifest)
         .map_err(|e| Error::with_source(Kind::Other, "Cannot write a manifest.", e))?;
     files::write_new(&run.path().join(MANIFEST_FILE), &text)?;
-    run.remove_notes(lock)?;
     files::sync_directory(run.path())?;
     Ok(manifest.size_bytes().saturating_add(text.len() as u64))
 }
 
-/// What became of the commit `id`, and a directory of a dead run that the caller must remove
-/// after it has released the storage's lock.
+/// What became of the commit `id`, and what a dead run left, for the caller to remove after it has
+/// released the storage's lock.
 pub(crate) fn outcome(
     storage: &Storage,
     id: Uuid,
     lock: &StorageLock,
-) -> Result<(CommitOutcome, Option<RunDirectory>)> {
+) -> Result<(CommitOutcome, Option<Leftover>)> {
     match read_record(storage, id)? {
         Some(Record::NotCommitted) => Ok((CommitOutcome::NotCommitted, None)),
         Some(Record::Committing { archive }) => {
             if storage.exists(&archive) {
-                return committed(storage, archive);
+                return committed(storage, archive, lock);
             }
             match storage.claim(&archive, lock)? {
-                Some(claim) => not_committed_unless_alive(storage, id, claim),
+                Some(claim) => not_committed_unless_alive(storage, id, claim, lock),
                 None => Ok((CommitOutcome::Committed { archive }, None)),
             }
         }
@@ -173,25 +179,30 @@ fn outcome_without_record(
     storage: &Storage,
     id: Uuid,
     lock: &StorageLock,
-) -> Result<(CommitOutcome, Option<RunDirectory>)> {
+) -> Result<(CommitOutcome, Option<Leftover>)> {
     // Archives may have been copied here without the records.
     if let Some(manifest) = storage.manifests()?.into_iter().find(|m| m.commit_id == id) {
-        return committed(storage, manifest.archive);
+        return committed(storage, manifest.archive, lock);
     }
     for archive in storage.under_way()? {
         if storage.committing(&archive) == Some(id)
             && let Some(claim) = storage.claim(&archive, lock)?
         {
-            return not_committed_unless_alive(storage, id, claim);
+            return not_committed_unless_alive(storage, id, claim, lock);
         }
     }
     write_record(storage, id, &Record::NotCommitted)?;
     Ok((CommitOutcome::NotCommitted, None))
 }
 
-fn committed(storage: &Storage, archive: String) -> Result<(CommitOutcome, Option<RunDirectory>)> {
-    // The committer may have died between the rename and its sync.
+fn committed(
+    storage: &Storage,
+    archive: String,
+    lock: &StorageLock,
+) -> Result<(CommitOutcome, Option<Leftover>)> {
+    // The committer may have died between the rename and its sync, or before it cleaned up.
     files::sync_directory(storage.path())?;
+    remove_notes(storage, &archive, lock);
     Ok((CommitOutcome::Committed { archive }, None))
 }
 
@@ -199,45 +210,60 @@ fn not_committed_unless_alive(
     storage: &Storage,
     id: Uuid,
     claim: Claim,
-) -> Result<(CommitOutcome, Option<RunDirectory>)> {
+    lock: &StorageLock,
+) -> Result<(CommitOutcome, Option<Leftover>)> {
     match claim {
         Claim::Alive => Ok((CommitOutcome::Pending, None)),
         Claim::Dead(run) => {
             // First the record: without it a crash here would read as "committed and removed".
             write_record(storage, id, &Record::NotCommitted)?;
-            Ok((CommitOutcome::NotCommitted, Some(run)))
+            let leftover = run.retire(lock).unwrap_or_else(|error| {
+                // The answer stands; the next activation tries again.
+                warn!("{error}");
+                None
+            });
+            Ok((CommitOutcome::NotCommitted, leftover))
         }
     }
 }
 
-/// Takes over the directories of dead runs, for the caller to remove after it has released the
-/// storage's lock. Their commits are recorded as not having happened.
-pub(crate) fn take_dead_runs(storage: &Storage, lock: &StorageLock) -> Result<Vec<RunDirectory>> {
-    let mut dead = Vec::new();
+/// Takes over what dead runs left, for the caller to remove after it has released the storage's
+/// lock. Their commits are recorded as not having happened.
+pub(crate) fn take_dead_runs(storage: &Storage, lock: &StorageLock) -> Result<Vec<Leftover>> {
+    let mut leftovers = storage.leftovers(lock)?;
     for archive in storage.under_way()? {
         if let Some(Claim::Dead(run)) = storage.claim(&archive, lock)? {
-            dead.push(run);
+            // First the record, as above.
+            record_death(storage, &run)?;
+            leftovers.extend(run.retire(lock)?);
         }
     }
-    if dead.is_empty() {
-        return Ok(dead);
+    Ok(leftovers)
+}
+
+/// Records that the commit of a dead run, if it had begun one, has not happened.
+fn record_death(storage: &Storage, run: &RunDirectory) -> Result<()> {
+    if let Some(id) = storage.committing(run.archive()) {
+        return match read_record(storage, id)? {
+            Some(Record::NotCommitted) => Ok(()),
+            Some(Record::Committing { archive }) if storage.exists(&archive) => Ok(()),
+            _ => write_record(storage, id, &Record::NotCommitted),
+        };
+    }
+    // A record follows a manifest and a note of the id. With the one but not the other somebody
+    // has damaged the note.
+    if fs::symlink_metadata(run.path().join(MANIFEST_FILE)).is_err() {
+        return Ok(());
     }
     for (id, record) in records(storage)? {
         if let Record::Committing { archive } = record
-            && dead.iter().any(|run| run.archive() == archive)
+            && archive == run.archive()
             && !storage.exists(&archive)
         {
             write_record(storage, id, &Record::NotCommitted)?;
         }
     }
-    for run in &dead {
-        if let Some(id) = storage.committing(run.archive())
-            && read_record(storage, id)?.is_none()
-        {
-            write_record(storage, id, &Record::NotCommitted)?;
-        }
-    }
-    Ok(dead)
+    Ok(())
 }
 
 fn record_path(storage: &Storage, id: Uuid) -> std::path::PathBuf {
@@ -280,7 +306,75 @@ fn records(storage: &Storage) -> Result<Vec<(Uuid, Record)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::Gate;
+    use provider_api::{CommitOutcome, GuestInfo, GuestKind, Uuid};
+
+    use super::{Gate, Record, outcome, read_record, take_dead_runs};
+    use super::{write_manifest, write_record};
+    use crate::manifest::Manifest;
+    use crate::storage::{Claim, Storage};
+
+    const NAME: &str = "vzdump-qemu-1-2026_01_02-03_04_05";
+
+    fn storage(folder: &tempfile::TempDir) -> Storage {
+        let storage = Storage::new(folder.path().to_owned());
+        storage.prepare().unwrap();
+        storage
+    }
+
+    fn manifest() -> Manifest {
+        let guest = GuestInfo { kind: GuestKind::Qemu, id: 1, name: None, start_time_s: 0 };
+        Manifest::new(NAME.to_owned(), &guest)
+    }
+
+    fn committing() -> Record {
+        Record::Committing { archive: NAME.to_owned() }
+    }
+
+    #[test]
+    fn a_run_is_alive_and_known_by_its_id_up_to_the_rename() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = storage(&folder);
+        let lock = storage.try_lock().unwrap().unwrap();
+        let id = Uuid::new_v4();
+        let run = storage.begin(NAME, &lock).unwrap();
+        run.note_commit(id).unwrap();
+        write_manifest(&storage, &run, manifest(), id).unwrap();
+        write_record(&storage, id, &committing()).unwrap();
+        assert!(matches!(storage.claim(NAME, &lock).unwrap(), Some(Claim::Alive)));
+        assert_eq!(storage.committing(NAME), Some(id));
+        assert!(take_dead_runs(&storage, &lock).unwrap().is_empty());
+        assert_eq!(outcome(&storage, id, &lock).unwrap().0, CommitOutcome::Pending);
+        drop(run);
+        let (answer, leftover) = outcome(&storage, id, &lock).unwrap();
+        assert_eq!(answer, CommitOutcome::NotCommitted);
+        // Out of the way before the storage's lock is released.
+        assert!(storage.claim(NAME, &lock).unwrap().is_none());
+        leftover.expect("what the run left").remove().unwrap();
+    }
+
+    #[test]
+    fn a_dead_run_is_recorded_by_its_note_or_without_it() {
+        for note in [None, Some("damaged"), Some("good")] {
+            let folder = tempfile::tempdir().unwrap();
+            let storage = storage(&folder);
+            let lock = storage.try_lock().unwrap().unwrap();
+            let (id, other) = (Uuid::new_v4(), Uuid::new_v4());
+            let run = storage.begin(NAME, &lock).unwrap();
+            write_manifest(&storage, &run, manifest(), id).unwrap();
+            if let Some(note) = note {
+                let text = if note == "good" { id.to_string() } else { note.to_owned() };
+                std::fs::write(run.path().join("committing"), text).unwrap();
+            }
+            write_record(&storage, id, &committing()).unwrap();
+            // Of an archive of the same name, removed long ago: not looked at with a good note.
+            write_record(&storage, other, &committing()).unwrap();
+            drop(run);
+            assert_eq!(take_dead_runs(&storage, &lock).unwrap().len(), 1);
+            assert_eq!(read_record(&storage, id).unwrap(), Some(Record::NotCommitted));
+            let expected = if note == Some("good") { committing() } else { Record::NotCommitted };
+            assert_eq!(read_record(&storage, other).unwrap(), Some(expected));
+        }
+    }
 
     #[test]
     fn a_commit_given_up_before_it_passed_does_not_pass() {

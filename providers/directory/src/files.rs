@@ -59,6 +59,15 @@ pub(crate) fn open_lock(path: &Path) -> Result<File> {
         .map_err(|e| Error::io(format!("Cannot open lock file {}.", path.display()), e))
 }
 
+/// Opens a lock file that somebody else has made; `None` if it is not there.
+pub(crate) fn open_lock_if_exists(path: &Path) -> Result<Option<File>> {
+    match OpenOptions::new().read(true).write(true).custom_flags(no_follow()).open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(format!("Cannot open lock file {}.", path.display()), e)),
+    }
+}
+
 /// Opens a regular file for reading; a symbolic link or anything else is refused.
 pub(crate) fn open_regular(path: &Path) -> Result<File> {
     let file = OpenOptions::new()
@@ -133,6 +142,19 @@ pub(crate) fn remove_if_exists(path: &Path) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(e) => Err(Error::io(format!("Cannot remove {}.", path.display()), e)),
     }
+}
+
+/// Removes the files of a directory but the one called `keep`, as far as that is possible.
+pub(crate) fn empty_directory(path: &Path, keep: &str) -> Result<()> {
+    let failed = |e| Error::io(format!("Cannot list {}.", path.display()), e);
+    for entry in fs::read_dir(path).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_name() != keep {
+            // What stays is removed with the directory.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
 }
 
 /// Removes a directory with all it holds, if it is there.

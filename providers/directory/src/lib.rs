@@ -6,6 +6,7 @@
 //! <path>/vzdump-qemu-100-2026_01_02-03_04_05/    full
 //! <path>/vzdump-qemu-100-2026_01_03-03_04_05/    increment: images backed by ../vzdump-…-02-…/
 //! <path>/.tmp-vzdump-qemu-100-…/                 a backup under way, never listed
+//! <path>/.tmp-dead-…/                            what an unfinished backup left, being removed
 //! <path>/.vzdump/                                lock and commit records
 //! ```
 //!
@@ -107,12 +108,13 @@ impl DirectoryProvider {
         let lock = self.storage.must_lock(call, LOCK_WAIT).await?;
         let storage = self.storage.clone();
         blocking(move || {
-            let dead = commit::take_dead_runs(&storage, &lock)?;
-            // Each is protected by its own lock from here on; removing may take long.
+            let leftovers = commit::take_dead_runs(&storage, &lock)?;
+            // Removing may take long.
             drop(lock);
-            for run in dead {
-                tracing::info!("Removing what an unfinished backup left: {}", run.path().display());
-                run.remove()?;
+            for leftover in leftovers {
+                let path = leftover.path().display();
+                tracing::info!("Removing what an unfinished backup left: {path}");
+                leftover.remove()?;
             }
             Ok(())
         })
@@ -129,10 +131,10 @@ impl DirectoryProvider {
         };
         let storage = self.storage.clone();
         blocking(move || {
-            let (outcome, dead) = commit::outcome(&storage, id, &lock)?;
+            let (outcome, leftover) = commit::outcome(&storage, id, &lock)?;
             drop(lock);
-            if let Some(run) = dead
-                && let Err(error) = run.remove()
+            if let Some(leftover) = leftover
+                && let Err(error) = leftover.remove()
             {
                 // The answer stands; the next activation removes it.
                 tracing::warn!("{error}");

@@ -6,12 +6,18 @@
 //!     .vzdump/lock             flock: short steps that must not interleave
 //!     .vzdump/commits/<id>     what is known of a commit, see `commit`
 //!     .tmp-<archive>/          a backup under way; its file `lock` is held by the run it belongs to
+//!     .tmp-dead-<uuid>/        what a run left, being removed
 //!     <archive>/               a committed archive
 //! ```
 //!
 //! A run holds the flock of its directory until it ends; the kernel drops it when the process dies,
-//! however it dies. A directory `.tmp-…` is made, and looked at by others, only under the storage's
-//! lock, so one without a held lock belongs to nobody and may be removed.
+//! however it dies. A directory `.tmp-<archive>` is made, and looked at by others, only under the
+//! storage's lock, so one without a held lock belongs to nobody and may be removed.
+//!
+//! Removing takes long and happens without the storage's lock, while the next backup of the guest
+//! may want the same name. So whatever is removed is first renamed to a name of its own that is
+//! never used again. Others rename only under the storage's lock and in the same breath as they
+//! find the run dead; the run itself may rename at any time, because it holds its lock.
 
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
@@ -28,8 +34,11 @@ use crate::manifest::{MANIFEST_FILE, Manifest, check_name};
 
 const OWN_DIRECTORY: &str = ".vzdump";
 const TEMPORARY_PREFIX: &str = ".tmp-";
+/// In place of an archive's name: a directory that waits for its removal.
+const DEAD_PREFIX: &str = "dead-";
 const LOCK_FILE: &str = "lock";
-/// In a directory of a backup under way: the id of its commit, once that has begun.
+/// In a directory of a backup under way: the id of its commit, once that has begun. It stays until
+/// the directory has its final name: it leads from a dead run to the record of its commit.
 const COMMITTING_FILE: &str = "committing";
 
 /// The storage's directory.
@@ -49,7 +58,16 @@ pub(crate) struct StorageLock {
 pub(crate) struct RunDirectory {
     path: PathBuf,
     archive: String,
-    _lock: File,
+    /// Missing if the run died before it made one.
+    _lock: Option<File>,
+}
+
+/// What a dead run left, under a name that nobody else will ever use.
+#[derive(Debug)]
+pub(crate) struct Leftover {
+    path: PathBuf,
+    /// Tells other processes that somebody is removing it already.
+    _lock: Option<File>,
 }
 
 /// What was found out about a directory of a backup under way.
@@ -152,11 +170,14 @@ impl Storage {
                     return Err(Error::io(format!("Cannot make {}.", path.display()), e));
                 }
             }
-            let lock_path = path.join(LOCK_FILE);
-            let lock = try_flock(files::open_lock(&lock_path)?, &lock_path)?.ok_or_else(|| {
-                Error::new(Kind::Io, format!("{} is locked already.", lock_path.display()))
-            })?;
-            return Ok(RunDirectory { path, archive, _lock: lock });
+            return match make_lock(&path) {
+                Ok(lock) => Ok(RunDirectory { path, archive, _lock: Some(lock) }),
+                Err(error) => {
+                    // Others are kept off by the storage's lock.
+                    let _ = files::remove_tree(&path);
+                    Err(error)
+                }
+            };
         }
         Err(Error::new(
             Kind::Other,
@@ -165,28 +186,56 @@ impl Storage {
     }
 
     /// Finds out whether the run that makes `archive` lives; `None` if there is no such run.
+    ///
+    /// A dead run's directory is ours for as long as the storage's lock is held.
     pub(crate) fn claim(&self, archive: &str, _lock: &StorageLock) -> Result<Option<Claim>> {
         let path = self.temporary_path(archive);
         if !files::is_directory(&path) {
             return Ok(None);
         }
         let lock_path = path.join(LOCK_FILE);
-        Ok(Some(match try_flock(files::open_lock(&lock_path)?, &lock_path)? {
-            None => Claim::Alive,
-            Some(lock) => {
-                Claim::Dead(RunDirectory { path, archive: archive.to_owned(), _lock: lock })
-            }
-        }))
+        let lock = match files::open_lock_if_exists(&lock_path)? {
+            Some(file) => match try_flock(file, &lock_path)? {
+                Some(lock) => Some(lock),
+                None => return Ok(Some(Claim::Alive)),
+            },
+            // Directory and lock are made under the storage's lock: the run died in between. Or it
+            // lives and has just renamed the directory; then there is nothing left to take.
+            None => None,
+        };
+        Ok(Some(Claim::Dead(RunDirectory { path, archive: archive.to_owned(), _lock: lock })))
     }
 
     /// Names of the archives being made.
     pub(crate) fn under_way(&self) -> Result<Vec<String>> {
-        let names = self.entries()?;
+        let mut names = self.temporary_names()?;
+        names.retain(|name| check_name(name).is_ok() && !is_dead_name(name));
+        Ok(names)
+    }
+
+    /// What dead runs left, and nobody is removing at the moment.
+    pub(crate) fn leftovers(&self, lock: &StorageLock) -> Result<Vec<Leftover>> {
+        let mut found = Vec::new();
+        for name in self.temporary_names()?.into_iter().filter(|name| is_dead_name(name)) {
+            if let Some(Claim::Dead(RunDirectory { path, _lock, .. })) = self.claim(&name, lock)? {
+                found.push(Leftover { path, _lock });
+            }
+        }
+        Ok(found)
+    }
+
+    fn temporary_names(&self) -> Result<Vec<String>> {
+        let names = self.entries()?.into_iter();
         Ok(names
-            .into_iter()
             .filter_map(|name| name.strip_prefix(TEMPORARY_PREFIX).map(str::to_owned))
-            .filter(|name| check_name(name).is_ok())
             .collect())
+    }
+
+    /// Removes from a committed archive what only its backup needed.
+    pub(crate) fn remove_notes(&self, archive: &str, _lock: &StorageLock) -> Result<()> {
+        let path = self.archive_path(archive);
+        files::remove_if_exists(&path.join(COMMITTING_FILE))?;
+        files::remove_if_exists(&path.join(LOCK_FILE))
     }
 
     /// The commit id of the archive being made, once its commit has begun.
@@ -261,17 +310,60 @@ impl RunDirectory {
         files::write_new(&self.path.join(COMMITTING_FILE), id.to_string().as_bytes())
     }
 
-    /// Removes what only a backup under way needs. From here to the rename the storage's lock
-    /// keeps others from taking the directory for abandoned.
-    pub(crate) fn remove_notes(&self, _lock: &StorageLock) -> Result<()> {
-        files::remove_if_exists(&self.path.join(COMMITTING_FILE))?;
-        files::remove_if_exists(&self.path.join(LOCK_FILE))
+    /// Gives the directory of a dead run a name of its own, for a removal without the storage's
+    /// lock; `None` if it is gone. The outcome of its commit must have been recorded before.
+    pub(crate) fn retire(self, _lock: &StorageLock) -> Result<Option<Leftover>> {
+        Ok(move_away(&self.path)?.map(|path| Leftover { path, _lock: self._lock }))
     }
 
-    /// Removes the directory; the lock is held to the end.
+    /// Removes the directory of a living run, if it is still there. Its lock is held to the end.
+    pub(crate) fn remove(&self) -> Result<()> {
+        match move_away(&self.path)? {
+            Some(path) => files::remove_tree(&path),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Leftover {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes it. Two processes that do so at the same time do not disturb each other.
     pub(crate) fn remove(&self) -> Result<()> {
         files::remove_tree(&self.path)
     }
+}
+
+fn is_dead_name(name: &str) -> bool {
+    name.strip_prefix(DEAD_PREFIX).is_some_and(|id| id.parse::<Uuid>().is_ok())
+}
+
+/// Renames a directory `.tmp-<archive>` to a name that is never used again; `None` if it is gone.
+fn move_away(path: &Path) -> Result<Option<PathBuf>> {
+    let name = format!("{TEMPORARY_PREFIX}{DEAD_PREFIX}{}", Uuid::new_v4().simple());
+    let target = path.with_file_name(name);
+    let mut result = fs::rename(path, &target);
+    if let Err(e) = &result
+        && matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+    {
+        // Some file systems need space for a rename, and a full one is a usual reason to be here.
+        files::empty_directory(path, LOCK_FILE)?;
+        result = fs::rename(path, &target);
+    }
+    match result {
+        Ok(()) => Ok(Some(target)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(format!("Cannot rename {} for removal.", path.display()), e)),
+    }
+}
+
+/// Makes and takes the lock of a new directory.
+fn make_lock(directory: &Path) -> Result<File> {
+    let path = directory.join(LOCK_FILE);
+    try_flock(files::create(&path)?, &path)?
+        .ok_or_else(|| Error::new(Kind::Io, format!("{} is locked already.", path.display())))
 }
 
 fn try_flock(file: File, path: &Path) -> Result<Option<File>> {
@@ -285,5 +377,99 @@ fn try_flock(file: File, path: &Path) -> Result<Option<File>> {
         Err(TryLockError::Error(e)) => {
             Err(Error::io(format!("Cannot lock {}.", path.display()), e))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{Claim, Storage, StorageLock};
+
+    const NAME: &str = "vzdump-qemu-1-2026_01_02-03_04_05";
+
+    fn storage(folder: &Path) -> Storage {
+        let storage = Storage::new(folder.to_owned());
+        storage.prepare().unwrap();
+        storage
+    }
+
+    fn lock(storage: &Storage) -> StorageLock {
+        storage.try_lock().unwrap().expect("nobody else has it")
+    }
+
+    #[test]
+    fn a_claim_makes_no_lock_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = storage(folder.path());
+        let lock = lock(&storage);
+        let path = storage.temporary_path(NAME);
+        std::fs::create_dir(&path).unwrap();
+        let claim = storage.claim(NAME, &lock).unwrap();
+        assert!(matches!(claim, Some(Claim::Dead(_))), "{claim:?}");
+        assert!(std::fs::read_dir(&path).unwrap().next().is_none());
+        let run = storage.begin("other", &lock).unwrap();
+        assert!(matches!(storage.claim("other", &lock).unwrap(), Some(Claim::Alive)));
+        drop(run);
+    }
+
+    /// A run found dead, whose directory is gone when somebody begins to remove it, while another
+    /// run has taken its name.
+    #[test]
+    fn a_removal_does_not_hit_the_next_run_of_the_same_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = storage(folder.path());
+        let path = storage.temporary_path(NAME);
+        drop(storage.begin(NAME, &lock(&storage)).unwrap());
+        let leftovers = crate::commit::take_dead_runs(&storage, &lock(&storage)).unwrap();
+        assert_eq!(leftovers.len(), 1);
+        assert!(leftovers[0].path().exists() && !path.exists());
+        // It is found again only when whoever removes it has died.
+        assert!(crate::commit::take_dead_runs(&storage, &lock(&storage)).unwrap().is_empty());
+
+        let next = storage.begin(NAME, &lock(&storage)).unwrap();
+        assert_eq!(next.path(), path);
+        for leftover in &leftovers {
+            leftover.remove().unwrap();
+            leftover.remove().unwrap();
+            assert!(!leftover.path().exists());
+        }
+        assert!(path.exists());
+        next.remove().unwrap();
+        assert!(!path.exists());
+        next.remove().unwrap();
+    }
+
+    #[test]
+    fn an_interrupted_removal_is_continued() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = storage(folder.path());
+        for with_lock_file in [false, true] {
+            drop(storage.begin(NAME, &lock(&storage)).unwrap());
+            let leftovers = crate::commit::take_dead_runs(&storage, &lock(&storage)).unwrap();
+            let path = leftovers[0].path().to_owned();
+            drop(leftovers);
+            if !with_lock_file {
+                std::fs::remove_file(path.join(super::LOCK_FILE)).unwrap();
+            }
+            let leftovers = crate::commit::take_dead_runs(&storage, &lock(&storage)).unwrap();
+            assert_eq!(leftovers.len(), 1);
+            assert_eq!(leftovers[0].path(), path);
+            leftovers[0].remove().unwrap();
+        }
+    }
+
+    /// The run gives up on its own while somebody has just opened its lock.
+    #[test]
+    fn a_directory_that_its_run_has_moved_away_is_no_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = storage(folder.path());
+        let lock = lock(&storage);
+        drop(storage.begin(NAME, &lock).unwrap());
+        let Some(Claim::Dead(run)) = storage.claim(NAME, &lock).unwrap() else {
+            panic!("nobody holds its lock");
+        };
+        super::move_away(run.path()).unwrap().expect("it was there");
+        assert!(run.retire(&lock).unwrap().is_none());
     }
 }

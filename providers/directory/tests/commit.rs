@@ -192,9 +192,12 @@ async fn a_crash_around_the_rename_is_told_apart() {
     let name = "vzdump-qemu-1-2026_01_02-03_04_05";
     let committing = format!(r#"{{"state":"committing","archive":"{name}"}}"#);
     for by_activation in [false, true] {
-        // Before the rename: record and temporary directory without a lock file.
+        // Before the rename: record and temporary directory, whose lock nobody holds.
         let id = Uuid::new_v4();
-        std::fs::create_dir(bench.storage().join(format!(".tmp-{name}"))).unwrap();
+        let directory = bench.storage().join(format!(".tmp-{name}"));
+        std::fs::create_dir(&directory).unwrap();
+        std::fs::write(directory.join("lock"), "").unwrap();
+        std::fs::write(directory.join("committing"), id.to_string()).unwrap();
         std::fs::write(record(id), &committing).unwrap();
         if by_activation {
             bench.provider.activate(&bench.call).await.unwrap();
@@ -204,9 +207,14 @@ async fn a_crash_around_the_rename_is_told_apart() {
         assert!(leftovers(&bench).is_empty());
         assert_eq!(outcome(&bench, id).await, CommitOutcome::NotCommitted);
     }
-    // After the rename, and after the archive was removed again.
+    // After the rename, but before the notes of the run are gone.
     let id = Uuid::new_v4();
     let archive = complete(&bench).await.commit(id, &bench.call).await.unwrap().archive;
+    let notes = ["lock", "committing"].map(|note| bench.storage().join(&archive).join(note));
+    notes.iter().for_each(|note| std::fs::write(note, id.to_string()).unwrap());
+    assert_eq!(outcome(&bench, id).await, CommitOutcome::Committed { archive: archive.clone() });
+    assert!(!notes.iter().any(|note| note.exists()));
+    // After the archive was removed again.
     std::fs::remove_dir_all(bench.storage().join(&archive)).unwrap();
     assert_eq!(outcome(&bench, id).await, CommitOutcome::Committed { archive });
     // A damaged record is an error, not an answer.
