@@ -119,6 +119,9 @@ fn remove_notes(storage: &Storage, archive: &str, lock: &StorageLock) {
 
 fn publish(storage: &Storage, run: &RunDirectory, id: Uuid) -> Result<()> {
     let archive = run.archive();
+    // Without this a power cut could keep the record and lose the directory, which would read as
+    // "committed, and removed since".
+    files::sync_directory(storage.path())?;
     write_record(storage, id, &Record::Committing { archive: archive.to_owned() })?;
     fs::rename(run.path(), storage.archive_path(archive))
         .map_err(|e| Error::io(format!("Cannot rename {} to {archive}.", run.path().display()), e))
