@@ -21,9 +21,13 @@
 //! | none | | one with this id, lock held | pending |
 //! | none | | one with this id, no lock | as above |
 //! | none | | none | record "not committed" is left, so that a slow committer finds it and fails |
+//!
+//! Without a record the manifests are asked before this table, so a record may be dropped after a
+//! while: what changes is only the answer for an archive that was removed.
 
 use std::fs;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use provider_api::{CommitOutcome, Committed, Error, Kind, Result, Uuid};
 use serde::{Deserialize, Serialize};
@@ -269,6 +273,25 @@ fn record_death(storage: &Storage, run: &RunDirectory) -> Result<()> {
     Ok(())
 }
 
+/// Drops records (and what interrupted writes of records left) that are so old that nobody asks
+/// about them any more. Needs no lock: the answer without a record is the same, see above.
+pub(crate) fn drop_old_records(storage: &Storage, keep: Duration) -> Result<()> {
+    let path = storage.commits_path();
+    let failed = |e| Error::io(format!("Cannot list {}.", path.display()), e);
+    for entry in fs::read_dir(&path).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        let id = name.to_str().map(|name| name.strip_suffix(".next").unwrap_or(name));
+        // One from the future has no age. One that cannot be looked at is gone already.
+        let age = entry.metadata().and_then(|meta| meta.modified()).ok();
+        let age = age.and_then(|time| time.elapsed().ok());
+        if id.is_some_and(|id| id.parse::<Uuid>().is_ok()) && age.is_some_and(|age| age > keep) {
+            files::remove_if_exists(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn record_path(storage: &Storage, id: Uuid) -> std::path::PathBuf {
     storage.commits_path().join(id.to_string())
 }
@@ -309,9 +332,13 @@ fn records(storage: &Storage) -> Result<Vec<(Uuid, Record)>> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, SystemTime};
+
     use provider_api::{CommitOutcome, GuestInfo, GuestKind, Uuid};
 
-    use super::{Gate, Record, outcome, read_record, take_dead_runs};
+    use super::{
+        Gate, Record, drop_old_records, outcome, read_record, record_path, take_dead_runs,
+    };
     use super::{write_manifest, write_record};
     use crate::manifest::Manifest;
     use crate::storage::{Claim, Storage};
@@ -377,6 +404,28 @@ mod tests {
             let expected = if note == Some("good") { committing() } else { Record::NotCommitted };
             assert_eq!(read_record(&storage, other).unwrap(), Some(expected));
         }
+    }
+
+    #[test]
+    fn old_records_are_dropped_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = storage(&folder);
+        let keep = Duration::from_hours(90 * 24);
+        let make = |name: String, age: Duration| {
+            let path = storage.commits_path().join(name);
+            let file = std::fs::File::create(&path).unwrap();
+            file.set_modified(SystemTime::now() - age).unwrap();
+            path
+        };
+        let (hour, id) = (Duration::from_hours(1), || Uuid::new_v4().to_string());
+        let kept = [make(id(), keep - hour), make("other".to_owned(), keep + hour)];
+        let old = [make(id(), keep + hour), make(format!("{}.next", id()), keep + hour)];
+        let future = record_path(&storage, Uuid::new_v4());
+        let file = std::fs::File::create(&future).unwrap();
+        file.set_modified(SystemTime::now() + hour).unwrap();
+        drop_old_records(&storage, keep).unwrap();
+        assert!(kept.iter().chain([&future]).all(|path| path.exists()));
+        assert!(!old.iter().any(|path| path.exists()));
     }
 
     #[test]

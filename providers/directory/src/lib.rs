@@ -55,7 +55,7 @@ use provider_api::{
 
 use call::{blocking, corrupt, limited};
 use guest::DirectoryJob;
-use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, STATUS_WAIT};
+use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, RECORD_KEEP, STATUS_WAIT};
 use manifest::{CONFIG_FILE, FIREWALL_FILE, Manifest, SmallFile};
 use restore::DirectoryRestore;
 use storage::Storage;
@@ -111,6 +111,9 @@ impl DirectoryProvider {
             let leftovers = commit::take_dead_runs(&storage, &lock)?;
             // Removing may take long.
             drop(lock);
+            if let Err(error) = commit::drop_old_records(&storage, RECORD_KEEP) {
+                tracing::warn!("Old commit records are kept: {error}");
+            }
             for leftover in leftovers {
                 let path = leftover.path().display();
                 tracing::info!("Removing what an unfinished backup left: {path}");

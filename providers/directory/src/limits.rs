@@ -37,6 +37,8 @@ pub(crate) const MANIFEST_BYTES_MAX: u64 = 4 << 20;
 pub(crate) const CONFIG_BYTES_MAX: u64 = 4 << 20;
 /// Largest of the provider's own small files (commit records).
 pub(crate) const RECORD_BYTES_MAX: u64 = 4 << 10;
+/// Age at which a commit record is dropped. A host asks right after an error or at its next start.
+pub(crate) const RECORD_KEEP: Duration = Duration::from_hours(90 * 24);
 /// Names tried when an archive of the same guest and second exists.
 pub(crate) const NAME_TRIES: u32 = 100;
 

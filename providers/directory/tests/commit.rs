@@ -224,6 +224,21 @@ async fn a_crash_around_the_rename_is_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_activation_drops_old_records_but_not_what_they_tell_of_archives() {
+    let bench = Bench::new().await;
+    let (old, new) = (Uuid::new_v4(), Uuid::new_v4());
+    let record = |id: Uuid| bench.storage().join(".vzdump/commits").join(id.to_string());
+    let archive = complete(&bench).await.commit(old, &bench.call).await.unwrap().archive;
+    complete(&bench).await.commit(new, &bench.call).await.unwrap();
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_hours(91 * 24);
+    let file = std::fs::File::options().write(true).open(record(old)).unwrap();
+    file.set_modified(long_ago).unwrap();
+    bench.provider.activate(&bench.call).await.unwrap();
+    assert!(!record(old).exists() && record(new).exists());
+    assert_eq!(outcome(&bench, old).await, CommitOutcome::Committed { archive });
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_commit_cancelled_while_it_waits_does_not_happen() {
     let bench = Bench::new().await;
     let guest = complete(&bench).await;
