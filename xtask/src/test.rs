@@ -17,6 +17,8 @@ const NEEDS_QEMU: &[&str] = &["qemu-ext", "qemu-ext-sys"];
 const SYSTEM_TESTS: &str = "system-tests";
 /// Seeds of the stress test in the long suites; the gate's number is the test's own default.
 const FULL_SEEDS: u32 = 100;
+/// Schedules of the engine's property test in `full`.
+const FULL_SCHEDULES: u32 = 20_000;
 
 /// Which checks to run, and how long.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -172,6 +174,9 @@ impl Gate<'_> {
             command
         };
         command.args(self.workspace(false));
+        if self.options.ignored {
+            command.env("SCHEDULES", FULL_SCHEDULES.to_string());
+        }
         self.tests("unit tests", command, 2400)
     }
 
