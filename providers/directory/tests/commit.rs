@@ -7,9 +7,12 @@ mod common;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::time::Instant;
 
-use common::{Bench, GuestDisk, Process, Random, Recorder, copy, provider, scribble, start, vm};
+use common::{
+    Bench, GuestDisk, LIMIT, Process, Random, Recorder, copy, end_with_parent, provider, scribble,
+    start, start_child, vm,
+};
 use provider_api::{Call, CommitOutcome, GuestBackup, Kind, Provider, Uuid};
 
 /// Names the storage to the child process of a test, and what it does before it waits to be
@@ -21,6 +24,7 @@ const CHILD_STEP: &str = "DIRECTORY_TEST_STEP";
 #[tokio::test(flavor = "multi_thread")]
 async fn child_process() {
     let Ok(path) = std::env::var(CHILD_STORAGE) else { return };
+    end_with_parent();
     let step = std::env::var(CHILD_STEP).unwrap();
     let call = Call::default();
     let storage = provider(Path::new(&path));
@@ -40,9 +44,7 @@ async fn child_process() {
             let call = Call::default();
             guest.commit(id, &call).await.map(drop)
         });
-        while !noted.exists() {
-            tokio::task::yield_now().await;
-        }
+        until_there(&noted).await;
         println!("READY");
         waiting.await.unwrap().unwrap();
     }
@@ -52,19 +54,20 @@ async fn child_process() {
 
 /// A child process that has reached `step`.
 fn child(storage: &Path, step: &str) -> Process {
-    let mut process = Process(
-        Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_process", "--nocapture"])
-            .env(CHILD_STORAGE, storage)
-            .env(CHILD_STEP, step)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap(),
-    );
+    let environment = [(CHILD_STORAGE, storage.as_os_str()), (CHILD_STEP, step.as_ref())];
+    let mut process = start_child(&environment);
     let output = BufReader::new(process.0.stdout.take().unwrap());
     let is_ready = output.lines().any(|line| line.unwrap().contains("READY"));
     assert!(is_ready, "the child process ended early");
     process
+}
+
+async fn until_there(path: &Path) {
+    let until = Instant::now() + LIMIT;
+    while !path.exists() {
+        assert!(Instant::now() < until, "{} does not appear", path.display());
+        tokio::task::yield_now().await;
+    }
 }
 
 fn leftovers(bench: &Bench) -> Vec<PathBuf> {
@@ -160,7 +163,7 @@ async fn a_process_killed_in_its_commit_has_not_committed() {
     let process = child(&bench.storage(), &format!("committing:{id}"));
     // The committer holds the storage's lock as well: nothing can be told yet.
     let hurry = Call {
-        deadline: Some(std::time::Instant::now() + std::time::Duration::from_secs(1)),
+        deadline: Some(Instant::now() + std::time::Duration::from_secs(1)),
         ..Call::default()
     };
     let answer = bench.provider.commit_outcome(id, &hurry).await.unwrap();
@@ -248,9 +251,7 @@ async fn a_commit_cancelled_while_it_waits_does_not_happen() {
     let call = Call::default();
     let id = Uuid::new_v4();
     let cancel_when_begun = async {
-        while !noted.exists() {
-            tokio::task::yield_now().await;
-        }
+        until_there(&noted).await;
         call.cancel.cancel();
     };
     let (result, ()) = tokio::join!(guest.commit(id, &call), cancel_when_begun);

@@ -8,10 +8,9 @@ mod common;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Bench, GuestDisk, LIMIT, Process, Random, provider, scribble};
+use common::{Bench, GuestDisk, LIMIT, Random, end_with_parent, provider, scribble, start_child};
 use provider_api::{Call, Kind, Provider, VolumeSource};
 use provider_directory::{DirectoryOptions, DirectoryProvider, ToolPaths};
 
@@ -23,11 +22,13 @@ const CHILD_ARCHIVE: &str = "DIRECTORY_TEST_ARCHIVE";
 async fn child_process() {
     let Ok(path) = std::env::var(CHILD_STORAGE) else { return };
     let archive = std::env::var(CHILD_ARCHIVE).unwrap();
+    end_with_parent();
     let call = Call::default();
     let storage = provider(Path::new(&path));
     let mut restore = storage.restore_vm_init(&archive, &call).await.unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let source = restore.volume_init("scsi0", folder.path(), &call).await.unwrap();
+    // Beside the storage, in the folder of the parent: this process will not clean up.
+    let folder = Path::new(&path).parent().unwrap();
+    let source = restore.volume_init("scsi0", folder, &call).await.unwrap();
     let VolumeSource::NbdUnix { socket, .. } = source else { panic!("not NBD") };
     println!("\nSOCKET {}", socket.display());
     std::future::pending::<()>().await;
@@ -52,15 +53,9 @@ async fn archive(bench: &Bench) -> (String, PathBuf) {
 async fn the_server_dies_with_a_killed_process() {
     let bench = Bench::new().await;
     let (archive, _) = archive(&bench).await;
-    let mut process = Process(
-        Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_process", "--nocapture"])
-            .env(CHILD_STORAGE, bench.storage())
-            .env(CHILD_ARCHIVE, &archive)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap(),
-    );
+    let storage = bench.storage();
+    let environment = [(CHILD_STORAGE, storage.as_os_str()), (CHILD_ARCHIVE, archive.as_ref())];
+    let mut process = start_child(&environment);
     let output = BufReader::new(process.0.stdout.take().unwrap());
     let socket = output
         .lines()

@@ -4,6 +4,7 @@
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
@@ -45,6 +46,30 @@ impl Drop for Process {
     }
 }
 
+/// A program that also dies with the thread that starts it, so that a killed test leaves none.
+/// Tests start theirs from their own thread, which outlives them.
+pub(crate) fn dies_with_test(program: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", program]);
+    command
+}
+
+/// This test program again, to run its `child_process` only. It must call [`end_with_parent`].
+pub(crate) fn start_child(environment: &[(&str, &OsStr)]) -> Process {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "child_process", "--nocapture"]);
+    command.envs(environment.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());
+    Process(command.spawn().unwrap())
+}
+
+/// Ends this process when the one that holds the other end of its input is gone.
+pub(crate) fn end_with_parent() {
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(1);
+    });
+}
+
 /// Connects as soon as the server listens.
 pub(crate) async fn connect(socket: &Path, export: &str, contexts: Vec<String>) -> Client {
     let until = Instant::now() + LIMIT;
@@ -68,7 +93,7 @@ pub(crate) struct Snapshot {
 impl Snapshot {
     pub(crate) async fn serve(folder: &Path, image: &Path, extra: &[&str]) -> Self {
         let socket = folder.join(format!("{}.sock", Uuid::new_v4().simple()));
-        let child = Command::new("qemu-nbd")
+        let child = dies_with_test("qemu-nbd")
             .args(["--persistent", "--shared=16", "--export-name=disk", "--socket"])
             .arg(&socket)
             .args(extra)
@@ -114,7 +139,7 @@ impl GuestDisk {
         let socket = self.folder.join("edit.sock");
         let _ = std::fs::remove_file(&socket);
         // Without --persistent it ends, and stores the bitmap, after its only client.
-        let child = Command::new("qemu-nbd")
+        let child = dies_with_test("qemu-nbd")
             .args(["--discard=unmap", "--format=qcow2", "--export-name=disk", "--socket"])
             .arg(&socket)
             .arg(&self.image)
