@@ -11,6 +11,7 @@ mod kernel;
 mod lz4;
 mod packages;
 mod program;
+mod unpack;
 
 use std::fs;
 use std::path::{Path, PathBuf};
