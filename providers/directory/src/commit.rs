@@ -5,7 +5,8 @@
 //! storage's lock, each step durable before the next:
 //!
 //! ```text
-//! .tmp-X with manifest and note of the id ─► commits/<id> = "committing X" ─► rename .tmp-X X ─► return
+//! .tmp-X, its manifest and note of the id  ─►  commits/<id> = "committing X"
+//!     ─►  rename .tmp-X X  ─►  return
 //! ```
 //!
 //! So for an id whose commit may have happened there is always a record, and the record names the
