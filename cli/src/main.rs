@@ -18,10 +18,13 @@ mod output;
 mod signals;
 mod task;
 
+use std::future::Future;
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
 use args::Cli;
@@ -30,8 +33,29 @@ use output::Output;
 /// Sets what the program tells about its inner workings, `debug` or the like.
 const LOG_ENV: &str = "VZDUMP_LOG";
 
-#[tokio::main]
-async fn main() -> ExitCode {
+/// How long threads that are stuck in a file system are waited for when all else is done. What
+/// they are about to change is in a journal, or harmless.
+const STUCK_LIMIT: Duration = Duration::from_secs(10);
+
+fn main() -> ExitCode {
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => block_on(runtime, run(), STUCK_LIMIT),
+        Err(error) => {
+            output::warning(&format!("cannot start the program's threads: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs to the end, and then waits for stuck threads no longer than the limit: dropping a runtime
+/// would wait for ever.
+fn block_on<T>(runtime: Runtime, work: impl Future<Output = T>, limit: Duration) -> T {
+    let result = runtime.block_on(work);
+    runtime.shutdown_timeout(limit);
+    result
+}
+
+async fn run() -> ExitCode {
     let args: Vec<_> = std::env::args_os().collect();
     // Before anything else: the guard must not fail over options it does not have.
     if args.get(1).is_some_and(|arg| arg == vzdump_host::GUARD_SUBCOMMAND) {
@@ -53,5 +77,31 @@ async fn main() -> ExitCode {
             output.failure(&failure);
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stuck_thread_does_not_keep_the_program() {
+        let runtime = Runtime::new().unwrap();
+        let (release, stuck) = std::sync::mpsc::channel::<()>();
+        let (sender, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let work = async {
+                let (started, is_started) = tokio::sync::oneshot::channel();
+                tokio::task::spawn_blocking(move || {
+                    let _ = started.send(());
+                    let _ = stuck.recv();
+                });
+                is_started.await.unwrap();
+                7
+            };
+            sender.send(block_on(runtime, work, Duration::from_millis(10))).unwrap();
+        });
+        assert_eq!(ended.recv_timeout(Duration::from_secs(60)).unwrap(), 7);
+        drop(release);
     }
 }
