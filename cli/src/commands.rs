@@ -16,7 +16,7 @@ use vzdump_host::{
 use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, RestoreArgs, VmCommand};
 use crate::output::{self, Failure, Output, printable, table};
 use crate::signals::cancel_on_signal;
-use crate::task::Screen;
+use crate::task::{Notices, Screen};
 
 /// A guest's backup failed; the program's own exit code of -1.
 const GUEST_FAILED: u8 = 255;
@@ -61,7 +61,7 @@ impl Run<'_> {
     async fn create(&self, args: CreateArgs) -> CommandResult {
         let id = args.id;
         let options = create_options(args)?;
-        let created = self.or_cancelled(self.host.vm_create(id, &options)).await??;
+        let created = self.host.vm_create(id, &options, &Notices, self.cancel).await?;
         self.output.result(&json!(created), || {
             let mut text = format!("created VM {id}: {}\n", created.config.display());
             for (key, volume) in &created.disks {

@@ -99,6 +99,19 @@ impl TaskSink for Screen {
     }
 }
 
+/// Shows what is odd about a task that people do not watch.
+pub(crate) struct Notices;
+
+impl TaskSink for Notices {
+    fn line(&self, level: Level, text: &str) {
+        if level != Level::Info {
+            output::warning(&clean(text));
+        }
+    }
+
+    fn progress(&self, _progress: &Progress) {}
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -159,12 +159,18 @@ impl Host {
         })
     }
 
-    /// Makes a VM.
+    /// Makes a VM. Should be awaited to its end; cancel it by the token.
     ///
     /// # Errors
     /// [`HostError::Create`]; nothing is left behind then.
-    pub async fn vm_create(&self, id: u32, options: &CreateOptions) -> Result<Created, HostError> {
-        Ok(create::create(&self.layout, &self.tools, &self.storages, id, options).await?)
+    pub async fn vm_create(
+        &self,
+        id: u32,
+        options: &CreateOptions,
+        sink: &dyn TaskSink,
+        cancel: &CancellationToken,
+    ) -> Result<Created, HostError> {
+        Ok(Box::pin(create::create(&self.context()?, id, options, sink, cancel)).await?)
     }
 
     /// Starts a VM.

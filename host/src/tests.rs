@@ -74,7 +74,9 @@ async fn a_vm_is_made_and_listed() {
         disks: vec![DiskContent::Empty(1 << 20)],
         ..CreateOptions::default()
     };
-    host.vm_create(100, &options).await.unwrap();
+    host.vm_create(100, &options, &vzdump_core::task_log::NoLog, &CancellationToken::new())
+        .await
+        .unwrap();
     let all = host.vm_list().await.unwrap();
     assert_eq!((all.len(), all[0].id, all[0].running), (1, 100, false));
     let error = host.vm_start(100, StartOptions::default()).await.unwrap_err();

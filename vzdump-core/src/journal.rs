@@ -8,8 +8,12 @@
 //! what [`recover`] finds was left by a task that died, or that could not undo something.
 //!
 //! Undoing is idempotent, therefore nothing is journalled when it is given back.
+//!
+//! Whoever creates a journal holds the guest's lock ([`crate::job::backup_lock_path`]) before that and
+//! as long as it uses the journal: the recovery takes the lock as the proof that the task is over.
 
 pub mod recover;
+pub(crate) mod volumes;
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -118,6 +122,8 @@ pub enum TaskKind {
     Backup,
     /// The restore of a guest.
     Restore,
+    /// The making of a new guest.
+    Create,
 }
 
 /// The first line.
@@ -129,9 +135,9 @@ pub struct Begin {
     pub task: TaskKind,
     /// Kind of the guest.
     pub guest_kind: GuestKind,
-    /// Number of the guest; for a restore, of the new one.
+    /// Number of the guest; of the new one if one is made.
     pub guest_id: u32,
-    /// Storage of the archive.
+    /// Storage of the archive; of the disks for a guest that is made without one.
     pub storage: String,
     /// The process that runs the task.
     pub owner: ProcessStamp,
@@ -232,7 +238,7 @@ pub enum Entry {
         /// The outcome.
         outcome: KnownOutcome,
     },
-    /// A new volume of a restore.
+    /// A new volume of a guest that is being made.
     Volume {
         /// Volume id.
         volume: String,
@@ -247,7 +253,7 @@ pub enum Entry {
         /// Its path.
         path: PathBuf,
     },
-    /// The restore is complete: its volumes belong to the new guest.
+    /// The guest is made: its volumes belong to the new guest.
     Complete,
 }
 

@@ -15,6 +15,7 @@
 
 #![forbid(unsafe_code)]
 
+mod blocking;
 pub mod config;
 pub mod guest;
 pub mod job;

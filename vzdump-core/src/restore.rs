@@ -26,21 +26,21 @@ use serde::Serialize;
 
 use self::config::NewVolume;
 use self::plan::PlannedDisk;
+use crate::blocking;
 use crate::config::guest::VmConfig;
-use crate::config::write_atomically;
+use crate::config::{ConfigError, write_atomically};
 use crate::job::report::millis;
 use crate::job::{JobContext, backup_lock_path, call_within, chain};
 use crate::journal::recover::{self, Leftover};
+use crate::journal::volumes::NewVolumes;
 use crate::journal::{Begin, Entry, Journal, TaskKind};
 use crate::layout::{check_guest_id, check_socket_path, make_private_dir};
 use crate::lock::FileLock;
-use crate::storage::{ImageFormat, ImageStorage, StorageError, VolumeId};
+use crate::storage::{ImageFormat, VolumeId};
 use crate::task_log::{Progress, TaskSink, clean, clock, rate, size};
-use crate::vm::backup::{free_volume, short_id};
+use crate::vm::backup::short_id;
 use crate::vm::runner;
 
-/// Disks of one VM; a bound for the search of a free name.
-const NAMES_MAX: u32 = 1000;
 /// Largest configuration taken from an archive.
 const CONFIG_BYTES_MAX: usize = 1 << 20;
 /// At least this much time lies between two progress lines.
@@ -155,9 +155,8 @@ struct Restore<'a> {
 
 /// What was made so far.
 struct Made {
-    journal: Journal,
+    new: NewVolumes,
     private_dir: PathBuf,
-    volumes: Vec<VolumeId>,
     firewall: Option<PathBuf>,
 }
 
@@ -242,11 +241,11 @@ impl Restore<'_> {
         let mut made = self.begin().await?;
         let result = self.make(source, &disks, &archived, firewall, &mut made, report).await;
         // Nothing of the provider's is in there any more.
-        let dir_removed = remove_dir(&made.private_dir);
+        let dir_removed = remove_dir(made.private_dir.clone()).await;
         match result {
             Ok(()) => {
                 self.warn(report, dir_removed.err());
-                let removed = made.journal.remove().await;
+                let removed = made.new.journal.remove().await;
                 self.warn(report, removed.err().map(words));
                 Ok(())
             }
@@ -267,9 +266,9 @@ impl Restore<'_> {
         let private_dir = self.ctx.layout.run().join(format!("r-{}", short_id()));
         check_socket_path(&private_dir.join("socket-of-a-provider")).map_err(words)?;
         let journal = Journal::create(&self.ctx.layout, begin).await.map_err(words)?;
-        let made = Made { journal, private_dir, volumes: Vec::new(), firewall: None };
+        let made = Made { new: NewVolumes::new(journal), private_dir, firewall: None };
         let entry = Entry::Directory { path: made.private_dir.clone() };
-        let result = match made.journal.append(entry).await {
+        let result = match made.new.journal.append(entry).await {
             Ok(()) => make_private_dir(&made.private_dir).map_err(words),
             Err(error) => Err(words(error)),
         };
@@ -292,7 +291,9 @@ impl Restore<'_> {
     ) -> Step<()> {
         let mut volumes = BTreeMap::new();
         for disk in disks {
-            let volume = self.cancellable(self.allocate(disk, made)).await?;
+            let PlannedDisk { storage, format, size_bytes, .. } = disk;
+            let new = made.new.allocate(self.ctx, storage, self.id, *format, *size_bytes);
+            let volume = self.cancellable(async { new.await.map_err(words) }).await?;
             self.fill(source, disk, &volume, &made.private_dir, report).await?;
             let (device, size_bytes) = (disk.key.clone(), disk.size_bytes);
             let volume = volume.to_string();
@@ -306,35 +307,6 @@ impl Restore<'_> {
             return Err("the restore was cancelled".to_owned());
         }
         self.switch(&config, firewall, made).await
-    }
-
-    async fn allocate(&self, disk: &PlannedDisk, made: &mut Made) -> Step<VolumeId> {
-        for number in 0..NAMES_MAX {
-            let name = format!("vm-{}-disk-{number}", self.id);
-            if name_is_taken(&disk.storage, self.id, &name)? {
-                continue;
-            }
-            let id = format!("{}:{}/{name}.{}", disk.storage.id(), self.id, disk.format);
-            let volume: VolumeId = id.parse().map_err(words)?;
-            let entry = Entry::Volume { volume: volume.to_string() };
-            made.journal.append(entry).await.map_err(words)?;
-            made.volumes.push(volume.clone());
-            let allocated = disk
-                .storage
-                .allocate(&self.ctx.tools, self.id, &name, disk.format, disk.size_bytes)
-                .await;
-            match allocated {
-                Ok(volume) => return Ok(volume),
-                Err(StorageError::Exists { .. }) => {
-                    // Somebody was faster: it is not ours to remove.
-                    made.volumes.pop();
-                    let entry = Entry::Forget { volume: volume.to_string() };
-                    made.journal.append(entry).await.map_err(words)?;
-                }
-                Err(error) => return Err(words(error)),
-            }
-        }
-        Err(format!("the storage '{}' has no free disk name", disk.storage.id()))
     }
 
     /// Offer, copy, withdraw.
@@ -400,35 +372,32 @@ impl Restore<'_> {
                 return Err(format!("there are firewall rules already ('{}')", path.display()));
             }
             let entry = Entry::File { path: path.clone() };
-            made.journal.append(entry).await.map_err(words)?;
+            made.new.journal.append(entry).await.map_err(words)?;
             made.firewall = Some(path.clone());
-            write_atomically(&path, &rules, true).map_err(words)?;
+            write_beside(move || write_atomically(&path, &rules, true)).await?;
         }
-        config.write_new(&self.ctx.layout.vm_config_path(self.id)).map_err(words)?;
+        let (config, path) = (config.clone(), self.ctx.layout.vm_config_path(self.id));
+        write_beside(move || config.write_new(&path)).await?;
         // From here on the VM exists; the journal only has to go.
-        if let Err(error) = made.journal.append(Entry::Complete).await {
+        if let Err(error) = made.new.journal.append(Entry::Complete).await {
             tracing::warn!(%error, "the end of a restore was not journalled");
         }
         Ok(())
     }
 
     /// Removes what was made; returns what could not be removed.
-    async fn undo(&self, made: Made, dir_removed: Step<()>) -> Vec<String> {
+    async fn undo(&self, mut made: Made, dir_removed: Step<()>) -> Vec<String> {
         let mut problems: Vec<String> = dir_removed.err().into_iter().collect();
-        for volume in made.volumes.iter().rev() {
-            if let Err(error) = free_volume(&self.ctx.storages, volume) {
-                problems.push(words(error));
-            }
-        }
-        if let Some(path) = &made.firewall
-            && let Err(error) = std::fs::remove_file(path)
+        problems.extend(made.new.free(self.ctx).await);
+        if let Some(path) = made.firewall
+            && let Err(error) = blocking::run(move || std::fs::remove_file(path)).await
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            problems.push(format!("cannot remove '{}': {error}", path.display()));
+            problems.push(format!("cannot remove the firewall rules: {error}"));
         }
         // What is left is the recovery's.
         if problems.is_empty()
-            && let Err(error) = made.journal.remove().await
+            && let Err(error) = made.new.journal.remove().await
         {
             problems.push(words(error));
         }
@@ -484,24 +453,22 @@ async fn within<T>(limit: Duration, doing: &str, step: impl Future<Output = Step
     }
 }
 
-fn name_is_taken(storage: &ImageStorage, id: u32, name: &str) -> Step<bool> {
-    for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
-        let volume: VolumeId =
-            format!("{}:{id}/{name}.{format}", storage.id()).parse().map_err(words)?;
-        if storage.exists(&volume).map_err(words)? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn remove_dir(dir: &Path) -> Step<()> {
-    match std::fs::remove_dir_all(dir) {
+async fn remove_dir(dir: PathBuf) -> Step<()> {
+    let shown = dir.display().to_string();
+    match blocking::run(move || std::fs::remove_dir_all(dir)).await {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(format!("cannot remove the directory '{}': {error}", dir.display()))
+            Err(format!("cannot remove the directory '{shown}': {error}"))
         }
         _ => Ok(()),
     }
+}
+
+/// Writes a file that decides what there is: awaited to its end, so that nobody undoes what is
+/// still being done.
+async fn write_beside(
+    write: impl FnOnce() -> Result<(), ConfigError> + Send + 'static,
+) -> Step<()> {
+    blocking::run(move || Ok(write())).await.map_err(words)?.map_err(words)
 }
 
 /// Progress of one disk.

@@ -13,6 +13,7 @@ use std::process::Stdio;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::blocking;
 use crate::config::storage::{StorageConfig, StorageSection, is_storage_id};
 use crate::layout::Layout;
 use crate::tools::{MissingTool, Tools};
@@ -279,7 +280,8 @@ impl ImageStorage {
     /// sparse and has exactly the size.
     ///
     /// # Errors
-    /// [`StorageError::Exists`] when there is one of that name; nothing is left behind by a failure.
+    /// [`StorageError::Exists`] when there is one of that name; nothing is left behind by a failure, or
+    /// when the future is dropped.
     pub async fn allocate(
         &self,
         tools: &Tools,
@@ -299,75 +301,81 @@ impl ImageStorage {
         let dir = self.guest_dir(guest_id);
         let fault =
             |what, path: &Path, source| StorageError::Io { what, path: path.into(), source };
-        fs::create_dir_all(&dir).map_err(|e| fault("make the directory", &dir, e))?;
-        // Making the file decides who owns the name, whatever the format.
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(|error| match error.kind() {
+        let made = blocking::run({
+            let (dir, path) = (dir.clone(), path.clone());
+            move || Unfinished::make(&dir, path)
+        });
+        let unfinished = made.await.map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => StorageError::Exists { volume: volume.to_string() },
             _ => fault("make the image", &path, error),
         })?;
-        let undo = RemoveOnDrop { path: &path, armed: true };
-        match format {
-            ImageFormat::Raw => {
-                file.set_len(size_bytes).map_err(|e| fault("set the size of", &path, e))?;
+        let (filled, raw_size_bytes) = match format {
+            ImageFormat::Raw => (Ok(()), Some(size_bytes)),
+            ImageFormat::Qcow2 => (create_qcow2(tools, &path, size_bytes).await, None),
+        };
+        let is_filled = filled.is_ok();
+        let finished = blocking::run(move || {
+            let result = if is_filled { unfinished.finish(raw_size_bytes, &dir) } else { Ok(()) };
+            if is_filled && result.is_ok() {
+                return Ok(Some(unfinished));
             }
-            ImageFormat::Qcow2 => create_qcow2(tools, &path, size_bytes).await?,
+            unfinished.remove();
+            result.map(|()| None)
+        });
+        let finished = finished.await;
+        filled?;
+        if let Some(unfinished) =
+            finished.map_err(|error| fault("finish the image", &path, error))?
+        {
+            unfinished.keep();
         }
-        let synced = File::open(&path).and_then(|file| file.sync_all());
-        synced.and_then(|()| File::open(&dir)?.sync_all()).map_err(|e| fault("sync", &path, e))?;
-        undo.disarm();
         Ok(volume)
     }
 
-    /// Makes a volume under the first free name `vm-<id>-disk-<n>`.
+    /// A name `vm-<id>-disk-<n>` that no disk has, whatever its format.
     ///
     /// # Errors
     /// [`StorageError`].
-    pub async fn allocate_disk(
-        &self,
-        tools: &Tools,
-        guest_id: u32,
-        format: ImageFormat,
-        size_bytes: u64,
-    ) -> Result<VolumeId, StorageError> {
-        for number in 0..DISKS_MAX {
-            let name = format!("vm-{guest_id}-disk-{number}");
-            if self.name_is_taken(guest_id, &name)? {
-                continue;
+    pub async fn free_name(&self, guest_id: u32) -> Result<String, StorageError> {
+        let dir = self.guest_dir(guest_id);
+        let fault = |source| StorageError::Io { what: "look into", path: dir.clone(), source };
+        let looked = blocking::run({
+            let dir = dir.clone();
+            move || {
+                let is_free = |name: &String| {
+                    let taken = [ImageFormat::Raw, ImageFormat::Qcow2]
+                        .map(|format| dir.join(format!("{name}.{format}")).exists());
+                    taken == [false, false]
+                };
+                Ok((0..DISKS_MAX).map(|n| format!("vm-{guest_id}-disk-{n}")).find(is_free))
             }
-            match self.allocate(tools, guest_id, &name, format, size_bytes).await {
-                Err(StorageError::Exists { .. }) => {}
-                other => return other,
-            }
-        }
-        let why = format!("has no free disk name for the guest {guest_id}.");
-        Err(StorageError::Storage { id: self.id.clone(), why })
-    }
-
-    /// One name belongs to one disk, whatever its format.
-    fn name_is_taken(&self, guest_id: u32, name: &str) -> Result<bool, StorageError> {
-        for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
-            if self.exists(&VolumeId::new(&self.id, guest_id, name, format)?)? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        });
+        looked.await.map_err(fault)?.ok_or_else(|| {
+            let why = format!("has no free disk name for the guest {guest_id}.");
+            StorageError::Storage { id: self.id.clone(), why }
+        })
     }
 
     /// Removes a volume; tells whether it was there.
     ///
     /// # Errors
     /// [`StorageError`].
-    pub fn free(&self, volume: &VolumeId) -> Result<bool, StorageError> {
+    pub async fn free(&self, volume: &VolumeId) -> Result<bool, StorageError> {
         let path = self.volume_path(volume)?;
-        match fs::remove_file(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-            Err(source) => return Err(StorageError::Io { what: "remove", path, source }),
-        }
-        // Fails as long as there are other volumes, which is right.
-        let _ = fs::remove_dir(self.guest_dir(volume.guest_id));
-        Ok(true)
+        let dir = self.guest_dir(volume.guest_id);
+        let removed = blocking::run({
+            let path = path.clone();
+            move || match fs::remove_file(&path) {
+                Ok(()) => {
+                    // Fails as long as there are other volumes, which is right.
+                    let _ = fs::remove_dir(dir);
+                    Ok(true)
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+                Err(error) => Err(error),
+            }
+        });
+        removed.await.map_err(|source| StorageError::Io { what: "remove", path, source })
     }
 
     /// The size of the disk in a volume.
@@ -438,22 +446,47 @@ async fn create_qcow2(tools: &Tools, path: &Path, size_bytes: u64) -> Result<(),
     }
 }
 
-/// Removes a file that was begun, also when the future making it is dropped.
-struct RemoveOnDrop<'a> {
-    path: &'a Path,
-    armed: bool,
+/// A file that was begun. It is removed when this is dropped, also by the thread that made it for a
+/// task that did not wait.
+struct Unfinished {
+    path: Option<PathBuf>,
+    file: File,
 }
 
-impl RemoveOnDrop<'_> {
-    fn disarm(mut self) {
-        self.armed = false;
+impl Unfinished {
+    /// Makes an image's file, which decides who owns the name, whatever the format.
+    fn make(dir: &Path, path: PathBuf) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        Ok(Self { path: Some(path), file })
+    }
+
+    fn finish(&self, raw_size_bytes: Option<u64>, dir: &Path) -> io::Result<()> {
+        if let Some(size_bytes) = raw_size_bytes {
+            self.file.set_len(size_bytes)?;
+        }
+        self.file.sync_all()?;
+        File::open(dir)?.sync_all()
+    }
+
+    /// Removes the file before it returns.
+    fn remove(mut self) {
+        self.path.take().map(fs::remove_file);
+    }
+
+    fn keep(mut self) {
+        self.path = None;
     }
 }
 
-impl Drop for RemoveOnDrop<'_> {
+impl Drop for Unfinished {
     fn drop(&mut self) {
-        if self.armed {
-            let _ = fs::remove_file(self.path);
+        let Some(path) = self.path.take() else { return };
+        let remove = move || drop(fs::remove_file(path));
+        // A task must not block; that nobody waits for the end is why the names are journalled.
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
+            Err(_) => remove(),
         }
     }
 }
@@ -556,7 +589,8 @@ mod tests {
         let (dir, storage) = storage();
         let tools = Tools::in_dir("/nonexistent");
         let size = (1 << 30) + 512;
-        let volume = storage.allocate_disk(&tools, 100, ImageFormat::Raw, size).await.unwrap();
+        let volume =
+            storage.allocate(&tools, 100, "vm-100-disk-0", ImageFormat::Raw, size).await.unwrap();
         assert_eq!(volume.to_string(), "local:100/vm-100-disk-0.raw");
         assert_eq!(storage.volume_size(&volume).unwrap(), size);
         let path = dir.path().join("images/100/vm-100-disk-0.raw");
@@ -565,11 +599,12 @@ mod tests {
 
         let again = storage.allocate(&tools, 100, "vm-100-disk-0", ImageFormat::Raw, size).await;
         assert!(matches!(again, Err(StorageError::Exists { .. })));
-        let next = storage.allocate_disk(&tools, 100, ImageFormat::Raw, 512).await.unwrap();
-        assert_eq!(next.to_string(), "local:100/vm-100-disk-1.raw");
+        let name = storage.free_name(100).await.unwrap();
+        assert_eq!(name, "vm-100-disk-1", "a name belongs to one disk, whatever its format");
+        let next = storage.allocate(&tools, 100, &name, ImageFormat::Raw, 512).await.unwrap();
 
-        assert!(storage.free(&volume).unwrap() && !storage.free(&volume).unwrap());
-        assert!(storage.free(&next).unwrap());
+        assert!(storage.free(&volume).await.unwrap() && !storage.free(&volume).await.unwrap());
+        assert!(storage.free(&next).await.unwrap());
         assert!(!dir.path().join("images/100").exists(), "an empty directory stayed");
         assert!(matches!(storage.volume_size(&volume), Err(StorageError::NotFound { .. })));
     }
@@ -590,6 +625,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_image_that_nobody_waited_for_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("images/100/x.raw");
+        drop(Unfinished::make(path.parent().unwrap(), path.clone()).unwrap());
+        let gone = async {
+            while path.exists() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), gone).await.expect("the image stayed");
+    }
+
+    #[tokio::test]
     async fn a_qcow2_volume_tells_the_size_of_its_disk() {
         let tools = Tools::find(None, None);
         if tools.qemu_img().is_err() {
@@ -598,7 +646,8 @@ mod tests {
         }
         let (_dir, storage) = storage();
         let size = 10 << 20;
-        let volume = storage.allocate_disk(&tools, 100, ImageFormat::Qcow2, size).await.unwrap();
+        let volume =
+            storage.allocate(&tools, 100, "vm-100-disk-0", ImageFormat::Qcow2, size).await.unwrap();
         assert_eq!(storage.volume_size(&volume).unwrap(), size);
         let raw: VolumeId = "local:100/x.qcow2".parse().unwrap();
         fs::write(storage.volume_path(&raw).unwrap(), [0; 64]).unwrap();

@@ -240,6 +240,17 @@ impl VmConfig {
         Ok(disks)
     }
 
+    /// Whether any line names this volume: as a disk, as an unused one, or in a snapshot or another
+    /// section.
+    #[must_use]
+    pub fn names_volume(&self, volume: &str) -> bool {
+        let values = self.lines.iter().filter_map(|line| match &line.kind {
+            Kind::Pair { value, .. } => Some(value.as_str()),
+            _ => None,
+        });
+        values.flat_map(|value| value.split([',', '='])).any(|item| item.trim() == volume)
+    }
+
     /// The headers of the sections after the current configuration: snapshots, `PENDING`,
     /// `special:…`.
     pub fn sections(&self) -> impl Iterator<Item = &str> {

@@ -6,18 +6,23 @@
 //! commit is durable; stop the NBD server, if it is ours; detach and free the fleecing images; remove directories; remove the journal.
 //! What belongs to a QEMU that has ended needs no QMP. Every step may be repeated.
 //!
-//! For a restore: a configuration that names the new volumes makes it complete; else the volumes
-//! are freed.
+//! For a new guest, restored or not: a configuration that names one of the new volumes makes it
+//! complete, because it is written in one step and last; else the volumes are freed.
 //!
-//! The caller holds the guest's lock, so no journal found can belong to a running task.
+//! The caller holds the guest's lock. Whoever writes a journal holds it from before the journal is
+//! made until nobody writes to it any more, so no journal found belongs to a task under way, even if
+//! the process that ran the task is still there.
 
+use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use provider_api::{CommitOutcome, GuestKind};
 use qmp_client::{Session, backup};
 
+use super::volumes::free_within;
 use super::{Entry, JournalError, KnownOutcome, Record, TaskKind};
+use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::guest::GuestError;
 use crate::job::commit::ask_outcome;
@@ -26,7 +31,7 @@ use crate::layout::Monitor;
 use crate::lock::{FileLock, LockError};
 use crate::storage::VolumeId;
 use crate::task_log::TaskSink;
-use crate::vm::backup::{free_volume, ops};
+use crate::vm::backup::ops;
 use crate::vm::freeze_guard::thaw_directly;
 
 /// A journal that could not be cleared.
@@ -114,16 +119,20 @@ async fn recover_journal(
     let is_ours = begin.owner.process.pid.unsigned_abs() == std::process::id();
     if begin.owner.is_alive() && !is_ours {
         let pid = begin.owner.process.pid;
-        return Err(format!("its process {pid} still runs; wait for it, or end it"));
+        sink.warn(&format!(
+            "the process {pid} still runs, but no longer works on guest {}",
+            begin.guest_id
+        ));
     }
     let what = match begin.task {
         TaskKind::Backup => "backup",
         TaskKind::Restore => "restore",
+        TaskKind::Create => "creation",
     };
     sink.warn(&format!("cleaning up after an interrupted {what} of guest {}", begin.guest_id));
     match begin.task {
         TaskKind::Backup => recover_backup(ctx, &record, sink).await?,
-        TaskKind::Restore => recover_restore(ctx, &record, sink)?,
+        TaskKind::Restore | TaskKind::Create => recover_new(ctx, &record, what, sink).await?,
     }
     super::remove(journal).await.map_err(|error| chain(&error))
 }
@@ -154,9 +163,9 @@ async fn recover_backup(
         undo_in_qemu(session, record, is_committed, sink).await.map_err(|error| chain(&error))?;
     }
     for image in record.fleecing.iter().rev() {
-        free_named(ctx, &image.volume)?;
+        free_named(ctx, &image.volume).await?;
     }
-    remove_directories(ctx, record)
+    remove_directories(ctx, record).await
 }
 
 /// Finds out whether the backup is durable. An error means that nothing may be torn down yet.
@@ -230,18 +239,22 @@ async fn undo_in_qemu(
     Ok(())
 }
 
-fn free_named(ctx: &JobContext, volume: &str) -> Result<(), String> {
+async fn free_named(ctx: &JobContext, volume: &str) -> Result<(), String> {
     let volume: VolumeId = volume.parse().map_err(|error| chain(&error))?;
-    free_volume(&ctx.storages, &volume).map_err(|error| chain(&error))
+    free_within(ctx, &volume, ctx.limits.undo).await
 }
 
-fn remove_directories(ctx: &JobContext, record: &Record) -> Result<(), String> {
+async fn remove_directories(ctx: &JobContext, record: &Record) -> Result<(), String> {
     for dir in &record.directories {
         // A journal is our own, but a wrong path here would cost too much.
         if !dir.starts_with(ctx.layout.run()) || dir.as_path() == ctx.layout.run() {
             return Err(format!("the directory '{}' is not one of ours", dir.display()));
         }
-        match std::fs::remove_dir_all(dir) {
+        let removed = blocking::run({
+            let dir = dir.clone();
+            move || std::fs::remove_dir_all(dir)
+        });
+        match bounded(ctx, removed).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(format!("cannot remove the directory '{}': {error}", dir.display()));
             }
@@ -251,37 +264,51 @@ fn remove_directories(ctx: &JobContext, record: &Record) -> Result<(), String> {
     Ok(())
 }
 
-fn recover_restore(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) -> Result<(), String> {
+async fn recover_new(
+    ctx: &JobContext,
+    record: &Record,
+    what: &str,
+    sink: &dyn TaskSink,
+) -> Result<(), String> {
     let id = record.begin.guest_id;
     let config = VmConfig::read(&ctx.layout.vm_config_path(id)).map_err(|error| chain(&error))?;
-    let disks = match &config {
-        Some(config) => config.disks().map_err(|error| chain(&error))?,
-        None => Vec::new(),
-    };
-    let is_used = |volume: &String| disks.iter().any(|disk| disk.volume == *volume);
-    if record.complete || (config.is_some() && record.volumes.iter().all(is_used)) {
-        sink.info(&format!("the interrupted restore of VM {id} was complete"));
-        return remove_directories(ctx, record);
+    // Some of them may have been detached, moved or removed since, so one is enough.
+    let is_complete = config
+        .as_ref()
+        .is_some_and(|config| record.volumes.iter().any(|volume| config.names_volume(volume)));
+    if record.complete || is_complete {
+        sink.info(&format!("the interrupted {what} of VM {id} was complete"));
+        return remove_directories(ctx, record).await;
     }
-    for volume in record.volumes.iter().rev().filter(|volume| !is_used(volume)) {
-        free_named(ctx, volume)?;
+    for volume in record.volumes.iter().rev() {
+        free_named(ctx, volume).await?;
     }
     if config.is_none() {
         for file in &record.files {
             // As with directories: only what a restore writes.
             if file.starts_with(ctx.layout.etc()) && *file == ctx.layout.firewall_path(id) {
-                remove_file(file)?;
+                remove_file(ctx, file).await?;
             }
         }
     }
-    remove_directories(ctx, record)
+    remove_directories(ctx, record).await
 }
 
-fn remove_file(path: &Path) -> Result<(), String> {
-    match std::fs::remove_file(path) {
+async fn remove_file(ctx: &JobContext, path: &Path) -> Result<(), String> {
+    let removed = blocking::run({
+        let path = path.to_owned();
+        move || std::fs::remove_file(path)
+    });
+    match bounded(ctx, removed).await {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(format!("cannot remove '{}': {error}", path.display()))
         }
         _ => Ok(()),
     }
+}
+
+async fn bounded<T>(ctx: &JobContext, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    let limit = ctx.limits.undo;
+    let in_time = tokio::time::timeout(limit, work).await;
+    in_time.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
 }

@@ -438,17 +438,20 @@ impl VmDriver {
                 }
             }
         }
-        free_volume(&self.storages, volume)
+        free_volume(&self.storages, volume).await
     }
 }
 
 /// Frees a volume; one that is not there is no error.
-pub(crate) fn free_volume(storages: &StorageSet, volume: &VolumeId) -> Result<(), GuestError> {
-    storages
-        .images(volume.storage())
-        .and_then(|images| images.free(volume))
-        .map_err(GuestError::at(format!("remove the volume '{volume}'")))?;
-    Ok(())
+pub(crate) async fn free_volume(
+    storages: &StorageSet,
+    volume: &VolumeId,
+) -> Result<(), GuestError> {
+    let freed = match storages.images(volume.storage()) {
+        Ok(images) => images.free(volume).await,
+        Err(error) => Err(error),
+    };
+    freed.map(|_| ()).map_err(GuestError::at(format!("remove the volume '{volume}'")))
 }
 
 fn stats_of(status: &AccessStatus) -> AccessStats {

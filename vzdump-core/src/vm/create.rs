@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Makes a new VM: its disks first, its configuration last and in one step.
+//! Makes a new VM: its disks first, each journalled before it is made, its configuration last and in
+//! one step.
 
 use std::fmt::Write;
 use std::fs::File;
@@ -7,15 +8,20 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use provider_api::{CancellationToken, GuestKind};
 use tokio::process::Command;
 
+use crate::blocking;
 use crate::config::ConfigError;
 use crate::config::guest::{VmConfig, is_disk_key};
-use crate::layout::{self, Layout, LayoutError};
-use crate::storage::{
-    DEFAULT_STORAGE, ImageFormat, ImageStorage, StorageError, StorageSet, VolumeId, image_size,
-};
-use crate::task_log::size_config;
+use crate::job::{JobContext, backup_lock_path, chain};
+use crate::journal::recover::{self, Leftover};
+use crate::journal::volumes::{NewVolumeError, NewVolumes};
+use crate::journal::{Begin, Entry, Journal, JournalError, TaskKind};
+use crate::layout::{self, LayoutError};
+use crate::lock::{FileLock, LockError};
+use crate::storage::{DEFAULT_STORAGE, ImageFormat, StorageError, image_size};
+use crate::task_log::{TaskSink, size_config};
 use crate::tools::{MissingTool, Tools};
 
 /// Why a VM was not made.
@@ -40,6 +46,21 @@ pub enum CreateError {
         /// What went wrong.
         message: String,
     },
+    /// It was cancelled.
+    #[error("The VM was not made: it was cancelled, and what had been begun was undone.")]
+    Cancelled,
+    /// Another task works on a guest of this number.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// What an earlier task left behind could not be removed.
+    #[error("An earlier task of this guest is not cleaned up: {0}")]
+    Leftover(String),
+    /// The journal could not be written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// This process could not be told from others.
+    #[error("Cannot read /proc of this process.")]
+    Proc(#[source] std::io::Error),
     /// Not a guest number.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -52,6 +73,15 @@ pub enum CreateError {
     /// A program is missing.
     #[error(transparent)]
     Tool(#[from] MissingTool),
+}
+
+impl From<NewVolumeError> for CreateError {
+    fn from(error: NewVolumeError) -> Self {
+        match error {
+            NewVolumeError::Storage(error) => error.into(),
+            NewVolumeError::Journal(error) => error.into(),
+        }
+    }
 }
 
 /// What a new disk contains.
@@ -104,18 +134,26 @@ pub struct Created {
     pub disks: Vec<(String, String)>,
 }
 
-/// Makes a VM.
+/// Makes a VM. Ends in bounded time after `cancel`, and should be awaited to its end: dropping the
+/// future leaves what was made to the recovery.
 ///
 /// # Errors
-/// [`CreateError`]; the disks made so far are removed then, also when the future is dropped.
+/// [`CreateError`]; the disks made so far are removed then.
 pub async fn create(
-    layout: &Layout,
-    tools: &Tools,
-    storages: &StorageSet,
+    ctx: &JobContext,
     id: u32,
     options: &CreateOptions,
+    sink: &dyn TaskSink,
+    cancel: &CancellationToken,
 ) -> Result<Created, CreateError> {
+    let layout = &ctx.layout;
     layout::check_guest_id(id)?;
+    let lock_path = backup_lock_path(layout, GuestKind::Qemu, id);
+    let _lock = FileLock::try_acquire(&lock_path, &format!("VM {id}"))?;
+    let left = recover::recover_guest(ctx, GuestKind::Qemu, id, sink).await?;
+    if let Some(Leftover { reason, .. }) = left.into_iter().next() {
+        return Err(CreateError::Leftover(reason));
+    }
     let path = layout.vm_config_path(id);
     if path.exists() {
         return Err(CreateError::Exists { id, path });
@@ -126,8 +164,65 @@ pub async fn create(
     for (key, value) in keys {
         config.set(key, value)?;
     }
-    let storage = storages.images(&options.storage)?;
-    let mut made = Made { storage: &storage, volumes: Vec::new() };
+    let begin = Begin::new(TaskKind::Create, GuestKind::Qemu, id, &options.storage)
+        .map_err(CreateError::Proc)?;
+    let mut new = NewVolumes::new(Journal::create(layout, begin).await?);
+    match make(ctx, id, options, config, &mut new, cancel).await {
+        Ok(disks) => {
+            if let Err(error) = new.journal.remove().await {
+                sink.warn(&chain(&error));
+            }
+            Ok(Created { id, config: path, disks })
+        }
+        Err(error) => {
+            let problems = new.free(ctx).await;
+            problems.iter().for_each(|problem| sink.warn(problem));
+            // What is left is the recovery's.
+            if problems.is_empty()
+                && let Err(error) = new.journal.remove().await
+            {
+                sink.warn(&chain(&error));
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The disks, and then the configuration, which makes the VM exist.
+async fn make(
+    ctx: &JobContext,
+    id: u32,
+    options: &CreateOptions,
+    mut config: VmConfig,
+    new: &mut NewVolumes,
+    cancel: &CancellationToken,
+) -> Result<Vec<(String, String)>, CreateError> {
+    let disks = make_disks(ctx, id, options, &mut config, new);
+    let disks = cancel.run_until_cancelled(disks).await.ok_or(CreateError::Cancelled)??;
+    config.disks()?;
+    let path = ctx.layout.vm_config_path(id);
+    config.write_new(&path).map_err(|error| match error {
+        ConfigError::Write { source, path }
+            if source.kind() == std::io::ErrorKind::AlreadyExists =>
+        {
+            CreateError::Exists { id, path }
+        }
+        other => other.into(),
+    })?;
+    if let Err(error) = new.journal.append(Entry::Complete).await {
+        tracing::warn!(%error, "that a VM is made was not journalled");
+    }
+    Ok(disks)
+}
+
+async fn make_disks(
+    ctx: &JobContext,
+    id: u32,
+    options: &CreateOptions,
+    config: &mut VmConfig,
+    new: &mut NewVolumes,
+) -> Result<Vec<(String, String)>, CreateError> {
+    let storage = ctx.storages.images(&options.storage)?;
     let mut disks = Vec::new();
     for (number, content) in options.disks.iter().enumerate() {
         let key = format!("{}{number}", options.bus);
@@ -135,11 +230,10 @@ pub async fn create(
             let why = format!("There is no disk '{key}'; use another bus or fewer disks.");
             return Err(CreateError::Invalid(why));
         }
-        let size_bytes = content.size_bytes()?;
-        let volume = storage.allocate_disk(tools, id, options.format, size_bytes).await?;
-        made.volumes.push(volume.clone());
+        let size_bytes = content.size_bytes().await?;
+        let volume = new.allocate(ctx, &storage, id, options.format, size_bytes).await?;
         if let DiskContent::CopyOf(source) = content {
-            copy(tools, source, &storage.volume_path(&volume)?, volume.format()).await?;
+            copy(&ctx.tools, source, &storage.volume_path(&volume)?, volume.format()).await?;
         }
         let mut value = volume.to_string();
         if let Some(more) = &options.disk_options {
@@ -149,46 +243,34 @@ pub async fn create(
         config.set(&key, &value)?;
         disks.push((key, volume.to_string()));
     }
-    config.disks()?;
-    config.write_new(&path).map_err(|error| match error {
-        ConfigError::Write { source, path }
-            if source.kind() == std::io::ErrorKind::AlreadyExists =>
-        {
-            CreateError::Exists { id, path }
-        }
-        other => other.into(),
-    })?;
-    made.volumes.clear();
-    Ok(Created { id, config: path, disks })
-}
-
-/// Volumes that are removed unless the VM comes to be.
-struct Made<'a> {
-    storage: &'a ImageStorage,
-    volumes: Vec<VolumeId>,
-}
-
-impl Drop for Made<'_> {
-    fn drop(&mut self) {
-        for volume in &self.volumes {
-            if let Err(error) = self.storage.free(volume) {
-                tracing::warn!(%volume, %error, "a new disk could not be removed again");
-            }
-        }
-    }
+    Ok(disks)
 }
 
 impl DiskContent {
-    fn size_bytes(&self) -> Result<u64, CreateError> {
+    async fn size_bytes(&self) -> Result<u64, CreateError> {
         match self {
             Self::Empty(size_bytes) => Ok(*size_bytes),
             Self::CopyOf(path) => {
-                let size_bytes = image_size(path, detect_format(path)?)?;
+                let (_, size_bytes) = inspect(path).await?;
                 // QEMU rounds the size of a raw file up the same way.
                 Ok(size_bytes.next_multiple_of(512))
             }
         }
     }
+}
+
+/// Format and size of a file that is copied.
+async fn inspect(path: &Path) -> Result<(ImageFormat, u64), CreateError> {
+    let file = path.to_owned();
+    let looked = blocking::run(move || {
+        let size = |format| Ok((format, image_size(&file, format)?));
+        Ok(detect_format(&file).and_then(size))
+    });
+    let fault = |error: std::io::Error| CreateError::Copy {
+        path: path.to_owned(),
+        message: error.to_string(),
+    };
+    looked.await.map_err(fault)?
 }
 
 /// A file that begins as a qcow2 image is one. Only for files the administrator names, never for
@@ -210,7 +292,7 @@ async fn copy(
     format: ImageFormat,
 ) -> Result<(), CreateError> {
     let fault = |message: String| CreateError::Copy { path: source.to_owned(), message };
-    let source_format = detect_format(source)?;
+    let (source_format, _) = inspect(source).await?;
     let source_path = std::path::absolute(source).map_err(|error| fault(error.to_string()))?;
     // No time limit: large disks take long, and dropping the future ends the copy.
     let output = Command::new(tools.qemu_img()?)
@@ -250,27 +332,62 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use provider_api::{BoxFuture, Provider};
+
     use super::*;
     use crate::config::storage::StorageConfig;
+    use crate::job::Limits;
+    use crate::layout::Layout;
+    use crate::storage::StorageSet;
+    use crate::task_log::NoLog;
+    use crate::vm::freeze_guard::GuardCommand;
 
-    fn place() -> (tempfile::TempDir, Layout, StorageSet) {
+    struct NoProviders;
+
+    impl crate::job::Providers for NoProviders {
+        fn provider<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Arc<dyn Provider>, String>> {
+            Box::pin(std::future::ready(Err("there is none".to_owned())))
+        }
+    }
+
+    fn place(tools: Tools) -> (tempfile::TempDir, JobContext) {
         let dir = tempfile::tempdir().unwrap();
         let layout = Layout::new(Some(dir.path().into()));
-        let storages = StorageSet::new(&StorageConfig::default(), &layout);
-        (dir, layout, storages)
+        let ctx = JobContext {
+            storages: StorageSet::new(&StorageConfig::default(), &layout),
+            layout,
+            tools,
+            providers: Arc::new(NoProviders),
+            guard: GuardCommand { program: "/nonexistent".into(), args: Vec::new() },
+            limits: Limits::default(),
+        };
+        (dir, ctx)
+    }
+
+    async fn create(
+        ctx: &JobContext,
+        id: u32,
+        options: &CreateOptions,
+    ) -> Result<Created, CreateError> {
+        super::create(ctx, id, options, &NoLog, &CancellationToken::new()).await
+    }
+
+    fn journals(ctx: &JobContext) -> Vec<PathBuf> {
+        crate::journal::list(&ctx.layout, None).unwrap()
     }
 
     #[tokio::test]
     async fn a_new_vm_has_a_configuration_and_disks() {
-        let (_dir, layout, storages) = place();
-        let tools = Tools::in_dir("/nonexistent");
+        let (_dir, ctx) = place(Tools::in_dir("/nonexistent"));
         let options = CreateOptions {
             keys: vec![("name".into(), "web".into()), ("cores".into(), "2".into())],
             disks: vec![DiskContent::Empty(1 << 30), DiskContent::Empty(1536)],
             disk_options: Some("discard=on".into()),
             ..CreateOptions::default()
         };
-        let created = create(&layout, &tools, &storages, 100, &options).await.unwrap();
+        let created = create(&ctx, 100, &options).await.unwrap();
         let config = VmConfig::read(&created.config).unwrap().unwrap();
         assert_eq!(
             config.to_string(),
@@ -278,20 +395,26 @@ mod tests {
              virtio1: local:100/vm-100-disk-1.raw,discard=on,size=1536\n"
         );
         for (_, volume) in &created.disks {
-            assert!(storages.resolve(volume).unwrap().exists());
+            assert!(ctx.storages.resolve(volume).unwrap().exists());
         }
-        let again = create(&layout, &tools, &storages, 100, &options).await;
+        let again = create(&ctx, 100, &options).await;
         assert!(matches!(again, Err(CreateError::Exists { id: 100, .. })));
         assert_eq!(
-            storages.images("local").unwrap().path().join("images/100").read_dir().unwrap().count(),
+            ctx.storages
+                .images("local")
+                .unwrap()
+                .path()
+                .join("images/100")
+                .read_dir()
+                .unwrap()
+                .count(),
             2
         );
     }
 
     #[tokio::test]
     async fn a_failure_removes_the_disks_made_so_far() {
-        let (_dir, layout, storages) = place();
-        let tools = Tools::in_dir("/nonexistent");
+        let (_dir, ctx) = place(Tools::in_dir("/nonexistent"));
         for bad in [
             CreateOptions {
                 disks: vec![DiskContent::Empty(512), DiskContent::CopyOf("/nonexistent".into())],
@@ -312,17 +435,56 @@ mod tests {
                 ..CreateOptions::default()
             },
         ] {
-            create(&layout, &tools, &storages, 100, &bad).await.unwrap_err();
-            assert!(!layout.vm_config_path(100).exists());
-            assert!(!storages.images("local").unwrap().path().join("images/100").exists());
+            create(&ctx, 100, &bad).await.unwrap_err();
+            assert!(!ctx.layout.vm_config_path(100).exists());
+            assert!(!ctx.storages.images("local").unwrap().path().join("images/100").exists());
+            assert!(journals(&ctx).is_empty());
         }
     }
 
     #[tokio::test]
+    async fn a_creation_that_died_is_cleaned_up_by_the_next_one() {
+        let (_dir, ctx) = place(Tools::in_dir("/nonexistent"));
+        let begin = Begin::new(TaskKind::Create, GuestKind::Qemu, 100, "local").unwrap();
+        let mut died = NewVolumes::new(Journal::create(&ctx.layout, begin).await.unwrap());
+        let storage = ctx.storages.images("local").unwrap();
+        let made = died.allocate(&ctx, &storage, 100, ImageFormat::Raw, 512).await.unwrap();
+        drop(died);
+        let options =
+            CreateOptions { disks: vec![DiskContent::Empty(1024)], ..CreateOptions::default() };
+        let created = create(&ctx, 100, &options).await.unwrap();
+        // The name is free again, and the disk is the new one.
+        assert_eq!(created.disks[0].1, made.to_string());
+        assert_eq!(storage.volume_size(&made).unwrap(), 1024);
+        assert!(journals(&ctx).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_is_being_worked_on_is_not_made() {
+        let (_dir, ctx) = place(Tools::in_dir("/nonexistent"));
+        let path = backup_lock_path(&ctx.layout, GuestKind::Qemu, 100);
+        let _held = FileLock::try_acquire(&path, "VM 100").unwrap();
+        let refused = create(&ctx, 100, &CreateOptions::default()).await;
+        assert!(matches!(refused, Err(CreateError::Lock(LockError::Busy { .. }))));
+    }
+
+    #[tokio::test]
+    async fn a_cancelled_creation_leaves_nothing() {
+        let (_dir, ctx) = place(Tools::in_dir("/nonexistent"));
+        let options =
+            CreateOptions { disks: vec![DiskContent::Empty(512)], ..CreateOptions::default() };
+        let cancel = CancellationToken::new();
+        cancel.cancel();
+        let cancelled = super::create(&ctx, 100, &options, &NoLog, &cancel).await;
+        assert!(matches!(cancelled, Err(CreateError::Cancelled)));
+        assert!(!ctx.layout.vm_config_path(100).exists() && journals(&ctx).is_empty());
+        assert!(!ctx.storages.images("local").unwrap().path().join("images/100").exists());
+    }
+
+    #[tokio::test]
     async fn a_file_is_copied_into_a_disk() {
-        let (dir, layout, storages) = place();
-        let tools = Tools::find(None, None);
-        if tools.qemu_img().is_err() {
+        let (dir, ctx) = place(Tools::find(None, None));
+        if ctx.tools.qemu_img().is_err() {
             eprintln!("skipped: qemu-img is missing");
             return;
         }
@@ -333,13 +495,13 @@ mod tests {
             format: ImageFormat::Qcow2,
             ..CreateOptions::default()
         };
-        let created = create(&layout, &tools, &storages, 100, &options).await.unwrap();
-        let path = storages.resolve(&created.disks[0].1).unwrap();
+        let created = create(&ctx, 100, &options).await.unwrap();
+        let path = ctx.storages.resolve(&created.disks[0].1).unwrap();
         assert_eq!(image_size(&path, ImageFormat::Qcow2).unwrap(), 1024);
         let options =
             CreateOptions { disks: vec![DiskContent::CopyOf(path)], ..CreateOptions::default() };
-        let created = create(&layout, &tools, &storages, 101, &options).await.unwrap();
-        let bytes = std::fs::read(storages.resolve(&created.disks[0].1).unwrap()).unwrap();
+        let created = create(&ctx, 101, &options).await.unwrap();
+        let bytes = std::fs::read(ctx.storages.resolve(&created.disks[0].1).unwrap()).unwrap();
         assert_eq!(bytes, [vec![7; 1000], vec![0; 24]].concat());
     }
 

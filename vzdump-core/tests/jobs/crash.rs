@@ -126,6 +126,23 @@ async fn nothing_is_torn_down_while_the_outcome_is_open() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_lives_on_without_the_lock_does_not_stop_the_recovery() {
+    let world = killed_at(7).await.unwrap();
+    let path = world.journals().remove(0);
+    let mut begin = vzdump_core::journal::read(&path).unwrap().begin;
+    // Some process that lives: the one that stands for QEMU.
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (_, rest) = text.split_once('\n').unwrap();
+    begin.owner = vzdump_core::journal::read(&path).unwrap().qemu.unwrap();
+    assert!(begin.owner.is_alive());
+    let first = serde_json::to_string(&vzdump_core::journal::Entry::Begin(begin)).unwrap();
+    std::fs::write(&path, format!("{first}\n{rest}")).unwrap();
+    assert_eq!(world.recover().await, [], "{}", world.sink.text());
+    assert!(world.sink.text().contains("still runs, but no longer works on guest 100"));
+    world.assert_clean("owner lives");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_doctor_cleans_up_too() {
     use vzdump_core::journal::recover::recover_all;
     let world = killed_at(7).await.unwrap();

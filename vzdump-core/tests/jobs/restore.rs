@@ -216,6 +216,7 @@ async fn died(world: &World, config: Option<&str>, complete: bool) -> std::path:
     let rules = ctx.layout.firewall_path(NEW_ID);
     journal.append(Entry::Directory { path: private }).await.unwrap();
     journal.append(Entry::Volume { volume: volume.clone() }).await.unwrap();
+    journal.append(Entry::Volume { volume: "local:200/vm-200-disk-1.raw".into() }).await.unwrap();
     journal.append(Entry::Volume { volume: "local:200/foreign.raw".into() }).await.unwrap();
     journal.append(Entry::Forget { volume: "local:200/foreign.raw".into() }).await.unwrap();
     journal.append(Entry::File { path: rules.clone() }).await.unwrap();
@@ -242,6 +243,20 @@ async fn a_restore_that_died_is_removed_unless_its_vm_exists() {
         ("somebody else's VM", Some("scsi0: local:200/other.raw\n"), false, false),
         ("after the switch", Some(mine), false, true),
         ("at the end", Some(mine), true, true),
+        // What the administrator did to the new VM since must not cost a disk.
+        (
+            "a disk was detached",
+            Some("name: x\nunused0: local:200/vm-200-disk-0.raw\n"),
+            false,
+            true,
+        ),
+        (
+            "a disk is in a snapshot",
+            Some("name: x\n\n[s]\nide0: local:200/vm-200-disk-0.raw,size=1K\n"),
+            false,
+            true,
+        ),
+        ("a disk was removed", Some("scsi1: local:200/vm-200-disk-1.raw\n"), false, true),
     ] {
         let world = world(|_| {}, None);
         let disk = died(&world, config, complete).await;

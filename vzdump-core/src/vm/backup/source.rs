@@ -10,6 +10,7 @@ use qmp_client::commands::{BitmapRef, NbdExportAdd, NbdServerStart};
 
 use super::disks::Disk;
 use super::{Server, VmDriver, ops, short_id};
+use crate::blocking;
 use crate::guest::{GuestError, Task};
 use crate::journal::Entry;
 use crate::layout::{check_socket_path, make_private_dir};
@@ -56,7 +57,7 @@ impl VmDriver {
         self.is_open = false;
         // The directory stays with a server that stays: its socket tells the recovery whose it is.
         self.stop_server().await?;
-        remove_dir(self.run_dir.take())
+        remove_dir(self.run_dir.take()).await
     }
 
     async fn stop_server(&mut self) -> Result<(), GuestError> {
@@ -91,13 +92,14 @@ impl VmDriver {
 }
 
 /// Removes a private directory; one that is not there is no error.
-fn remove_dir(dir: Option<PathBuf>) -> Result<(), GuestError> {
+async fn remove_dir(dir: Option<PathBuf>) -> Result<(), GuestError> {
     let Some(dir) = dir else {
         return Ok(());
     };
-    match std::fs::remove_dir_all(&dir) {
+    let doing = format!("remove the directory '{}'", dir.display());
+    match blocking::run(move || std::fs::remove_dir_all(dir)).await {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(GuestError::step(format!("remove the directory '{}'", dir.display()), error))
+            Err(GuestError::step(doing, error))
         }
         _ => Ok(()),
     }

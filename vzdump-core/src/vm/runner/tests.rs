@@ -77,8 +77,9 @@ async fn a_missing_disk_is_named_before_anything_is_started() {
 async fn a_paused_vm_starts_answers_and_stops() {
     let Some(place) = Place::with_qemu() else { return };
     let storage = place.storages.images("local").unwrap();
-    for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
-        storage.allocate_disk(&place.tools, 100, format, 1 << 20).await.unwrap();
+    for (number, format) in [ImageFormat::Raw, ImageFormat::Qcow2].into_iter().enumerate() {
+        let name = format!("vm-100-disk-{number}");
+        storage.allocate(&place.tools, 100, &name, format, 1 << 20).await.unwrap();
     }
     place.configure(
         100,
