@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use provider_api::Uuid;
 
-use crate::config::ConfigError;
 use crate::config::guest::{DiskEntry, VmConfig, is_disk_key, split_numbered};
+use crate::config::{ConfigError, OptionList};
 use crate::task_log::size_config;
 
 /// Keys that run something on the host.
@@ -116,8 +116,19 @@ fn reaches_the_host(key: &str, value: &str) -> bool {
     let is_text = matches!(key, "description" | "name" | "tags");
     CODE_KEYS.contains(&key)
         || HOST_KEYS.contains(&prefix)
-        || (prefix == "usb" && (value.contains("host=") || value.contains("mapping=")))
+        || (prefix == "usb" && !is_spice(value))
         || (names_a_file && !is_text)
+}
+
+/// Whether a USB port takes what a display's client plugs in; all else is a device of the host,
+/// whose key `host` may be left out.
+fn is_spice(value: &str) -> bool {
+    let Ok(options) = OptionList::parse(value) else {
+        return false;
+    };
+    let named = options.named.iter().filter(|(name, _)| name == "host").map(|(_, value)| value);
+    let hosts: Vec<&String> = options.first.iter().chain(named).collect();
+    hosts == ["spice"] && options.get("mapping").is_none()
 }
 
 #[cfg(test)]
@@ -169,6 +180,28 @@ mod tests {
             ["args", "hookscript", "hostpci0", "rng0", "scsi1", "scsi2", "serial0", "usb0"]
         {
             assert!(warnings.iter().any(|w| w.contains(dropped)), "{dropped}: {warnings:?}");
+        }
+    }
+
+    #[test]
+    fn usb_devices_of_the_host_are_dropped() {
+        for (value, stays) in [
+            ("spice", true),
+            ("spice,usb3=1", true),
+            ("host=spice", true),
+            ("046d:c52b", false),
+            ("host=046d:c52b,usb3=1", false),
+            ("2-1.4", false),
+            ("mapping=stick", false),
+            ("spice,mapping=stick", false),
+            ("spice,host=046d:c52b", false),
+            ("host=046d:c52b,host=spice", false),
+            ("usb3=1", false),
+            ("", false),
+        ] {
+            let old = VmConfig::parse(&format!("name: x\nusb1: {value}\n"));
+            let (config, _) = rewrite(&old, &BTreeMap::new(), false).unwrap();
+            assert_eq!(config.get("usb1").is_some(), stays, "{value:?}");
         }
     }
 
