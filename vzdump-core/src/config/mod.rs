@@ -84,8 +84,18 @@ pub fn to_text(bytes: Vec<u8>) -> Result<String, ConfigError> {
 /// an existing file is an error instead.
 ///
 /// # Errors
-/// [`ConfigError::Write`]; its source is "already exists" for `create` on an existing file.
+/// [`ConfigError::Write`]; its source is "already exists" for `create` on an existing file. After an
+/// error everything is as it was before.
 pub fn write_atomically(path: &Path, content: &[u8], create: bool) -> Result<(), ConfigError> {
+    write_and_sync(path, content, create, |dir| fs::File::open(dir)?.sync_all())
+}
+
+fn write_and_sync(
+    path: &Path,
+    content: &[u8],
+    create: bool,
+    sync_dir: impl FnOnce(&Path) -> io::Result<()>,
+) -> Result<(), ConfigError> {
     let fault = |source| ConfigError::Write { path: path.to_owned(), source };
     let dir = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(dir).map_err(fault)?;
@@ -93,14 +103,21 @@ pub fn write_atomically(path: &Path, content: &[u8], create: bool) -> Result<(),
     let temporary = dir.join(format!(".{name}.{}.tmp", process::id()));
     let result = write_file(&temporary, content).and_then(|()| {
         let flags = if create { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
-        renameat_with(CWD, &temporary, CWD, path, flags)?;
-        fs::File::open(dir)?.sync_all()
+        Ok(renameat_with(CWD, &temporary, CWD, path, flags)?)
     });
-    result.map_err(|error| {
+    if let Err(error) = result {
         // The first failure is what matters; a leftover has a name that nothing reads.
         let _ = fs::remove_file(&temporary);
-        fault(error)
-    })
+        return Err(fault(error));
+    }
+    // No error, because the new file is there for everybody: a caller that undoes what it was
+    // written for would free the disks of a guest that exists. Taking the file away again is not
+    // safer: that may fail too, or be what is lost. What a power cut can cost now is this one
+    // change; the disks stay.
+    if let Err(error) = sync_dir(dir) {
+        tracing::warn!(path = %path.display(), %error, "a change may be lost by a power cut");
+    }
+    Ok(())
 }
 
 fn write_file(path: &Path, content: &[u8]) -> io::Result<()> {
@@ -128,6 +145,16 @@ pub fn parse_bool(text: &str) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_is_there_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("100.conf");
+        let fails = |_: &Path| Err(io::Error::other("scripted"));
+        write_and_sync(&path, b"one", true, fails).unwrap();
+        assert_eq!(read_text(&path).unwrap().unwrap(), "one");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
 
     #[test]
     fn a_file_is_replaced_in_one_step_and_created_only_once() {
