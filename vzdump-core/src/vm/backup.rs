@@ -255,8 +255,9 @@ impl VmDriver {
         let setup = BackupAccess::setup(session, request).await;
         let mut freeze_ms = None;
         if let Some(frozen) = frozen {
-            task.sink.info("issuing guest-agent 'fs-thaw' command");
+            // Not a line before it is thawed: a terminal that is stopped would keep it frozen.
             let thawed = frozen.thaw(&self.layout.agent_socket(self.id)).await;
+            task.sink.info("issuing guest-agent 'fs-thaw' command");
             freeze_ms = thawed.held_ms;
             if let Some(trouble) = &thawed.trouble {
                 task.sink.warn(trouble);

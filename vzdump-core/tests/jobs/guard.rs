@@ -3,6 +3,8 @@
 
 use std::process::Stdio;
 
+use vzdump_core::job::run_backup;
+use vzdump_core::task_log::{Level, Progress, TaskSink};
 use vzdump_core::vm::freeze_guard::{freeze, thaw_directly};
 
 use crate::agent::FakeAgent;
@@ -35,6 +37,29 @@ async fn the_point_in_time_is_taken_while_the_guest_is_frozen() {
     let text = world.sink.text();
     assert!(text.contains("issuing guest-agent 'fs-freeze' command"), "{text}");
     assert!(text.contains("issuing guest-agent 'fs-thaw' command"), "{text}");
+}
+
+/// Looks whether the guest is frozen whenever a line is written.
+struct Watcher<'a>(&'a FakeAgent, std::sync::Mutex<Vec<String>>);
+
+impl TaskSink for Watcher<'_> {
+    fn line(&self, _level: Level, text: &str) {
+        if self.0.is_frozen() {
+            self.1.lock().unwrap().push(text.to_owned());
+        }
+    }
+    fn progress(&self, _progress: &Progress) {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_written_while_the_guest_is_frozen() {
+    let (world, agent) = world(false);
+    let watcher = Watcher(&agent, std::sync::Mutex::default());
+    let World { ctx, provider, options, cancel, .. } = &world;
+    let report = run_backup(ctx, &[ID], provider, options, &watcher, cancel).await;
+    assert!(report.is_success(), "{report:?}");
+    assert!(agent.log().iter().any(|command| command == "guest-fsfreeze-freeze"));
+    assert_eq!(*watcher.1.lock().unwrap(), Vec::<String>::new(), "written while frozen");
 }
 
 #[tokio::test(flavor = "multi_thread")]
