@@ -13,6 +13,7 @@ pub mod report;
 mod run;
 pub mod state;
 
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,6 +46,8 @@ pub trait Providers: Send + Sync {
 /// Bounds of all waits of a task, beside those of QMP commands.
 #[derive(Debug, Clone)]
 pub struct Limits {
+    /// For making a provider's storage ready: mounting a network file system, starting a service.
+    pub activate: Duration,
     /// For one call of the provider that has nothing to copy.
     pub provider_call: Duration,
     /// For allocating and attaching all fleecing images.
@@ -68,6 +71,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            activate: Duration::from_secs(600),
             provider_call: Duration::from_secs(120),
             acquire: Duration::from_secs(900),
             point_in_time: Duration::from_secs(300),
@@ -201,19 +205,32 @@ async fn start_job(
             provider_api::API_VERSION
         ));
     }
-    let call = call_within(cancel, ctx.limits.provider_call);
     let start = async {
-        provider.activate(&call).await?;
-        provider.start_job(JobInfo { start_time_s: now_s() }, &call).await
+        activate(provider, &ctx.limits, cancel).await?;
+        let limit = ctx.limits.provider_call;
+        let call = call_within(cancel, limit);
+        let start = provider.start_job(JobInfo { start_time_s: now_s() }, &call);
+        match tokio::time::timeout(limit, start).await {
+            Ok(started) => started.map_err(|error| chain(&error)),
+            Err(_) => Err("the provider did not begin the job in time".to_owned()),
+        }
     };
-    tokio::select! {
-        biased;
-        () = cancel.cancelled() => Err("the job was cancelled".to_owned()),
-        started = tokio::time::timeout(ctx.limits.provider_call, start) => match started {
-            Ok(Ok(job)) => Ok(job),
-            Ok(Err(error)) => Err(chain(&error)),
-            Err(_) => Err("the provider did not become ready in time".to_owned()),
-        },
+    unless_cancelled(cancel, start).await
+}
+
+/// Makes a provider ready, within the time that this may take.
+pub(crate) async fn activate(
+    provider: &dyn Provider,
+    limits: &Limits,
+    cancel: &CancellationToken,
+) -> Result<(), String> {
+    let call = call_within(cancel, limits.activate);
+    match tokio::time::timeout(limits.activate, provider.activate(&call)).await {
+        Ok(activated) => activated.map_err(|error| chain(&error)),
+        Err(_) => Err(format!(
+            "the provider did not become ready within {} seconds",
+            limits.activate.as_secs()
+        )),
     }
 }
 
@@ -246,11 +263,29 @@ async fn run_guest(
     sink: &dyn TaskSink,
     cancel: &CancellationToken,
 ) -> GuestReport {
+    let started = Instant::now();
+    let mut report = GuestReport::new(GuestKind::Qemu, id);
+    let start = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S");
+    let begin =
+        [format!("Starting Backup of VM {id} (qemu)"), format!("Backup started at {start}")];
+    begin.iter().for_each(|line| sink.info(line));
+    let locks = match unless_cancelled(cancel, lock_guest(ctx, id, options)).await {
+        Ok(locks) => locks,
+        Err(error) => {
+            report.error = Some(error);
+            report.duration_ms = report::millis(started.elapsed());
+            report.log_end(sink);
+            return report;
+        }
+    };
+    // Only now: the file may be that of the guest's running backup.
     let log_path = ctx.layout.log_dir().join(format!("{}-{id}.log", GuestKind::Qemu));
     let file = FileLog::create(&log_path);
     let tee;
     let sink: &dyn TaskSink = match &file {
         Ok(file) => {
+            begin.iter().for_each(|line| file.info(line));
+            report.log_path = Some(log_path);
             tee = Tee(sink, file);
             &tee
         }
@@ -259,14 +294,8 @@ async fn run_guest(
             sink
         }
     };
-    let started = Instant::now();
-    let mut report = GuestReport::new(GuestKind::Qemu, id);
-    report.log_path = file.is_ok().then_some(log_path);
-    sink.info(&format!("Starting Backup of VM {id} (qemu)"));
-    let start = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S");
-    sink.info(&format!("Backup started at {start}"));
-    match ready(ctx, id, options, sink, cancel).await {
-        Ok((mut driver, _locks)) => {
+    match unless_cancelled(cancel, ready(ctx, id, options, sink)).await {
+        Ok(mut driver) => {
             let run =
                 run::Run::new(ctx, provider, job, &mut driver, options, sink, cancel, &mut report);
             Box::pin(run.finish()).await;
@@ -275,33 +304,32 @@ async fn run_guest(
     }
     report.duration_ms = report::millis(started.elapsed());
     report.log_end(sink);
+    drop(locks);
     report
 }
 
-/// Locks the guest, cleans up after earlier tasks, and opens its driver.
+async fn unless_cancelled<T>(
+    cancel: &CancellationToken,
+    step: impl Future<Output = Result<T, String>>,
+) -> Result<T, String> {
+    let step = cancel.run_until_cancelled(step);
+    step.await.unwrap_or_else(|| Err("the job was cancelled".to_owned()))
+}
+
+/// Cleans up after earlier tasks of a guest that is locked, and opens its driver.
 async fn ready(
     ctx: &JobContext,
     id: u32,
     options: &BackupOptions,
     sink: &dyn TaskSink,
-    cancel: &CancellationToken,
-) -> Result<(VmDriver, [FileLock; 2]), String> {
-    let steps = async {
-        let locks = lock_guest(ctx, id, options).await?;
-        let left = recover::recover_guest(ctx, GuestKind::Qemu, id, sink)
-            .await
-            .map_err(|error| chain(&error))?;
-        if let Some(Leftover { reason, .. }) = left.first() {
-            return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
-        }
-        let driver = VmDriver::open(ctx, id, options).map_err(|error| chain(&error))?;
-        Ok((driver, locks))
-    };
-    tokio::select! {
-        biased;
-        () = cancel.cancelled() => Err("the job was cancelled".to_owned()),
-        ready = steps => ready,
+) -> Result<VmDriver, String> {
+    let left = recover::recover_guest(ctx, GuestKind::Qemu, id, sink)
+        .await
+        .map_err(|error| chain(&error))?;
+    if let Some(Leftover { reason, .. }) = left.first() {
+        return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
     }
+    VmDriver::open(ctx, id, options).map_err(|error| chain(&error))
 }
 
 /// The path of the lock that backups of one guest share.

@@ -30,7 +30,7 @@ use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::config::{ConfigError, write_atomically};
 use crate::job::report::millis;
-use crate::job::{JobContext, backup_lock_path, call_within, chain};
+use crate::job::{JobContext, activate, backup_lock_path, call_within, chain};
 use crate::journal::recover::{self, Leftover};
 use crate::journal::volumes::NewVolumes;
 use crate::journal::{Begin, Entry, Journal, TaskKind};
@@ -174,6 +174,7 @@ impl Restore<'_> {
         let _lock = FileLock::try_acquire(&lock_path, &format!("VM {}", self.id)).map_err(words)?;
         self.cancellable(self.recover()).await?;
         self.check_number_is_free()?;
+        self.cancellable(activate(self.provider, &self.ctx.limits, self.cancel)).await?;
         let limit = self.ctx.limits.provider_call;
         let archived =
             self.cancellable(within(limit, "read the configuration", self.read_config())).await?;
@@ -216,7 +217,6 @@ impl Restore<'_> {
 
     async fn read_config(&self) -> Step<(VmConfig, Option<Vec<u8>>)> {
         let call = call_within(self.cancel, self.ctx.limits.provider_call);
-        self.provider.activate(&call).await.map_err(words)?;
         let GuestConfig { config, firewall } =
             self.provider.guest_config(self.archive, &call).await.map_err(words)?;
         let firewall_len = firewall.as_ref().map_or(0, Vec::len);

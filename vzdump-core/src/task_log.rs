@@ -137,7 +137,7 @@ pub struct FileLog {
 }
 
 impl FileLog {
-    /// Creates the file, or empties it, readable by its owner only.
+    /// Creates the file, or empties it, readable by its owner only. The caller holds the guest's lock.
     ///
     /// # Errors
     /// The file cannot be created.
@@ -146,8 +146,9 @@ impl FileLog {
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir)?;
         }
-        let file =
-            File::options().write(true).create(true).truncate(true).mode(0o640).open(path)?;
+        // Appending, so that the lines of two tasks by mistake mix but do not overwrite each other.
+        let file = File::options().append(true).create(true).mode(0o640).open(path)?;
+        file.set_len(0)?;
         Ok(Self { file: Mutex::new(Some(file)) })
     }
 }

@@ -275,9 +275,14 @@ async fn cancellation_while_the_provider_copies_is_orderly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_backups_of_one_guest_do_not_meet() {
     let (world, hold) = holding();
+    let log = world.ctx.layout.log_dir().join("qemu-100.log");
     let second = async {
         hold.0.notified().await;
+        let before = std::fs::read_to_string(&log).unwrap();
         let report = world.backup().await;
+        let after = std::fs::read_to_string(&log).unwrap();
+        assert_eq!(before, after, "the log of the running backup was touched");
+        assert_eq!(report.log_path, None);
         hold.1.notify_one();
         report
     };
@@ -285,6 +290,19 @@ async fn two_backups_of_one_guest_do_not_meet() {
     assert!(first.is_success(), "{first:?}");
     assert!(second.error.unwrap().contains("in use by another task"));
     world.assert_clean("two");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_may_take_longer_to_become_ready_than_for_a_call() {
+    let mut world = World::new();
+    world.provider.0.script.lock().unwrap().activation = Duration::from_millis(1500);
+    world.ctx.limits.provider_call = Duration::from_secs(1);
+    let report = world.backup().await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    world.ctx.limits.activate = Duration::from_millis(10);
+    let World { ctx, provider, options, sink, cancel, .. } = &world;
+    let report = vzdump_core::job::run_backup(ctx, &[ID], provider, options, sink, cancel).await;
+    assert!(report.error.unwrap().contains("did not become ready within"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

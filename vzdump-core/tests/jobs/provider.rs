@@ -39,6 +39,8 @@ pub struct Script {
     /// The call that fails.
     pub fail: Option<&'static str>,
     pub commit: Commit,
+    /// How long the storage takes to become ready.
+    pub activation: std::time::Duration,
     /// `backup_vm` tells that it began, and waits to be told to go on.
     pub hold: Option<Arc<(Notify, Notify)>>,
     pub requests: Vec<BitmapRequest>,
@@ -112,7 +114,11 @@ impl Provider for FakeProvider {
     }
 
     fn activate<'a>(&'a self, _call: &'a Call) -> BoxFuture<'a, Result<()>> {
-        ready(self.0.call("activate"))
+        Box::pin(async move {
+            let activation = self.0.script.lock().unwrap().activation;
+            tokio::time::sleep(activation).await;
+            self.0.call("activate")
+        })
     }
 
     fn status<'a>(&'a self, _call: &'a Call) -> BoxFuture<'a, Result<Status>> {
