@@ -150,7 +150,8 @@ pub async fn create(
     layout::check_guest_id(id)?;
     let lock_path = backup_lock_path(layout, GuestKind::Qemu, id);
     let _lock = FileLock::try_acquire(&lock_path, &format!("VM {id}"))?;
-    let left = recover::recover_guest(ctx, GuestKind::Qemu, id, sink).await?;
+    let left = recover::recover_guest(ctx, GuestKind::Qemu, id, sink);
+    let left = cancel.run_until_cancelled(left).await.ok_or(CreateError::Cancelled)??;
     if let Some(Leftover { reason, .. }) = left.into_iter().next() {
         return Err(CreateError::Leftover(reason));
     }
