@@ -7,12 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::run::{Show, Step, output};
 
-/// Debian's own name for "a mirror near you".
-const DEFAULT_MIRROR: &str = "http://localhost/debian";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A Debian source package in a folder.
@@ -34,20 +32,18 @@ pub(crate) fn downloaded(dir: &Path, name: &str) -> Option<Source> {
 /// Downloads source package `name` of Debian's `suite` into a folder named by its version in `dir`.
 pub(crate) fn download(dir: &Path, name: &str, suite: &str, log: &Path) -> Result<Source> {
     fs::create_dir_all(dir).with_context(|| format!("{}: cannot create", dir.display()))?;
-    let own = own_mirror();
-    let mut mirrors = vec![own.as_str()];
-    if own != DEFAULT_MIRROR {
-        // The machine's own mirror may carry only its own suite.
-        mirrors.push(DEFAULT_MIRROR);
-    }
-    let mut first_error = None;
-    for mirror in mirrors {
-        match download_from(mirror, dir, name, suite, log) {
+    let mut error = anyhow!(
+        "no mirror of Debian's main archive in /etc/apt: add one (a line \"deb MIRROR {suite} main\"), \
+         or unpack QEMU's source yourself and give it with --source"
+    );
+    // One mirror may carry only its own suite.
+    for mirror in own_mirrors() {
+        match download_from(&mirror, dir, name, suite, log) {
             Ok(source) => return Ok(source),
-            Err(error) => first_error = first_error.or(Some(error)),
+            Err(failed) => error = failed,
         }
     }
-    Err(first_error.context("no mirror")?)
+    Err(error)
 }
 
 fn download_from(mirror: &str, dir: &Path, name: &str, suite: &str, log: &Path) -> Result<Source> {
@@ -135,22 +131,25 @@ pub(crate) fn unpack(source: &Source, target: &Path, log: &Path) -> Result<()> {
     .run(command)
 }
 
-/// The mirror this machine uses for Debian's main archive.
-fn own_mirror() -> String {
+/// The mirrors this machine uses for Debian's main archive, each once.
+fn own_mirrors() -> Vec<String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.flatten().map(|entry| entry.path()));
     }
     files.sort();
-    files
-        .iter()
-        .filter_map(|file| {
-            let text = fs::read_to_string(file).ok()?;
-            let deb822 = file.extension().is_some_and(|e| e == "sources");
-            if deb822 { mirror_in_stanzas(&text) } else { mirror_in_lines(&text) }
-        })
-        .next()
-        .unwrap_or_else(|| DEFAULT_MIRROR.to_string())
+    let found = files.iter().filter_map(|file| {
+        let text = fs::read_to_string(file).ok()?;
+        let deb822 = file.extension().is_some_and(|e| e == "sources");
+        if deb822 { mirror_in_stanzas(&text) } else { mirror_in_lines(&text) }
+    });
+    let mut mirrors: Vec<String> = Vec::new();
+    for mirror in found {
+        if !mirrors.contains(&mirror) {
+            mirrors.push(mirror);
+        }
+    }
+    mirrors
 }
 
 /// Whether an entry is Debian's main archive, not its security archive and not somebody else's.
