@@ -2,8 +2,8 @@
 //! Backup jobs: some guests, one after the other, to one provider.
 //!
 //! [`run_backup`] does what concerns the job: the provider's job, the locks, the recovery of what an
-//! earlier task left behind, and one report per guest. [`run`] drives the backup of one guest in
-//! the order that [`state`] keeps. One guest's failure does not stop the others.
+//! earlier task left behind, and one report per guest. `run` drives the backup of one guest in
+//! the order that `state` keeps. One guest's failure does not stop the others.
 
 pub(crate) mod commit;
 #[cfg(debug_assertions)]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The order of one guest's backup: which action follows which event. Pure; [`super::run`] drives it.
+//! The order of one guest's backup: which action follows which event. Pure; `super::run` drives it.
 //!
 //! ```text
 //!  OpenJournal ► StartGuest ► Prepare ► PlanVolumes ► Acquire ► PointInTime ► OpenSource ► Transfer
