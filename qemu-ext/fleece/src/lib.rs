@@ -2,7 +2,7 @@
 //! The fleecing engine: which old data is saved where, and in which order things happen.
 //!
 //! Pure: it knows no QEMU, does no I/O of its own and contains no `unsafe`. [`Engine`] is the
-//! protocol (lock, wait, I/O) over [`core::Core`] (states and transitions), generic over [`Io`];
+//! protocol (lock, wait, I/O) over `core::Core` (states and transitions), generic over [`Io`];
 //! inside QEMU a task is a coroutine, in the tests it is a thread, and both run the same code.
 //!
 //! One sentence is the specification: *a successful snapshot read returns the content at the
