@@ -91,6 +91,13 @@ impl Daemon {
         Ok(())
     }
 
+    /// Ends it by SIGKILL; what is left of the disk.
+    pub(super) fn kill(mut self) -> Result<std::fs::File> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(std::fs::File::open(self.folder.path().join("disk.raw"))?)
+    }
+
     /// Tells it to quit; it must end by itself and without an error.
     pub(super) async fn quit(mut self) -> Result<()> {
         // The connection may close before the reply.

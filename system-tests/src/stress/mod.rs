@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use provider_nbd::{Client, Options};
-use qmp_client::backup::{self, Device, SetupRequest};
+use qmp_client::backup::{self, Device, DeviceStatus, SetupRequest};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -46,8 +46,19 @@ pub struct Plan {
     pub iothread: bool,
     /// Whether the reader releases what it has read.
     pub trims: bool,
-    /// Whether the daemon is told to quit with the access active.
-    pub quits_active: bool,
+    /// How the daemon ends.
+    pub ending: Ending,
+}
+
+/// How the daemon of a run ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// It quits after a teardown.
+    TornDown,
+    /// It is told to quit with the access active.
+    QuitsActive,
+    /// It is killed under guest writes with the access active.
+    Killed,
 }
 
 impl Plan {
@@ -67,7 +78,11 @@ impl Plan {
             direct,
             iothread: seed % 4 >= 2,
             trims: rng.random(),
-            quits_active: seed % 5 == 4,
+            ending: match seed % 5 {
+                3 => Ending::Killed,
+                4 => Ending::QuitsActive,
+                _ => Ending::TornDown,
+            },
         }
     }
 }
@@ -118,24 +133,38 @@ pub async fn run(plan: &Plan) -> Result<Outcome> {
     let device = device.context("the access is not listed")?.clone();
     ensure!(device.error.is_none(), "the snapshot reports {:?}", device.error);
 
-    if !plan.quits_active {
-        // With the client still connected, and the guest still writing.
-        let result = backup::teardown(daemon.session(), TARGET, true).await.context("teardown")?;
-        ensure!(result.existed, "the access was gone before its teardown");
-        drop(snapshot);
-        writers.let_run(50).await?;
+    match plan.ending {
+        Ending::TornDown => {
+            // With the client still connected, and the guest still writing.
+            let result = backup::teardown(daemon.session(), TARGET, true).await;
+            let result = result.context("teardown")?;
+            ensure!(result.existed, "the access was gone before its teardown");
+            drop(snapshot);
+            writers.let_run(50).await?;
+        }
+        Ending::QuitsActive => {}
+        Ending::Killed => {
+            let disk = daemon.kill()?;
+            writers.abandon().await;
+            model.check_killed_disk(&disk).context("comparing the disk after the kill")?;
+            return Ok(outcome(requests, sectors, &device));
+        }
     }
     writers.stop().await.context("guest requests")?;
     reader::check_disk(&guest, &model).await.context("comparing the guest's disk")?;
     drop(guest);
     daemon.quit().await.context("quitting the storage daemon")?;
-    Ok(Outcome {
+    Ok(outcome(requests, sectors, &device))
+}
+
+fn outcome(requests: u64, sectors: u64, device: &DeviceStatus) -> Outcome {
+    Outcome {
         requests,
         sectors,
         captured_bytes: device.captured_bytes,
         overflows: device.overflows,
         delay_max_ns: device.delay_max_ns,
-    })
+    }
 }
 
 async fn connect(daemon: &Daemon, export: &str, contexts: &[&str]) -> Result<Client> {

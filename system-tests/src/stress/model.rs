@@ -7,7 +7,9 @@
 //! flight while it ran.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, bail};
@@ -148,6 +150,24 @@ impl Model {
             let (value, expected) = (decode(sector, bytes)?, state.values[sector as usize]);
             if value != expected {
                 bail!("sector {sector} of the guest's disk holds request {value}, not {expected}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the disk of a daemon that was killed: each sector holds the last completed request,
+    /// or one that was in flight.
+    pub(super) fn check_killed_disk(&self, disk: &File) -> Result<()> {
+        let state = self.state();
+        let mut bytes = [0; SECTOR as usize];
+        for (sector, &expected) in (0_u64..).zip(&state.values) {
+            disk.read_exact_at(&mut bytes, sector * SECTOR)?;
+            let value = decode(sector, &bytes)?;
+            let in_flight = |(number, sectors): (&u64, &Range<u64>)| {
+                sectors.contains(&sector) && (value == *number || value == ZERO)
+            };
+            if value != expected && !state.in_flight.iter().any(in_flight) {
+                bail!("sector {sector} of the killed disk holds request {value}, not {expected}");
             }
         }
         Ok(())

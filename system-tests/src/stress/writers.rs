@@ -72,6 +72,12 @@ impl Writers {
         Ok(())
     }
 
+    /// The daemon is gone: waits until all have failed. What was in flight stays so in the model.
+    pub(super) async fn abandon(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        while self.tasks.join_next().await.is_some() {}
+    }
+
     pub(super) async fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         while let Some(task) = self.tasks.join_next().await {
