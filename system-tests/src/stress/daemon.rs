@@ -91,6 +91,19 @@ impl Daemon {
         Ok(())
     }
 
+    /// Exports a node with a dirty bitmap of its own.
+    pub(super) async fn export_with_bitmap(
+        &self,
+        node: &str,
+        name: &str,
+        bitmap: &str,
+    ) -> Result<()> {
+        let export = json!({ "type": "nbd", "id": name, "node-name": node, "name": name,
+                             "writable": true, "bitmaps": [{ "node": node, "name": bitmap }] });
+        self.session.execute_raw("block-export-add", export, None).await?;
+        Ok(())
+    }
+
     /// Ends it by SIGKILL; what is left of the disk.
     pub(super) fn kill(mut self) -> Result<std::fs::File> {
         self.child.kill()?;

@@ -6,6 +6,7 @@
 //! Each run is made from one seed: queue depth, buffer, kind of fleecing image, cache mode,
 //! iothread, trims by the reader, sizes and offsets.
 
+mod chain;
 mod daemon;
 mod model;
 mod reader;
@@ -46,6 +47,8 @@ pub struct Plan {
     pub iothread: bool,
     /// Whether the reader releases what it has read.
     pub trims: bool,
+    /// Whether a chain of increments is made first.
+    pub chain: bool,
     /// How the daemon ends.
     pub ending: Ending,
 }
@@ -78,6 +81,7 @@ impl Plan {
             direct,
             iothread: seed % 4 >= 2,
             trims: rng.random(),
+            chain: seed % 4 >= 1 && seed % 4 <= 2,
             ending: match seed % 5 {
                 3 => Ending::Killed,
                 4 => Ending::QuitsActive,
@@ -94,6 +98,8 @@ pub struct Outcome {
     pub requests: u64,
     /// Sectors compared.
     pub sectors: u64,
+    /// Sectors read by increments.
+    pub incremental_sectors: u64,
     /// Old data saved.
     pub captured_bytes: u64,
     /// How often a guest request found no room in RAM.
@@ -113,6 +119,11 @@ pub async fn run(plan: &Plan) -> Result<Outcome> {
     writers::fill(&guest, &model).await.context("filling the disk")?;
     let writers = writers::Writers::start(plan, &guest, &model);
     writers.let_run(200).await?;
+    let incremental_sectors = if plan.chain {
+        chain::check(plan, &daemon, &model, &writers).await.context("increments")?
+    } else {
+        0
+    };
 
     model.begin_point_in_time();
     let request = SetupRequest {
@@ -147,20 +158,25 @@ pub async fn run(plan: &Plan) -> Result<Outcome> {
             let disk = daemon.kill()?;
             writers.abandon().await;
             model.check_killed_disk(&disk).context("comparing the disk after the kill")?;
-            return Ok(outcome(requests, sectors, &device));
+            return Ok(outcome(requests, [sectors, incremental_sectors], &device));
         }
     }
     writers.stop().await.context("guest requests")?;
     reader::check_disk(&guest, &model).await.context("comparing the guest's disk")?;
     drop(guest);
     daemon.quit().await.context("quitting the storage daemon")?;
-    Ok(outcome(requests, sectors, &device))
+    Ok(outcome(requests, [sectors, incremental_sectors], &device))
 }
 
-fn outcome(requests: u64, sectors: u64, device: &DeviceStatus) -> Outcome {
+fn outcome(
+    requests: u64,
+    [sectors, incremental_sectors]: [u64; 2],
+    device: &DeviceStatus,
+) -> Outcome {
     Outcome {
         requests,
         sectors,
+        incremental_sectors,
         captured_bytes: device.captured_bytes,
         overflows: device.overflows,
         delay_max_ns: device.delay_max_ns,

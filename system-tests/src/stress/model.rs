@@ -96,6 +96,8 @@ impl Model {
     pub(super) fn begin_point_in_time(&self) {
         let mut state = self.state();
         state.frozen = state.values.clone();
+        state.also.clear();
+        state.seen.clear();
         state.freezing = true;
         let in_flight: Vec<_> =
             state.in_flight.iter().map(|(number, sectors)| (*number, sectors.clone())).collect();
@@ -116,18 +118,19 @@ impl Model {
         for (index, bytes) in data.chunks(SECTOR as usize).enumerate() {
             let sector = first + index as u64;
             let value = decode(sector, bytes)?;
-            let expected = state.frozen[sector as usize];
-            let allowed = value == expected
-                || state.also.get(&sector).is_some_and(|also| also.contains(&value));
-            if !allowed {
-                bail!("sector {sector} of the snapshot holds request {value}, not {expected}");
-            }
+            state.check_value(sector, value)?;
             let seen = *state.seen.entry(sector).or_insert(value);
             if seen != value {
                 bail!("sector {sector} of the snapshot changed from request {seen} to {value}");
             }
         }
         Ok(())
+    }
+
+    /// Checks a copy of the whole snapshot, by the values of its sectors.
+    pub(super) fn check_values(&self, values: &[u64]) -> Result<()> {
+        let state = self.state();
+        (0_u64..).zip(values).try_for_each(|(sector, &value)| state.check_value(sector, value))
     }
 
     /// Checks that sectors which block status called zero may be zero.
@@ -175,6 +178,16 @@ impl Model {
 }
 
 impl State {
+    /// Whether a sector may have held this at the point in time.
+    fn check_value(&self, sector: u64, value: u64) -> Result<()> {
+        let expected = self.frozen[sector as usize];
+        let also = self.also.get(&sector).is_some_and(|also| also.contains(&value));
+        if value != expected && !also {
+            bail!("sector {sector} of the snapshot holds request {value}, not {expected}");
+        }
+        Ok(())
+    }
+
     fn allow(&mut self, sectors: &Range<u64>, value: u64) {
         for sector in sectors.clone() {
             self.also.entry(sector).or_default().push(value);
@@ -202,7 +215,7 @@ fn words(sector: u64, value: u64) -> impl Iterator<Item = u64> {
     })
 }
 
-fn decode(sector: u64, bytes: &[u8]) -> Result<u64> {
+pub(super) fn decode(sector: u64, bytes: &[u8]) -> Result<u64> {
     if bytes.iter().all(|&byte| byte == 0) {
         return Ok(ZERO);
     }
