@@ -211,6 +211,14 @@ fn check_source(main_loop: MainLoop, top: Bds, source: Bds) -> Result<u64, Error
     }
 }
 
+/// Whether a guest device uses the disk.
+pub(super) fn has_device(main_loop: MainLoop, source: Bds) -> bool {
+    Backend::all(main_loop).iter().any(|backend| {
+        !backend.device_type(main_loop).is_empty()
+            && backend.node(main_loop).is_some_and(|node| node.skip_filters(main_loop) == source)
+    })
+}
+
 /// Checks the fleecing image; its node name.
 fn check_fleecing(
     main_loop: MainLoop,

@@ -31,6 +31,8 @@ struct Prepared {
     source: NodeRef,
     bitmaps: Option<SetupBitmaps>,
     inserted: bool,
+    /// A guest device uses the disk, and decides in which AioContext its nodes are.
+    has_device: bool,
     plan: PlanRest,
 }
 
@@ -115,6 +117,7 @@ fn prepare(
         source: NodeRef::new(main_loop, plan.source),
         bitmaps: Some(bitmaps),
         inserted: false,
+        has_device: request::has_device(main_loop, plan.source),
         plan: PlanRest {
             device: plan.device,
             source_node: plan.source_node,
@@ -234,11 +237,12 @@ impl Prepared {
         if let Some(bitmaps) = &mut self.bitmaps {
             bitmaps.switch();
         }
-        // The owner keeps the nodes in their context while the pin goes; a device may move them
-        // later, as without us.
+        // The owner keeps the nodes in their context while the pin goes. A device may move them
+        // later, as without us. Without one nothing but the end of an export would, back to the
+        // main context, and QEMU 10.0's NBD server aborts when it is moved with requests coming in.
         self.pin = None;
         if let Some(owner) = &self.owner {
-            owner.allow_context_change(main_loop, true);
+            owner.allow_context_change(main_loop, self.has_device);
         }
         Ok(())
     }
