@@ -6,7 +6,7 @@
 //! exactly one waker.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::core::{Batch, Capture, Core, Found, Plan, Stored};
@@ -87,7 +87,6 @@ pub struct Engine<T, B> {
     capturing: AtomicBool,
     /// Background work stops at the next batch unless guest requests wait for it.
     quiesced: AtomicBool,
-    longest_delay_ns: AtomicU64,
     geometry: Geometry,
     write_through: bool,
     low_watermark: u64,
@@ -123,7 +122,6 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             }),
             capturing: AtomicBool::new(false),
             quiesced: AtomicBool::new(false),
-            longest_delay_ns: AtomicU64::new(0),
             geometry: settings.geometry,
             write_through: settings.buffer_bytes == 0,
             low_watermark: settings.buffer_bytes / 2,
@@ -273,12 +271,11 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     }
 
     fn note_delay(&self, delay_ns: u64) {
-        self.longest_delay_ns.fetch_max(delay_ns, Ordering::Relaxed);
         let mut inner = self.lock();
         let stats = inner.core.stats_mut();
         stats.writes_delayed += 1;
         stats.delay_total_ns += delay_ns;
-        stats.delay_max_ns = self.longest_delay_ns.load(Ordering::Relaxed);
+        stats.delay_max_ns = stats.delay_max_ns.max(delay_ns);
     }
 
     /// Whether the request was delayed.

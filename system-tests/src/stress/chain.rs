@@ -84,7 +84,7 @@ async fn begin(
 async fn take(daemon: &Daemon, info: &AccessInfo, number: u32, values: &mut [u64]) -> Result<u64> {
     let bitmap = info.bitmap_name.as_deref().context("setup names no bitmap")?;
     let export = format!("chain-{number}");
-    daemon.export_with_bitmap(&info.node_name, &export, bitmap).await?;
+    daemon.export(&info.node_name, &export, Some(bitmap)).await?;
     let dirty = context::dirty_bitmap(bitmap);
     let snapshot = connect(daemon, &export, &[&dirty]).await?;
     let mut extents = snapshot.extents(&dirty, 0, snapshot.size_bytes());

@@ -83,23 +83,12 @@ impl Daemon {
         self.folder.path().join("nbd")
     }
 
-    /// Exports a node for reading and trimming.
-    pub(super) async fn export(&self, node: &str, name: &str) -> Result<()> {
+    /// Exports a node for reading and trimming, with a dirty bitmap of its own if it has one.
+    pub(super) async fn export(&self, node: &str, name: &str, bitmap: Option<&str>) -> Result<()> {
+        let bitmaps: Vec<_> =
+            bitmap.iter().map(|bitmap| json!({ "node": node, "name": bitmap })).collect();
         let export = json!({ "type": "nbd", "id": name, "node-name": node, "name": name,
-                             "writable": true });
-        self.session.execute_raw("block-export-add", export, None).await?;
-        Ok(())
-    }
-
-    /// Exports a node with a dirty bitmap of its own.
-    pub(super) async fn export_with_bitmap(
-        &self,
-        node: &str,
-        name: &str,
-        bitmap: &str,
-    ) -> Result<()> {
-        let export = json!({ "type": "nbd", "id": name, "node-name": node, "name": name,
-                             "writable": true, "bitmaps": [{ "node": node, "name": bitmap }] });
+                             "writable": true, "bitmaps": bitmaps });
         self.session.execute_raw("block-export-add", export, None).await?;
         Ok(())
     }

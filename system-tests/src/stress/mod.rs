@@ -133,7 +133,7 @@ pub async fn run(plan: &Plan) -> Result<Outcome> {
     let infos = backup::setup(daemon.session(), &request).await.context("setup")?;
     model.end_point_in_time();
     ensure!(infos[0].size_bytes == plan.size_bytes, "setup reports {} bytes", infos[0].size_bytes);
-    daemon.export(&infos[0].node_name, "snapshot").await?;
+    daemon.export(&infos[0].node_name, "snapshot", None).await?;
 
     let requests_before = writers.requests();
     let snapshot = connect(&daemon, "snapshot", &["base:allocation"]).await?;
