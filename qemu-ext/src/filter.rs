@@ -5,9 +5,9 @@
 //! file joins them and offers what `access` needs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use fleece::{ByteRange, Engine, Errno, Geometry, NeedMap, Stats};
+use fleece::{ByteRange, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
 
 use crate::filter_io::FilterIo;
 use crate::qemu::child::Child;
@@ -29,8 +29,18 @@ const MIN_SEGMENT_BYTES: u64 = 1 << 20;
 pub struct Settings {
     /// RAM for old data in bytes; 0 makes guest requests wait for the fleecing image.
     pub buffer_bytes: u64,
+    /// What the devices of one setup share: a limit on their RAM for old data.
+    pub group: Option<Arc<Group>>,
+    /// At most so much of the fleecing image is used; none means that it is as large as the disk.
+    pub fleecing_limit_bytes: Option<u64>,
+    /// RAM for the states and positions of old data.
+    pub metadata_limit_bytes: u64,
     /// Without progress for so long the snapshot breaks.
     pub timeout_ms: u64,
+    /// What an error before the end of a guest request does.
+    pub on_error: OnError,
+    /// No guest device promises zeroes after a discard, so discards may be carried out later.
+    pub postpone_discards: bool,
     /// What the reader needs; none means all.
     pub need: Option<Box<dyn NeedMap>>,
     /// Called from any thread when the snapshot became degraded or broken.

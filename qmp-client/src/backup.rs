@@ -13,8 +13,8 @@ use std::time::Duration;
 
 pub use access::BackupAccess;
 pub use types::{
-    AccessInfo, AccessState, AccessStatus, BitmapAction, BitmapMode, BrokenEvent, Device,
-    DeviceStatus, SetupRequest, TeardownResult,
+    AccessInfo, AccessState, AccessStatus, BitmapAction, BitmapMode, BrokenEvent, DelayBucket,
+    Device, DeviceStatus, OnError, SetupRequest, TeardownResult,
 };
 
 use crate::{Error, Result, Session, generated};

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backup::{
     AccessState as BackupAccessState, BitmapAction as BackupAccessBitmapAction,
-    BitmapMode as BackupAccessBitmapMode,
+    BitmapMode as BackupAccessBitmapMode, OnError as BackupAccessOnError,
 };
 
 /// A command of the extension.

@@ -8,8 +8,11 @@ mod support;
 use std::time::Duration;
 
 use qmp_client::{
-    Error,
-    backup::{self, AccessState, BackupAccess, BitmapAction, Device, SetupRequest},
+    Error, EventItem,
+    backup::{
+        self, AccessState, BackupAccess, BitmapAction, BrokenEvent, DelayBucket, Device, OnError,
+        SetupRequest,
+    },
     commands::Stop,
 };
 use serde_json::{Value, json};
@@ -203,6 +206,9 @@ async fn the_status_is_that_of_the_target() {
         json!({"device": "drive0", "node-name": "n", "size": 1, "state": state, "captured": 2,
             "in-ram": 3, "in-log": 4, "zero": 5, "released": 6, "metadata": 7,
             "writes-delayed": 8, "delay-total-ns": 9, "delay-max-ns": 10, "overflows": 11,
+            "delay-p50-ns": 13, "delay-p99-ns": 14, "delay-p999-ns": 15,
+            "delay-histogram": [{"le-ns": 13, "count": 16}, {"le-ns": 15, "count": 17}],
+            "written": 18, "log-allocated": 19, "discards-postponed": 20,
             "bitmap-action": "new", "future": 12})
     };
     let status = |target: &str, state: &str| json!({"target-id": target, "start-time": 1, "devices": [device(state)]});
@@ -210,5 +216,58 @@ async fn the_status_is_that_of_the_target() {
     let (result, _) = tokio::join!(access.status(), peer.serve(reply));
     let found = result.unwrap().unwrap();
     assert_eq!(found.devices[0].state, AccessState::Other("half-broken".into()));
-    assert_eq!(found.devices[0].in_log_bytes, 4);
+    let device = &found.devices[0];
+    assert_eq!(device.in_log_bytes, 4);
+    assert_eq!((device.delay_p50_ns, device.delay_p99_ns, device.delay_p999_ns), (13, 14, 15));
+    let buckets = [DelayBucket { le_ns: 13, count: 16 }, DelayBucket { le_ns: 15, count: 17 }];
+    assert_eq!(device.delay_histogram, buckets);
+    assert_eq!((device.written_bytes, device.log_allocated_bytes), (18, 19));
+    assert_eq!(device.discards_postponed_bytes, 20);
+}
+
+#[tokio::test]
+async fn options_are_sent_for_the_access_and_per_device() {
+    let (session, mut peer) = pair().await;
+    let mut request = request();
+    request.buffer_total_bytes = Some(1);
+    request.fleecing_limit_bytes = Some(2);
+    request.metadata_limit_bytes = Some(3);
+    request.on_error = Some(OnError::BreakGuestWrite);
+    request.devices[1].fleecing_limit_bytes = Some(4);
+    request.devices[1].metadata_limit_bytes = Some(5);
+    request.devices[1].on_error = Some(OnError::Other("pause-guest".into()));
+    let setup = backup::setup(&session, &request);
+    let (result, command) = tokio::join!(setup, peer.serve(infos()));
+    result.unwrap();
+    let expected = json!({
+        "target-id": "target", "buffer-total": 1, "fleecing-limit": 2, "metadata-limit": 3,
+        "on-error": "break-guest-write",
+        "devices": [
+            {"device": "drive0"},
+            {"device": "drive1", "fleecing-limit": 4, "metadata-limit": 5,
+                "on-error": "pause-guest"},
+        ],
+    });
+    assert_eq!(command["arguments"], expected);
+}
+
+#[tokio::test]
+async fn a_broken_event_names_the_node_and_the_errno() {
+    let (session, mut peer) = pair().await;
+    let mut events = session.events();
+    peer.send(json!({"event": "BACKUP_ACCESS_BROKEN",
+        "timestamp": {"seconds": 1, "microseconds": 2},
+        "data": {"target-id": "target", "device": "drive0", "node-name": "ba-1",
+            "state": "half-broken", "error": "no space", "errno": 28}}))
+        .await;
+    let Some(EventItem::Event(event)) = soon(events.next()).await else { panic!("no event") };
+    let expected = BrokenEvent {
+        target_id: "target".into(),
+        device: "drive0".into(),
+        node_name: "ba-1".into(),
+        state: AccessState::Other("half-broken".into()),
+        error: "no space".into(),
+        errno: Some(28),
+    };
+    assert_eq!(BrokenEvent::from_event(&event).unwrap(), Some(expected));
 }

@@ -29,6 +29,7 @@
 pub mod bitmap_name;
 mod core;
 mod engine;
+mod group;
 mod io;
 mod log;
 mod range;
@@ -37,9 +38,20 @@ mod table;
 
 pub use crate::core::Batch;
 pub use engine::{Engine, Settings};
+pub use group::Group;
 pub use io::{Errno, Io, NeedMap};
 pub use range::{ByteRange, Geometry, MAX_GRANULE_BYTES, MIN_GRANULE_BYTES, PIECE_BYTES};
 pub use stats::{State, Stats};
+
+/// What an error does that is met before a guest write is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnError {
+    /// The write goes on, and the snapshot loses the old data.
+    #[default]
+    BreakSnapshot,
+    /// The write fails, and the snapshot stays complete.
+    BreakGuestWrite,
+}
 
 /// There is no memory for the states of granules.
 #[derive(Debug)]

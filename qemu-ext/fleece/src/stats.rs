@@ -30,10 +30,16 @@ pub struct Stats {
     pub ram_bytes: u64,
     /// Old data in the fleecing image now.
     pub log_bytes: u64,
+    /// Written to the fleecing image so far.
+    pub written_bytes: u64,
+    /// Segments of the fleecing image that are not given back.
+    pub log_allocated_bytes: u64,
     /// Old data that was zero.
     pub zero_bytes: u64,
     /// Released by the reader.
     pub released_bytes: u64,
+    /// Guest discards that are postponed now.
+    pub postponed_bytes: u64,
     /// RAM used for metadata.
     pub metadata_bytes: u64,
     /// Guest requests that waited for a capture.
@@ -42,6 +48,14 @@ pub struct Stats {
     pub delay_total_ns: u64,
     /// The longest wait.
     pub delay_max_ns: u64,
+    /// The wait that half of them did not exceed: the upper bound of a bucket.
+    pub delay_p50_ns: u64,
+    /// The wait that 99 percent of them did not exceed.
+    pub delay_p99_ns: u64,
+    /// The wait that 99.9 percent of them did not exceed.
+    pub delay_p999_ns: u64,
+    /// Their waits by length: the upper bound of each bucket and how many are in it, ascending.
+    pub delay_histogram: Vec<(u64, u64)>,
     /// How often a guest request found no room in RAM.
     pub overflows: u64,
 }

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!  request.rs   checks everything of a setup before anything is touched
+//!  limits.rs    checks its numbers
 //!  setup.rs     opens filters and snapshots, switches all disks in one drained section
 //!  bitmaps.rs   the target's dirty bitmaps through setup, undo and teardown
 //!  teardown.rs  ends exports without draining, then takes the nodes out in one drained section
@@ -11,6 +12,7 @@
 //! ```
 
 mod bitmaps;
+mod limits;
 mod registry;
 mod request;
 mod setup;
@@ -21,8 +23,8 @@ pub use setup::setup;
 pub use status::query;
 pub use teardown::teardown;
 
-use fleece::Stats;
 use fleece::bitmap_name::{Action, Mode};
+use fleece::{OnError, Stats};
 
 /// Arguments of a setup.
 #[derive(Debug)]
@@ -31,12 +33,27 @@ pub struct SetupRequest {
     pub target_id: String,
     /// Its devices.
     pub devices: Vec<DeviceRequest>,
+    /// What applies to devices that have no value of their own.
+    pub defaults: Options,
+    /// RAM for old data over all devices.
+    pub buffer_total_bytes: Option<u64>,
+}
+
+/// Members that a setup has at its top level and per device.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
     /// Granularity of new bitmaps.
     pub granularity_bytes: Option<u64>,
     /// RAM for old data, per device.
     pub buffer_bytes: Option<u64>,
+    /// Space for old data in the fleecing image.
+    pub fleecing_limit_bytes: Option<u64>,
+    /// RAM for the states and positions of old data.
+    pub metadata_limit_bytes: Option<u64>,
     /// Seconds without progress after which a snapshot breaks.
     pub timeout_s: Option<u32>,
+    /// What an error before the end of a guest write does.
+    pub on_error: Option<OnError>,
 }
 
 /// One device of a setup.
@@ -50,12 +67,8 @@ pub struct DeviceRequest {
     pub mode: Mode,
     /// Generation of the caller's last committed backup.
     pub generation: Option<String>,
-    /// Overrides the member of the request.
-    pub granularity_bytes: Option<u64>,
-    /// Overrides the member of the request.
-    pub buffer_bytes: Option<u64>,
-    /// Overrides the member of the request.
-    pub timeout_s: Option<u32>,
+    /// Overrides members of the request.
+    pub options: Options,
 }
 
 /// What a setup says of one device.

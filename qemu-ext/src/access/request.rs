@@ -2,9 +2,9 @@
 //! Checks a setup request against the graph before anything is touched.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use super::bitmaps::BitmapPlan;
+use super::limits::{self, Limits};
 use super::{DeviceRequest, SetupRequest, registry};
 use crate::filter::{FILTER_DRIVER, SNAPSHOT_DRIVER};
 use crate::qemu::error::Error;
@@ -12,15 +12,14 @@ use crate::qemu::glib::sha256_hex;
 use crate::qemu::graph::{Backend, Bds};
 use crate::qemu::main_loop::MainLoop;
 
-const GRANULARITY_BYTES: std::ops::RangeInclusive<u64> = 4096..=4 << 20;
-const MAX_BUFFER_BYTES: u64 = 64 << 30;
-const DEFAULT_BUFFER_BYTES: u64 = 64 << 20;
-const TIMEOUT_S: std::ops::RangeInclusive<u32> = 1..=86400;
-const DEFAULT_TIMEOUT_S: u32 = 45;
+/// Smallest fleecing image of a disk that is larger, given a limit on what is stored in it.
+const MIN_FLEECING_BYTES: u64 = 4 << 20;
 /// Longest name that QEMU accepts for a node.
 const MAX_NODE_NAME: usize = 31;
 /// Devices whose requests go past the block layer.
 const PASSTHROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
+/// Devices that promise their guest zeroes where it discarded.
+const ZERO_AFTER_DISCARD: [&str; 2] = ["nvme", "nvme-ns"];
 
 /// One device, checked.
 #[derive(Debug)]
@@ -32,16 +31,8 @@ pub(super) struct Plan {
     pub(super) filter_node: String,
     pub(super) snapshot_node: String,
     pub(super) size_bytes: u64,
-    pub(super) buffer_bytes: u64,
-    pub(super) timeout: Duration,
+    pub(super) limits: Limits,
     pub(super) bitmaps: BitmapPlan,
-}
-
-/// Numbers of one device after defaults and overrides.
-struct Numbers {
-    granularity_bytes: Option<u32>,
-    buffer_bytes: u64,
-    timeout_s: u32,
 }
 
 /// Checks the whole request. Nothing is changed.
@@ -55,8 +46,7 @@ pub(super) fn check(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<P
     if request.devices.is_empty() {
         return Err(Error::new("the list of devices is empty"));
     }
-    let numbers: Vec<Numbers> =
-        request.devices.iter().map(|device| numbers(request, device)).collect::<Result<_, _>>()?;
+    let limits = limits::check(request)?;
     if registry::lock().access(&request.target_id).is_some() {
         return Err(Error::new(format!(
             "target '{}' already has a backup access; tear it down first",
@@ -64,8 +54,8 @@ pub(super) fn check(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<P
         )));
     }
     let mut plans = Vec::with_capacity(request.devices.len());
-    for (device, numbers) in request.devices.iter().zip(numbers) {
-        let plan = check_device(main_loop, &request.target_id, device, &numbers)
+    for (device, limits) in request.devices.iter().zip(limits) {
+        let plan = check_device(main_loop, &request.target_id, device, limits)
             .map_err(|error| error.context(&format!("device '{}'", device.device)))?;
         plans.push(plan);
     }
@@ -73,46 +63,17 @@ pub(super) fn check(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<P
     Ok(plans)
 }
 
-fn numbers(request: &SetupRequest, device: &DeviceRequest) -> Result<Numbers, Error> {
-    let name = &device.device;
-    let granularity = device.granularity_bytes.or(request.granularity_bytes);
-    let granularity_bytes = match granularity {
-        None => None,
-        Some(bytes) if bytes.is_power_of_two() && GRANULARITY_BYTES.contains(&bytes) => {
-            u32::try_from(bytes).ok()
-        }
-        Some(bytes) => {
-            return Err(Error::new(format!(
-                "device '{name}': granularity {bytes} is not a power of two from 4096 to 4194304"
-            )));
-        }
-    };
-    let buffer = device.buffer_bytes.or(request.buffer_bytes).unwrap_or(DEFAULT_BUFFER_BYTES);
-    if buffer > MAX_BUFFER_BYTES {
-        return Err(Error::new(format!(
-            "device '{name}': buffer-size {buffer} is above the limit of {MAX_BUFFER_BYTES}"
-        )));
-    }
-    let timeout_s = device.timeout_s.or(request.timeout_s).unwrap_or(DEFAULT_TIMEOUT_S);
-    if !TIMEOUT_S.contains(&timeout_s) {
-        return Err(Error::new(format!(
-            "device '{name}': timeout {timeout_s} is not between 1 and 86400"
-        )));
-    }
-    Ok(Numbers { granularity_bytes, buffer_bytes: buffer, timeout_s })
-}
-
 fn check_device(
     main_loop: MainLoop,
     target_id: &str,
     request: &DeviceRequest,
-    numbers: &Numbers,
+    limits: Limits,
 ) -> Result<Plan, Error> {
     let top = resolve(main_loop, &request.device)?;
     let source = top.skip_filters(main_loop);
     let source_node = source.node_name(main_loop);
     let size_bytes = check_source(main_loop, top, source)?;
-    let fleecing_node = check_fleecing(main_loop, request, [top, source], size_bytes)?;
+    let fleecing_node = check_fleecing(main_loop, request, [top, source], size_bytes, &limits)?;
     let hash = sha256_hex(format!("{target_id}\0{}", request.device).as_bytes());
     let bitmaps = BitmapPlan::new(
         main_loop,
@@ -120,7 +81,7 @@ fn check_device(
         target_id,
         size_bytes,
         request,
-        numbers.granularity_bytes,
+        limits.granularity_bytes,
     )?;
     Ok(Plan {
         device: request.device.clone(),
@@ -130,8 +91,7 @@ fn check_device(
         filter_node: format!("ba-{}-0", &hash[..16]),
         snapshot_node: format!("ba-{}-1", &hash[..16]),
         size_bytes,
-        buffer_bytes: numbers.buffer_bytes,
-        timeout: Duration::from_secs(u64::from(numbers.timeout_s)),
+        limits,
         bitmaps,
     })
 }
@@ -211,12 +171,21 @@ fn check_source(main_loop: MainLoop, top: Bds, source: Bds) -> Result<u64, Error
     }
 }
 
-/// Whether a guest device uses the disk.
-pub(super) fn has_device(main_loop: MainLoop, source: Bds) -> bool {
-    Backend::all(main_loop).iter().any(|backend| {
-        !backend.device_type(main_loop).is_empty()
-            && backend.node(main_loop).is_some_and(|node| node.skip_filters(main_loop) == source)
-    })
+/// The types of the guest devices that use the disk.
+pub(super) fn device_types(main_loop: MainLoop, source: Bds) -> Vec<String> {
+    Backend::all(main_loop)
+        .into_iter()
+        .filter(|backend| {
+            backend.node(main_loop).is_some_and(|node| node.skip_filters(main_loop) == source)
+        })
+        .map(|backend| backend.device_type(main_loop))
+        .filter(|device_type| !device_type.is_empty())
+        .collect()
+}
+
+/// Whether a guest may go on reading what it discarded until the discard is carried out.
+pub(super) fn may_postpone_discards(device_types: &[String]) -> bool {
+    !device_types.iter().any(|name| ZERO_AFTER_DISCARD.contains(&name.as_str()))
 }
 
 /// Checks the fleecing image; its node name.
@@ -225,6 +194,7 @@ fn check_fleecing(
     request: &DeviceRequest,
     disk: [Bds; 2],
     size_bytes: u64,
+    limits: &Limits,
 ) -> Result<String, Error> {
     let name = match &request.fleecing {
         Some(name) => name.clone(),
@@ -258,9 +228,17 @@ fn check_fleecing(
     let size = node.length(main_loop).map_err(|error| {
         error.context(&format!("the size of fleecing image '{name}' cannot be had"))
     })?;
-    if size < size_bytes {
+    let enough = match limits.fleecing_limit_bytes {
+        Some(_) => size_bytes.min(MIN_FLEECING_BYTES),
+        None => size_bytes,
+    };
+    if size < enough {
+        let instead = match limits.fleecing_limit_bytes {
+            Some(_) => format!("with fleecing-limit it needs {enough} bytes"),
+            None => "use a larger image or a fleecing-limit".to_owned(),
+        };
         return fault(format!(
-            "is too small: it has {size} bytes, the disk has {size_bytes} bytes"
+            "is too small: it has {size} bytes, the disk has {size_bytes} bytes; {instead}"
         ));
     }
     Ok(node.node_name(main_loop))

@@ -109,6 +109,7 @@ fn prepare(
 ) -> Result<(), Error> {
     let bitmaps = SetupBitmaps::prepare(main_loop, plan.source, plan.bitmaps)?;
     let need = bitmaps.need_map();
+    let device_types = request::device_types(main_loop, plan.source);
     prepared.push(Prepared {
         owner: None,
         filter: None,
@@ -117,7 +118,7 @@ fn prepare(
         source: NodeRef::new(main_loop, plan.source),
         bitmaps: Some(bitmaps),
         inserted: false,
-        has_device: request::has_device(main_loop, plan.source),
+        has_device: !device_types.is_empty(),
         plan: PlanRest {
             device: plan.device,
             source_node: plan.source_node,
@@ -125,7 +126,7 @@ fn prepare(
             filter_node: plan.filter_node,
             snapshot_node: plan.snapshot_node,
             size_bytes: plan.size_bytes,
-            timeout: plan.timeout,
+            timeout: plan.limits.timeout,
         },
     });
     let this = prepared.last_mut().expect("it was just pushed");
@@ -147,8 +148,13 @@ fn prepare(
     let filter_node = filter.node();
     this.filter = Some(filter);
     let settings = Settings {
-        buffer_bytes: plan.buffer_bytes,
+        buffer_bytes: plan.limits.buffer_bytes,
+        group: plan.limits.group,
+        fleecing_limit_bytes: plan.limits.fleecing_limit_bytes,
+        metadata_limit_bytes: plan.limits.metadata_limit_bytes,
         timeout_ms: u64::try_from(rest.timeout.as_millis()).unwrap_or(u64::MAX),
+        on_error: plan.limits.on_error,
+        postpone_discards: request::may_postpone_discards(&device_types),
         need,
         notify: notifier(target_id, &rest.device),
         on_close: on_close(filter_node, target_id, &rest.device),

@@ -10,7 +10,7 @@ use super::{DeviceStatus, TargetStatus, teardown};
 use crate::filter;
 use crate::qemu::graph::Bds;
 use crate::qemu::main_loop::MainLoop;
-use crate::qemu::qapi;
+use crate::qemu::qapi::{self, BrokenEvent};
 use crate::qemu::timer::Timer;
 
 const WATCHDOG_MS: u32 = 1000;
@@ -55,9 +55,12 @@ pub(super) fn report(main_loop: MainLoop, target_id: &str, device: &str) {
         return;
     }
     entry.reported = stats.state;
+    let node_name = entry.snapshot_node.clone();
     drop(registry);
-    let error = stats.error.map_or_else(|| "unknown error".to_owned(), |(text, _)| text);
-    qapi::send_broken(main_loop, target_id, device, stats.state, &error);
+    qapi::send_broken(
+        main_loop,
+        &BrokenEvent { target_id, device, node_name: &node_name, stats: &stats },
+    );
 }
 
 /// The filter of a device closes although no teardown took it out: QEMU exits.

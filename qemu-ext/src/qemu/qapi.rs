@@ -5,8 +5,8 @@
 use core::ffi::c_char;
 use core::ptr;
 
-use fleece::State;
 use fleece::bitmap_name::{Action, Mode};
+use fleece::{OnError, State, Stats};
 use qemu_ext_sys as sys;
 
 use super::error::Error;
@@ -14,7 +14,8 @@ use super::glib::{self, strdup};
 use super::guard;
 use super::main_loop::MainLoop;
 use crate::access::{
-    self, DeviceInfo, DeviceRequest, DeviceStatus, SetupRequest, TargetStatus, TeardownOutcome,
+    self, DeviceInfo, DeviceRequest, DeviceStatus, Options, SetupRequest, TargetStatus,
+    TeardownOutcome,
 };
 
 /// What the client gets when our code panicked.
@@ -68,6 +69,13 @@ fn c_state(state: State) -> sys::BackupAccessState {
     }
 }
 
+fn on_error(raw: sys::BackupAccessOnError) -> OnError {
+    match raw {
+        sys::BACKUP_ACCESS_ON_ERROR_BREAK_GUEST_WRITE => OnError::BreakGuestWrite,
+        _ => OnError::BreakSnapshot,
+    }
+}
+
 /// # Safety
 /// The structure is one that QEMU's generated code read from a request.
 unsafe fn device_request(raw: &sys::BackupAccessSourceDevice) -> DeviceRequest {
@@ -84,9 +92,14 @@ unsafe fn device_request(raw: &sys::BackupAccessSourceDevice) -> DeviceRequest {
             fleecing: optional(raw.fleecing),
             mode,
             generation: optional(raw.generation),
-            granularity_bytes: raw.has_granularity.then_some(raw.granularity),
-            buffer_bytes: raw.has_buffer_size.then_some(raw.buffer_size),
-            timeout_s: raw.has_timeout.then_some(raw.timeout),
+            options: Options {
+                granularity_bytes: raw.has_granularity.then_some(raw.granularity),
+                buffer_bytes: raw.has_buffer_size.then_some(raw.buffer_size),
+                fleecing_limit_bytes: raw.has_fleecing_limit.then_some(raw.fleecing_limit),
+                metadata_limit_bytes: raw.has_metadata_limit.then_some(raw.metadata_limit),
+                timeout_s: raw.has_timeout.then_some(raw.timeout),
+                on_error: raw.has_on_error.then(|| on_error(raw.on_error)),
+            },
         }
     }
 }
@@ -107,6 +120,18 @@ fn c_info(info: &DeviceInfo) -> sys::BackupAccessInfo {
     }
 }
 
+/// Empty buckets are left out.
+fn c_histogram(buckets: &[(u64, u64)]) -> *mut sys::BackupAccessDelayBucketList {
+    let filled = buckets.iter().filter(|&&(_, count)| count > 0);
+    filled.rev().fold(ptr::null_mut(), |next, &(le_ns, count)| {
+        // SAFETY: plain C structures.
+        unsafe {
+            let value = allocate(sys::BackupAccessDelayBucket { le_ns, count });
+            allocate(sys::BackupAccessDelayBucketList { next, value })
+        }
+    })
+}
+
 fn c_status(status: &DeviceStatus) -> sys::BackupAccessDeviceStatus {
     let stats = &status.stats;
     let error = stats.error.as_ref();
@@ -121,12 +146,19 @@ fn c_status(status: &DeviceStatus) -> sys::BackupAccessDeviceStatus {
         captured: stats.captured_bytes,
         in_ram: stats.ram_bytes,
         in_log: stats.log_bytes,
+        written: stats.written_bytes,
+        log_allocated: stats.log_allocated_bytes,
         zero: stats.zero_bytes,
         released: stats.released_bytes,
+        discards_postponed: stats.postponed_bytes,
         metadata: stats.metadata_bytes,
         writes_delayed: stats.writes_delayed,
         delay_total_ns: stats.delay_total_ns,
         delay_max_ns: stats.delay_max_ns,
+        delay_p50_ns: stats.delay_p50_ns,
+        delay_p99_ns: stats.delay_p99_ns,
+        delay_p999_ns: stats.delay_p999_ns,
+        delay_histogram: c_histogram(&stats.delay_histogram),
         overflows: stats.overflows,
         bitmap_action: c_action(status.action),
         has_dirty: status.dirty_bytes.is_some(),
@@ -158,41 +190,47 @@ fn c_target_list(targets: &[TargetStatus]) -> *mut sys::BackupAccessStatusList {
     })
 }
 
+/// # Safety
+/// The structure is one that QEMU's generated code read from a request.
+unsafe fn setup_request(raw: &sys::BackupAccessSetup) -> SetupRequest {
+    let mut devices = Vec::new();
+    let mut entry = raw.devices;
+    while !entry.is_null() {
+        // SAFETY: entries of a list of the request have values.
+        unsafe {
+            devices.push(device_request(&*(*entry).value));
+            entry = (*entry).next;
+        }
+    }
+    SetupRequest {
+        // SAFETY: a mandatory string of the request.
+        target_id: unsafe { glib::text(raw.target_id) },
+        devices,
+        defaults: Options {
+            granularity_bytes: raw.has_granularity.then_some(raw.granularity),
+            buffer_bytes: raw.has_buffer_size.then_some(raw.buffer_size),
+            fleecing_limit_bytes: raw.has_fleecing_limit.then_some(raw.fleecing_limit),
+            metadata_limit_bytes: raw.has_metadata_limit.then_some(raw.metadata_limit),
+            timeout_s: raw.has_timeout.then_some(raw.timeout),
+            on_error: raw.has_on_error.then(|| on_error(raw.on_error)),
+        },
+        buffer_total_bytes: raw.has_buffer_total.then_some(raw.buffer_total),
+    }
+}
+
 /// The command `backup-access-setup`.
 ///
 /// # Safety
 /// Called by QEMU's generated code, in the main loop.
 #[unsafe(no_mangle)]
-#[allow(clippy::too_many_arguments, reason = "QEMU's generated code decides")]
 pub unsafe extern "C" fn qmp_backup_access_setup(
-    target_id: *const c_char,
-    devices: *mut sys::BackupAccessSourceDeviceList,
-    has_granularity: bool,
-    granularity: u64,
-    has_buffer_size: bool,
-    buffer_size: u64,
-    has_timeout: bool,
-    timeout: u32,
+    arguments: *mut sys::BackupAccessSetup,
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessInfoList {
     let result = guard(Err(panicked()), || {
         let main_loop = MainLoop::current().ok_or_else(panicked)?;
-        let mut request = SetupRequest {
-            // SAFETY: a mandatory string of the request.
-            target_id: unsafe { glib::text(target_id) },
-            devices: Vec::new(),
-            granularity_bytes: has_granularity.then_some(granularity),
-            buffer_bytes: has_buffer_size.then_some(buffer_size),
-            timeout_s: has_timeout.then_some(timeout),
-        };
-        let mut entry = devices;
-        while !entry.is_null() {
-            // SAFETY: a list of the request: entries have values.
-            unsafe {
-                request.devices.push(device_request(&*(*entry).value));
-                entry = (*entry).next;
-            }
-        }
+        // SAFETY: the generated code passes the request it read.
+        let request = unsafe { setup_request(&*arguments) };
         access::setup(main_loop, &request)
     });
     match result {
@@ -258,17 +296,35 @@ pub unsafe extern "C" fn qmp_query_backup_access(
     }
 }
 
+/// What the event `BACKUP_ACCESS_BROKEN` says.
+#[derive(Debug)]
+pub struct BrokenEvent<'a> {
+    /// The target.
+    pub target_id: &'a str,
+    /// The device as named in the request.
+    pub device: &'a str,
+    /// The snapshot node.
+    pub node_name: &'a str,
+    /// The filter's counters with the new state and the error.
+    pub stats: &'a Stats,
+}
+
 /// Emits the event `BACKUP_ACCESS_BROKEN`.
-pub fn send_broken(_: MainLoop, target_id: &str, device: &str, state: State, error: &str) {
-    let (target_id, device) = (glib::c_string(target_id), glib::c_string(device));
-    let error = glib::c_string(error);
+pub fn send_broken(_: MainLoop, event: &BrokenEvent<'_>) {
+    let (target_id, device) = (glib::c_string(event.target_id), glib::c_string(event.device));
+    let node_name = glib::c_string(event.node_name);
+    let error = event.stats.error.as_ref();
+    let text = glib::c_string(error.map_or("unknown error", |(text, _)| text.as_str()));
     // SAFETY: main loop; the strings live for the length of the call.
     unsafe {
         sys::qapi_event_send_backup_access_broken(
             target_id.as_ptr(),
             device.as_ptr(),
-            c_state(state),
-            error.as_ptr(),
+            node_name.as_ptr(),
+            c_state(event.stats.state),
+            text.as_ptr(),
+            error.is_some(),
+            error.map_or(0, |(_, errno)| i64::from(errno.0)),
         );
     }
 }

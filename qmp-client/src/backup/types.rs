@@ -49,6 +49,17 @@ open_enum! {
     }
 }
 
+open_enum! {
+    /// What an error does that is met before a guest write is acknowledged: a failed read of old
+    /// data, or a failed write through to the fleecing image.
+    pub enum OnError {
+        /// The guest write goes on; the snapshot loses old data or breaks.
+        BreakSnapshot = "break-snapshot",
+        /// The guest write fails; the snapshot stays as it is.
+        BreakGuestWrite = "break-guest-write",
+    }
+}
+
 /// One device of a [`SetupRequest`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
@@ -65,7 +76,13 @@ pub struct Device {
     /// Overrides the request's.
     pub buffer_size_bytes: Option<u64>,
     /// Overrides the request's.
+    pub fleecing_limit_bytes: Option<u64>,
+    /// Overrides the request's.
+    pub metadata_limit_bytes: Option<u64>,
+    /// Overrides the request's.
     pub timeout_s: Option<u32>,
+    /// Overrides the request's.
+    pub on_error: Option<OnError>,
 }
 
 impl Device {
@@ -79,7 +96,10 @@ impl Device {
             generation: None,
             granularity_bytes: None,
             buffer_size_bytes: None,
+            fleecing_limit_bytes: None,
+            metadata_limit_bytes: None,
             timeout_s: None,
+            on_error: None,
         }
     }
 
@@ -91,7 +111,10 @@ impl Device {
             generation: self.generation.clone(),
             granularity: self.granularity_bytes,
             buffer_size: self.buffer_size_bytes,
+            fleecing_limit: self.fleecing_limit_bytes,
+            metadata_limit: self.metadata_limit_bytes,
             timeout: self.timeout_s,
+            on_error: self.on_error.clone(),
         }
     }
 }
@@ -107,8 +130,17 @@ pub struct SetupRequest {
     pub granularity_bytes: Option<u64>,
     /// RAM for old data per device; QEMU's default is 64 MiB, 0 writes through.
     pub buffer_size_bytes: Option<u64>,
+    /// RAM for old data over all devices; by default only that per device is limited.
+    pub buffer_total_bytes: Option<u64>,
+    /// Space that old data may take in each fleecing image. At the limit the snapshot breaks, and
+    /// the image may be smaller than the disk. By default it must not be.
+    pub fleecing_limit_bytes: Option<u64>,
+    /// RAM for the states and positions of old data per device; QEMU's default is 256 MiB.
+    pub metadata_limit_bytes: Option<u64>,
     /// Seconds without progress after which the snapshot breaks; QEMU's default is 45.
     pub timeout_s: Option<u32>,
+    /// What an error before the end of a guest write does; QEMU's default is to break the snapshot.
+    pub on_error: Option<OnError>,
 }
 
 impl SetupRequest {
@@ -120,7 +152,11 @@ impl SetupRequest {
             devices,
             granularity_bytes: None,
             buffer_size_bytes: None,
+            buffer_total_bytes: None,
+            fleecing_limit_bytes: None,
+            metadata_limit_bytes: None,
             timeout_s: None,
+            on_error: None,
         }
     }
 
@@ -131,13 +167,17 @@ impl SetupRequest {
     }
 
     pub(super) fn to_wire(&self) -> generated::backup_access_setup {
-        generated::backup_access_setup {
+        generated::backup_access_setup(generated::BackupAccessSetup {
             target_id: self.target_id.clone(),
             devices: self.devices.iter().map(Device::to_wire).collect(),
             granularity: self.granularity_bytes,
             buffer_size: self.buffer_size_bytes,
+            buffer_total: self.buffer_total_bytes,
+            fleecing_limit: self.fleecing_limit_bytes,
+            metadata_limit: self.metadata_limit_bytes,
             timeout: self.timeout_s,
-        }
+            on_error: self.on_error.clone(),
+        })
     }
 }
 
@@ -217,6 +257,21 @@ impl From<generated::BackupAccessStatus> for AccessStatus {
     }
 }
 
+/// One bucket of a histogram of waiting times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DelayBucket {
+    /// The longest wait counted here; longer than every wait of the bucket before.
+    pub le_ns: u64,
+    /// How many waits are counted here.
+    pub count: u64,
+}
+
+impl From<generated::BackupAccessDelayBucket> for DelayBucket {
+    fn from(wire: generated::BackupAccessDelayBucket) -> Self {
+        Self { le_ns: wire.le_ns, count: wire.count }
+    }
+}
+
 /// Status of one device of an access.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceStatus {
@@ -238,10 +293,16 @@ pub struct DeviceStatus {
     pub in_ram_bytes: u64,
     /// Old data held in the fleecing image now.
     pub in_log_bytes: u64,
+    /// Written to the fleecing image so far.
+    pub written_bytes: u64,
+    /// Segments of the fleecing image that are in use and not given back.
+    pub log_allocated_bytes: u64,
     /// Old data that was zero and needs no space.
     pub zero_bytes: u64,
     /// Released by discards of the reader.
     pub released_bytes: u64,
+    /// Guest discards that are postponed now.
+    pub discards_postponed_bytes: u64,
     /// RAM used for metadata.
     pub metadata_bytes: u64,
     /// Guest requests that had to wait for a capture.
@@ -250,6 +311,14 @@ pub struct DeviceStatus {
     pub delay_total_ns: u64,
     /// The longest such wait.
     pub delay_max_ns: u64,
+    /// The wait that half of them did not exceed: the upper bound of a bucket, 0 without any.
+    pub delay_p50_ns: u64,
+    /// The wait that 99 percent of them did not exceed.
+    pub delay_p99_ns: u64,
+    /// The wait that 99.9 percent of them did not exceed.
+    pub delay_p999_ns: u64,
+    /// How many of them waited for how long: the buckets that are not empty, shorter waits first.
+    pub delay_histogram: Vec<DelayBucket>,
     /// How often a guest request waited for room in RAM.
     pub overflows: u64,
     /// What setup did with the bitmap.
@@ -270,12 +339,19 @@ impl From<generated::BackupAccessDeviceStatus> for DeviceStatus {
             captured_bytes: wire.captured,
             in_ram_bytes: wire.in_ram,
             in_log_bytes: wire.in_log,
+            written_bytes: wire.written,
+            log_allocated_bytes: wire.log_allocated,
             zero_bytes: wire.zero,
             released_bytes: wire.released,
+            discards_postponed_bytes: wire.discards_postponed,
             metadata_bytes: wire.metadata,
             writes_delayed: wire.writes_delayed,
             delay_total_ns: wire.delay_total_ns,
             delay_max_ns: wire.delay_max_ns,
+            delay_p50_ns: wire.delay_p50_ns,
+            delay_p99_ns: wire.delay_p99_ns,
+            delay_p999_ns: wire.delay_p999_ns,
+            delay_histogram: wire.delay_histogram.into_iter().map(Into::into).collect(),
             overflows: wire.overflows,
             bitmap_action: wire.bitmap_action,
             dirty_bytes: wire.dirty,
@@ -290,10 +366,14 @@ pub struct BrokenEvent {
     pub target_id: String,
     /// The device as named in the request.
     pub device: String,
+    /// The snapshot node.
+    pub node_name: String,
     /// The new state.
     pub state: AccessState,
     /// The reason.
     pub error: String,
+    /// The errno value of the reason, if there is one.
+    pub errno: Option<i64>,
 }
 
 impl BrokenEvent {
@@ -309,8 +389,9 @@ impl BrokenEvent {
         let wire: generated::BACKUP_ACCESS_BROKEN =
             <_ as serde::Deserialize>::deserialize::<&Value>(&event.data)
                 .map_err(|e| Error::protocol(NAME, e))?;
-        let generated::BACKUP_ACCESS_BROKEN { target_id, device, state, error } = wire;
-        Ok(Some(Self { target_id, device, state, error }))
+        let generated::BACKUP_ACCESS_BROKEN { target_id, device, node_name, state, error, errno } =
+            wire;
+        Ok(Some(Self { target_id, device, node_name, state, error, errno }))
     }
 }
 
@@ -334,12 +415,13 @@ mod tests {
                     "BackupAccessState" => {
                         !matches!(AccessState::from(value), AccessState::Other(_))
                     }
+                    "BackupAccessOnError" => !matches!(OnError::from(value), OnError::Other(_)),
                     other => panic!("the contract has an enum the client does not: {other}"),
                 };
                 assert!(known, "{name} has {value}, the client does not");
             }
         }
-        assert_eq!(generated::ENUM_VALUES.len(), 3);
+        assert_eq!(generated::ENUM_VALUES.len(), 4);
     }
 
     #[test]
@@ -366,11 +448,13 @@ mod tests {
     fn a_broken_event_is_read_and_others_are_passed_over() {
         let mut event = Event {
             name: "BACKUP_ACCESS_BROKEN".into(),
-            data: json!({"target-id": "t", "device": "d", "state": "broken", "error": "e"}),
+            data: json!({"target-id": "t", "device": "d", "node-name": "ba-1", "state": "broken",
+                "error": "e"}),
             timestamp: crate::Timestamp::default(),
         };
         let broken = BrokenEvent::from_event(&event).unwrap().unwrap();
         assert_eq!(broken.state, AccessState::Broken);
+        assert_eq!((broken.node_name.as_str(), broken.errno), ("ba-1", None));
         event.data = Value::Null;
         assert!(BrokenEvent::from_event(&event).is_err());
         event.name = "STOP".into();

@@ -186,8 +186,8 @@ async fn a_broken_snapshot_fails_the_job_with_its_reason() {
         hold.0.notified().await;
         let event = |target: &str, state: &str| {
             json!({"event": "BACKUP_ACCESS_BROKEN", "timestamp": {"seconds": 1, "microseconds": 2},
-                "data": {"target-id": target, "device": "drive-scsi0", "state": state,
-                    "error": "fleecing image is full"}})
+                "data": {"target-id": target, "device": "drive-scsi0", "node-name": "n",
+                    "state": state, "error": "fleecing image is full"}})
         };
         world.peer.send_event(event("vzdump:other", "broken"));
         world.peer.send_event(event("vzdump:store", "degraded"));

@@ -311,6 +311,9 @@ impl State {
                 json!({"device": device["device"], "node-name": "n", "size": 1, "state": "active",
                     "captured": 4096, "in-ram": 0, "in-log": 0, "zero": 0, "released": 512,
                     "metadata": 0, "writes-delayed": 3, "delay-total-ns": 9, "delay-max-ns": 7,
+                    "delay-p50-ns": 3, "delay-p99-ns": 7, "delay-p999-ns": 7,
+                    "delay-histogram": [{"le-ns": 3, "count": 2}, {"le-ns": 7, "count": 1}],
+                    "written": 0, "log-allocated": 0, "discards-postponed": 0,
                     "overflows": 0, "bitmap-action": "new"})
             })
             .collect();
