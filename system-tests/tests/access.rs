@@ -395,11 +395,13 @@ async fn a_stuck_fleecing_image_fails_the_teardown_until_it_moves() {
     let mut events = lab.session().events();
     let device = json!({ "device": "disk0", "fleecing": "slow", "bitmap-mode": "new",
                          "buffer-size": 0, "timeout": 1 });
-    lab.setup("t", json!([device])).await;
+    let infos = lab.setup("t", json!([device])).await;
     // The guest's write waits for the image, until the snapshot gives up.
     lab.guest_writes("disk0", 0x62, 0, DISK_BYTES).await;
     let event = lab.next_event(&mut events, "BACKUP_ACCESS_BROKEN").await;
     assert_eq!((&event["target-id"], &event["state"]), (&json!("t"), &json!("broken")));
+    assert_eq!(event["node-name"], infos[0]["node-name"]);
+    assert!(event["errno"].as_i64().is_some_and(|errno| errno > 0), "{event}");
     let status = lab.run("query-backup-access", json!({})).await;
     assert_eq!(status[0]["devices"][0]["state"], "broken");
     let arguments = json!({ "target-id": "t", "success": false });
