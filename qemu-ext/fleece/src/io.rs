@@ -12,6 +12,8 @@ impl Errno {
     pub const EIO: Self = Self(5);
     /// Out of memory.
     pub const ENOMEM: Self = Self(12);
+    /// No space left: the fleecing image or its limit is used up.
+    pub const ENOSPC: Self = Self(28);
     /// Connection timed out: no progress within the limit.
     pub const ETIMEDOUT: Self = Self(110);
 }
@@ -21,6 +23,28 @@ pub trait NeedMap: Send + Sync {
     /// The first needed area that begins in or reaches into `start..end` (bytes), clipped to it;
     /// none when nothing there is needed.
     fn next_needed(&self, start: u64, end: u64) -> Option<std::ops::Range<u64>>;
+}
+
+/// One of the two devices under the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// The guest's disk.
+    Source,
+    /// The fleecing image.
+    Log,
+}
+
+/// A part of a snapshot read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fetch {
+    /// Where to read.
+    pub device: Device,
+    /// Byte offset there.
+    pub offset: u64,
+    /// Bytes to read.
+    pub len: usize,
+    /// Where in the reader's buffer they go.
+    pub at: usize,
 }
 
 /// The world around the engine. Every call that does I/O, and [`Io::park`], may yield to other
@@ -48,7 +72,7 @@ pub trait Io {
     /// The state became worse; may be called from any task.
     fn notify(&self);
 
-    /// A buffer of `len` bytes, or none when there is no memory.
+    /// A buffer of `len` bytes with any content, or none when there is no memory.
     fn alloc(&self, len: usize) -> Option<Self::Block>;
     /// Fills `block[at..at + len]` from the source.
     ///
@@ -61,39 +85,25 @@ pub trait Io {
         at: usize,
         len: usize,
     ) -> Result<(), Errno>;
-    /// Reads the source into the reader's buffer.
+    /// Reads all parts into the reader's buffer, in any order and side by side. Parts do not
+    /// overlap.
     ///
     /// # Errors
-    /// The device's error.
-    fn read_source_into(
-        &self,
-        offset: u64,
-        len: usize,
-        buf: &mut Self::Buf,
-        at: usize,
-    ) -> Result<(), Errno>;
+    /// The first error of a device; the buffer's content is undefined then.
+    fn fetch(&self, parts: &[Fetch], buf: &mut Self::Buf) -> Result<(), Errno>;
     /// Whether the source is known to be zero from `offset`, and for how many bytes the answer
     /// holds (at least one, at most `len`).
     ///
     /// # Errors
     /// The device's error.
     fn source_is_zero(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno>;
+    /// Discards a part of the source: a guest's discard that was postponed. Failures do not matter.
+    fn discard_source(&self, offset: u64, len: u64);
     /// Writes to the fleecing image.
     ///
     /// # Errors
     /// The device's error.
     fn write_log(&self, offset: u64, parts: &[&[u8]]) -> Result<(), Errno>;
-    /// Reads the fleecing image into the reader's buffer.
-    ///
-    /// # Errors
-    /// The device's error.
-    fn read_log_into(
-        &self,
-        offset: u64,
-        len: usize,
-        buf: &mut Self::Buf,
-        at: usize,
-    ) -> Result<(), Errno>;
     /// Gives space of the fleecing image back; failures do not matter.
     fn discard_log(&self, offset: u64, len: u64);
 

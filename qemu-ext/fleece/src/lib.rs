@@ -2,8 +2,8 @@
 //! The fleecing engine: which old data is saved where, and in which order things happen.
 //!
 //! Pure: it knows no QEMU, does no I/O of its own and contains no `unsafe`. [`Engine`] is the
-//! protocol (lock, wait, I/O) over `core::Core` (states and transitions), generic over [`Io`];
-//! inside QEMU a task is a coroutine, in the tests it is a thread, and both run the same code.
+//! protocol (locks, waiting, I/O), generic over [`Io`]; inside QEMU a task is a coroutine, in the
+//! tests it is a thread, and both run the same code.
 //!
 //! One sentence is the specification: *a successful snapshot read returns the content at the
 //! point in time.*
@@ -13,46 +13,65 @@
 //! ```text
 //!                 plan            publish              flush
 //!   Needed ──────────► Reading ──────────► Ram ───────────────► Log
-//!     │                   │  └─ all zero ─► Zero  │               │
-//!     │ release           │  └─ read error ► Lost │ release       │ release
+//!     │ ▲                 │  └─ all zero ─► Zero  │               │
+//!     │ └─ guest request  │  └─ read error ► Lost │               │
+//!     │    failed instead │                       │               │
+//!     │ release           │ release               │ release       │ release
 //!     ▼                   ▼                       ▼               ▼
-//!   Released           Released               Released        Released
+//!    Gone                Gone                    Gone            Gone
 //!
-//!   Clean (outside the dirty bitmap): never saved, never readable
+//!   Gone also from the start: outside the dirty bitmap. Never saved, never readable.
 //! ```
 //!
-//! A state never goes back to `Needed`; that is what makes reading without freezing correct: a
-//! reader reads the source, looks again, and takes what was saved meanwhile from its copy.
+//! Once a guest request may pass, a granule never goes back; that is what makes reading without
+//! freezing correct: a reader reads the source, looks again, and takes what was saved meanwhile
+//! from its copy.
+//!
+//! ```text
+//!   engine.rs    the engine, its begin and end            table.rs    states of granules, in regions
+//!   write.rs     before a guest's write                    places.rs   where saved data is
+//!   discard.rs   a guest's discards, at once or postponed  ram.rs      data in RAM, and room for it
+//!   flush.rs     from RAM to the log                       log.rs      space of the fleecing image
+//!   read.rs      snapshot reads and block status           group.rs    RAM over several disks
+//!   release.rs   what the reader gives up                  watch.rs    requests in flight
+//! ```
+//!
+//! Locks, in the order in which they are taken: a region, RAM, the log. No lock is held across a
+//! call of [`Io`] that may yield, and tasks are woken with no lock held.
 
 #![forbid(unsafe_code)]
 
 pub mod bitmap_name;
-mod core;
+mod discard;
 mod engine;
+mod flush;
 mod group;
+mod histogram;
 mod io;
 mod log;
+mod mask;
+mod places;
+mod ram;
 mod range;
+mod read;
+mod release;
+mod runs;
+mod spans;
 mod stats;
+mod sync;
 mod table;
+mod watch;
+mod write;
 
-pub use crate::core::Batch;
-pub use engine::{Engine, Settings};
-pub use group::Group;
-pub use io::{Errno, Io, NeedMap};
+pub use discard::Discard;
+pub use engine::{Engine, OnError, Settings};
+pub use flush::Batch;
+pub use group::{Group, Membership};
+pub use io::{Device, Errno, Fetch, Io, NeedMap};
 pub use range::{ByteRange, Geometry, MAX_GRANULE_BYTES, MIN_GRANULE_BYTES, PIECE_BYTES};
+pub use runs::Runs;
 pub use stats::{State, Stats};
 
-/// What an error does that is met before a guest write is acknowledged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum OnError {
-    /// The write goes on, and the snapshot loses the old data.
-    #[default]
-    BreakSnapshot,
-    /// The write fails, and the snapshot stays complete.
-    BreakGuestWrite,
-}
-
-/// There is no memory for the states of granules.
+/// There is no memory for the states of granules, or they may have no more.
 #[derive(Debug)]
 pub struct OutOfMemory;

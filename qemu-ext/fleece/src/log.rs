@@ -5,6 +5,8 @@
 //! granule is captured at most once, so the log never outgrows an image as large as the disk. A
 //! segment in which nothing is live any more is given back, once no write to it is in flight.
 
+use std::collections::VecDeque;
+
 use crate::range::Geometry;
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -14,103 +16,226 @@ struct Segment {
     given_back: bool,
 }
 
+/// Why the log gives out no more space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Full {
+    /// The image has no more room.
+    Image,
+    /// The limit on segments in use is reached.
+    Limit,
+    /// No memory for the notes.
+    Memory,
+}
+
 /// Positions are in granules; the odd tail has the image's last place to itself.
 #[derive(Debug)]
 pub(crate) struct Log {
     head: u32,
-    odd_tail: Option<u32>,
+    /// One past the last position, the odd tail's place not counted.
+    capacity: u32,
     segment_granules: u32,
-    segments: Vec<Segment>,
+    segment_limit: u64,
+    /// The segments from `first_segment` on; older ones are all given back.
+    segments: VecDeque<Segment>,
+    first_segment: u32,
+    /// Segments that are not given back.
+    in_use: u64,
     live: u64,
+    granule: u64,
+    has_odd_tail: bool,
 }
 
 impl Log {
-    /// A log in an image as large as the disk; `segment_bytes` is a multiple of the image's
-    /// cluster size.
-    pub(crate) fn new(geometry: Geometry, segment_bytes: u64) -> Self {
+    /// A log in an image of `image_bytes`; `segment_bytes` is a multiple of the image's cluster
+    /// size, `limit_bytes` caps the segments in use.
+    pub(crate) fn new(
+        geometry: Geometry,
+        image_bytes: u64,
+        segment_bytes: u64,
+        limit_bytes: Option<u64>,
+    ) -> Self {
+        let granule = geometry.granule();
+        let segment_bytes = segment_bytes.max(granule);
+        let tail_bytes = geometry.size() % granule;
+        let positions = image_bytes.saturating_sub(tail_bytes) / granule;
         Self {
             head: 0,
-            odd_tail: geometry.has_odd_tail().then(|| (geometry.count() - 1) as u32),
-            segment_granules: (segment_bytes / geometry.granule()).max(1) as u32,
-            segments: Vec::new(),
+            capacity: positions.min(geometry.count()) as u32,
+            segment_granules: (segment_bytes / granule).max(1) as u32,
+            segment_limit: limit_bytes.map_or(u64::MAX, |limit| (limit / segment_bytes).max(1)),
+            segments: VecDeque::new(),
+            first_segment: 0,
+            in_use: 0,
             live: 0,
+            granule,
+            has_odd_tail: geometry.has_odd_tail(),
         }
     }
 
-    /// Live granules.
+    /// Granules in the log that are still needed, those being written included.
     pub(crate) fn live(&self) -> u64 {
         self.live
+    }
+
+    /// Bytes of the image that are not given back.
+    pub(crate) fn allocated_bytes(&self) -> u64 {
+        self.in_use * u64::from(self.segment_granules) * self.granule
     }
 
     pub(crate) fn metadata_bytes(&self) -> u64 {
         (self.segments.capacity() * size_of::<Segment>()) as u64
     }
 
-    /// Gives out `count` consecutive positions and notes a write to them; none when there is no
-    /// memory for the notes.
-    pub(crate) fn begin_write(&mut self, count: u32) -> Option<u32> {
+    /// The place of the odd tail granule: behind all others.
+    pub(crate) fn tail_position(&self) -> Option<u32> {
+        self.has_odd_tail.then_some(self.capacity)
+    }
+
+    /// Gives out `count` consecutive positions, all of them live, and notes a write to them.
+    ///
+    /// # Errors
+    /// There is no more space; nothing has changed.
+    pub(crate) fn begin_write(&mut self, count: u32) -> Result<u32, Full> {
         let position = self.head;
-        let last_segment = ((position + count - 1) / self.segment_granules) as usize;
-        if last_segment >= self.segments.len() {
-            let more = last_segment + 1 - self.segments.len();
-            self.segments.try_reserve(more).ok()?;
-            self.segments.resize(last_segment + 1, Segment::default());
+        let end = position.checked_add(count).filter(|&end| end <= self.capacity);
+        let end = end.ok_or(Full::Image)?;
+        let segments = end.div_ceil(self.segment_granules) - self.first_segment;
+        let more = (segments as usize).saturating_sub(self.segments.len());
+        if self.in_use + more as u64 > self.segment_limit {
+            return Err(Full::Limit);
         }
-        self.head += count;
-        self.each_segment(position, count, |segment| segment.writing += 1);
-        Some(position)
+        self.segments.try_reserve(more).map_err(|_| Full::Memory)?;
+        for _ in 0..more {
+            self.segments.push_back(Segment::default());
+        }
+        self.in_use += more as u64;
+        self.head = end;
+        self.live += u64::from(count);
+        self.each_segment(position, count, |segment, part| {
+            segment.writing += 1;
+            segment.live += part;
+        });
+        Ok(position)
     }
 
     /// Ends a write begun with [`Log::begin_write`].
     pub(crate) fn end_write(&mut self, position: u32, count: u32) {
-        self.each_segment(position, count, |segment| segment.writing -= 1);
+        self.each_segment(position, count, |segment, _| segment.writing -= 1);
     }
 
-    /// The granule at `position` became live.
-    pub(crate) fn add(&mut self, position: u32) {
+    /// The odd tail is in its place.
+    pub(crate) fn add_tail(&mut self) {
         self.live += 1;
-        if let Some(segment) = self.segment_of(position) {
-            segment.live += 1;
-        }
     }
 
-    /// The granule at `position` was released.
+    /// The granule at `position` is not needed any more.
     pub(crate) fn remove(&mut self, position: u32) {
-        self.live -= 1;
-        if let Some(segment) = self.segment_of(position) {
-            segment.live -= 1;
+        self.live = self.live.saturating_sub(1);
+        // The odd tail's place belongs to no segment: its space is never given back.
+        if position < self.capacity {
+            self.each_segment(position, 1, |segment, _| {
+                segment.live = segment.live.saturating_sub(1);
+            });
         }
     }
 
-    /// Segments touched by these positions that can be given back now, as (position, count).
+    /// Adds to `out` the segments among these positions that can be given back now, as (position,
+    /// count).
     pub(crate) fn give_back(&mut self, position: u32, count: u32, out: &mut Vec<(u32, u32)>) {
         let first = position / self.segment_granules;
         let last = (position + count.max(1) - 1) / self.segment_granules;
         for index in first..=last {
-            let end = (index + 1) * self.segment_granules;
-            let Some(segment) = self.segments.get_mut(index as usize) else { continue };
-            if segment.live == 0 && segment.writing == 0 && !segment.given_back && end <= self.head
-            {
+            let begin = index * self.segment_granules;
+            let full = begin.checked_add(self.segment_granules).is_some_and(|end| end <= self.head);
+            let Some(segment) = self.segment(index) else { continue };
+            if full && segment.live == 0 && segment.writing == 0 && !segment.given_back {
                 segment.given_back = true;
-                out.push((index * self.segment_granules, self.segment_granules));
+                self.in_use -= 1;
+                out.push((begin, self.segment_granules));
             }
         }
+        while self.segments.front().is_some_and(|segment| segment.given_back) {
+            self.segments.pop_front();
+            self.first_segment += 1;
+        }
     }
 
-    /// The segment that counts `position`; the odd tail's place is not counted, because the head
-    /// never passes it and so its segment is never given back.
-    fn segment_of(&mut self, position: u32) -> Option<&mut Segment> {
-        if self.odd_tail == Some(position) {
-            return None;
-        }
-        self.segments.get_mut((position / self.segment_granules) as usize)
+    fn segment(&mut self, index: u32) -> Option<&mut Segment> {
+        let at = index.checked_sub(self.first_segment)?;
+        self.segments.get_mut(at as usize)
     }
 
-    fn each_segment(&mut self, position: u32, count: u32, mut f: impl FnMut(&mut Segment)) {
-        let first = (position / self.segment_granules) as usize;
-        let last = ((position + count - 1) / self.segment_granules) as usize;
-        for segment in self.segments.iter_mut().take(last + 1).skip(first) {
-            f(segment);
+    /// Calls `f` with each segment among these positions and how many of them are in it.
+    fn each_segment(&mut self, position: u32, count: u32, mut f: impl FnMut(&mut Segment, u32)) {
+        let size = self.segment_granules;
+        let end = position + count;
+        let mut at = position;
+        while at < end {
+            let stop = ((at / size + 1) * size).min(end);
+            if let Some(segment) = self.segment(at / size) {
+                f(segment, stop - at);
+            }
+            at = stop;
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::{Full, Log};
+    use crate::range::Geometry;
+
+    const GRANULE: u64 = 4096;
+
+    fn log(granules: u64, limit: Option<u64>) -> Log {
+        let geometry = Geometry::new(granules * GRANULE, 512).unwrap();
+        Log::new(geometry, granules * GRANULE, 4 * GRANULE, limit)
+    }
+
+    #[test]
+    fn a_segment_goes_back_once_it_is_full_dead_and_written() {
+        let mut log = log(16, None);
+        let mut back = Vec::new();
+        assert_eq!(log.begin_write(4), Ok(0));
+        for position in 0..4 {
+            log.remove(position);
+        }
+        log.give_back(0, 4, &mut back);
+        assert!(back.is_empty(), "a write to it is in flight");
+        log.end_write(0, 4);
+        log.give_back(0, 4, &mut back);
+        assert_eq!(back, [(0, 4)]);
+        assert_eq!((log.live(), log.allocated_bytes()), (0, 0));
+        assert_eq!(log.begin_write(2), Ok(4), "space is never used again");
+        log.end_write(4, 2);
+        log.remove(4);
+        log.remove(5);
+        back.clear();
+        log.give_back(4, 2, &mut back);
+        assert!(back.is_empty(), "more will be written to it");
+    }
+
+    #[test]
+    fn the_image_and_the_limit_end_it() {
+        let mut small = log(6, None);
+        assert_eq!(small.begin_write(5), Ok(0));
+        assert_eq!(small.begin_write(2), Err(Full::Image));
+        assert_eq!(small.begin_write(1), Ok(5));
+        let mut limited = log(64, Some(8 * GRANULE));
+        assert_eq!(limited.begin_write(8), Ok(0));
+        assert_eq!(limited.begin_write(1), Err(Full::Limit));
+        limited.end_write(0, 8);
+        (0..4).for_each(|position| limited.remove(position));
+        limited.give_back(0, 4, &mut Vec::new());
+        assert_eq!(limited.begin_write(1), Ok(8), "a segment that went back counts no more");
+    }
+
+    #[test]
+    fn the_odd_tail_has_the_last_place_also_in_a_smaller_image() {
+        let geometry = Geometry::new(10 * GRANULE + 512, 512).unwrap();
+        let log = Log::new(geometry, 10 * GRANULE + 512, GRANULE, None);
+        assert_eq!(log.tail_position(), Some(10));
+        let log = Log::new(geometry, 4 * GRANULE, GRANULE, Some(GRANULE));
+        assert_eq!(log.tail_position(), Some(3));
     }
 }

@@ -9,8 +9,12 @@ pub const MAX_GRANULE_BYTES: u64 = 1 << 20;
 pub const PIECE_BYTES: u64 = 1 << 20;
 /// Most granules in one piece.
 pub(crate) const PIECE_GRANULES: usize = (PIECE_BYTES / MIN_GRANULE_BYTES) as usize;
+/// Granules whose states are kept and locked together: 64 MiB of disk with 4 KiB granules. The
+/// interleaving models use small ones, where they run the same code with fewer atomics.
+pub(crate) const REGION_GRANULES: u64 = if cfg!(loom) { 256 } else { 16384 };
 
 const _: () = assert!(MAX_GRANULE_BYTES <= PIECE_BYTES && MIN_GRANULE_BYTES.is_power_of_two());
+const _: () = assert!(REGION_GRANULES.is_multiple_of(PIECE_GRANULES as u64));
 
 /// Positions in the log must fit into 31 bits beside their tag, see `table`.
 const MAX_GRANULES: u64 = (1 << 31) - 1;
@@ -129,6 +133,25 @@ impl Geometry {
         let start = range.start.div_ceil(self.granule());
         let end = if range.end >= self.size { self.count() } else { range.end >> self.shift };
         start.min(end)..end
+    }
+
+    /// Cuts granules at the borders of their regions: the region's index, and the granules in it
+    /// counted from its first.
+    pub(crate) fn by_region(
+        self,
+        granules: std::ops::Range<u64>,
+    ) -> impl Iterator<Item = (usize, std::ops::Range<u32>)> {
+        let mut at = granules.start;
+        std::iter::from_fn(move || {
+            if at >= granules.end {
+                return None;
+            }
+            let region = at / REGION_GRANULES;
+            let end = ((region + 1) * REGION_GRANULES).min(granules.end);
+            let local = (at % REGION_GRANULES) as u32..(end - region * REGION_GRANULES) as u32;
+            at = end;
+            Some((region as usize, local))
+        })
     }
 
     /// The bytes of a range of granules, clamped to the disk.

@@ -1,237 +1,339 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The state of every granule, in two levels: an area nobody touched costs almost nothing.
+//! The state of every granule, in regions that are allocated when first touched.
+//!
+//! Two bits a granule. `done` says that a guest request needs to do nothing; it is read without a
+//! lock, one load for 64 granules. `kept` is under the region's lock and tells the rest:
+//!
+//! ```text
+//!   done kept
+//!    0    0    Needed: the old data is in the source only
+//!    0    1    Reading: a guest request saves it now (or a postponed discard is being done)
+//!    1    1    saved: `places` says where; without an entry there it was zero
+//!    1    0    gone: outside the dirty bitmap, or released
+//! ```
+//!
+//! `done` is never taken back; a region is never freed before the table.
 
-use crate::range::Geometry;
-use crate::{ByteRange, NeedMap, OutOfMemory};
+use std::ops::Range;
 
-/// State of one granule; see the drawing in the crate's documentation.
+use crate::mask::words;
+use crate::places::{Location, Places};
+use crate::range::{Geometry, REGION_GRANULES};
+use crate::spans::Spans;
+use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering, Place};
+use crate::{NeedMap, OutOfMemory};
+
+const WORDS: usize = (REGION_GRANULES / 64) as usize;
+
+/// State of one granule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Granule {
-    /// The old data is in the source only.
-    Needed,
-    /// A guest request reads the old data now.
-    Reading,
+    /// The old data is in the source; nobody has overwritten it.
+    Source,
     /// The old data is in RAM, in this extent.
     Ram(u32),
     /// The old data is in the fleecing image, at this position in granules.
     Log(u32),
     /// The old data was zero.
     Zero,
-    /// Not in the dirty bitmap.
-    Clean,
-    /// Released by the reader.
-    Released,
+    /// Not in the dirty bitmap, or released.
+    Gone,
     /// The old data could not be read.
     Lost,
 }
 
-const NEEDED: u32 = 0;
-const READING: u32 = 1;
-const ZERO: u32 = 2;
-const CLEAN: u32 = 3;
-const RELEASED: u32 = 4;
-const LOST: u32 = 5;
-const RAM: u32 = 1 << 30;
-const LOG: u32 = 1 << 31;
+/// The states of [`REGION_GRANULES`] granules.
+pub(crate) struct Region<T> {
+    done: Box<[AtomicU64]>,
+    state: Mutex<RegionState<T>>,
+}
 
-impl Granule {
-    const fn encode(self) -> u32 {
-        match self {
-            Self::Needed => NEEDED,
-            Self::Reading => READING,
-            Self::Zero => ZERO,
-            Self::Clean => CLEAN,
-            Self::Released => RELEASED,
-            Self::Lost => LOST,
-            Self::Ram(extent) => RAM | extent,
-            Self::Log(position) => LOG | position,
-        }
-    }
+/// What of a region is under its lock.
+pub(crate) struct RegionState<T> {
+    kept: Box<[u64]>,
+    pub(crate) places: Places,
+    /// Who waits for a capture, or a discard, in this region to end.
+    pub(crate) waiters: Vec<T>,
+    /// Guest discards that are done when the reader has released what they are about. All of them
+    /// are of needed granules.
+    pub(crate) postponed: Spans,
+    /// Those that are being done now; their granules are gone for readers, and guest requests wait.
+    pub(crate) discarding: Spans,
+}
 
-    fn decode(word: u32) -> Self {
-        match word {
-            NEEDED => Self::Needed,
-            READING => Self::Reading,
-            ZERO => Self::Zero,
-            CLEAN => Self::Clean,
-            RELEASED => Self::Released,
-            LOST => Self::Lost,
-            _ if word & LOG != 0 => Self::Log(word & !LOG),
-            _ => Self::Ram(word & !RAM),
-        }
+/// A region, locked.
+pub(crate) struct Locked<'a, T> {
+    done: &'a [AtomicU64],
+    state: MutexGuard<'a, RegionState<T>>,
+}
+
+impl<T> std::ops::Deref for Locked<'_, T> {
+    type Target = RegionState<T>;
+    fn deref(&self) -> &RegionState<T> {
+        &self.state
     }
 }
 
-/// Granules in one region.
-const REGION: u64 = 1024;
+impl<T> std::ops::DerefMut for Locked<'_, T> {
+    fn deref_mut(&mut self) -> &mut RegionState<T> {
+        &mut self.state
+    }
+}
 
-/// One region: uniform until something in it changes.
-enum Region {
-    /// Nobody looked yet: needed, or what the need map says.
-    Untouched,
-    /// Wholly outside the dirty bitmap.
-    Clean,
-    /// Wholly released.
-    Released,
-    /// One word for each granule; `released` counts those that are.
-    Table { words: Box<[u32]>, released: u32 },
+impl<T> Region<T> {
+    fn new() -> Result<Box<Self>, OutOfMemory> {
+        let mut done = Vec::new();
+        done.try_reserve_exact(WORDS).map_err(|_| OutOfMemory)?;
+        done.resize_with(WORDS, || AtomicU64::new(0));
+        let mut kept = Vec::new();
+        kept.try_reserve_exact(WORDS).map_err(|_| OutOfMemory)?;
+        kept.resize(WORDS, 0);
+        let state = RegionState {
+            kept: kept.into_boxed_slice(),
+            places: Places::default(),
+            waiters: Vec::new(),
+            postponed: Spans::default(),
+            discarding: Spans::default(),
+        };
+        Ok(Box::new(Self { done: done.into_boxed_slice(), state: Mutex::new(state) }))
+    }
+
+    /// Whether guest requests on these granules need to do nothing. Takes no lock.
+    pub(crate) fn passes(&self, local: Range<u32>) -> bool {
+        words(local).all(|(word, bits)| self.done[word].load(Ordering::Acquire) & bits == bits)
+    }
+
+    pub(crate) fn lock(&self) -> Locked<'_, T> {
+        Locked { done: &self.done, state: self.state.lock() }
+    }
+}
+
+impl<T> Locked<'_, T> {
+    /// The `done` bits of a word.
+    pub(crate) fn done(&self, word: usize) -> u64 {
+        // Written under this lock only.
+        self.done[word].load(Ordering::Relaxed)
+    }
+
+    /// The `kept` bits of a word.
+    pub(crate) fn kept(&self, word: usize) -> u64 {
+        self.state.kept[word]
+    }
+
+    /// Marks granules as being read by the caller.
+    pub(crate) fn begin_reading(&mut self, word: usize, bits: u64) {
+        self.state.kept[word] |= bits;
+    }
+
+    /// Undoes [`Locked::begin_reading`]: they are needed again.
+    pub(crate) fn abandon_reading(&mut self, word: usize, bits: u64) {
+        self.state.kept[word] &= !bits;
+    }
+
+    /// Publishes saved granules: requests to them pass from now on.
+    pub(crate) fn finish_reading(&mut self, word: usize, bits: u64) {
+        self.done[word].fetch_or(bits, Ordering::Release);
+    }
+
+    /// Marks granules as gone.
+    pub(crate) fn finish_gone(&mut self, word: usize, bits: u64) {
+        self.state.kept[word] &= !bits;
+        self.done[word].fetch_or(bits, Ordering::Release);
+    }
+
+    /// State of one granule as a reader sees it.
+    pub(crate) fn granule(&self, local: u32) -> Granule {
+        let (word, bit) = (local as usize / 64, 1 << (local % 64));
+        match (self.done(word) & bit != 0, self.kept(word) & bit != 0) {
+            (false, true) if self.discarding.contains(local) => Granule::Gone,
+            (false, _) => Granule::Source,
+            (true, false) => Granule::Gone,
+            (true, true) => match self.places.get(local) {
+                None => Granule::Zero,
+                Some(Location::Ram(extent)) => Granule::Ram(extent),
+                Some(Location::Log(position)) => Granule::Log(position),
+                Some(Location::Lost) => Granule::Lost,
+            },
+        }
+    }
+
+    /// RAM of the parts of a region whose size changes.
+    pub(crate) fn variable_bytes(&self) -> u64 {
+        self.places.bytes() + self.postponed.bytes() + self.discarding.bytes()
+    }
 }
 
 /// The states of all granules.
-pub(crate) struct Table {
+pub(crate) struct Table<T: 'static> {
     geometry: Geometry,
-    regions: Vec<Region>,
+    regions: Vec<Place<Region<T>>>,
     need: Option<Box<dyn NeedMap>>,
-    tables: u64,
+    metadata: AtomicU64,
+    metadata_limit: u64,
 }
 
-impl std::fmt::Debug for Table {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Table")
-            .field("geometry", &self.geometry)
-            .field("tables", &self.tables)
-            .finish()
-    }
-}
+/// RAM of one region beside its variable parts.
+const REGION_BYTES: u64 = (2 * WORDS * size_of::<u64>()) as u64 + 160;
 
-impl Table {
+impl<T> Table<T> {
     /// A table in which nothing is touched; `need` limits what is needed at all.
     pub(crate) fn new(
         geometry: Geometry,
         need: Option<Box<dyn NeedMap>>,
+        metadata_limit: u64,
     ) -> Result<Self, OutOfMemory> {
-        let count = geometry.count().div_ceil(REGION) as usize;
+        let count = geometry.count().div_ceil(REGION_GRANULES) as usize;
         let mut regions = Vec::new();
         regions.try_reserve_exact(count).map_err(|_| OutOfMemory)?;
-        regions.resize_with(count, || Region::Untouched);
-        Ok(Self { geometry, regions, need, tables: 0 })
+        regions.resize_with(count, Place::empty);
+        let root = (count * size_of::<Place<Region<T>>>()) as u64;
+        Ok(Self { geometry, regions, need, metadata: AtomicU64::new(root), metadata_limit })
     }
 
     /// RAM in use, in bytes.
     pub(crate) fn metadata_bytes(&self) -> u64 {
-        self.regions.len() as u64 * size_of::<Region>() as u64 + self.tables * REGION * 4
+        self.metadata.load(Ordering::Relaxed)
     }
 
-    /// State of one granule.
-    pub(crate) fn get(&self, granule: u64) -> Granule {
-        match &self.regions[(granule / REGION) as usize] {
-            Region::Untouched => match &self.need {
-                None => Granule::Needed,
-                Some(need) => initial(self.geometry, need.as_ref(), granule),
-            },
-            Region::Clean => Granule::Clean,
-            Region::Released => Granule::Released,
-            Region::Table { words, .. } => Granule::decode(words[(granule % REGION) as usize]),
-        }
-    }
-
-    /// Changes the state of one granule. `Released` is final.
-    pub(crate) fn set(&mut self, granule: u64, state: Granule) -> Result<(), OutOfMemory> {
-        let index = (granule / REGION) as usize;
-        self.materialise(index)?;
-        let in_region = (self.geometry.count() - index as u64 * REGION).min(REGION);
-        let Region::Table { words, released } = &mut self.regions[index] else {
-            // Uniformly clean or released: such granules never change, but for a clean one that
-            // the reader releases, which stays unreadable either way.
-            return Ok(());
-        };
-        let word = &mut words[(granule % REGION) as usize];
-        if *word == RELEASED {
+    /// Books a change of a region's variable parts.
+    ///
+    /// # Errors
+    /// The limit is exceeded.
+    pub(crate) fn book(&self, before: u64, after: u64) -> Result<(), OutOfMemory> {
+        if after < before {
+            self.metadata.fetch_sub(before - after, Ordering::Relaxed);
             return Ok(());
         }
-        *word = state.encode();
-        if state == Granule::Released {
-            *released += 1;
-            if u64::from(*released) == in_region {
-                self.regions[index] = Region::Released;
-                self.tables -= 1;
-            }
-        }
-        Ok(())
+        let more = after - before;
+        let total = self.metadata.fetch_add(more, Ordering::Relaxed) + more;
+        if more > 0 && total > self.metadata_limit { Err(OutOfMemory) } else { Ok(()) }
     }
 
-    /// Releases a whole untouched region at once; false when `granules` does not cover it or it is
-    /// not untouched.
-    pub(crate) fn release_region(
-        &mut self,
-        granules: &std::ops::Range<u64>,
-        at: u64,
-    ) -> Option<u64> {
-        let first = at / REGION * REGION;
-        let end = (first + REGION).min(self.geometry.count());
-        if at != first || granules.start > first || granules.end < end || self.need.is_some() {
-            return None;
+    /// Whether a guest request on these granules of one piece needs to do nothing. No lock.
+    pub(crate) fn passes(&self, granules: &Range<u64>) -> bool {
+        if granules.is_empty() {
+            return true;
         }
-        let region = &mut self.regions[(at / REGION) as usize];
-        if !matches!(region, Region::Untouched) {
-            return None;
-        }
-        *region = Region::Released;
-        Some(end)
+        let region = granules.start / REGION_GRANULES;
+        let first = region * REGION_GRANULES;
+        self.regions[region as usize].get().is_some_and(|region| {
+            region.passes((granules.start - first) as u32..(granules.end - first) as u32)
+        })
     }
 
-    /// How many granules from `granule`, at most `limit`, are surely in the same state because
-    /// their regions are uniform; at least one.
-    pub(crate) fn uniform_run(&self, granule: u64, limit: u64) -> u64 {
-        let rest = (REGION - granule % REGION).min(limit).max(1);
-        match (&self.regions[(granule / REGION) as usize], &self.need) {
-            (Region::Untouched, Some(need)) => self.untouched_run(need.as_ref(), granule, rest),
-            (Region::Untouched, None) | (Region::Clean | Region::Released, _) => rest,
-            (Region::Table { .. }, _) => 1,
-        }
+    /// A region that somebody touched.
+    pub(crate) fn region(&self, index: usize) -> Option<&Region<T>> {
+        self.regions.get(index)?.get()
     }
 
-    /// One question to the need map for the whole run.
-    fn untouched_run(&self, need: &dyn NeedMap, granule: u64, rest: u64) -> u64 {
-        let area = self.geometry.bytes(granule..granule + rest);
-        let run = match need.next_needed(area.start, area.end) {
-            None => rest,
-            Some(needed) => {
-                let cover = self.geometry.cover(ByteRange { start: needed.start, end: needed.end });
-                let end = if cover.start > granule { cover.start } else { cover.end };
-                end - granule
-            }
-        };
-        run.clamp(1, rest)
+    /// All regions that somebody touched.
+    pub(crate) fn touched(&self) -> impl Iterator<Item = (usize, &Region<T>)> {
+        self.regions
+            .iter()
+            .enumerate()
+            .filter_map(|(index, place)| place.get().map(|region| (index, region)))
     }
 
-    fn materialise(&mut self, index: usize) -> Result<(), OutOfMemory> {
-        if !matches!(self.regions[index], Region::Untouched) {
-            return Ok(());
+    /// Whether a region that nobody touched is wholly needed.
+    pub(crate) fn needs_all(&self) -> bool {
+        self.need.is_none()
+    }
+
+    /// A region, allocated if nobody touched it before.
+    ///
+    /// # Errors
+    /// There is no memory, or the limit is reached.
+    pub(crate) fn touch(&self, index: usize) -> Result<&Region<T>, OutOfMemory> {
+        let place = &self.regions[index];
+        if let Some(region) = place.get() {
+            return Ok(region);
         }
-        let mut words: Vec<u32> = Vec::new();
-        words.try_reserve_exact(REGION as usize).map_err(|_| OutOfMemory)?;
-        words.resize(REGION as usize, NEEDED);
-        if let Some(need) = &self.need {
-            words.fill(CLEAN);
-            let first = index as u64 * REGION;
-            let area = self.geometry.bytes(first..(first + REGION).min(self.geometry.count()));
-            let mut any = false;
-            let mut at = area.start;
-            while let Some(needed) = need.next_needed(at, area.end) {
-                for granule in
-                    self.geometry.cover(ByteRange { start: needed.start, end: needed.end })
-                {
-                    words[(granule - first) as usize] = NEEDED;
-                }
-                any = true;
-                at = needed.end.max(at + 1);
-            }
-            if !any {
-                self.regions[index] = Region::Clean;
-                return Ok(());
-            }
+        let region = Region::new()?;
+        self.fill_from_need(index, &region);
+        let booked = self.book(0, REGION_BYTES);
+        if booked.is_err() || !place.fill(region) {
+            let _ = self.book(REGION_BYTES, 0);
         }
-        self.tables += 1;
-        self.regions[index] = Region::Table { words: words.into_boxed_slice(), released: 0 };
-        Ok(())
+        booked?;
+        place.get().ok_or(OutOfMemory)
+    }
+
+    /// Marks what is outside the dirty bitmap as gone.
+    fn fill_from_need(&self, index: usize, region: &Region<T>) {
+        let Some(need) = &self.need else { return };
+        let first = index as u64 * REGION_GRANULES;
+        let all = first..(first + REGION_GRANULES).min(self.geometry.count());
+        let area = self.geometry.bytes(all.clone());
+        let mut region = region.lock();
+        let mut clean_from = all.start;
+        let mut at = area.start;
+        while let Some(needed) = need.next_needed(at, area.end) {
+            let cover =
+                self.geometry.cover(crate::ByteRange { start: needed.start, end: needed.end });
+            gone(&mut region, first, clean_from..cover.start);
+            clean_from = clean_from.max(cover.end);
+            at = needed.end.max(at + 1);
+        }
+        gone(&mut region, first, clean_from..all.end);
     }
 }
 
-fn initial(geometry: Geometry, need: &dyn NeedMap, granule: u64) -> Granule {
-    let area = geometry.bytes(granule..granule + 1);
-    match need.next_needed(area.start, area.end) {
-        Some(_) => Granule::Needed,
-        None => Granule::Clean,
+fn gone<T>(region: &mut Locked<'_, T>, first: u64, granules: Range<u64>) {
+    if granules.start < granules.end {
+        for (word, bits) in words((granules.start - first) as u32..(granules.end - first) as u32) {
+            region.finish_gone(word, bits);
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::{Granule, REGION_BYTES, Region, Table};
+    use crate::NeedMap;
+    use crate::range::{Geometry, REGION_GRANULES};
+
+    struct Areas(Vec<std::ops::Range<u64>>);
+
+    impl NeedMap for Areas {
+        fn next_needed(&self, start: u64, end: u64) -> Option<std::ops::Range<u64>> {
+            let area = self.0.iter().find(|area| area.end > start && area.start < end)?;
+            Some(area.start.max(start)..area.end.min(end))
+        }
+    }
+
+    #[test]
+    fn only_what_the_bitmap_marks_is_needed() {
+        let geometry = Geometry::new(100 << 20, 512).unwrap();
+        let need = Areas(vec![4096..12288, (65 << 20)..(65 << 20) + 512]);
+        let table: Table<()> = Table::new(geometry, Some(Box::new(need)), u64::MAX).unwrap();
+        let states = |index: usize, local| table.touch(index).unwrap().lock().granule(local);
+        assert_eq!(states(0, 0), Granule::Gone);
+        assert_eq!(states(0, 1), Granule::Source);
+        assert_eq!(states(0, 2), Granule::Source);
+        assert_eq!(states(0, 3), Granule::Gone);
+        assert_eq!(states(1, 256), Granule::Source);
+        assert_eq!(states(1, 257), Granule::Gone);
+        assert!(table.passes(&(0..1)) && !table.passes(&(0..2)));
+    }
+
+    #[test]
+    fn a_touched_tebibyte_costs_at_most_68_mib() {
+        let geometry = Geometry::new(1 << 40, 512).unwrap();
+        let table: Table<()> = Table::new(geometry, None, u64::MAX).unwrap();
+        assert!(table.metadata_bytes() <= 1 << 18, "untouched: {}", table.metadata_bytes());
+        let regions = geometry.count() / REGION_GRANULES;
+        let total = table.metadata_bytes() + regions * REGION_BYTES;
+        assert!(total <= 68 << 20, "touched: {total}");
+        // What is booked is what is used.
+        assert!(size_of::<Region<usize>>() + 32 <= 160 + 48);
+    }
+
+    #[test]
+    fn the_limit_is_kept() {
+        let geometry = Geometry::new(1 << 30, 512).unwrap();
+        let table: Table<()> = Table::new(geometry, None, 3 * REGION_BYTES).unwrap();
+        assert!(table.touch(0).is_ok() && table.touch(1).is_ok());
+        assert!(table.touch(2).is_err());
+        assert!(table.touch(0).is_ok());
     }
 }

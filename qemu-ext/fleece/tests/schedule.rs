@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! Random schedules of writers, readers and flushers against a one-sentence oracle: a successful
-//! snapshot read returns the content at the point in time.
+//! snapshot read returns the content at the point in time. Beside it, the guest's own disk: what it
+//! wrote stays, whatever becomes of its discards.
 //!
 //! Each task is a thread, but only one runs at a time: at every I/O, every wait and every wake-up
 //! the seeded scheduler decides who goes on, so a failing seed repeats exactly:
 //! `SCHEDULE_SEED=<seed> cargo test -p fleece --test schedule`. I/O is done in two halves, with
 //! other tasks in between.
 
+#![cfg(not(loom))]
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::collections::BTreeSet;
@@ -15,7 +17,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use fleece::{ByteRange, Engine, Errno, Geometry, Io, NeedMap, Settings, State};
+use fleece::{
+    ByteRange, Device, Discard, Engine, Errno, Fetch, Geometry, Group, Io, NeedMap, OnError,
+    Settings, State,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -50,6 +55,13 @@ type SimEngine = Engine<usize, Vec<u8>>;
 struct Faults {
     log_write: bool,
     source_read: bool,
+    alloc: bool,
+}
+
+impl Faults {
+    fn any(self) -> bool {
+        self.log_write || self.source_read || self.alloc
+    }
 }
 
 struct Disks {
@@ -57,6 +69,10 @@ struct Disks {
     source: Vec<u8>,
     image: Vec<u8>,
     image_writes: Vec<Range<u64>>,
+    /// Guest requests that were submitted and are not complete.
+    guest_writes: Vec<Range<usize>>,
+    /// What the guest must find on its disk; nothing where it discarded last.
+    guest: Vec<Option<u8>>,
     released: Vec<ByteRange>,
     rng: StdRng,
     faults_hit: u32,
@@ -208,12 +224,14 @@ impl Io for SimIo {
         let engine = self.world.engine.lock().unwrap().clone().unwrap();
         self.world.start(move |io| {
             while let Some(batch) = engine.next_batch(&io) {
+                io.pause();
                 engine.flush(&io, batch);
             }
         });
     }
     fn notify(&self) {}
     fn alloc(&self, len: usize) -> Option<Vec<u8>> {
+        self.fault(self.world.faults.alloc, 12).ok()?;
         Some(vec![0xAA; len])
     }
 
@@ -225,21 +243,24 @@ impl Io for SimIo {
         len: usize,
     ) -> Result<(), Errno> {
         self.fault(self.world.faults.source_read, 6)?;
-        self.read_source_into(offset, len, block, at)
+        self.fetch(&[Fetch { device: Device::Source, offset, len, at }], block)
     }
 
-    fn read_source_into(
-        &self,
-        offset: u64,
-        len: usize,
-        buf: &mut [u8],
-        at: usize,
-    ) -> Result<(), Errno> {
-        let start = offset as usize;
-        self.in_halves(len, |disks, part| {
-            let from = start + part.start..start + part.end;
-            buf[at + part.start..at + part.end].copy_from_slice(&disks.source[from]);
-        });
+    fn fetch(&self, parts: &[Fetch], buf: &mut [u8]) -> Result<(), Errno> {
+        // In any order.
+        let first = self.world.disks().rng.random_range(0..parts.len().max(1));
+        let (later, earlier) = parts.split_at(first);
+        for part in earlier.iter().chain(later) {
+            let start = part.offset as usize;
+            self.in_halves(part.len, |disks, half| {
+                let from = start + half.start..start + half.end;
+                let device = match part.device {
+                    Device::Source => &disks.source,
+                    Device::Log => &disks.image,
+                };
+                buf[part.at + half.start..part.at + half.end].copy_from_slice(&device[from]);
+            });
+        }
         Ok(())
     }
 
@@ -256,6 +277,19 @@ impl Io for SimIo {
         Ok(answer)
     }
 
+    fn discard_source(&self, offset: u64, len: u64) {
+        let range = offset as usize..(offset + len) as usize;
+        self.in_halves(range.len(), |disks, half| {
+            let part = range.start + half.start..range.start + half.end;
+            let busy =
+                disks.guest_writes.iter().any(|w| w.start < range.end && range.start < w.end);
+            assert!(!busy, "a postponed discard of {range:?} meets a guest request");
+            let kept = disks.guest[part.clone()].iter().any(Option::is_some);
+            assert!(!kept, "a postponed discard of {range:?} destroys what the guest wrote later");
+            disks.source[part].fill(0);
+        });
+    }
+
     fn write_log(&self, offset: u64, parts: &[&[u8]]) -> Result<(), Errno> {
         let data: Vec<u8> = parts.concat();
         let range = offset..offset + data.len() as u64;
@@ -270,21 +304,6 @@ impl Io for SimIo {
         });
         self.world.disks().image_writes.retain(|other| *other != range);
         self.fault(self.world.faults.log_write, 10)
-    }
-
-    fn read_log_into(
-        &self,
-        offset: u64,
-        len: usize,
-        buf: &mut [u8],
-        at: usize,
-    ) -> Result<(), Errno> {
-        let start = offset as usize;
-        self.in_halves(len, |disks, part| {
-            let from = start + part.start..start + part.end;
-            buf[at + part.start..at + part.end].copy_from_slice(&disks.image[from]);
-        });
-        Ok(())
     }
 
     fn discard_log(&self, offset: u64, len: u64) {
@@ -327,33 +346,66 @@ fn random_range(rng: &mut StdRng, size: u64) -> ByteRange {
     ByteRange::at(start, rng.random_range(1..=most) * 512)
 }
 
+/// Carries a guest request out; with a fill of none it is a discard.
+fn submit(io: &SimIo, range: ByteRange, fill: Option<u8>) {
+    let bytes = range.start as usize..range.end as usize;
+    // Two discards may meet.
+    let noted = if fill.is_some() { bytes.clone() } else { 0..0 };
+    io.world.disks().guest_writes.push(noted.clone());
+    io.in_halves(bytes.len(), |disks, half| {
+        let part = bytes.start + half.start..bytes.start + half.end;
+        disks.source[part.clone()].fill(fill.unwrap_or(0));
+        disks.guest[part].fill(fill);
+    });
+    let mut disks = io.world.disks();
+    let index = disks.guest_writes.iter().position(|other| *other == noted).unwrap();
+    disks.guest_writes.swap_remove(index);
+}
+
 fn writer(io: &SimIo, engine: &SimEngine, seed: u64, size: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
     for _ in 0..rng.random_range(2..6) {
         let range = random_range(&mut rng, size);
-        let fill: u8 = rng.random_range(1..=255);
-        let store = |io: &SimIo, range: ByteRange, fill: u8| {
-            io.in_halves(range.len() as usize, |disks, part| {
-                let start = range.start as usize;
-                disks.source[start + part.start..start + part.end].fill(fill);
-            });
-        };
-        if rng.random_ratio(1, 3) {
-            let mut rest = range;
-            let unit = 1 << rng.random_range(20..24);
-            while !rest.is_empty() {
-                let (len, due) = engine.next_part(rest, unit);
-                let part = ByteRange::at(rest.start, len);
-                if due {
-                    engine.before_write(io, part);
+        match rng.random_range(0..4) {
+            0 => write_zeroes(io, engine, range, 1 << rng.random_range(20..24)),
+            1 => discard(io, engine, range),
+            _ => {
+                let fill = rng.random_range(1..=255);
+                if engine.before_write(io, range).is_ok() {
+                    submit(io, range, Some(fill));
                 }
-                store(io, part, 0);
-                rest.start = part.end;
             }
-        } else {
-            engine.before_write(io, range);
-            store(io, range, fill);
         }
+    }
+}
+
+fn write_zeroes(io: &SimIo, engine: &SimEngine, range: ByteRange, unit: u64) {
+    let mut rest = range;
+    while !rest.is_empty() {
+        let (len, due) = engine.next_part(rest, unit);
+        let part = ByteRange::at(rest.start, len);
+        if due && engine.before_write_zeroes(io, part).is_err() {
+            return;
+        }
+        submit(io, part, Some(0));
+        rest.start = part.end;
+    }
+}
+
+fn discard(io: &SimIo, engine: &SimEngine, range: ByteRange) {
+    let mut rest = range;
+    while !rest.is_empty() {
+        let (len, what) = engine.next_discard(rest, range.len()).unwrap();
+        assert!(len > 0 && len <= rest.len());
+        let part = ByteRange::at(rest.start, len);
+        match what {
+            Discard::Pass => submit(io, part, None),
+            Discard::Skip => {
+                io.world.disks().guest[part.start as usize..part.end as usize].fill(None);
+                io.pause();
+            }
+        }
+        rest.start = part.end;
     }
 }
 
@@ -361,6 +413,7 @@ fn writer(io: &SimIo, engine: &SimEngine, seed: u64, size: u64) {
 struct Allowed {
     need: Option<Areas>,
     ended: bool,
+    may_break: bool,
 }
 
 fn check_read(io: &SimIo, engine: &SimEngine, allowed: &Allowed, range: ByteRange) {
@@ -384,7 +437,8 @@ fn check_read(io: &SimIo, engine: &SimEngine, allowed: &Allowed, range: ByteRang
             );
         }
         Err(Errno::EIO) => {
-            assert!(allowed.ended || disks.faults_hit > 0, "EIO for {range:?} without a fault");
+            let may = allowed.ended || allowed.may_break || disks.faults_hit > 0;
+            assert!(may, "EIO for {range:?} without a fault");
         }
         Err(other) => panic!("unexpected {other:?} for {range:?}"),
     }
@@ -420,6 +474,7 @@ fn reader(io: &SimIo, engine: &SimEngine, seed: u64, size: u64, allowed: &Allowe
 fn world(
     rng: &mut StdRng,
     original: Vec<u8>,
+    image_bytes: u64,
     engine: Arc<SimEngine>,
     faults: Faults,
 ) -> Arc<World> {
@@ -436,8 +491,10 @@ fn world(
         }),
         changed: Condvar::new(),
         disks: Mutex::new(Disks {
-            image: vec![0xCC; original.len()],
+            image: vec![0xCC; image_bytes as usize],
             source: original.clone(),
+            guest: original.iter().copied().map(Some).collect(),
+            guest_writes: Vec::new(),
             original,
             image_writes: Vec::new(),
             released: Vec::new(),
@@ -462,36 +519,103 @@ fn run(seed: u64) -> Result<(), String> {
     let need = rng
         .random_ratio(1, 3)
         .then(|| Areas((0..=size / 8192).map(|_| rng.random_ratio(1, 2)).collect()));
-    let faults = Faults { log_write: rng.random_ratio(1, 5), source_read: rng.random_ratio(1, 5) };
+    let faults = Faults {
+        log_write: rng.random_ratio(1, 5),
+        source_read: rng.random_ratio(1, 5),
+        alloc: rng.random_ratio(1, 10),
+    };
     let closes = rng.random_ratio(1, 6);
+    // A small image breaks the snapshot when it is full.
+    let small = rng.random_ratio(1, 8);
+    let image_bytes = if small { (size / 2).max(2 * GRANULE) } else { size };
+    let on_error =
+        if rng.random_ratio(1, 4) { OnError::BreakGuestWrite } else { OnError::BreakSnapshot };
+    let group = rng.random_ratio(1, 6).then(|| Arc::new(Group::new(rng.random_range(0..3) << 20)));
     let engine: Arc<SimEngine> = Arc::new(
         Engine::new(Settings {
             geometry: Geometry::new(size, 512).unwrap(),
-            // From "always full" to "never full"; a piece of 1 MiB always fits.
+            // From "always through" to "never full"; a piece of 1 MiB always fits.
             buffer_bytes: if rng.random_ratio(1, 2) { 0 } else { rng.random_range(1..4) << 20 },
             timeout_ns: 1,
+            image_bytes,
             segment_bytes: GRANULE * rng.random_range(1..5),
+            fleecing_limit_bytes: rng.random_ratio(1, 12).then_some(4 * GRANULE),
+            metadata_limit_bytes: if rng.random_ratio(1, 20) { 4600 } else { u64::MAX },
+            on_error,
+            // Nothing arranges for a kick: there is no other disk that gives room back.
+            group: group.map(|group| group.join(Box::new(|| {}))),
             need: need.clone().map(|need| Box::new(need) as Box<dyn NeedMap>),
         })
         .unwrap(),
     );
     engine.activate();
-    let world = world(&mut rng, original, Arc::clone(&engine), faults);
+    let world = world(&mut rng, original, image_bytes, Arc::clone(&engine), faults);
+    let allowed = || Allowed { need: need.clone(), ended: closes, may_break: true };
+    start_tasks(&mut rng, &world, &engine, size, closes, &allowed);
+    finish(&world);
+    let broken = engine.stats().state == State::Broken;
+    // Once more, alone and over everything: what was saved is still there.
+    {
+        let engine = Arc::clone(&engine);
+        let allowed = Allowed { may_break: broken, ..allowed() };
+        world.start(move |io| {
+            for piece in (ByteRange { start: 0, end: size }).pieces(512) {
+                check_read(&io, &engine, &allowed, piece);
+            }
+            engine.close(&io);
+            engine.do_postponed(&io);
+        });
+    }
+    finish(&world);
+    if let Some(failed) = world.turns().failed.take() {
+        return Err(failed);
+    }
+    let stats = engine.stats();
+    if stats.postponed_bytes != 0 || engine.has_postponed() || engine.io_in_flight() != 0 {
+        return Err(format!("left at the end: {stats:?}"));
+    }
+    if let Some((error, _)) = &stats.error
+        && !faults.any()
+        && !error.contains("full")
+        && !error.contains("limit")
+    {
+        return Err(format!("{error} without a fault"));
+    }
+    let disks = world.disks();
+    let wrong =
+        disks.guest.iter().zip(&disks.source).position(|(want, is)| want.is_some_and(|w| w != *is));
+    drop(disks);
+    *world.engine.lock().unwrap() = None;
+    wrong.map_or(Ok(()), |at| Err(format!("the guest's disk is wrong at {at}")))
+}
+
+fn start_tasks(
+    rng: &mut StdRng,
+    world: &Arc<World>,
+    engine: &Arc<SimEngine>,
+    size: u64,
+    closes: bool,
+    allowed: &dyn Fn() -> Allowed,
+) {
     for _ in 0..rng.random_range(1..4) {
-        let (engine, seed) = (Arc::clone(&engine), rng.random());
+        let (engine, seed) = (Arc::clone(engine), rng.random());
         world.start(move |io| writer(&io, &engine, seed, size));
     }
     for _ in 0..rng.random_range(1..3) {
-        let (engine, seed) = (Arc::clone(&engine), rng.random());
-        let allowed = Allowed { need: need.clone(), ended: closes };
+        let (engine, seed) = (Arc::clone(engine), rng.random());
+        let allowed = allowed();
         world.start(move |io| reader(&io, &engine, seed, size, &allowed));
     }
     if closes {
-        let engine = Arc::clone(&engine);
-        world.start(move |io| engine.close(&io));
+        let engine = Arc::clone(engine);
+        world.start(move |io| {
+            engine.close(&io);
+            io.pause();
+            engine.do_postponed(&io);
+        });
     }
     if rng.random_ratio(1, 4) {
-        let engine = Arc::clone(&engine);
+        let engine = Arc::clone(engine);
         world.start(move |io| {
             engine.quiesce();
             io.pause();
@@ -501,25 +625,6 @@ fn run(seed: u64) -> Result<(), String> {
             }
         });
     }
-    finish(&world);
-    // Once more, alone and over everything: what was saved is still there.
-    let quiet = !closes && faults.log_write == faults.source_read && !faults.log_write;
-    {
-        let engine = Arc::clone(&engine);
-        let allowed = Allowed { need, ended: closes };
-        world.start(move |io| {
-            for piece in (ByteRange { start: 0, end: size }).pieces(512) {
-                check_read(&io, &engine, &allowed, piece);
-            }
-        });
-    }
-    finish(&world);
-    if quiet && engine.stats().state != State::Active {
-        return Err(format!("state {:?} without a fault", engine.stats()));
-    }
-    *world.engine.lock().unwrap() = None;
-    let failed = world.turns().failed.take();
-    failed.map_or(Ok(()), Err)
 }
 
 /// Lets the tasks run to their end.

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! A guest's discards. They are wishes: what the reader still needs is not saved for their sake,
+//! they are done later, when the reader has released it, or at the end.
+
+use std::ops::Range;
+
+use crate::Errno;
+use crate::engine::{CAPTURING, Engine};
+use crate::mask::words;
+use crate::range::ByteRange;
+use crate::sync::Ordering;
+use crate::table::Locked;
+
+/// Smaller fragments of a discard are not passed down on their own: they would cost a request
+/// each, and hardly any device gives space back in such units.
+const MIN_FRAGMENT_BYTES: u64 = 64 << 10;
+
+/// What to do with a part of a discard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Discard {
+    /// Submit it now.
+    Pass,
+    /// Report success: it is postponed, or not worth a request.
+    Skip,
+}
+
+impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
+    /// How many bytes from `rest.start` of a guest's discard of `whole_bytes` to treat alike, and
+    /// how. Only for devices that do not promise zeroes after a discard.
+    ///
+    /// # Errors
+    /// The disk is smaller than `rest`.
+    pub fn next_discard(&self, rest: ByteRange, whole_bytes: u64) -> Result<(u64, Discard), Errno> {
+        if self.gate() & CAPTURING == 0 {
+            return Ok((rest.len(), Discard::Pass));
+        }
+        let cover = self.geometry.cover(rest);
+        let Some((index, local)) = self.geometry.by_region(cover).next() else {
+            return Err(Errno::EIO);
+        };
+        let Ok(region) = self.table.touch(index) else {
+            // A wish that cannot be remembered.
+            return Ok((rest.len(), Discard::Skip));
+        };
+        let mut state = region.lock();
+        // Under the lock, and before anything is postponed.
+        if !self.note_discards() {
+            return Ok((rest.len(), Discard::Pass));
+        }
+        let (passes, run) = first_run(&state, local);
+        let len = self.bytes_of(index, run.clone()).end.min(rest.end) - rest.start;
+        if passes {
+            let fragment = len < MIN_FRAGMENT_BYTES && len < whole_bytes;
+            return Ok((len, if fragment { Discard::Skip } else { Discard::Pass }));
+        }
+        let inner = self.geometry.within(ByteRange::at(rest.start, len));
+        for (part, local) in self.geometry.by_region(inner) {
+            if part == index {
+                self.postpone(&mut state, local);
+            }
+        }
+        Ok((len, Discard::Skip))
+    }
+
+    /// Remembers the granules among these that are needed.
+    fn postpone(&self, state: &mut Locked<'_, T>, local: Range<u32>) {
+        let before = state.postponed.count();
+        let mut run: Option<Range<u32>> = None;
+        for (word, mask) in words(local) {
+            let needed = mask & !state.done(word) & !state.kept(word);
+            let base = word as u32 * 64;
+            if needed == u64::MAX {
+                run = Some(run.map_or(base, |run| run.start)..base + 64);
+                continue;
+            }
+            for bit in 0..64 {
+                if needed & (1 << bit) != 0 {
+                    run = Some(run.map_or(base + bit, |run| run.start)..base + bit + 1);
+                } else if let Some(run) = run.take() {
+                    state.postponed.add(run);
+                }
+            }
+        }
+        if let Some(run) = run {
+            state.postponed.add(run);
+        }
+        let added = state.postponed.count() - before;
+        self.counters.postponed_granules.fetch_add(added, Ordering::Relaxed);
+    }
+}
+
+/// Whether requests to the first granule pass, and the granules from there on for which that is the
+/// same.
+fn first_run<T>(state: &Locked<'_, T>, local: Range<u32>) -> (bool, Range<u32>) {
+    let mut passes = None;
+    let mut end = local.start;
+    for (word, mask) in words(local.clone()) {
+        let done = state.done(word);
+        let first = mask.trailing_zeros();
+        let passes = *passes.get_or_insert(done & (1 << first) != 0);
+        let other = mask & if passes { !done } else { done };
+        let base = word as u32 * 64;
+        if other != 0 {
+            end = base + other.trailing_zeros();
+            break;
+        }
+        end = base + 64 - mask.leading_zeros();
+    }
+    (passes.unwrap_or(true), local.start..end)
+}

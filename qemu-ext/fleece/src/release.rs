@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! What the reader gives up: it is never read again and need not be saved. A guest's discards that
+//! were postponed for the reader's sake are done then.
+
+use std::ops::Range;
+
+use crate::engine::{Engine, Partial, wake};
+use crate::mask::{bits, words};
+use crate::places::Location;
+use crate::range::{ByteRange, PIECE_BYTES};
+use crate::sync::Ordering;
+use crate::table::Locked;
+use crate::watch::What;
+use crate::{Io, OutOfMemory};
+
+/// Granules with released parts that are remembered. What is forgotten costs space, never data.
+const MAX_PARTIAL: usize = 4096;
+
+/// Discards being done; guest requests to these granules wait until this is dropped.
+struct Discarding<'a, I: Io<Task = T, Block = B>, T: 'static, B>
+where
+    T: Send,
+    B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync,
+{
+    engine: &'a Engine<T, B>,
+    io: &'a I,
+    region: usize,
+    local: Range<u32>,
+}
+
+impl<I: Io<Task = T, Block = B>, T, B> Drop for Discarding<'_, I, T, B>
+where
+    T: Send,
+    B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync,
+{
+    fn drop(&mut self) {
+        let Some(region) = self.engine.table.region(self.region) else { return };
+        let woken = {
+            let mut state = region.lock();
+            state.discarding.forget(&self.local);
+            for (word, bits) in words(self.local.clone()) {
+                state.finish_gone(word, bits);
+            }
+            self.engine.count_released(self.local.len() as u64);
+            std::mem::take(&mut state.waiters)
+        };
+        wake(self.io, woken);
+    }
+}
+
+/// What a release under a region's lock left to be done without it.
+#[derive(Default)]
+struct Rest {
+    /// Segments of the image to give back.
+    segments: Vec<(u32, u32)>,
+    /// Postponed discards.
+    discards: Vec<Range<u32>>,
+}
+
+impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
+    /// Releases `range`. Granules of which only a part is released are released when the rest is.
+    pub fn release(&self, io: &impl Io<Task = T, Block = B>, range: ByteRange) {
+        let range = range.intersect(ByteRange { start: 0, end: self.geometry.size() });
+        let whole = self.geometry.within(range);
+        self.release_granules(io, whole.clone());
+        let cover = self.geometry.cover(range);
+        for edge in [cover.start, cover.end.saturating_sub(1)] {
+            if cover.contains(&edge) && !whole.contains(&edge) && self.complete(edge, range) {
+                self.release_granules(io, edge..edge + 1);
+            }
+        }
+    }
+
+    /// Notes the part of a granule that `range` releases; whether all of it is released now.
+    fn complete(&self, granule: u64, range: ByteRange) -> bool {
+        let bytes = self.geometry.bytes(granule..granule + 1);
+        let part = bytes.intersect(range);
+        let unit = self.geometry.granule() / 64;
+        let first = (part.start - bytes.start).div_ceil(unit);
+        let end = if part.end == bytes.end { 64 } else { (part.end - bytes.start) / unit };
+        let bits = (first..end).fold(0_u64, |bits, bit| bits | 1 << bit);
+        let mut partial = self.partial.lock();
+        let entry = partial.entry(granule).or_default();
+        *entry |= bits;
+        if *entry == u64::MAX {
+            partial.remove(&granule);
+            return true;
+        }
+        trim(&mut partial, granule);
+        false
+    }
+
+    fn release_granules(&self, io: &impl Io<Task = T, Block = B>, granules: Range<u64>) {
+        // In pieces: each holds the locks only for a short time.
+        let step = (PIECE_BYTES >> self.geometry.granule().trailing_zeros()).max(1);
+        let mut at = granules.start;
+        while at < granules.end {
+            let end = ((at / step + 1) * step).min(granules.end);
+            for (index, local) in self.geometry.by_region(at..end) {
+                self.release_local(io, index, local);
+            }
+            at = end;
+        }
+    }
+
+    fn release_local(&self, io: &impl Io<Task = T, Block = B>, index: usize, local: Range<u32>) {
+        if !self.is_capturing() {
+            return;
+        }
+        let Ok(region) = self.table.touch(index) else { return self.out_of_memory(io) };
+        let mut woken = Vec::new();
+        let rest = {
+            let mut state = region.lock();
+            let before = state.variable_bytes();
+            let discards = self.begin_discards(&mut state, &local);
+            let mut rest = self.release_locked(&mut state, local, &mut woken);
+            rest.discards = discards;
+            let _shrinks: Result<(), OutOfMemory> = self.table.book(before, state.variable_bytes());
+            rest
+        };
+        wake(io, woken);
+        for local in rest.discards {
+            self.discard(io, index, local);
+        }
+        self.discard_segments(io, rest.segments);
+    }
+
+    /// Takes the postponed discards among these granules, and makes guest requests to them wait.
+    pub(crate) fn begin_discards(
+        &self,
+        state: &mut Locked<'_, T>,
+        local: &Range<u32>,
+    ) -> Vec<Range<u32>> {
+        if !state.postponed.overlaps(local) {
+            return Vec::new();
+        }
+        let mut discards = state.postponed.take(local);
+        let taken: u64 = discards.iter().map(|range| range.len() as u64).sum();
+        self.counters.postponed_granules.fetch_sub(taken, Ordering::Relaxed);
+        discards.retain(|range| state.discarding.add(range.clone()));
+        for (word, bits) in discards.iter().cloned().flat_map(words) {
+            state.begin_reading(word, bits);
+        }
+        discards
+    }
+
+    /// Does a discard for which guest requests wait.
+    pub(crate) fn discard(
+        &self,
+        io: &impl Io<Task = T, Block = B>,
+        region: usize,
+        local: Range<u32>,
+    ) {
+        let bytes = self.bytes_of(region, local.clone());
+        let _discarding = Discarding { engine: self, io, region, local };
+        self.watched(io, What::DiscardSource, bytes.start, || {
+            io.discard_source(bytes.start, bytes.len());
+        });
+    }
+
+    fn count_released(&self, granules: u64) {
+        let bytes = granules * self.geometry.granule();
+        self.counters.released_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Everything of a release but the I/O. Granules that are being discarded stay closed until
+    /// that is over.
+    fn release_locked(
+        &self,
+        state: &mut Locked<'_, T>,
+        local: Range<u32>,
+        woken: &mut Vec<T>,
+    ) -> Rest {
+        let mut extents = Vec::new();
+        let mut positions = Vec::new();
+        let mut count = 0;
+        for (word, mask) in words(local) {
+            let (done, kept) = (state.done(word), state.kept(word));
+            for bit in bits(mask & done & kept) {
+                match state.places.remove(word as u32 * 64 + bit) {
+                    Some(Location::Ram(id)) => extents.push(id),
+                    Some(Location::Log(position)) => positions.push(position),
+                    Some(Location::Lost) | None => {}
+                }
+            }
+            let mut gone = mask & !(done & !kept);
+            if !state.discarding.is_empty() {
+                for bit in bits(gone & !done) {
+                    if state.discarding.contains(word as u32 * 64 + bit) {
+                        gone &= !(1 << bit);
+                    }
+                }
+            }
+            count += u64::from(gone.count_ones());
+            state.finish_gone(word, gone);
+        }
+        self.count_released(count);
+        if !extents.is_empty() {
+            let mut ram = self.ram.lock();
+            let blocks: Vec<_> = extents.into_iter().filter_map(|id| ram.release(id)).collect();
+            if !blocks.is_empty() {
+                woken.append(&mut ram.grant());
+            }
+            drop(ram);
+        }
+        let mut rest = Rest::default();
+        if !positions.is_empty() {
+            let mut log = self.log.lock();
+            positions.iter().for_each(|&position| log.remove(position));
+            for position in positions {
+                if log.tail_position() != Some(position) {
+                    log.give_back(position, 1, &mut rest.segments);
+                }
+            }
+        }
+        rest
+    }
+
+    /// Whether guest discards may still be postponed.
+    pub fn has_postponed(&self) -> bool {
+        self.gate() & crate::engine::DISCARDS != 0
+    }
+
+    /// After the end of the snapshot: does the guest's discards that were postponed, until it is
+    /// told to be quiet. What is left then is forgotten: a discard is a wish.
+    pub fn do_postponed(&self, io: &impl Io<Task = T, Block = B>) {
+        // One for the whole, so that a teardown waits for the end.
+        let _in_flight = self.watch.begin(What::DiscardSource, 0, io.now_ns());
+        for (index, region) in self.table.touched() {
+            loop {
+                let discards = {
+                    let mut state = region.lock();
+                    let Some(first) = state.postponed.first() else { break };
+                    if self.is_quiesced() {
+                        let forgotten = state.postponed.forget(&(0..u32::MAX));
+                        self.counters.postponed_granules.fetch_sub(forgotten, Ordering::Relaxed);
+                        break;
+                    }
+                    self.begin_discards(&mut state, &first)
+                };
+                for local in discards {
+                    self.discard(io, index, local);
+                }
+            }
+        }
+        let is_over = self.table.touched().all(|(_, region)| {
+            let state = region.lock();
+            state.postponed.is_empty() && state.discarding.is_empty()
+        });
+        if is_over && !self.is_capturing() {
+            self.forget_discards();
+        }
+    }
+}
+
+/// Keeps the notes about parts small; the one about `granule` stays.
+fn trim(partial: &mut Partial, granule: u64) {
+    if partial.len() <= MAX_PARTIAL {
+        return;
+    }
+    let other = partial.keys().copied().find(|&other| other != granule);
+    if let Some(other) = other {
+        partial.remove(&other);
+    }
+}
