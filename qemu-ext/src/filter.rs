@@ -7,13 +7,14 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use fleece::{ByteRange, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
+use fleece::{ByteRange, Discard, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
 
 use crate::filter_io::FilterIo;
 use crate::qemu::child::Child;
 use crate::qemu::coroutine::{Busy, CoGraph, Waiting};
 use crate::qemu::graph::Bds;
-use crate::qemu::memory::AlignedBuf;
+use crate::qemu::main_loop::MainLoop;
+use crate::qemu::memory::{Block, Pool};
 use crate::qemu::{coroutine, driver, main_loop, try_guard};
 
 /// Name of the filter's driver. Options at open: `file` (the source) and `target` (the fleecing
@@ -58,7 +59,9 @@ pub struct Filter {
     target: Child,
     /// Whether the filter claims its permissions on the source.
     active: AtomicBool,
-    engine: OnceLock<Engine<Waiting, AlignedBuf>>,
+    engine: OnceLock<Engine<Waiting, Block>>,
+    pool: OnceLock<Pool>,
+    postpone_discards: AtomicBool,
     notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
     on_close: Mutex<Option<OnClose>>,
 }
@@ -78,6 +81,8 @@ impl Filter {
             target,
             active: AtomicBool::new(false),
             engine: OnceLock::new(),
+            pool: OnceLock::new(),
+            postpone_discards: AtomicBool::new(false),
             notify: OnceLock::new(),
             on_close: Mutex::new(None),
         }
@@ -105,34 +110,60 @@ impl Filter {
         }
     }
 
+    pub(crate) fn pool(&self) -> Option<&Pool> {
+        self.pool.get()
+    }
+
     /// Bytes of one granule, once configured.
     pub(crate) fn granule_bytes(&self) -> Option<u64> {
         Some(self.engine.get()?.geometry().granule())
     }
 
-    /// Saves what a guest request on `range` would overwrite. Never fails: after a panic the
-    /// snapshot is broken and the request passes.
-    pub(crate) fn before_write(&self, graph: &CoGraph<'_>, range: ByteRange) {
-        let Some(engine) = self.engine.get() else { return };
+    /// Runs `f` for a guest request. After a panic the snapshot is broken and the request passes.
+    fn for_guest<T>(
+        &self,
+        graph: &CoGraph<'_>,
+        pass: T,
+        f: impl FnOnce(&Engine<Waiting, Block>, &FilterIo<'_>) -> T,
+    ) -> T {
+        let Some(engine) = self.engine.get() else { return pass };
         let io = FilterIo::with_graph(self, graph);
-        if try_guard(|| engine.before_write(&io, range)).is_none() {
+        try_guard(|| f(engine, &io)).unwrap_or_else(|| {
             self.break_after_panic();
-        }
+            pass
+        })
     }
 
-    /// How much of a large discard or write-zeroes may go down at once, and whether
-    /// [`Filter::before_write`] is due before that.
-    pub(crate) fn next_part(&self, range: ByteRange) -> (u64, bool) {
+    /// Saves what a guest request on `range` would overwrite. An error is the request's.
+    pub(crate) fn before_write(&self, graph: &CoGraph<'_>, range: ByteRange) -> Result<(), Errno> {
+        self.for_guest(graph, Ok(()), |engine, io| engine.before_write(io, range))
+    }
+
+    /// As [`Filter::before_write`], for zeroes.
+    pub(crate) fn before_zeroes(&self, graph: &CoGraph<'_>, range: ByteRange) -> Result<(), Errno> {
+        self.for_guest(graph, Ok(()), |engine, io| engine.before_write_zeroes(io, range))
+    }
+
+    /// How much of a long write of zeroes may go down at once, and whether
+    /// [`Filter::before_zeroes`] is due before that.
+    pub(crate) fn next_part(&self, graph: &CoGraph<'_>, range: ByteRange) -> (u64, bool) {
         let unit = self.source.discard_unit();
-        let part = self.engine.get().map(|engine| try_guard(|| engine.next_part(range, unit)));
-        match part {
-            Some(Some(part)) => part,
-            Some(None) => {
-                self.break_after_panic();
-                (range.len(), false)
-            }
-            None => (range.len(), false),
+        self.for_guest(graph, (range.len(), false), |engine, _| engine.next_part(range, unit))
+    }
+
+    /// How much of a guest's discard of `whole_bytes` to treat alike, and how; none when discards
+    /// must be captured like writes.
+    pub(crate) fn next_discard(
+        &self,
+        graph: &CoGraph<'_>,
+        rest: ByteRange,
+        whole_bytes: u64,
+    ) -> Option<(u64, Discard)> {
+        if !self.postpone_discards.load(Ordering::Acquire) {
+            return None;
         }
+        let pass = (rest.len(), Discard::Pass);
+        self.for_guest(graph, Some(pass), |engine, _| engine.next_discard(rest, whole_bytes).ok())
     }
 
     fn break_after_panic(&self) {
@@ -149,7 +180,7 @@ impl Filter {
     pub(crate) fn for_reader<T>(
         &self,
         graph: &CoGraph<'_>,
-        f: impl FnOnce(&Engine<Waiting, AlignedBuf>, &FilterIo<'_>) -> Result<T, Errno>,
+        f: impl FnOnce(&Engine<Waiting, Block>, &FilterIo<'_>) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
         let engine = self.engine.get().ok_or(Errno::EIO)?;
         let io = FilterIo::with_graph(self, graph);
@@ -175,6 +206,18 @@ impl Filter {
             });
             if flushed.is_none() {
                 engine.flusher_died();
+                filter.break_after_panic();
+            }
+        });
+    }
+
+    /// Starts a background coroutine that does the guest's postponed discards.
+    fn spawn_postponed(&self) {
+        let node = self.node;
+        coroutine::spawn(node, move |here| {
+            let Some(filter) = driver::filter_of(node) else { return };
+            let Some(engine) = filter.engine.get() else { return };
+            if try_guard(|| engine.do_postponed(&FilterIo::with_own_lock(filter, here))).is_none() {
                 filter.break_after_panic();
             }
         });
@@ -223,23 +266,43 @@ fn filter(node: Bds) -> Result<&'static Filter, String> {
 /// A sentence when the devices need larger granules than supported, or there is no memory.
 pub fn configure(node: Bds, settings: Settings) -> Result<(), String> {
     let filter = filter(node)?;
+    let configured = || "the filter is configured already".to_owned();
     let alignment = filter.source.common_alignment(filter.target);
-    let geometry = Geometry::new(filter.source.size_bytes(), alignment)?;
     let segment_bytes = filter.target.cluster_bytes().next_power_of_two().max(MIN_SEGMENT_BYTES);
     let engine = Engine::new(fleece::Settings {
-        geometry,
+        geometry: Geometry::new(filter.source.size_bytes(), alignment)?,
         buffer_bytes: settings.buffer_bytes,
         timeout_ns: settings.timeout_ms.saturating_mul(1_000_000),
+        image_bytes: filter.target.size_bytes(),
         segment_bytes,
+        fleecing_limit_bytes: settings.fleecing_limit_bytes,
+        metadata_limit_bytes: settings.metadata_limit_bytes,
+        on_error: settings.on_error,
+        group: settings.group.map(|group| group.join(kick_later(node))),
         need: settings.need,
     })
     .map_err(|fleece::OutOfMemory| "no memory for the states of granules".to_owned())?;
-    filter.engine.set(engine).map_err(|_| "the filter is configured already".to_owned())?;
-    if filter.notify.set(settings.notify).is_err() {
-        return Err("the filter is configured already".to_owned());
-    }
+    filter.pool.set(Pool::new(node, settings.buffer_bytes)).map_err(|_| configured())?;
+    filter.engine.set(engine).map_err(|_| configured())?;
+    filter.notify.set(settings.notify).map_err(|_| configured())?;
+    filter.postpone_discards.store(settings.postpone_discards, Ordering::Release);
     *filter.on_close.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings.on_close);
     Ok(())
+}
+
+/// What another disk calls, in any thread, when this one should look after its buffer.
+fn kick_later(node: Bds) -> Box<dyn Fn() + Send + Sync> {
+    let name = MainLoop::current().map(|main_loop| node.node_name(main_loop)).unwrap_or_default();
+    Box::new(move || {
+        let name = name.clone();
+        main_loop::schedule_in_polls(Box::new(move |main_loop| {
+            if let Some(filter) = Bds::find(main_loop, &name).and_then(driver::filter_of)
+                && let Some(engine) = filter.engine.get()
+            {
+                engine.kick(&FilterIo::without_io(filter));
+            }
+        }));
+    })
 }
 
 /// Starts or stops capturing and claiming permissions. Main loop, everything drained, immediately
@@ -265,18 +328,21 @@ pub fn stats(node: Bds) -> Stats {
 }
 
 /// Begins the teardown: nothing is captured any more, background I/O stops, waiting guest requests
-/// go on, snapshot reads fail.
+/// go on, snapshot reads fail, and postponed discards are done.
 pub fn begin_close(node: Bds) {
     if let Ok(filter) = filter(node)
         && let Some(engine) = filter.engine.get()
     {
         engine.close(&FilterIo::without_io(filter));
+        if engine.has_postponed() {
+            filter.spawn_postponed();
+        }
     }
 }
 
-/// Requests to the fleecing image that are still in flight.
+/// Requests of the filter's own that are still in flight.
 pub fn io_in_flight(node: Bds) -> u64 {
-    filter(node).ok().and_then(|filter| filter.engine.get()).map_or(0, Engine::log_io_in_flight)
+    filter(node).ok().and_then(|filter| filter.engine.get()).map_or(0, Engine::io_in_flight)
 }
 
 /// Breaks the snapshot when it makes no progress; called every second.

@@ -1,22 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The engine's world inside QEMU: coroutines, and I/O on the filter's two children.
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use fleece::{Errno, Io};
+use fleece::{Device, Errno, Fetch, Io};
 
 use crate::filter::Filter;
 use crate::qemu::child::Child;
-use crate::qemu::coroutine::{self, CoGraph, Waiting};
+use crate::qemu::coroutine::{self, CoGraph, InCoroutine, Waiting};
 use crate::qemu::iovec::IoSlice;
-use crate::qemu::memory::AlignedBuf;
+use crate::qemu::memory::Block;
+
+/// So many parts of one snapshot read are read side by side.
+const FETCH_WIDTH: usize = 16;
 
 /// How an I/O comes by the graph lock.
 #[derive(Debug, Clone, Copy)]
 enum Graph<'a> {
     /// The caller holds it.
     Held(&'a CoGraph<'a>),
+    /// A background coroutine takes it around each I/O.
+    PerIo(InCoroutine),
     /// There is none, and no I/O: the snapshot is ended or watched, or a flusher looks for work.
     NoIo,
 }
@@ -34,6 +40,11 @@ impl<'a> FilterIo<'a> {
         Self { filter, graph: Graph::Held(graph) }
     }
 
+    /// For a background coroutine that does one I/O after the other.
+    pub(crate) fn with_own_lock(filter: &'a Filter, here: InCoroutine) -> Self {
+        Self { filter, graph: Graph::PerIo(here) }
+    }
+
     /// For whoever does no I/O.
     pub(crate) fn without_io(filter: &'a Filter) -> Self {
         Self { filter, graph: Graph::NoIo }
@@ -46,6 +57,7 @@ impl<'a> FilterIo<'a> {
         let (source, target) = (self.filter.source(), self.filter.target());
         match self.graph {
             Graph::Held(graph) => f(graph, source, target),
+            Graph::PerIo(here) => f(&here.lock_graph(), source, target),
             Graph::NoIo => Err(Errno::EIO),
         }
     }
@@ -53,7 +65,7 @@ impl<'a> FilterIo<'a> {
 
 impl Io for FilterIo<'_> {
     type Task = Waiting;
-    type Block = AlignedBuf;
+    type Block = Block;
     type Buf = IoSlice;
 
     fn now_ns(&self) -> u64 {
@@ -81,28 +93,50 @@ impl Io for FilterIo<'_> {
         self.filter.notify();
     }
 
-    fn alloc(&self, len: usize) -> Option<AlignedBuf> {
-        AlignedBuf::new(self.filter.node(), len)
+    fn alloc(&self, len: usize) -> Option<Block> {
+        self.filter.pool()?.take(len)
     }
 
     fn read_source(
         &self,
         offset: u64,
-        block: &mut AlignedBuf,
+        block: &mut Block,
         at: usize,
         len: usize,
     ) -> Result<(), Errno> {
         self.io(|graph, source, _| source.read(graph, offset, block, at, len))
     }
 
-    fn read_source_into(
-        &self,
-        offset: u64,
-        len: usize,
-        buf: &mut IoSlice,
-        at: usize,
-    ) -> Result<(), Errno> {
-        self.io(|graph, source, _| source.read_into(graph, offset, len, buf, at))
+    fn fetch(&self, parts: &[Fetch], buf: &mut IoSlice) -> Result<(), Errno> {
+        self.io(|graph, source, target| {
+            let buf = &*buf;
+            let read = |part: &Fetch| {
+                let child = match part.device {
+                    Device::Source => source,
+                    Device::Log => target,
+                };
+                child.read_into(graph, part.offset, part.len, buf, part.at)
+            };
+            if let [only] = parts {
+                return read(only);
+            }
+            let done = Cell::new(0);
+            let error = Cell::new(None);
+            coroutine::for_each(
+                graph,
+                parts.len(),
+                FETCH_WIDTH,
+                &|index| match read(&parts[index]) {
+                    Ok(()) => done.set(done.get() + 1),
+                    Err(errno) => error.set(error.get().or(Some(errno))),
+                },
+            );
+            match error.get() {
+                Some(errno) => Err(errno),
+                None if done.get() == parts.len() => Ok(()),
+                None => Err(Errno::EIO),
+            }
+        })
     }
 
     fn source_is_zero(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
@@ -113,14 +147,12 @@ impl Io for FilterIo<'_> {
         self.io(|graph, _, target| target.write(graph, offset, parts))
     }
 
-    fn read_log_into(
-        &self,
-        offset: u64,
-        len: usize,
-        buf: &mut IoSlice,
-        at: usize,
-    ) -> Result<(), Errno> {
-        self.io(|graph, _, target| target.read_into(graph, offset, len, buf, at))
+    fn discard_source(&self, offset: u64, len: u64) {
+        // A wish of the guest that it was told is fulfilled: there is nobody to report to. Without
+        // a writing user there is nobody who wishes any more.
+        let _ = self.io(|graph, source, _| {
+            if source.may_write(graph) { source.discard(graph, offset, len) } else { Ok(()) }
+        });
     }
 
     fn discard_log(&self, offset: u64, len: u64) {

@@ -183,8 +183,8 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         }
         // A reader whose data a passing guest request has overwritten sees this in its last check.
         self.deactivate();
-        let (mut waiters, extents) = self.ram.lock().end();
-        drop(extents);
+        let (mut waiters, data) = self.ram.lock().end();
+        drop(data);
         // Whoever waits for a capture has looked at the gate under its region's lock.
         for (_, region) in self.table.touched() {
             waiters.append(&mut region.lock().waiters);

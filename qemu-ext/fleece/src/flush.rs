@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! From RAM to the log: background work in batches, and requests that write through themselves.
+//! From RAM to the log: background work in batches, and data that requests wait for.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use crate::ram::Taken;
 use crate::range::{ByteRange, REGION_GRANULES};
 use crate::sync::Ordering;
 use crate::watch::What;
+use crate::write::Job;
 use crate::{Errno, Io};
 
 /// About this much is written to the log at once.
@@ -32,7 +33,16 @@ type Part<B> = (Arc<B>, Range<usize>);
 
 /// One sequential write to the log, for [`Engine::flush`].
 #[must_use]
-pub struct Batch<B> {
+pub struct Batch<B>(Work<B>);
+
+enum Work<B> {
+    /// The oldest data in RAM.
+    Oldest(Oldest<B>),
+    /// Data for which a guest request waits.
+    Through(u64, Job<B>),
+}
+
+struct Oldest<B> {
     /// The extents it is made of.
     extents: Vec<u32>,
     /// Its granules in the order of the disk.
@@ -46,7 +56,7 @@ pub struct Batch<B> {
 
 impl<B> std::fmt::Debug for Batch<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Batch").field("items", &self.items.len()).finish_non_exhaustive()
+        f.debug_struct("Batch").finish_non_exhaustive()
     }
 }
 
@@ -107,6 +117,9 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         loop {
             let taken = {
                 let mut ram = self.ram.lock();
+                if let Some((ticket, job)) = ram.take_job() {
+                    return Some(Batch(Work::Through(ticket, job)));
+                }
                 let wanted = ram.flushers_wanted(self.is_quiesced(), MAX_FLUSHERS);
                 let taken =
                     if ram.flushers <= wanted { ram.take_oldest(BATCH_BYTES) } else { Vec::new() };
@@ -118,7 +131,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
                 taken
             };
             match self.assemble(taken) {
-                Ok(Some(batch)) => return Some(batch),
+                Ok(Some(batch)) => return Some(Batch(Work::Oldest(batch))),
                 // All of it was released meanwhile.
                 Ok(None) => self.kick(io),
                 Err(full) => {
@@ -137,12 +150,12 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     }
 
     /// Makes a batch of what is still needed of some extents.
-    fn assemble(&self, mut taken: Vec<Taken<B>>) -> Result<Option<Batch<B>>, Full> {
+    fn assemble(&self, mut taken: Vec<Taken<B>>) -> Result<Option<Oldest<B>>, Full> {
         // So that readers find neighbours side by side.
         taken.sort_unstable_by_key(|extent| extent.first);
         let granule_bytes = self.geometry.granule() as usize;
         let tail = self.geometry.has_odd_tail().then(|| self.geometry.count() - 1);
-        let mut batch = Batch {
+        let mut batch = Oldest {
             extents: taken.iter().map(|extent| extent.id).collect(),
             items: Vec::new(),
             parts: Vec::new(),
@@ -228,7 +241,14 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
 
     /// Writes a batch to the log.
     pub fn flush(&self, io: &impl Io<Task = T, Block = B>, batch: Batch<B>) {
-        let Batch { extents, items, parts, tail, mut placed } = batch;
+        match batch.0 {
+            Work::Oldest(batch) => self.flush_oldest(io, batch),
+            Work::Through(ticket, job) => self.carry_out(io, ticket, job),
+        }
+    }
+
+    fn flush_oldest(&self, io: &impl Io<Task = T, Block = B>, batch: Oldest<B>) {
+        let Oldest { extents, items, parts, tail, mut placed } = batch;
         let written = {
             let slices = |parts: &[Part<B>]| -> Result<(), Errno> {
                 let slices: Vec<&[u8]> = parts

@@ -142,7 +142,8 @@ impl Drop for Membership {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::Group;
     use std::sync::Arc;

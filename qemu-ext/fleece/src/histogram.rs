@@ -68,7 +68,8 @@ pub(crate) fn percentile(counts: &[(u64, u64)], per_mille: u64) -> u64 {
     0
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{BUCKETS, Histogram, bucket, percentile, upper_bound};
 

@@ -180,7 +180,8 @@ impl Log {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{Full, Log};
     use crate::range::Geometry;

@@ -50,7 +50,8 @@ impl Mask {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{bits, words};
 

@@ -159,7 +159,8 @@ impl Places {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{Location, Places};
     use rand::rngs::StdRng;
@@ -176,15 +177,18 @@ mod tests {
             // Fills up first, empties afterwards.
             let fill = if round < 20_000 { 4 } else { 1 };
             if rng.random_ratio(fill, 5) {
-                if model.contains_key(&index) {
-                    let location = Location::Log(round);
-                    places.replace(index, location);
-                    model.insert(index, location);
-                } else {
-                    places.reserve(1).unwrap();
-                    places.insert(index, Location::Ram(round));
-                    model.insert(index, Location::Ram(round));
-                }
+                let location = match model.get(&index) {
+                    Some(_) => {
+                        places.replace(index, Location::Log(round));
+                        Location::Log(round)
+                    }
+                    None => {
+                        places.reserve(1).unwrap();
+                        places.insert(index, Location::Ram(round));
+                        Location::Ram(round)
+                    }
+                };
+                model.insert(index, location);
             } else {
                 assert_eq!(places.remove(index), model.remove(&index));
             }

@@ -7,13 +7,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::OutOfMemory;
 use crate::group::Membership;
 use crate::range::PIECE_BYTES;
+use crate::write::Job;
+use crate::{Errno, OutOfMemory};
 
 /// What an extent costs beside its data: its entry here, its counters, its place in the table.
 const EXTENT_OVERHEAD: u64 = 128;
-/// RAM of requests that write their old data to the image themselves.
+/// RAM of requests whose old data goes to the image before they go on.
 const THROUGH_BYTES: u64 = 8 << 20;
 const NONE: u32 = u32::MAX;
 
@@ -65,8 +66,12 @@ pub(crate) struct Ram<T, B> {
     through_used: u64,
     /// Every request writes through.
     always_through: bool,
+    /// What is to be written through, and what came of it.
+    jobs: VecDeque<(u64, Job<B>)>,
+    results: Vec<(u64, Result<(), Errno>)>,
     waiters: VecDeque<(u64, T)>,
     next_ticket: u64,
+    next_job: u64,
     granted: Vec<(u64, Room)>,
     group: Option<Membership>,
     ended: bool,
@@ -91,8 +96,11 @@ impl<T, B> Ram<T, B> {
             limit: limit_bytes.max(cost_of(PIECE_BYTES)),
             through_used: 0,
             always_through: limit_bytes == 0,
+            jobs: VecDeque::new(),
+            results: Vec::new(),
             waiters: VecDeque::new(),
             next_ticket: 0,
+            next_job: 0,
             granted: Vec::new(),
             group,
             ended: false,
@@ -197,6 +205,35 @@ impl<T, B> Ram<T, B> {
         }
     }
 
+    // ---- written through ---------------------------------------------------------------------
+
+    /// Hands old data over to be written to the log; the ticket is for [`Ram::through_result`].
+    pub(crate) fn add_job(&mut self, job: Job<B>) -> u64 {
+        let ticket = self.next_job;
+        self.next_job += 1;
+        if !self.ended {
+            self.jobs.push_back((ticket, job));
+        }
+        ticket
+    }
+
+    /// The next data to be written through.
+    pub(crate) fn take_job(&mut self) -> Option<(u64, Job<B>)> {
+        self.jobs.pop_front()
+    }
+
+    pub(crate) fn finish_job(&mut self, ticket: u64, result: Result<(), Errno>) {
+        if !self.ended {
+            self.results.push((ticket, result));
+        }
+    }
+
+    /// What came of a job; none as long as it is not over, and after the end.
+    pub(crate) fn through_result(&mut self, ticket: u64) -> Option<Result<(), Errno>> {
+        let index = self.results.iter().position(|(other, _)| *other == ticket)?;
+        Some(self.results.swap_remove(index).1)
+    }
+
     // ---- extents -----------------------------------------------------------------------------
 
     /// Makes sure that [`Ram::insert`] needs no memory.
@@ -287,12 +324,12 @@ impl<T, B> Ram<T, B> {
 
     /// How many flushers there should be: the fuller the buffer, the more.
     pub(crate) fn flushers_wanted(&self, quiesced: bool, most: u32) -> u32 {
+        // Guest requests that wait must be served even in a drained section: it waits for them.
+        if !self.jobs.is_empty() || (self.has_waiters() && self.has_unflushed()) {
+            return most;
+        }
         if !self.has_unflushed() {
             return 0;
-        }
-        // Guest requests that wait must be served even in a drained section: it waits for them.
-        if self.has_waiters() {
-            return most;
         }
         if quiesced {
             return 0;
@@ -331,6 +368,8 @@ impl<T, B> Ram<T, B> {
     /// Ends everything: all room is free, and those who wait are to be woken.
     pub(crate) fn end(&mut self) -> (Vec<T>, impl Sized + use<T, B>) {
         self.ended = true;
+        self.results = Vec::new();
+        let jobs = std::mem::take(&mut self.jobs);
         let used = std::mem::take(&mut self.used);
         if let Some(group) = self.group.take() {
             group.release(used);
@@ -338,11 +377,12 @@ impl<T, B> Ram<T, B> {
         self.free = Vec::new();
         (self.oldest, self.newest) = (NONE, NONE);
         let extents = std::mem::take(&mut self.extents);
-        (self.waiters.drain(..).map(|(_, task)| task).collect(), extents)
+        (self.waiters.drain(..).map(|(_, task)| task).collect(), (extents, jobs))
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{Ram, Room};
 
@@ -408,8 +448,8 @@ mod tests {
         let mut ram: Ram<u32, Vec<u8>> = Ram::new(1 << 20, None);
         let cost = buffer(ram.try_reserve(1 << 20, u64::MAX));
         let ticket = ram.wait(4096, 5).unwrap();
-        let (woken, extents) = ram.end();
-        drop(extents);
+        let (woken, data) = ram.end();
+        drop(data);
         assert_eq!(woken, [5]);
         assert_eq!(ram.claim(ticket), None);
         ram.free(Room::Buffer(cost));

@@ -103,7 +103,8 @@ fn find(free: &[u64; SLOTS / 64], count: usize) -> Option<usize> {
     None
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{Runs, SLOTS};
     use rand::rngs::StdRng;

@@ -104,7 +104,8 @@ impl Spans {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{MAX_SPANS, Spans};
     use rand::rngs::StdRng;
@@ -147,7 +148,7 @@ mod tests {
         }
         assert!(!spans.add(5000..5001));
         let taken = spans.take(&(1..2));
-        assert_eq!(taken, [1..2]);
+        assert!(taken.len() == 1 && taken[0] == (1..2));
         assert!(!spans.contains(0) && spans.contains(2) && spans.contains(4));
         assert_eq!(spans.forget(&(0..20)), 3 + 5);
     }

@@ -286,7 +286,8 @@ fn gone<T>(region: &mut Locked<'_, T>, first: u64, granules: Range<u64>) {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{Granule, REGION_BYTES, Region, Table};
     use crate::NeedMap;

@@ -104,7 +104,8 @@ impl Watch {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use super::{Watch, What};
 

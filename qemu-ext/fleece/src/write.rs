@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::engine::{CAPTURING, Engine, LOOK_BYTES, OnError, wake};
-use crate::flush::MAX_FLUSHERS;
+use crate::flush::{MAX_FLUSHERS, Placed};
 use crate::mask::{Mask, bits, words};
 use crate::places::Location;
 use crate::ram::Room;
@@ -14,8 +14,8 @@ use crate::table::{Locked, Region};
 use crate::watch::What;
 use crate::{Errno, Io, OutOfMemory};
 
-/// Data of this size that finds no room in RAM is written to the log by the request itself: that
-/// costs one request, as a flusher's would, and does not hold up small ones.
+/// Data of this size that finds no room in RAM is written to the log before its request goes on:
+/// that costs one request, as a flusher's would, and does not hold up small ones.
 const LARGE_BYTES: u64 = 256 << 10;
 /// Words of a region that one piece can touch.
 const PIECE_WORDS: usize = crate::range::PIECE_GRANULES / 64;
@@ -36,6 +36,7 @@ enum Plan {
 }
 
 /// The duty to read and save granules.
+#[derive(Debug)]
 struct Capture {
     region: usize,
     /// The span to read with one request; granules between may not be ours.
@@ -75,7 +76,7 @@ impl Capture {
 }
 
 /// What a capture found, granule by granule of its span.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Found {
     /// Zero granules: nothing is kept.
     zero: Mask,
@@ -83,6 +84,15 @@ struct Found {
     lost: Mask,
     /// The first read error, and where.
     error: Option<(u64, Errno)>,
+}
+
+/// Old data that is written to the log before its request goes on. Not by the request itself: that
+/// waits no longer than until the snapshot breaks, whatever becomes of the image.
+#[derive(Debug)]
+pub(crate) struct Job<B> {
+    capture: Capture,
+    found: Found,
+    block: B,
 }
 
 impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
@@ -337,14 +347,56 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             return Err(errno);
         }
         let lost = found.error;
-        match capture.room {
-            Room::Buffer(_) => self.keep_in_ram(io, &capture, block, &found),
-            Room::Through(_) => self.write_through(io, &capture, &block, &found)?,
-        }
+        let result = match capture.room {
+            Room::Buffer(_) => {
+                self.keep_in_ram(io, &capture, block, &found);
+                Ok(())
+            }
+            Room::Through(_) => self.hand_over(io, Job { capture, found, block }),
+        };
         if let Some((at, errno)) = lost {
             self.degrade(io, at, errno);
         }
-        Ok(())
+        result
+    }
+
+    /// Lets a flusher write old data through, and waits for that or for the end of the snapshot.
+    fn hand_over(&self, io: &impl Io<Task = T, Block = B>, job: Job<B>) -> Result<(), Errno> {
+        let Some(region) = self.region_of(&job.capture) else { return Ok(()) };
+        let ticket = self.ram.lock().add_job(job);
+        self.kick(io);
+        loop {
+            let mut state = region.lock();
+            if let Some(result) = self.ram.lock().through_result(ticket) {
+                return result;
+            }
+            // Under the region's lock: the end takes the waiters under it.
+            if !self.is_capturing() {
+                return Ok(());
+            }
+            state.waiters.push(io.current());
+            drop(state);
+            io.park();
+        }
+    }
+
+    /// Writes old data through for a request that waits.
+    pub(crate) fn carry_out(&self, io: &impl Io<Task = T, Block = B>, ticket: u64, job: Job<B>) {
+        let Job { capture, found, block } = job;
+        let placed = self.write_through(io, &capture, &block, &found);
+        let result = placed.as_ref().map(|_| ()).map_err(|&errno| errno);
+        // Before the waiters are taken: they ask for it.
+        self.ram.lock().finish_job(ticket, result);
+        match placed {
+            Ok(placed) => self.publish_placed(io, &capture, &found, placed),
+            Err(errno) => {
+                self.abandon(io, &capture);
+                if self.on_error == OnError::BreakSnapshot {
+                    let text = "write to the fleecing image failed".to_owned();
+                    self.break_snapshot(io, text, errno);
+                }
+            }
+        }
     }
 
     fn no_block(&self, io: &impl Io<Task = T, Block = B>, capture: &Capture) -> Result<(), Errno> {
@@ -487,40 +539,34 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         self.table.book(before, state.variable_bytes())
     }
 
-    /// Writes a capture to the log by the request itself, then publishes it.
+    /// Writes the data of a capture to the log.
     fn write_through(
         &self,
         io: &impl Io<Task = T, Block = B>,
         capture: &Capture,
         block: &B,
         found: &Found,
-    ) -> Result<(), Errno> {
-        let Some(region) = self.region_of(capture) else { return Ok(()) };
-        let mut written = capture.mine;
-        for local in capture.granules(capture.mine) {
-            let index = capture.index(local);
-            if found.zero.contains(index) || found.lost.contains(index) {
-                written[local as usize / 64 - capture.first_word()] &= !(1 << (local % 64));
-            }
-        }
+    ) -> Result<Placed, Errno> {
         let first = capture.region as u64 * REGION_GRANULES;
-        let granules = capture.granules(written).map(|local| {
-            let at = capture.index(local) * self.geometry.granule() as usize;
-            (first + u64::from(local), at)
+        let granules = capture.granules(capture.mine).filter_map(|local| {
+            let index = capture.index(local);
+            let has_data = !found.zero.contains(index) && !found.lost.contains(index);
+            let at = index * self.geometry.granule() as usize;
+            has_data.then_some((first + u64::from(local), at))
         });
-        let mut placed = match self.write_now(io, granules, block.as_ref()) {
-            Ok(placed) => placed,
-            Err(errno) => {
-                self.abandon(io, capture);
-                return if self.on_error == OnError::BreakGuestWrite && self.is_capturing() {
-                    Err(errno)
-                } else {
-                    let text = "write to the fleecing image failed".to_owned();
-                    self.break_snapshot(io, text, errno);
-                    Ok(())
-                };
-            }
-        };
+        self.write_now(io, granules, block.as_ref())
+    }
+
+    /// Publishes a capture whose data is in the log.
+    fn publish_placed(
+        &self,
+        io: &impl Io<Task = T, Block = B>,
+        capture: &Capture,
+        found: &Found,
+        mut placed: Placed,
+    ) {
+        let Some(region) = self.region_of(capture) else { return };
+        let first = capture.region as u64 * REGION_GRANULES;
         let mut state = region.lock();
         let still = capture.still_reading(&state);
         let result = self.publish(&mut state, capture, still, found, |local| {
@@ -530,11 +576,11 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         drop(state);
         wake(io, woken);
         self.give_room_back(io, Some(capture.room));
+        // What was released while it was being written is not used.
         self.finish_placed(io, placed);
         if result.is_err() {
             self.out_of_memory(io);
         }
-        Ok(())
     }
 }
 

@@ -9,7 +9,7 @@ use qemu_ext_sys as sys;
 use super::coroutine::CoGraph;
 use super::graph::Bds;
 use super::iovec::{IoSlice, WriteVector};
-use super::memory::AlignedBuf;
+use super::memory::Block;
 
 /// A link from a node to one of its children.
 ///
@@ -53,7 +53,7 @@ impl Child {
         self,
         _: &CoGraph<'_>,
         offset: u64,
-        buf: &mut AlignedBuf,
+        buf: &mut Block,
         at: usize,
         len: usize,
     ) -> Result<(), Errno> {
@@ -70,13 +70,14 @@ impl Child {
         })
     }
 
-    /// Reads `len` bytes into `buf` at `at`.
+    /// Reads `len` bytes into `buf` at `at`. Several may run on one buffer side by side, in parts
+    /// of it that do not overlap.
     pub fn read_into(
         self,
         _: &CoGraph<'_>,
         offset: u64,
         len: usize,
-        buf: &mut IoSlice,
+        buf: &IoSlice,
         at: usize,
     ) -> Result<(), Errno> {
         let vector_offset = buf.vector_offset(at, len);
@@ -107,6 +108,13 @@ impl Child {
     pub fn discard(self, _: &CoGraph<'_>, offset: u64, len: u64) -> Result<(), Errno> {
         // SAFETY: coroutine and graph lock by the witness.
         check(unsafe { sys::bdrv_co_pdiscard(self.as_ptr(), offset as i64, len as i64) })
+    }
+
+    /// Whether the users above ask for writing: only then a discard of ours is allowed.
+    pub fn may_write(self, _: &CoGraph<'_>) -> bool {
+        // SAFETY: permissions change with the graph, which the witness keeps as it is.
+        let perm = unsafe { (*self.as_ptr()).perm };
+        perm & u64::from(sys::BLK_PERM_WRITE) != 0
     }
 
     /// Whether the node's content is known to be zero from `offset`, and for how many bytes the

@@ -2,6 +2,7 @@
 //! Coroutines (`include/qemu/coroutine.h`) and the graph lock they need
 //! (`include/block/graph-lock.h`).
 
+use core::cell::Cell;
 use core::ffi::c_void;
 use core::ptr::NonNull;
 use std::marker::PhantomData;
@@ -141,4 +142,64 @@ extern "C" fn entry(opaque: *mut c_void) {
     // SAFETY: this is a coroutine's entry.
     let here = unsafe { InCoroutine::new() };
     super::guard((), move || body(here));
+}
+
+/// Work that several coroutines of one thread share, on the stack of the one that waits for it.
+struct Shared<'a> {
+    job: &'a dyn Fn(usize),
+    count: usize,
+    next: Cell<usize>,
+    helpers: Cell<usize>,
+    owner: *mut sys::Coroutine,
+    owner_waits: Cell<bool>,
+}
+
+impl Shared<'_> {
+    fn work(&self) {
+        while self.next.get() < self.count {
+            let index = self.next.get();
+            self.next.set(index + 1);
+            (self.job)(index);
+        }
+    }
+}
+
+extern "C" fn help(opaque: *mut c_void) {
+    // SAFETY: `for_each` passes its own state and does not return before all helpers have ended.
+    let shared = unsafe { &*opaque.cast::<Shared<'_>>() };
+    super::guard((), || shared.work());
+    shared.helpers.set(shared.helpers.get() - 1);
+    if shared.helpers.get() == 0 && shared.owner_waits.get() {
+        // SAFETY: it has yielded to be woken here; it runs when this coroutine has ended.
+        unsafe { sys::aio_co_wake(shared.owner) };
+    }
+}
+
+/// Calls `job` with 0 to `count - 1`, up to `width` of them side by side: in this coroutine and
+/// in helpers of the same thread, for which it holds the graph lock. A panic of a helper's job is
+/// swallowed: jobs must note their success.
+pub fn for_each(_: &CoGraph<'_>, count: usize, width: usize, job: &dyn Fn(usize)) {
+    let shared = Shared {
+        job,
+        count,
+        next: Cell::new(0),
+        helpers: Cell::new(0),
+        // SAFETY: valid anywhere; the witness says that this is a coroutine.
+        owner: unsafe { sys::qemu_coroutine_self() },
+        owner_waits: Cell::new(false),
+    };
+    for _ in 1..count.min(width) {
+        shared.helpers.set(shared.helpers.get() + 1);
+        let opaque = core::ptr::from_ref(&shared).cast_mut().cast();
+        // SAFETY: `shared` outlives the helper, see the wait below.
+        unsafe { sys::qemu_coroutine_enter(sys::qemu_coroutine_create(Some(help), opaque)) };
+    }
+    // Whatever happens to our own part, the helpers use our stack until they have ended.
+    let own = super::try_guard(|| shared.work());
+    while shared.helpers.get() > 0 {
+        shared.owner_waits.set(true);
+        park();
+        shared.owner_waits.set(false);
+    }
+    assert!(own.is_some(), "a parallel job panicked");
 }

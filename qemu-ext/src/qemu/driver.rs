@@ -9,7 +9,7 @@ use core::ffi::{c_char, c_int};
 use core::ptr::null_mut;
 use std::sync::OnceLock;
 
-use fleece::{ByteRange, Errno};
+use fleece::{ByteRange, Discard, Errno};
 use qemu_ext_sys as sys;
 
 use super::child::Child;
@@ -306,33 +306,34 @@ unsafe extern "C" fn filter_co_pwritev_part(
     if flags & sys::BDRV_REQ_WRITE_UNCHANGED == 0 {
         // SAFETY: a coroutine callback of an open node; the caller holds the graph lock.
         let (filter, graph) = unsafe { (state(bs), CoGraph::of_caller()) };
-        filter.before_write(&graph, range(offset, bytes));
+        if let Err(Errno(errno)) = filter.before_write(&graph, range(offset, bytes)) {
+            return -errno;
+        }
     }
     // SAFETY: the guest's own request, passed on unchanged.
     unsafe { sys::bdrv_co_pwritev_part((*bs).file, offset, bytes, qiov, qiov_offset, flags) }
 }
 
-/// Passes a request without payload on in parts: what needs no capture at once, the rest piece by
-/// piece, each captured before.
+/// Passes a write of zeroes on in parts: what needs no capture at once, the rest piece by piece,
+/// each captured before.
 ///
 /// # Safety
 /// A coroutine callback of an open filter node; the caller holds the graph lock.
-unsafe fn in_parts(
+unsafe fn zeroes_in_parts(
     bs: *mut sys::BlockDriverState,
     request: ByteRange,
-    capture: bool,
-    mut submit: impl FnMut(i64, i64) -> c_int,
+    mut submit: impl FnMut(ByteRange) -> c_int,
 ) -> c_int {
     // SAFETY: as stated.
     let (filter, graph) = unsafe { (state(bs), CoGraph::of_caller()) };
     let mut rest = request;
     while !rest.is_empty() {
-        let (len, due) = if capture { filter.next_part(rest) } else { (rest.len(), false) };
+        let (len, due) = filter.next_part(&graph, rest);
         let part = ByteRange::at(rest.start, len);
-        if due {
-            filter.before_write(&graph, part);
+        if due && let Err(Errno(errno)) = filter.before_zeroes(&graph, part) {
+            return -errno;
         }
-        let ret = submit(part.start as i64, part.len() as i64);
+        let ret = submit(part);
         if ret < 0 {
             return ret;
         }
@@ -347,13 +348,18 @@ unsafe extern "C" fn filter_co_pwrite_zeroes(
     bytes: i64,
     flags: sys::BdrvRequestFlags,
 ) -> c_int {
-    let capture = flags & sys::BDRV_REQ_WRITE_UNCHANGED == 0;
-    // SAFETY: a coroutine callback of an open node; the caller holds the graph lock.
-    unsafe {
-        in_parts(bs, range(offset, bytes), capture, |offset, bytes| {
-            sys::bdrv_co_pwrite_zeroes((*bs).file, offset, bytes, flags)
-        })
+    let submit = |part: ByteRange| {
+        // SAFETY: a part of the guest's own request, passed on unchanged.
+        unsafe {
+            sys::bdrv_co_pwrite_zeroes((*bs).file, part.start as i64, part.len() as i64, flags)
+        }
+    };
+    let request = range(offset, bytes);
+    if flags & sys::BDRV_REQ_WRITE_UNCHANGED != 0 {
+        return submit(request);
     }
+    // SAFETY: a coroutine callback of an open node; the caller holds the graph lock.
+    unsafe { zeroes_in_parts(bs, request, submit) }
 }
 
 unsafe extern "C" fn filter_co_pdiscard(
@@ -361,12 +367,27 @@ unsafe extern "C" fn filter_co_pdiscard(
     offset: i64,
     bytes: i64,
 ) -> c_int {
+    let submit = |part: ByteRange| {
+        // SAFETY: a part of the guest's own request, passed on unchanged.
+        unsafe { sys::bdrv_co_pdiscard((*bs).file, part.start as i64, part.len() as i64) }
+    };
     // SAFETY: a coroutine callback of an open node; the caller holds the graph lock.
-    unsafe {
-        in_parts(bs, range(offset, bytes), true, |offset, bytes| {
-            sys::bdrv_co_pdiscard((*bs).file, offset, bytes)
-        })
+    let (filter, graph) = unsafe { (state(bs), CoGraph::of_caller()) };
+    let request = range(offset, bytes);
+    let mut rest = request;
+    while !rest.is_empty() {
+        let Some((len, what)) = filter.next_discard(&graph, rest, request.len()) else {
+            // SAFETY: as above.
+            return unsafe { zeroes_in_parts(bs, rest, submit) };
+        };
+        let part = ByteRange::at(rest.start, len);
+        let ret = if what == Discard::Pass { submit(part) } else { 0 };
+        if ret < 0 {
+            return ret;
+        }
+        rest.start = part.end;
     }
+    0
 }
 
 unsafe extern "C" fn filter_co_flush(bs: *mut sys::BlockDriverState) -> c_int {
