@@ -18,7 +18,7 @@ const SYSTEM_TESTS: &str = "system-tests";
 /// Seeds of the stress test in the long suites; the gate's number is the test's own default.
 const FULL_SEEDS: u32 = 100;
 /// Schedules of the engine's property test in `full`.
-const FULL_SCHEDULES: u32 = 20_000;
+const FULL_SCHEDULES: u32 = 200_000;
 
 /// Which checks to run, and how long.
 #[derive(Debug, Clone, Default, clap::Args)]

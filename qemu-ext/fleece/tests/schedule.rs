@@ -650,7 +650,7 @@ fn a_successful_read_returns_the_content_at_the_point_in_time() {
     // Failures are reported with their seed below; the panics of the tasks would only be noise.
     std::panic::set_hook(Box::new(|_| {}));
     let one = std::env::var("SCHEDULE_SEED").ok().and_then(|seed| seed.parse().ok());
-    let count = std::env::var("SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(1500);
+    let count = std::env::var("SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(20_000);
     let seeds = one.map_or(0..count, |seed: u64| seed..seed + 1);
     for seed in seeds {
         if let Err(why) = run(seed) {
