@@ -2,6 +2,7 @@
 //! What the demo and the end-to-end tests are made of.
 //!
 //! * [`stress`]: the snapshot of a disk under random writes, sector by sector.
+//! * [`storage`]: a storage daemon with the nodes that a test adds.
 //! * [`records`]: numbered, self-checking records that a guest writes to two disks.
 //! * [`guest`]: builds the small Linux guest that writes them.
 //! * [`story`]: the main job, step by step, and what must be true at its end.
@@ -21,6 +22,7 @@ pub mod lab;
 pub mod process;
 pub mod qemu;
 pub mod records;
+pub mod storage;
 pub mod story;
 pub mod stress;
 pub mod table;
