@@ -15,9 +15,12 @@ fn every_sector_of_the_snapshot_is_that_of_the_point_in_time() {
     for seed in seeds {
         let plan = Plan::from_seed(seed);
         let limit = std::time::Duration::from_secs(300);
+        let start = std::time::Instant::now();
         let result = runtime.block_on(async { tokio::time::timeout(limit, run(&plan)).await });
         match result {
-            Ok(Ok(outcome)) => println!("seed {seed}: {plan:?} -> {outcome:?}"),
+            Ok(Ok(outcome)) => {
+                println!("{:?} seed {seed}: {plan:?} -> {outcome:?}", start.elapsed());
+            }
             Ok(Err(error)) => panic!("{error:#}\n{plan:?}\nrepeat with STRESS_SEED={seed}"),
             Err(_) => panic!("no end within {limit:?}\n{plan:?}\nrepeat with STRESS_SEED={seed}"),
         }

@@ -11,10 +11,10 @@ use qmp_client::backup::{self, AccessInfo, BitmapAction, BitmapMode, Device, Set
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
+use super::Plan;
 use super::daemon::Daemon;
 use super::model::{Model, SECTOR, ZERO, decode};
 use super::writers::Writers;
-use super::{Plan, connect};
 
 const TARGET: &str = "chain";
 const INCREMENTS: u32 = 4;
@@ -86,7 +86,7 @@ async fn take(daemon: &Daemon, info: &AccessInfo, number: u32, values: &mut [u64
     let export = format!("chain-{number}");
     daemon.export(&info.node_name, &export, Some(bitmap)).await?;
     let dirty = context::dirty_bitmap(bitmap);
-    let snapshot = connect(daemon, &export, &[&dirty]).await?;
+    let snapshot = daemon.connect(&export, &[&dirty]).await?;
     let mut extents = snapshot.extents(&dirty, 0, snapshot.size_bytes());
     let mut bytes = 0;
     while let Some(extent) = extents.next().await.context("dirty areas")? {

@@ -1,86 +1,97 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A patched storage daemon with one disk, its fleecing image and a guest's export.
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::fs::File;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use qmp_client::{Options, Session};
-use serde_json::json;
+use anyhow::{Result, ensure};
+use provider_nbd::Client;
+use qmp_client::Session;
+use serde_json::{Value, json};
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 
 use super::Plan;
+use super::faults::{Fault, Faults};
+use crate::storage::{Connection, LIMIT, Storage};
 
-const START_WITHIN: Duration = Duration::from_secs(20);
-const QUIT_WITHIN: Duration = Duration::from_secs(60);
+/// What a full fleecing image has room for, its own tables included.
+const ROOM_BYTES: u64 = 6 << 20;
+const PAUSE: Duration = Duration::from_millis(3);
 
 pub(super) struct Daemon {
-    child: Child,
-    session: Session,
-    folder: tempfile::TempDir,
+    storage: Storage,
+    pub(super) faults: Faults,
+    /// The node of the disk's file, to be opened again while it is in use.
+    disk_file: Value,
+    /// QEMU does not tell a client that connects within a drained section to be quiet: the section
+    /// then never ends, with or without an access. So who connects holds this, and who drains.
+    connecting: Arc<Mutex<()>>,
 }
 
 impl Daemon {
     /// Starts it and exports the disk as `guest`.
     pub(super) async fn start(plan: &Plan) -> Result<Self> {
-        let bin = crate::qemu::bin_dir()?;
-        // Not the temporary folder: that may be in RAM, where direct I/O is not possible.
-        let folder = tempfile::Builder::new().prefix("stress-").tempdir_in(scratch()?)?;
-        let disk = folder.path().join("disk.raw");
-        std::fs::File::create(&disk)?.set_len(plan.size_bytes)?;
-        let fleecing = create_fleecing(plan, &bin, folder.path())?;
+        let storage = Storage::start().await?;
+        let mut faults = Faults::new(plan.fault, &storage.path(""));
+        File::create(storage.path("disk.raw"))?.set_len(plan.size_bytes)?;
+        create_fleecing(plan, &storage)?;
         let cache = json!({ "direct": plan.direct });
-        let file = |path: &Path, node: &str| {
-            json!({ "driver": "file", "filename": path, "node-name": node, "cache": cache,
-                    "discard": "unmap" })
-        };
-        let top = |driver: &str, node: &str, below: &str| {
-            json!({ "driver": driver, "node-name": node, "file": below, "discard": "unmap",
-                    "cache": cache })
-        };
+        let serves = |served: fn(Fault) -> bool| plan.fault.is_some_and(served);
+        let mut disk_file = Value::Null;
+        for (name, node, disk, served) in [
+            ("disk.raw", "disk-file", true, serves(Fault::serves_disk)),
+            ("fleecing", "fleecing-file", false, serves(Fault::serves_image)),
+        ] {
+            let mut file = if served {
+                faults.serve(&storage, name, disk).await?
+            } else {
+                storage.file_node(node, name)
+            };
+            file["node-name"] = json!(node);
+            file["discard"] = json!("unmap");
+            file["cache"] = cache.clone();
+            if disk {
+                disk_file = file.clone();
+            }
+            storage.node(file).await?;
+        }
+        let mut below = "fleecing-file";
+        if plan.fault == Some(Fault::Full) {
+            let room = json!({ "driver": "raw", "node-name": "room", "file": below,
+                               "size": ROOM_BYTES, "cache": cache });
+            storage.node(room).await?;
+            below = "room";
+        }
         let format = if plan.qcow2 { "qcow2" } else { "raw" };
+        for (driver, node, below) in
+            [("raw", "disk", "disk-file"), (format, "disk-fleecing", below)]
+        {
+            let node = json!({ "driver": driver, "node-name": node, "file": below,
+                               "discard": "unmap", "cache": cache });
+            storage.node(node).await?;
+        }
         let mut export = json!({ "type": "nbd", "id": "guest", "node-name": "disk",
                                  "name": "guest", "writable": true });
-        let mut command = Command::new(bin.join("qemu-storage-daemon"));
         if plan.iothread {
-            command.arg("--object").arg("iothread,id=io0");
+            storage.iothread("io0").await?;
             // A guest's device cannot be moved to another thread either.
             export["iothread"] = json!("io0");
             export["fixed-iothread"] = json!(true);
         }
-        for node in [
-            file(&disk, "disk-file"),
-            top("raw", "disk", "disk-file"),
-            file(&fleecing, "fleecing-file"),
-            top(format, "disk-fleecing", "fleecing-file"),
-        ] {
-            command.arg("--blockdev").arg(node.to_string());
-        }
-        let qmp = folder.path().join("qmp");
-        let nbd = json!({ "addr": { "type": "unix", "path": folder.path().join("nbd") },
-                          "max-connections": 8 });
-        let child = command
-            .arg("--chardev")
-            .arg(format!("socket,id=qmp,path={},server=on,wait=off", qmp.display()))
-            .args(["--monitor", "chardev=qmp"])
-            .arg("--nbd-server")
-            .arg(nbd.to_string())
-            .arg("--export")
-            .arg(export.to_string())
-            .stdin(Stdio::null())
-            .spawn()?;
-        let mut child = Ended(Some(child));
-        let session = connect(&qmp, &mut child).await?;
-        let child = child.0.take().context("just started")?;
-        Ok(Self { child, session, folder })
+        storage.run("block-export-add", export).await?;
+        Ok(Self { storage, faults, disk_file, connecting: Arc::default() })
     }
 
     pub(super) fn session(&self) -> &Session {
-        &self.session
+        self.storage.session()
     }
 
-    pub(super) fn nbd_socket(&self) -> PathBuf {
-        self.folder.path().join("nbd")
+    pub(super) async fn connect(&self, export: &str, contexts: &[&str]) -> Result<Client> {
+        let _quiet = self.connecting.lock().await;
+        self.storage.client_with(export, Connection { contexts, timeout: LIMIT }).await
     }
 
     /// Exports a node for reading and trimming, with a dirty bitmap of its own if it has one.
@@ -89,93 +100,102 @@ impl Daemon {
             bitmap.iter().map(|bitmap| json!({ "node": node, "name": bitmap })).collect();
         let export = json!({ "type": "nbd", "id": name, "node-name": node, "name": name,
                              "writable": true, "bitmaps": bitmaps });
-        self.session.execute_raw("block-export-add", export, None).await?;
+        self.storage.run("block-export-add", export).await?;
         Ok(())
+    }
+
+    /// Drains the disk again and again, in each way that a monitor can.
+    pub(super) fn drain_all_the_time(&self) -> Drains {
+        let (session, file) = (self.session().clone(), self.disk_file.clone());
+        let connecting = Arc::clone(&self.connecting);
+        let task = tokio::spawn(async move {
+            let mut number = 0_u64;
+            loop {
+                let quiet = connecting.lock().await;
+                drain(&session, &file, number).await?;
+                drop(quiet);
+                number += 1;
+                tokio::time::sleep(PAUSE).await;
+            }
+        });
+        Drains(task)
     }
 
     /// Ends it by SIGKILL; what is left of the disk.
-    pub(super) fn kill(mut self) -> Result<std::fs::File> {
-        self.child.kill()?;
-        self.child.wait()?;
-        Ok(std::fs::File::open(self.folder.path().join("disk.raw"))?)
+    pub(super) fn kill(self) -> Result<File> {
+        let folder = self.storage.kill()?;
+        Ok(File::open(folder.path().join("disk.raw"))?)
     }
 
-    /// Tells it to quit; it must end by itself and without an error.
-    pub(super) async fn quit(mut self) -> Result<()> {
-        // The connection may close before the reply.
-        drop(self.session.execute_raw("quit", json!({}), None).await);
-        let deadline = Instant::now() + QUIT_WITHIN;
-        let status = loop {
-            if let Some(status) = self.child.try_wait()? {
-                break status;
-            }
-            ensure!(Instant::now() < deadline, "it did not quit within {QUIT_WITHIN:?}");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        };
-        ensure!(status.success(), "it ended with {status}");
-        Ok(())
+    /// Tells it to quit; it must end by itself and without an error. The disk.
+    pub(super) async fn quit(self) -> Result<File> {
+        let disk = File::open(self.storage.path("disk.raw"))?;
+        self.storage.quit().await?;
+        Ok(disk)
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        end(&mut self.child);
-    }
-}
+/// A task that drains; it ends with the value.
+pub(super) struct Drains(JoinHandle<Result<()>>);
 
-/// A process that is ended when the value is dropped before it was taken.
-struct Ended(Option<Child>);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            end(child);
+impl Drains {
+    /// Ends it; an error if one of its commands failed.
+    pub(super) async fn stop(mut self) -> Result<()> {
+        self.0.abort();
+        match (&mut self.0).await {
+            Ok(ended) => ended,
+            Err(error) if error.is_cancelled() => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 }
 
-fn end(child: &mut Child) {
-    if !matches!(child.try_wait(), Ok(Some(_))) {
-        drop(child.kill());
-        drop(child.wait());
+impl Drop for Drains {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
-fn scratch() -> Result<PathBuf> {
-    let path = crate::qemu::workspace().join("target/stress");
-    std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
-    Ok(path)
+async fn drain(session: &Session, file: &Value, number: u64) -> Result<()> {
+    let run = async |command: &str, arguments: Value| -> Result<()> {
+        session.execute_raw(command, arguments, Some(LIMIT)).await?;
+        Ok(())
+    };
+    match number % 3 {
+        // All disks, before the actions begin.
+        0 => {
+            let name = format!("drain-{number}");
+            let bitmap = json!({ "node": "disk-file", "name": name });
+            let add = json!({ "type": "block-dirty-bitmap-add", "data": bitmap });
+            run("transaction", json!({ "actions": [add] })).await?;
+            run("block-dirty-bitmap-remove", bitmap).await
+        }
+        // The file and all above it.
+        1 => run("blockdev-reopen", json!({ "options": [file] })).await,
+        // The disk, by a parent that comes and goes.
+        _ => {
+            let node = json!({ "driver": "raw", "node-name": "above", "file": "disk",
+                               "read-only": true });
+            run("blockdev-add", node).await?;
+            run("blockdev-del", json!({ "node-name": "above" })).await
+        }
+    }
 }
 
-fn create_fleecing(plan: &Plan, bin: &Path, folder: &Path) -> Result<PathBuf> {
-    let path = folder.join("fleecing");
+fn create_fleecing(plan: &Plan, storage: &Storage) -> Result<()> {
+    let path = storage.path("fleecing");
     if !plan.qcow2 {
-        std::fs::File::create(&path)?.set_len(plan.size_bytes)?;
-        return Ok(path);
+        File::create(&path)?.set_len(plan.size_bytes)?;
+        return Ok(());
     }
-    let status = Command::new(bin.join("qemu-img"))
+    let status = Command::new(crate::qemu::bin_dir()?.join("qemu-img"))
         .args(["create", "-q", "-f", "qcow2"])
         .arg(&path)
         .arg(plan.size_bytes.to_string())
         .status()?;
     ensure!(status.success(), "qemu-img create ended with {status}");
-    Ok(path)
-}
-
-/// Connects as soon as the daemon listens.
-async fn connect(qmp: &Path, child: &mut Ended) -> Result<Session> {
-    let deadline = Instant::now() + START_WITHIN;
-    loop {
-        match Session::connect(qmp, Options::default()).await {
-            Ok(session) => return Ok(session),
-            Err(error) if Instant::now() > deadline => return Err(error.into()),
-            Err(_) => {}
-        }
-        if let Some(child) = &mut child.0
-            && let Some(status) = child.try_wait()?
-        {
-            bail!("the storage daemon ended with {status}");
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    if plan.fault == Some(Fault::Full) {
+        File::options().write(true).open(&path)?.set_len(ROOM_BYTES)?;
     }
+    Ok(())
 }

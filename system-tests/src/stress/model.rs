@@ -5,6 +5,8 @@
 //! sector read back says where it came from. Requests in flight never overlap. At the point in
 //! time a sector holds the last request completed before the setup command, or one that was in
 //! flight while it ran.
+//!
+//! A trim is advice: its sectors are zero, or for some time still what they were.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,6 +26,10 @@ pub(super) struct Model(Mutex<State>);
 struct State {
     /// Last completed value of each sector.
     values: Vec<u64>,
+    /// What trimmed sectors may hold instead.
+    untrimmed: HashMap<u64, u64>,
+    /// Waits for the requests in flight that overlap it; no new one does.
+    reserved: Option<Range<u64>>,
     /// Requests in flight, by their number.
     in_flight: HashMap<u64, Range<u64>>,
     next: u64,
@@ -42,12 +48,23 @@ pub(super) struct Ticket {
     pub(super) sectors: Range<u64>,
     /// What its sectors will hold.
     pub(super) value: u64,
+    trim: bool,
+}
+
+/// What a request does to its sectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Effect {
+    Write,
+    Zero,
+    Trim,
 }
 
 impl Model {
     pub(super) fn new(sectors: u64) -> Self {
         Self(Mutex::new(State {
             values: vec![ZERO; sectors as usize],
+            untrimmed: HashMap::new(),
+            reserved: None,
             in_flight: HashMap::new(),
             next: 1,
             frozen: Vec::new(),
@@ -65,21 +82,32 @@ impl Model {
         self.state().values.len() as u64
     }
 
-    /// Begins a request, unless one in flight overlaps it.
-    pub(super) fn begin(&self, sectors: Range<u64>, zero: bool) -> Option<Ticket> {
+    /// Begins a request, unless one in flight or a reservation overlaps it.
+    pub(super) fn begin(&self, sectors: Range<u64>, effect: Effect) -> Option<Ticket> {
         let mut state = self.state();
-        let overlaps = |other: &Range<u64>| other.start < sectors.end && sectors.start < other.end;
-        if state.in_flight.values().any(overlaps) {
+        if state.reserved.as_ref().is_some_and(|reserved| overlap(reserved, &sectors)) {
             return None;
         }
-        let number = state.next;
-        state.next += 1;
-        let value = if zero { ZERO } else { number };
-        state.in_flight.insert(number, sectors.clone());
-        if state.freezing {
-            state.allow(&sectors, value);
+        state.begin(sectors, effect)
+    }
+
+    /// Keeps new requests away from a range, so that a large one finds its turn; one at a time.
+    pub(super) fn reserve(&self, sectors: &Range<u64>) -> bool {
+        let mut state = self.state();
+        let free = state.reserved.is_none();
+        if free {
+            state.reserved = Some(sectors.clone());
         }
-        Some(Ticket { number, sectors, value })
+        free
+    }
+
+    /// Begins the request whose range is reserved, once nothing in flight overlaps it.
+    pub(super) fn begin_reserved(&self, effect: Effect) -> Option<Ticket> {
+        let mut state = self.state();
+        let sectors = state.reserved.clone()?;
+        let ticket = state.begin(sectors, effect)?;
+        state.reserved = None;
+        Some(ticket)
     }
 
     /// The request is complete.
@@ -87,7 +115,12 @@ impl Model {
         let mut state = self.state();
         state.in_flight.remove(&ticket.number);
         for sector in ticket.sectors.clone() {
-            state.values[sector as usize] = ticket.value;
+            let old = std::mem::replace(&mut state.values[sector as usize], ticket.value);
+            if !ticket.trim {
+                state.untrimmed.remove(&sector);
+            } else if old != ZERO {
+                state.untrimmed.insert(sector, old);
+            }
         }
     }
 
@@ -104,6 +137,10 @@ impl Model {
         for (number, sectors) in in_flight {
             state.allow(&sectors, number);
             state.allow(&sectors, ZERO);
+        }
+        let untrimmed: Vec<_> = state.untrimmed.iter().map(|(&at, &old)| (at, old)).collect();
+        for (sector, old) in untrimmed {
+            state.allow(&(sector..sector + 1), old);
         }
     }
 
@@ -151,16 +188,16 @@ impl Model {
         for (index, bytes) in data.chunks(SECTOR as usize).enumerate() {
             let sector = first + index as u64;
             let (value, expected) = (decode(sector, bytes)?, state.values[sector as usize]);
-            if value != expected {
+            if value != expected && state.untrimmed.get(&sector) != Some(&value) {
                 bail!("sector {sector} of the guest's disk holds request {value}, not {expected}");
             }
         }
         Ok(())
     }
 
-    /// Checks the disk of a daemon that was killed: each sector holds the last completed request,
-    /// or one that was in flight.
-    pub(super) fn check_killed_disk(&self, disk: &File) -> Result<()> {
+    /// Checks the disk of a daemon that has ended: each sector holds the last completed request, or
+    /// one that was in flight if it was killed.
+    pub(super) fn check_ended_disk(&self, disk: &File) -> Result<()> {
         let state = self.state();
         let mut bytes = [0; SECTOR as usize];
         for (sector, &expected) in (0_u64..).zip(&state.values) {
@@ -169,8 +206,9 @@ impl Model {
             let in_flight = |(number, sectors): (&u64, &Range<u64>)| {
                 sectors.contains(&sector) && (value == *number || value == ZERO)
             };
-            if value != expected && !state.in_flight.iter().any(in_flight) {
-                bail!("sector {sector} of the killed disk holds request {value}, not {expected}");
+            let old = state.untrimmed.get(&sector) == Some(&value);
+            if value != expected && !old && !state.in_flight.iter().any(in_flight) {
+                bail!("sector {sector} of the disk holds request {value}, not {expected}");
             }
         }
         Ok(())
@@ -178,6 +216,20 @@ impl Model {
 }
 
 impl State {
+    fn begin(&mut self, sectors: Range<u64>, effect: Effect) -> Option<Ticket> {
+        if self.in_flight.values().any(|other| overlap(other, &sectors)) {
+            return None;
+        }
+        let number = self.next;
+        self.next += 1;
+        let value = if effect == Effect::Write { number } else { ZERO };
+        self.in_flight.insert(number, sectors.clone());
+        if self.freezing {
+            self.allow(&sectors, value);
+        }
+        Some(Ticket { number, sectors, value, trim: effect == Effect::Trim })
+    }
+
     /// Whether a sector may have held this at the point in time.
     fn check_value(&self, sector: u64, value: u64) -> Result<()> {
         let expected = self.frozen[sector as usize];
@@ -193,6 +245,10 @@ impl State {
             self.also.entry(sector).or_default().push(value);
         }
     }
+}
+
+fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
+    other.start < one.end && one.start < other.end
 }
 
 /// The content of sectors that carry a value.
@@ -231,19 +287,19 @@ pub(super) fn decode(sector: u64, bytes: &[u8]) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Model, ZERO, encode};
+    use super::{Effect, Model, ZERO, encode};
 
     #[test]
     fn new_data_torn_sectors_and_foreign_sectors_are_found() {
         let model = Model::new(16);
-        let first = model.begin(0..8, false).unwrap();
+        let first = model.begin(0..8, Effect::Write).unwrap();
         model.complete(&first);
-        let racing = model.begin(4..6, false).unwrap();
-        assert!(model.begin(5..7, false).is_none(), "requests in flight must not overlap");
+        let racing = model.begin(4..6, Effect::Write).unwrap();
+        assert!(model.begin(5..7, Effect::Write).is_none(), "requests in flight must not overlap");
         model.begin_point_in_time();
         model.end_point_in_time();
         model.complete(&racing);
-        let later = model.begin(0..2, false).unwrap();
+        let later = model.begin(0..2, Effect::Write).unwrap();
         model.complete(&later);
 
         model.check_snapshot(0, &encode(&(0..4), first.value)).unwrap();
@@ -256,6 +312,19 @@ mod tests {
         assert!(model.check_snapshot(2, &torn).is_err(), "torn");
         assert!(model.check_zero(0..1).is_err());
         model.check_zero(8..16).unwrap();
+        let trim = model.begin(0..1, Effect::Trim).unwrap();
+        model.complete(&trim);
+        model.check_disk(0, &encode(&(0..1), later.value)).unwrap();
+        model.check_disk(0, &[0; 512]).unwrap();
+        assert!(model.check_disk(0, &encode(&(0..1), first.value)).is_err(), "older than the trim");
+        assert!(model.reserve(&(0..16)) && !model.reserve(&(0..1)));
+        assert!(model.begin(0..1, Effect::Write).is_none(), "the range is reserved");
+        let large = model.begin_reserved(Effect::Zero).unwrap();
+        model.complete(&large);
+        assert!(
+            model.check_disk(0, &encode(&(0..1), later.value)).is_err(),
+            "zeroes are no advice"
+        );
         assert_eq!(later.sectors, 0..2);
         assert_ne!(later.value, ZERO);
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The backup client: reads every sector of the snapshot once, in random order and sizes, several
-//! requests at a time, asks for block status in between, and releases what it has read.
+//! requests at a time, asks for block status in between, and releases what it has read. In a run
+//! with faults, requests may fail; what succeeds must be right.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,17 +15,20 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::Plan;
+use super::faults::Fault;
 use super::model::{Model, SECTOR};
 
 const DEPTH: usize = 8;
 
-/// Compares the whole snapshot; returns the number of sectors.
+/// Compares the whole snapshot; returns the number of sectors that were read.
 pub(super) async fn check(plan: &Plan, snapshot: &Client, model: &Arc<Model>) -> Result<u64> {
+    let loses = plan.fault.is_some_and(Fault::loses);
     let mut rng = StdRng::seed_from_u64(plan.seed ^ 0xBEEF);
     let mut pieces = cut(&mut rng, model.sectors());
     pieces.shuffle(&mut rng);
     let room = Arc::new(Semaphore::new(DEPTH));
     let mut tasks = JoinSet::new();
+    let mut read = 0;
     for piece in &pieces {
         let place = Arc::clone(&room).acquire_owned().await?;
         let (snapshot, model, piece) = (snapshot.clone(), Arc::clone(model), piece.clone());
@@ -32,18 +36,20 @@ pub(super) async fn check(plan: &Plan, snapshot: &Client, model: &Arc<Model>) ->
         tasks.spawn(async move {
             let _place = place;
             if status {
-                check_status(&snapshot, &model, &piece).await?;
+                tolerate(loses, check_status(&snapshot, &model, &piece).await)?;
             }
-            check_piece(&snapshot, &model, &piece, trims).await
+            tolerate(loses, check_piece(&snapshot, &model, &piece, trims).await)
         });
         while let Some(done) = tasks.try_join_next() {
-            done??;
+            read += done??;
         }
     }
     while let Some(done) = tasks.join_next().await {
-        done??;
+        read += done??;
     }
-    if plan.trims {
+    if loses {
+        // What was released and what was lost cannot be told apart any more.
+    } else if plan.trims {
         check_released(snapshot, &pieces).await?;
     } else {
         // Saved data is still there and still the same.
@@ -51,7 +57,20 @@ pub(super) async fn check(plan: &Plan, snapshot: &Client, model: &Arc<Model>) ->
             check_piece(snapshot, model, piece, false).await?;
         }
     }
-    Ok(model.sectors())
+    ensure!(loses || read == model.sectors(), "{read} sectors were read");
+    Ok(read)
+}
+
+/// The result, or nothing if the request failed as it may.
+fn tolerate(loses: bool, result: Result<u64>) -> Result<u64> {
+    match result {
+        Err(error) if loses && errno_of(&error) == Some(Errno::EIO) => Ok(0),
+        other => other,
+    }
+}
+
+fn errno_of(error: &anyhow::Error) -> Option<Errno> {
+    error.downcast_ref::<provider_nbd::Error>().and_then(provider_nbd::Error::errno)
 }
 
 fn cut(rng: &mut StdRng, sectors: u64) -> Vec<Range<u64>> {
@@ -71,7 +90,7 @@ async fn check_piece(
     model: &Model,
     piece: &Range<u64>,
     trim: bool,
-) -> Result<()> {
+) -> Result<u64> {
     let (offset, len) = (piece.start * SECTOR, (piece.end - piece.start) * SECTOR);
     let data = snapshot.read(offset, len as usize).await;
     let data = data.with_context(|| format!("snapshot read of {len} bytes at {offset}"))?;
@@ -79,10 +98,11 @@ async fn check_piece(
     if trim {
         snapshot.trim(offset, len).await.context("trim of the snapshot")?;
     }
-    Ok(())
+    Ok(piece.end - piece.start)
 }
 
-async fn check_status(snapshot: &Client, model: &Model, piece: &Range<u64>) -> Result<()> {
+/// No sector counts as read by this.
+async fn check_status(snapshot: &Client, model: &Model, piece: &Range<u64>) -> Result<u64> {
     let (offset, len) = (piece.start * SECTOR, (piece.end - piece.start) * SECTOR);
     let mut extents = snapshot.extents(context::BASE_ALLOCATION, offset, len);
     while let Some(extent) = extents.next().await.context("block status of the snapshot")? {
@@ -90,7 +110,7 @@ async fn check_status(snapshot: &Client, model: &Model, piece: &Range<u64>) -> R
             model.check_zero(extent.offset / SECTOR..extent.end() / SECTOR)?;
         }
     }
-    Ok(())
+    Ok(0)
 }
 
 /// Whole granules that were released must not be readable any more.

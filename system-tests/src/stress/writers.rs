@@ -15,7 +15,7 @@ use rand::{Rng as _, SeedableRng as _};
 use tokio::task::JoinSet;
 
 use super::Plan;
-use super::model::{Model, SECTOR, Ticket, encode};
+use super::model::{Effect, Model, SECTOR, Ticket, encode};
 
 /// Sectors of a 4 KiB granule.
 const GRANULE: u64 = 8;
@@ -27,6 +27,7 @@ pub(super) struct Writers {
     tasks: JoinSet<Result<()>>,
     stop: Arc<AtomicBool>,
     requests: Arc<AtomicU64>,
+    large: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -36,29 +37,51 @@ enum Kind {
     Trim,
 }
 
+impl Kind {
+    fn effect(self) -> Effect {
+        match self {
+            Self::Write => Effect::Write,
+            Self::Zeroes { .. } => Effect::Zero,
+            Self::Trim => Effect::Trim,
+        }
+    }
+}
+
 impl Writers {
     /// Starts as many as the plan's queue depth.
     pub(super) fn start(plan: &Plan, guest: &Client, model: &Arc<Model>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let requests = Arc::new(AtomicU64::new(0));
+        let large = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
         for index in 0..plan.queue_depth as u64 {
             let mut rng = StdRng::seed_from_u64(plan.seed.wrapping_mul(1000) + index);
             let (guest, model) = (guest.clone(), Arc::clone(model));
             let (stop, requests) = (Arc::clone(&stop), Arc::clone(&requests));
+            let large = Arc::clone(&large);
             tasks.spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
-                    one_request(&mut rng, &guest, &model).await?;
-                    requests.fetch_add(1, Ordering::Relaxed);
+                    if large.load(Ordering::Relaxed) && rng.random_ratio(1, 150) {
+                        large_request(&mut rng, &guest, &model).await?;
+                    }
+                    if one_request(&mut rng, &guest, &model).await? {
+                        requests.fetch_add(1, Ordering::Relaxed);
+                    }
                 }
                 Ok(())
             });
         }
-        Self { tasks, stop, requests }
+        Self { tasks, stop, requests, large }
     }
 
     pub(super) fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
+    }
+
+    /// From now on some requests are of up to the whole disk. Not earlier, or there would be little
+    /// to save.
+    pub(super) fn allow_large(&self) {
+        self.large.store(true, Ordering::Relaxed);
     }
 
     /// Waits until so many more requests are done.
@@ -95,23 +118,47 @@ pub(super) async fn fill(guest: &Client, model: &Model) -> Result<()> {
             continue;
         }
         let range = start..(start + LONGEST).min(sectors);
-        let ticket = model.begin(range, false).context("nothing else is in flight")?;
+        let ticket = model.begin(range, Effect::Write).context("nothing else is in flight")?;
         carry_out(guest, &ticket, Kind::Write).await?;
         model.complete(&ticket);
     }
     Ok(())
 }
 
-async fn one_request(rng: &mut StdRng, guest: &Client, model: &Model) -> Result<()> {
+/// Whether there was room for it beside the others.
+async fn one_request(rng: &mut StdRng, guest: &Client, model: &Model) -> Result<bool> {
     let kind = match rng.random_range(0..100) {
         0..65 => Kind::Write,
         65..85 => Kind::Zeroes { no_hole: rng.random() },
         _ => Kind::Trim,
     };
     let range = random_range(rng, model.sectors(), kind);
-    let Some(ticket) = model.begin(range, !matches!(kind, Kind::Write)) else {
+    let Some(ticket) = model.begin(range, kind.effect()) else {
         tokio::task::yield_now().await;
+        return Ok(false);
+    };
+    carry_out(guest, &ticket, kind).await?;
+    model.complete(&ticket);
+    Ok(true)
+}
+
+/// A trim or write-zeroes of up to the whole disk; it waits for its turn.
+async fn large_request(rng: &mut StdRng, guest: &Client, model: &Model) -> Result<()> {
+    let kind = if rng.random() { Kind::Trim } else { Kind::Zeroes { no_hole: rng.random() } };
+    let whole = model.sectors() / GRANULE * GRANULE;
+    let len = (whole >> rng.random_range(0..5)) / GRANULE * GRANULE;
+    let start = rng.random_range(0..=(whole - len) / GRANULE) * GRANULE;
+    if !model.reserve(&(start..start + len)) {
         return Ok(());
+    }
+    let deadline = Instant::now() + PROGRESS_WITHIN;
+    let ticket = loop {
+        if let Some(ticket) = model.begin_reserved(kind.effect()) {
+            break ticket;
+        }
+        ensure!(!guest.is_closed(), "the daemon is gone");
+        ensure!(Instant::now() < deadline, "the guest's other requests do not end");
+        tokio::time::sleep(Duration::from_millis(1)).await;
     };
     carry_out(guest, &ticket, kind).await?;
     model.complete(&ticket);
