@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use fleece::{ByteRange, Discard, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
 
 use crate::filter_io::FilterIo;
+use crate::qemu::cached::CachedFile;
 use crate::qemu::child::Child;
 use crate::qemu::coroutine::{Busy, CoGraph, Waiting};
 use crate::qemu::graph::Bds;
@@ -61,6 +62,8 @@ pub struct Filter {
     active: AtomicBool,
     engine: OnceLock<Engine<Waiting, Block>>,
     pool: OnceLock<Pool>,
+    /// The source's page cache, where it has one.
+    cached: OnceLock<CachedFile>,
     postpone_discards: AtomicBool,
     notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
     on_close: Mutex<Option<OnClose>>,
@@ -82,6 +85,7 @@ impl Filter {
             active: AtomicBool::new(false),
             engine: OnceLock::new(),
             pool: OnceLock::new(),
+            cached: OnceLock::new(),
             postpone_discards: AtomicBool::new(false),
             notify: OnceLock::new(),
             on_close: Mutex::new(None),
@@ -112,6 +116,10 @@ impl Filter {
 
     pub(crate) fn pool(&self) -> Option<&Pool> {
         self.pool.get()
+    }
+
+    pub(crate) fn cached(&self) -> Option<&CachedFile> {
+        self.cached.get()
     }
 
     /// Bytes of one granule, once configured.
@@ -282,6 +290,11 @@ pub fn configure(node: Bds, settings: Settings) -> Result<(), String> {
         need: settings.need,
     })
     .map_err(|fleece::OutOfMemory| "no memory for the states of granules".to_owned())?;
+    if let Some(main_loop) = MainLoop::current()
+        && let Some(cached) = CachedFile::of(main_loop, filter.source.node())
+    {
+        filter.cached.set(cached).map_err(|_| configured())?;
+    }
     filter.pool.set(Pool::new(node, settings.buffer_bytes)).map_err(|_| configured())?;
     filter.engine.set(engine).map_err(|_| configured())?;
     filter.notify.set(settings.notify).map_err(|_| configured())?;

@@ -104,6 +104,10 @@ impl Io for FilterIo<'_> {
         at: usize,
         len: usize,
     ) -> Result<(), Errno> {
+        let part = block.as_mut().get_mut(at..at + len).ok_or(Errno::EIO)?;
+        if self.filter.cached().is_some_and(|cached| cached.read(offset, part)) {
+            return Ok(());
+        }
         self.io(|graph, source, _| source.read(graph, offset, block, at, len))
     }
 

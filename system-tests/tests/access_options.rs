@@ -118,7 +118,7 @@ async fn with_a_limit_the_fleecing_image_may_be_smaller_than_the_disk() {
     let limit = json!({ "fleecing-limit": 2 * MIB });
     for (device, members, reason) in [
         (&large, json!({}), "use a larger image or a fleecing-limit"),
-        (&tiny, limit.clone(), "with fleecing-limit it needs 4194304 bytes"),
+        (&tiny, limit.clone(), "with fleecing-limit it needs 1048576 bytes"),
     ] {
         let request = merged(request(&json!([device])), &members);
         let text = lab.try_run("backup-access-setup", request).await.unwrap_err().to_string();

@@ -13,7 +13,7 @@ use crate::qemu::graph::{Backend, Bds};
 use crate::qemu::main_loop::MainLoop;
 
 /// Smallest fleecing image of a disk that is larger, given a limit on what is stored in it.
-const MIN_FLEECING_BYTES: u64 = 4 << 20;
+const MIN_FLEECING_BYTES: u64 = 1 << 20;
 /// Longest name that QEMU accepts for a node.
 const MAX_NODE_NAME: usize = 31;
 /// Devices whose requests go past the block layer.

@@ -2,6 +2,7 @@
 //! Safe wrappers around QEMU, one file per concept. All `unsafe` of this crate lives here.
 
 pub mod bitmap;
+pub mod cached;
 pub mod child;
 pub mod coroutine;
 pub mod driver;

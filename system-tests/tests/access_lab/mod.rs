@@ -404,6 +404,6 @@ fn nodes(folder: &Path) -> Vec<Value> {
     disk("exported", DISK_BYTES, false);
     disk("a-name-of-23-characters", DISK_BYTES, false);
     disk("read-only", DISK_BYTES, true);
-    disk("small", 1 << 20, false);
+    disk("small", 512 << 10, false);
     nodes
 }
