@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod bench;
 mod cargo;
 mod demo;
 mod paths;
@@ -19,7 +20,7 @@ use clap::{Parser, Subcommand};
 
 use crate::paths::Paths;
 
-/// Builds QEMU with the backup extension, runs the tests and the demo.
+/// Builds QEMU with the backup extension, runs the tests, the demo and the benchmarks.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
@@ -35,6 +36,8 @@ enum Command {
     Qemu(qemu::Options),
     /// Show the main job on a real guest: backup, increment, restore, check
     Demo(demo::Options),
+    /// Measure what a backup costs the guest
+    Bench(bench::Options),
     /// Everything that must pass: format, lints, rules, unit and system tests
     Test(test::Options),
     /// The same as `test`, as the gate runs it
@@ -64,6 +67,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
             qemu::run(&paths, &options)?;
         }
         Command::Demo(options) => return demo::run(&paths, &options),
+        Command::Bench(options) => return bench::run(&paths, &options),
         Command::Test(options) | Command::Ci(options) => return test::run(&paths, &options),
         Command::Full(options) => return test::run(&paths, &options.full()),
         Command::Tidy => return tidy::run(&paths),

@@ -46,9 +46,21 @@ const TESTS: &[&str] = &[
     "qemu-utils",
 ];
 
+/// What only the benchmarks need.
+const BENCHMARKS: &[&str] = &["fio"];
+
 /// Installs what is missing; silent and quick when nothing is.
 pub(crate) fn run() -> Result<()> {
-    let mut wanted = [BUILD, TESTS].concat();
+    install(&[BUILD, TESTS].concat())
+}
+
+/// The same with what the benchmarks need.
+pub(crate) fn run_for_benchmarks() -> Result<()> {
+    install(&[BUILD, TESTS, BENCHMARKS].concat())
+}
+
+fn install(names: &[&'static str]) -> Result<()> {
+    let mut wanted = names.to_vec();
     wanted.extend(meson_package(&fs::read_to_string("/etc/os-release").unwrap_or_default()));
     let missing = apt::missing(&wanted)?;
     if missing.is_empty() {

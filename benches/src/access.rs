@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The point-in-time view of a disk: by QEMU's own filter, by ours, or none.
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::cases::Filter;
+use crate::daemon::Daemon;
+
+/// The disk's node.
+pub const DISK: &str = "disk";
+/// The fleecing image's node.
+pub const FLEECING: &str = "disk-fleecing";
+/// QEMU's filter.
+pub const C_FILTER: &str = "cbw";
+const C_SNAPSHOT: &str = "snapshot";
+const TARGET: &str = "bench";
+
+/// Exports the disk as `guest`, begins the access, and exports what the backup client reads as
+/// `reader`: the snapshot, or the disk itself without a filter.
+///
+/// # Errors
+/// The daemon refuses.
+pub async fn begin(
+    daemon: &Daemon,
+    filter: Filter,
+    buffer_bytes: u64,
+    reader_trims: bool,
+) -> Result<()> {
+    let reader = match filter {
+        Filter::None => {
+            daemon.export(DISK, "guest", true).await?;
+            DISK.to_owned()
+        }
+        Filter::C => {
+            add_c_filter(daemon).await?;
+            daemon.export(C_FILTER, "guest", true).await?;
+            add_c_snapshot(daemon).await?
+        }
+        Filter::Ours => {
+            // The filter goes between what is there and the disk.
+            daemon.export(DISK, "guest", true).await?;
+            set_up(daemon, buffer_bytes).await?
+        }
+    };
+    daemon.export(&reader, "reader", reader_trims && filter != Filter::None).await
+}
+
+/// Adds QEMU's filter above the disk; nothing uses it yet.
+///
+/// # Errors
+/// The daemon refuses.
+pub async fn add_c_filter(daemon: &Daemon) -> Result<()> {
+    daemon
+        .add_node(json!({ "driver": "copy-before-write", "node-name": C_FILTER, "file": DISK,
+                          "target": FLEECING, "on-cbw-error": "break-snapshot",
+                          "cbw-timeout": 45 }))
+        .await
+}
+
+/// Adds QEMU's view of its filter.
+///
+/// # Errors
+/// The daemon refuses.
+pub async fn add_c_snapshot(daemon: &Daemon) -> Result<String> {
+    daemon
+        .add_node(json!({ "driver": "snapshot-access", "node-name": C_SNAPSHOT,
+                          "file": C_FILTER, "discard": "unmap" }))
+        .await?;
+    Ok(C_SNAPSHOT.to_owned())
+}
+
+/// Begins our access of the one disk.
+///
+/// # Errors
+/// The daemon refuses, or has no such command.
+pub async fn set_up(daemon: &Daemon, buffer_bytes: u64) -> Result<String> {
+    let request = json!({ "target-id": TARGET, "buffer-size": buffer_bytes,
+                          "devices": [{ "device": DISK, "fleecing": FLEECING }] });
+    let infos = daemon.execute("backup-access-setup", request).await?;
+    let node = infos[0]["node-name"].as_str().context("backup-access-setup named no node")?;
+    Ok(node.to_owned())
+}
+
+/// The state of our access of the one disk.
+///
+/// # Errors
+/// There is none.
+pub async fn query(daemon: &Daemon) -> Result<Value> {
+    let status = daemon.execute("query-backup-access", json!({})).await?;
+    let device = status[0]["devices"].get(0).context("the access has no device")?;
+    Ok(device.clone())
+}

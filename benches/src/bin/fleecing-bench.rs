@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask bench fleecing`: what a backup costs the guest, side by side in one run.
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use benches::cases::{self, Case, Work};
+use benches::daemon::{Daemon, File};
+use benches::disk::{Disk, check_space, sparse};
+use benches::goals::judge;
+use benches::report::{CaseResult, case_text, goals_text, setup_text};
+use benches::run::Bench;
+use benches::sample::Metric;
+use benches::setup_time::{self, SetupTimes};
+use benches::timeline::{self, Line};
+use benches::{fio, svg};
+use clap::Parser;
+use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
+
+const SETUP: &str = "setup-8x1t";
+const TIMELINE: &str = "timeline";
+const TIMELINE_CASE: &str = "rate-4k/direct/raw/limited";
+const TIMELINE_SECONDS: u32 = 40;
+/// What a run takes beside its running time.
+const OVERHEAD_SECONDS: f64 = 1.3;
+const SHUTDOWN_WITHIN: Duration = Duration::from_secs(5);
+
+/// Measures guest I/O during a backup: without one, with QEMU's own filter, with ours, and what
+/// capturing old data costs at least. Without --full a selection that takes about five minutes.
+#[derive(Parser, Debug)]
+#[command(name = "cargo xtask bench fleecing", bin_name = "cargo xtask bench fleecing")]
+struct Options {
+    /// Everything; takes hours
+    #[arg(long)]
+    full: bool,
+    /// Only cases whose name contains this, of all cases; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    only: Vec<String>,
+    /// Rounds of each case (default 3, with --full 5)
+    #[arg(long, value_name = "N")]
+    rounds: Option<u64>,
+    /// Running time of each run (default 2, with --full 10)
+    #[arg(long, value_name = "N")]
+    seconds: Option<u32>,
+    /// Size of the disk in MiB (default 2048, with --full 8192)
+    #[arg(long, value_name = "MIB")]
+    disk_size: Option<u64>,
+    /// Writes everything that was measured
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Writes the tables as Markdown
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Where plots go (default target/bench/plots)
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
+    /// The backup client releases what it has read
+    #[arg(long)]
+    reader_trims: bool,
+    /// The guest's export gets a thread of its own
+    #[arg(long)]
+    iothread: bool,
+    /// Prints the names of the cases
+    #[arg(long)]
+    list: bool,
+    /// The folder of the patched QEMU programs
+    #[arg(long, env = "VZDUMP_QEMU_BIN", value_name = "DIR")]
+    qemu: Option<PathBuf>,
+    /// Where the disk and the sockets are; never in RAM (default target/bench)
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
+}
+
+impl Options {
+    fn wants(&self, name: &str, short: bool) -> bool {
+        if self.only.is_empty() {
+            return self.full || short;
+        }
+        self.only.iter().any(|pattern| name.contains(pattern))
+    }
+
+    fn cases(&self) -> Vec<Case> {
+        cases::all().into_iter().filter(|case| self.wants(&case.name, case.short)).collect()
+    }
+
+    fn seconds(&self) -> u32 {
+        self.seconds.unwrap_or(if self.full { 10 } else { 2 }).max(1)
+    }
+
+    fn long_seconds(&self) -> u32 {
+        self.seconds.map_or(if self.full { 60 } else { 4 }, |seconds| seconds * 3)
+    }
+
+    fn rounds(&self) -> u64 {
+        self.rounds.unwrap_or(if self.full { 5 } else { 3 }).max(1)
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        self.disk_size.unwrap_or(if self.full { 8192 } else { 2048 }).max(64) << 20
+    }
+}
+
+/// All that was measured.
+#[derive(Default)]
+struct Results {
+    cases: Vec<CaseResult>,
+    setup: Option<SetupTimes>,
+    timeline: Vec<Line>,
+    errors: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: no runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(Box::pin(until_stopped(&options)));
+    // Children are killed when their handles go; only a thread that fills a disk may linger.
+    runtime.shutdown_timeout(SHUTDOWN_WITHIN);
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn until_stopped(options: &Options) -> Result<bool> {
+    let mut terminate = signal(SignalKind::terminate()).context("no signals")?;
+    tokio::select! {
+        result = Box::pin(measure(options)) => result,
+        _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+        _ = terminate.recv() => bail!("terminated"),
+    }
+}
+
+/// Whether everything could be measured.
+async fn measure(options: &Options) -> Result<bool> {
+    let cases = options.cases();
+    if options.list {
+        for case in &cases {
+            let modes: Vec<&str> = case.modes.iter().map(|mode| mode.name).collect();
+            println!("{:<44} {}", case.name, modes.join(" "));
+        }
+        for name in [SETUP, TIMELINE] {
+            if options.wants(name, name == SETUP) {
+                println!("{name}");
+            }
+        }
+        return Ok(true);
+    }
+    let version = fio::probe().await?;
+    let bench = prepare(options).await?;
+    announce(options, &cases);
+    let mut results = Results::default();
+    for case in cases {
+        let result = Box::pin(one_case(&bench, case, options.rounds())).await;
+        print!("{}", case_text(&result, false));
+        results.cases.push(result);
+    }
+    if options.wants(SETUP, true) {
+        eprintln!("{SETUP}");
+        match Box::pin(setup_time::measure(&bench)).await {
+            Ok(setup) => {
+                print!("{}", setup_text(&setup, false));
+                results.setup = Some(setup);
+            }
+            Err(error) => results.errors.push(format!("{SETUP}: {error:#}")),
+        }
+    }
+    if options.wants(TIMELINE, false) {
+        match Box::pin(timelines(&bench)).await {
+            Ok(lines) => results.timeline = lines,
+            Err(error) => results.errors.push(format!("{TIMELINE}: {error:#}")),
+        }
+    }
+    finish(options, &bench, &version, &results)
+}
+
+async fn prepare(options: &Options) -> Result<Bench> {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
+    let bin = options.qemu.clone().unwrap_or_else(|| top.join("target/qemu/bin"));
+    let bin =
+        bin.canonicalize().with_context(|| format!("{}: run ./x qemu first", bin.display()))?;
+    let folder = options.folder.clone().unwrap_or_else(|| top.join("target/bench"));
+    std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+    let folder = folder.canonicalize()?;
+    let size_bytes = options.disk_bytes();
+    check_space(&folder, size_bytes)?;
+    let in_folder = folder.clone();
+    let disk = tokio::task::spawn_blocking(move || Disk::ensure(&in_folder, size_bytes)).await??;
+    let cached_aio = best_aio(&bin, &folder).await?;
+    Ok(Bench {
+        bin,
+        folder,
+        disk,
+        seconds: options.seconds(),
+        long_seconds: options.long_seconds(),
+        cached_aio,
+        iothread: options.iothread,
+        reader_trims: options.reader_trims,
+    })
+}
+
+/// `io_uring` where QEMU and the kernel have it, else threads.
+async fn best_aio(bin: &Path, folder: &Path) -> Result<&'static str> {
+    let daemon = Daemon::start(bin, folder, false).await?;
+    let scratch = tempfile::Builder::new().prefix("probe-").tempdir_in(folder)?;
+    let path = scratch.path().join("file");
+    sparse(&path, 1 << 20)?;
+    let cache = cases::Cache::Default;
+    let file = File { path: &path, qcow2: false, cache, aio: "io_uring" };
+    let works = daemon.add_file("probe", &file).await.is_ok();
+    daemon.quit().await?;
+    Ok(if works { "io_uring" } else { "threads" })
+}
+
+fn announce(options: &Options, cases: &[Case]) {
+    let seconds: f64 = cases
+        .iter()
+        .map(|case| {
+            let each = if case.long { options.long_seconds() } else { options.seconds() };
+            let probes = usize::from(case.work == Work::FixedRate);
+            (case.modes.len() + probes) as f64 * (f64::from(each) + OVERHEAD_SECONDS)
+        })
+        .sum::<f64>()
+        * options.rounds() as f64;
+    let minutes = (seconds / 60.0).ceil();
+    eprintln!("{} cases, {} rounds, about {minutes} min", cases.len(), options.rounds());
+}
+
+/// All rounds of a case. A failed run is noted, the others go on.
+async fn one_case(bench: &Bench, case: Case, rounds: u64) -> CaseResult {
+    let mut result = CaseResult::new(case);
+    for round in 0..rounds {
+        let mut rate = None;
+        if result.case.work == Work::FixedRate {
+            match Box::pin(bench.half_rate(&result.case, round)).await {
+                Ok(found) => {
+                    result.rates.push(found);
+                    rate = Some(found);
+                }
+                Err(error) => {
+                    result.errors.push(format!("round {round}, offered rate: {error:#}"));
+                    continue;
+                }
+            }
+        }
+        for index in result.case.order(round as usize) {
+            let mode = result.case.modes[index];
+            eprintln!("{}: round {} of {rounds}, {}", result.case.name, round + 1, mode.name);
+            let sample = Box::pin(bench.run(&result.case, mode, round, rate)).await;
+            let sample = sample.map_err(|error| {
+                let error = format!("round {round}, {}: {error:#}", mode.name);
+                eprintln!("FAILED {error}");
+                result.errors.push(error);
+            });
+            result.add(index, sample.ok());
+        }
+    }
+    result
+}
+
+async fn timelines(bench: &Bench) -> Result<Vec<Line>> {
+    let all = cases::all();
+    let case = all.iter().find(|case| case.name == TIMELINE_CASE).context("no case for it")?;
+    let rate = bench.half_rate(case, 0).await?;
+    let mut lines = Vec::new();
+    for mode in [cases::NONE, cases::C, cases::OURS] {
+        eprintln!("{TIMELINE}: {}", mode.name);
+        lines.push(Box::pin(timeline::run(bench, case, mode, TIMELINE_SECONDS, rate)).await?);
+    }
+    Ok(lines)
+}
+
+/// Prints the goals and writes the files.
+fn finish(options: &Options, bench: &Bench, fio: &str, results: &Results) -> Result<bool> {
+    let verdicts = judge(&results.cases, results.setup.as_ref());
+    print!("{}", goals_text(&verdicts, false));
+    for error in &results.errors {
+        eprintln!("FAILED {error}");
+    }
+    let plots = options.plots.clone().unwrap_or_else(|| bench.folder.join("plots"));
+    plot(&plots, results)?;
+    let machine = machine(options, bench, fio);
+    if let Some(path) = &options.json {
+        let all = json!({ "machine": machine, "cases": results.cases, "setup": results.setup,
+                          "timeline": results.timeline, "goals": verdicts,
+                          "errors": results.errors });
+        write(path, &serde_json::to_string_pretty(&all)?)?;
+    }
+    if let Some(path) = &options.markdown {
+        let mut text = String::from("## Results\n\n");
+        for (name, value) in machine.as_object().into_iter().flatten() {
+            text.push_str(&format!("- {name}: {}\n", value.to_string().trim_matches('"')));
+        }
+        text.push_str(&goals_text(&verdicts, true));
+        text.extend(results.cases.iter().map(|case| case_text(case, true)));
+        text.extend(results.setup.iter().map(|setup| setup_text(setup, true)));
+        write(path, &text)?;
+    }
+    eprintln!("plots: {}", plots.display());
+    Ok(results.errors.is_empty() && results.cases.iter().all(|case| case.errors.is_empty()))
+}
+
+/// What the numbers depend on.
+fn machine(options: &Options, bench: &Bench, fio: &str) -> serde_json::Value {
+    let first = |path: &str, name: &str| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+        line.rsplit(':').next().unwrap_or_default().trim().to_owned()
+    };
+    json!({
+        "processor": first("/proc/cpuinfo", "model name"),
+        "processors": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
+        "memory": first("/proc/meminfo", "MemTotal"),
+        "kernel": first("/proc/sys/kernel/osrelease", ""),
+        "load before the last run": first("/proc/loadavg", ""),
+        "fio": fio,
+        "disk MiB": bench.disk.size_bytes >> 20,
+        "rounds": options.rounds(),
+        "seconds": bench.seconds,
+        "seconds of long runs": bench.long_seconds,
+        "aio with cache direct": "native",
+        "aio with cache default": bench.cached_aio,
+        "reader releases": bench.reader_trims,
+        "iothread": bench.iothread,
+    })
+}
+
+fn plot(folder: &Path, results: &Results) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    let names = ["none", "c", "ours", "ceiling"];
+    for (metric, file) in [(Metric::Iops, "iops"), (Metric::P99, "p99"), (Metric::Reader, "reader")]
+    {
+        // Sizes of requests differ too much for one scale: everything relative to no backup.
+        let groups: Vec<_> = results
+            .cases
+            .iter()
+            .filter(|case| case.ratio(metric, "ours", "none").is_some())
+            .map(|case| {
+                let bars = names.iter().map(|mode| case.ratio(metric, mode, "none")).collect();
+                (case.case.name.as_str(), bars)
+            })
+            .collect();
+        if !groups.is_empty() {
+            let title = format!("{}, relative to no backup", metric.name());
+            write(&folder.join(format!("{file}.svg")), &svg::bars(&title, &names, &groups))?;
+        }
+    }
+    if !results.timeline.is_empty() {
+        let lines: Vec<_> =
+            results.timeline.iter().map(|line| (line.mode, line.points.as_slice())).collect();
+        let title = "latency of 4 KiB writes at a fixed rate, means of 100 ms";
+        let mark = (timeline::BEGINS.as_secs_f64(), "the backup begins");
+        write(&folder.join("latency.svg"), &svg::lines(title, "µs", &lines, mark))?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a backup costs the guest: measurements of the fleecing path, side by side in one run.
+//!
+//! * [`cases`]: what is measured, and which part of it in a short run.
+//! * [`run`]: one measurement of one case in one mode.
+//! * [`daemon`]: the patched storage daemon, [`access`]: a backup access in it, [`disk`]: its files.
+//! * [`fio`], [`generate`], [`nbdcopy`]: the guest's load; [`reader`]: the backup client's.
+//! * [`setup_time`]: how long all guest I/O is held; [`timeline`]: latency while a backup begins.
+//! * [`stats`]: medians and their confidence; [`goals`]: what is to be reached.
+//! * [`report`], [`svg`]: tables and plots.
+//! * [`procfs`], [`child`]: what a process used, and its end.
+
+#![forbid(unsafe_code)]
+
+pub mod access;
+pub mod cases;
+pub mod child;
+pub mod daemon;
+pub mod disk;
+pub mod fio;
+pub mod generate;
+pub mod goals;
+pub mod nbdcopy;
+pub mod procfs;
+pub mod reader;
+pub mod report;
+pub mod run;
+pub mod sample;
+pub mod setup_time;
+pub mod stats;
+pub mod svg;
+pub mod timeline;
