@@ -5,6 +5,8 @@ use serde::Serialize;
 
 /// Default of `buffer-size`.
 pub const BUFFER_DEFAULT: u64 = 64 << 20;
+/// So small that old data goes to the fleecing image at once.
+pub const BUFFER_SMALL: u64 = 1 << 20;
 /// The larger buffer of some goals.
 pub const BUFFER_LARGE: u64 = 1 << 30;
 
@@ -128,6 +130,8 @@ pub enum Work {
         /// Requests in flight.
         depth: u32,
     },
+    /// So few random writes of 4 KiB, 16 in flight, that they are all far from each other.
+    Few,
     /// 70 % reads, 30 % writes of 4 KiB, 16 in flight.
     Mixed,
     /// Writes of 4 KiB, 16 in flight, most of them to few blocks.
@@ -164,6 +168,7 @@ impl Work {
                 let order = if sequential { "-seq" } else { "" };
                 format!("{size}{unit}{order}-qd{depth}")
             }
+            Self::Few => "few-4k-qd16".into(),
             Self::Mixed => "mixed-4k-qd16".into(),
             Self::Zipf => "zipf-4k-qd16".into(),
             Self::FixedRate => "rate-4k".into(),
@@ -224,6 +229,10 @@ impl Case {
         Self { short: true, ..self }
     }
 
+    fn small_buffer(self) -> Self {
+        Self { name: format!("{}/1m", self.name), buffer_bytes: BUFFER_SMALL, ..self }
+    }
+
     fn large_buffer(self) -> Self {
         Self { name: format!("{}/1g", self.name), buffer_bytes: BUFFER_LARGE, ..self }
     }
@@ -261,22 +270,24 @@ pub fn all() -> Vec<Case> {
         case(small, Direct, Raw, Limited).large_buffer().modes(WITH_CEILING).short(),
         case(small, Default, Raw, Limited).large_buffer().short(),
         case(Work::FixedRate, Direct, Raw, Limited).short(),
-        case(Work::FixedRate, Direct, Raw, Absent).short(),
+        case(Work::FixedRate, Direct, Raw, Absent),
         case(Work::FixedRate, Default, Raw, Limited),
         case(Work::FixedRate, Default, Raw, Absent),
-        case(medium, Direct, Raw, Limited).modes(WITH_CEILING).short(),
-        case(medium, Default, Raw, Limited).short(),
-        case(SEQUENTIAL, Direct, Raw, Limited).modes(WITH_CEILING).short(),
+        case(medium, Direct, Raw, Limited).short(),
+        case(medium, Default, Raw, Limited),
+        case(SEQUENTIAL, Direct, Raw, Limited),
         case(SEQUENTIAL, Default, Raw, Limited).short(),
+        case(medium, Direct, Raw, Limited).large_buffer().modes(WITH_CEILING),
+        case(SEQUENTIAL, Direct, Raw, Limited).large_buffer().modes(WITH_CEILING),
         case(Work::Zipf, Direct, Raw, Limited).short(),
         case(Work::Zipf, Default, Raw, Limited),
         case(Work::Rewrite, Direct, Raw, Absent).short(),
         case(Work::Rewrite, Default, Raw, Absent),
-        case(Work::Nbdcopy { guest_iops: None }, Direct, Raw, Absent).short(),
+        case(Work::Nbdcopy { guest_iops: None }, Direct, Raw, Absent),
         case(Work::Nbdcopy { guest_iops: None }, Default, Raw, Absent),
         case(Work::Nbdcopy { guest_iops: Some(2000) }, Direct, Raw, Absent).short(),
         case(Work::Nbdcopy { guest_iops: Some(2000) }, Default, Raw, Absent),
-        case(small, Direct, Raw, Absent).short(),
+        case(Work::Few, Direct, Raw, Absent).small_buffer().short(),
         case(Work::NullRewrite, Default, Null, Absent).short(),
         case(Work::NullOnce, Default, Null, Absent),
     ];

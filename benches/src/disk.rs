@@ -56,16 +56,21 @@ impl Disk {
     /// Brings the page cache into the state in which every run of a cache mode begins: nothing
     /// dirty, and nothing of the disk in it (`Direct`) or all of it, if there is RAM for that.
     ///
+    /// It is read as by random reads, into single pages: read-ahead fills the cache with large folios,
+    /// and then each small write makes one of those dirty as a whole, which costs more than any filter.
+    ///
     /// # Errors
     /// The disk cannot be read.
     pub fn settle(&self, cache: Cache) -> Result<()> {
         let mut file = OpenOptions::new().read(true).write(true).open(&self.path)?;
         file.sync_all()?;
         let fits = available_bytes().is_some_and(|free| free > self.size_bytes * 3 / 2);
+        let all = NonZeroU64::new(self.size_bytes);
+        fadvise(&file, 0, all, Advice::DontNeed)?;
         if cache == Cache::Direct || !fits {
-            fadvise(&file, 0, NonZeroU64::new(self.size_bytes), Advice::DontNeed)?;
             return Ok(());
         }
+        fadvise(&file, 0, all, Advice::Random)?;
         let mut chunk = vec![0; CHUNK_BYTES];
         while file.read(&mut chunk)? > 0 {}
         Ok(())

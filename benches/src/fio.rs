@@ -30,6 +30,8 @@ pub struct Job {
     pub repeat: bool,
     /// Part of the disk from its beginning; all of it if 0.
     pub region_bytes: u64,
+    /// Ends after so many bytes, if not 0.
+    pub io_bytes: u64,
     /// Parameter of a zipf distribution.
     pub zipf: Option<f64>,
     /// Per cent of reads of a mixed pattern.
@@ -61,6 +63,9 @@ impl Job {
         }
         if self.region_bytes > 0 {
             args.push(format!("--size={}", self.region_bytes));
+        }
+        if self.io_bytes > 0 {
+            args.push(format!("--io_size={}", self.io_bytes));
         }
         if let Some(theta) = self.zipf {
             args.push(format!("--random_distribution=zipf:{theta}"));

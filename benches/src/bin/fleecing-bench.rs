@@ -8,8 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use benches::cases::{self, Case, Work};
-use benches::daemon::{Daemon, File};
-use benches::disk::{Disk, check_space, sparse};
+use benches::disk::{Disk, check_space};
 use benches::goals::judge;
 use benches::report::{CaseResult, case_text, goals_text, setup_text};
 use benches::run::Bench;
@@ -64,6 +63,9 @@ struct Options {
     /// The guest's export gets a thread of its own
     #[arg(long)]
     iothread: bool,
+    /// Asynchronous I/O of cache "default"; cache "direct" always has "native"
+    #[arg(long, value_name = "KIND", default_value = "threads", value_parser = ["threads", "io_uring"])]
+    cached_aio: String,
     /// Prints the names of the cases
     #[arg(long)]
     list: bool,
@@ -92,7 +94,7 @@ impl Options {
     }
 
     fn long_seconds(&self) -> u32 {
-        self.seconds.map_or(if self.full { 60 } else { 4 }, |seconds| seconds * 3)
+        self.seconds.map_or(if self.full { 60 } else { 3 }, |seconds| seconds * 3)
     }
 
     fn rounds(&self) -> u64 {
@@ -199,30 +201,16 @@ async fn prepare(options: &Options) -> Result<Bench> {
     check_space(&folder, size_bytes)?;
     let in_folder = folder.clone();
     let disk = tokio::task::spawn_blocking(move || Disk::ensure(&in_folder, size_bytes)).await??;
-    let cached_aio = best_aio(&bin, &folder).await?;
     Ok(Bench {
         bin,
         folder,
         disk,
         seconds: options.seconds(),
         long_seconds: options.long_seconds(),
-        cached_aio,
+        cached_aio: options.cached_aio.clone(),
         iothread: options.iothread,
         reader_trims: options.reader_trims,
     })
-}
-
-/// `io_uring` where QEMU and the kernel have it, else threads.
-async fn best_aio(bin: &Path, folder: &Path) -> Result<&'static str> {
-    let daemon = Daemon::start(bin, folder, false).await?;
-    let scratch = tempfile::Builder::new().prefix("probe-").tempdir_in(folder)?;
-    let path = scratch.path().join("file");
-    sparse(&path, 1 << 20)?;
-    let cache = cases::Cache::Default;
-    let file = File { path: &path, qcow2: false, cache, aio: "io_uring" };
-    let works = daemon.add_file("probe", &file).await.is_ok();
-    daemon.quit().await?;
-    Ok(if works { "io_uring" } else { "threads" })
 }
 
 fn announce(options: &Options, cases: &[Case]) {
