@@ -209,7 +209,7 @@ fn kebab(value: impl Serialize) -> String {
 }
 
 impl Case {
-    fn new(work: Work, cache: Cache, fleecing: Fleecing, reading: Reading) -> Self {
+    pub(crate) fn new(work: Work, cache: Cache, fleecing: Fleecing, reading: Reading) -> Self {
         let name =
             format!("{}/{}/{}/{}", work.name(), kebab(cache), kebab(fleecing), kebab(reading));
         Self {

@@ -156,7 +156,7 @@ pub struct File<'a> {
 }
 
 /// Connects as soon as the daemon listens.
-async fn connect(qmp: &Path, child: &mut Child) -> Result<Session> {
+pub(crate) async fn connect(qmp: &Path, child: &mut Child) -> Result<Session> {
     let deadline = Instant::now() + START_WITHIN;
     loop {
         match Session::connect(qmp, Options::default()).await {

@@ -11,6 +11,9 @@ use crate::stats::Estimate;
 /// How slow ours may be nowhere, within confidence.
 const NOWHERE_BELOW: f64 = 0.95;
 
+/// Confidence below which nothing is called slower: that of two rounds is less.
+const SURE: f64 = 0.7;
+
 /// A bound of a median ratio.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -152,7 +155,7 @@ fn slower_than_c(results: &[CaseResult]) -> Vec<Verdict> {
         let client = result.ratio(Metric::Reader, "ours", "c").map(|found| (Metric::Reader, found));
         for (metric, found) in guest.into_iter().chain(client) {
             compared += 1;
-            if found.high < NOWHERE_BELOW {
+            if found.high < NOWHERE_BELOW && found.confidence >= SURE {
                 let what = format!("{}: {}, ours / c", result.case.name, metric.name());
                 slower.push(verdict(
                     format!("nowhere slower than C: {what}"),

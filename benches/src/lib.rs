@@ -5,6 +5,7 @@
 //! * [`run`]: one measurement of one case in one mode.
 //! * [`daemon`]: the patched storage daemon, [`access`]: a backup access in it, [`disk`]: its files.
 //! * [`fio`], [`generate`], [`nbdcopy`]: the guest's load; [`reader`]: the backup client's.
+//! * [`guest`]: the same in a Linux guest.
 //! * [`setup_time`]: how long all guest I/O is held; [`timeline`]: latency while a backup begins.
 //! * [`stats`]: medians and their confidence; [`goals`]: what is to be reached.
 //! * [`report`], [`svg`]: tables and plots.
@@ -20,6 +21,7 @@ pub mod disk;
 pub mod fio;
 pub mod generate;
 pub mod goals;
+pub mod guest;
 pub mod nbdcopy;
 pub mod procfs;
 pub mod reader;

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `cargo xtask bench`: builds what is measured and the program that measures it, and runs it.
 
-use std::process::{ExitCode, Stdio};
+use std::ffi::OsString;
+use std::fs;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::cargo::{QEMU_BIN_ENV, cargo};
 use crate::paths::Paths;
-use crate::run::{Show, Step};
+use crate::run::{Show, Step, output};
 use crate::{qemu, setup};
 
 /// Measures what a backup costs.
@@ -44,12 +46,51 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
         limit: Duration::from_secs(3600),
     }
     .run(cargo(paths, &[&["build"], &package[..]].concat()))?;
+    let program = [&["run", "--quiet"], &package[..], &["--"]].concat();
+    let guest =
+        if !asks_only && wants_guest(paths, &program, args)? { guest(paths)? } else { Vec::new() };
     // The program talks to the terminal itself, and may be stopped there.
-    let status = cargo(paths, &[&["run", "--quiet"], &package[..], &["--"]].concat())
+    let status = cargo(paths, &program)
         .env(QEMU_BIN_ENV, paths.qemu_bin())
         .args(args)
+        .args(guest)
         .stdin(Stdio::null())
         .status()
         .context("cargo: cannot start")?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Whether any of the cases that are asked for runs in the guest, and none is given.
+fn wants_guest(paths: &Paths, program: &[&str], args: &[String]) -> Result<bool> {
+    if args.iter().any(|arg| arg == "--guest") {
+        return Ok(false);
+    }
+    let listed = output(cargo(paths, program).args(args).arg("--list"))?;
+    Ok(listed.lines().any(|line| line.starts_with("guest-")))
+}
+
+/// Kernel, initramfs and load program of the guest, as the program wants them.
+fn guest(paths: &Paths) -> Result<Vec<OsString>> {
+    let load = paths.root.join("target/bench/guest-load");
+    fs::create_dir_all(paths.root.join("target/bench")).context("cannot create target/bench")?;
+    let source = paths.root.join("benches/src/bin/guest-load.rs");
+    let mut compile = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    compile.args(["--edition", "2024", "--crate-name", "guest_load", "-C", "opt-level=3"]);
+    compile.args(["-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"]);
+    compile.arg(&load).arg(source);
+    let step = |name, log: &str| Step {
+        name,
+        log: paths.logs().join(log),
+        show: Show::Progress,
+        limit: Duration::from_secs(3600),
+    };
+    step("compile the guest's load", "bench-load.log").run(compile)?;
+    let image = ["--release", "--package", "system-tests", "--bin", "guest-image"];
+    let build = cargo(paths, &[&["build"], &image[..]].concat());
+    step("build the guest", "bench-guest.log").run(build)?;
+    let printed = output(&mut cargo(paths, &[&["run", "--quiet"], &image[..]].concat()))?;
+    let mut args = vec![OsString::from("--guest")];
+    args.extend(printed.lines().map(OsString::from));
+    args.push(load.into());
+    Ok(args)
 }

@@ -15,7 +15,7 @@ use benches::run::Bench;
 use benches::sample::Metric;
 use benches::setup_time::{self, SetupTimes};
 use benches::timeline::{self, Line};
-use benches::{fio, svg};
+use benches::{fio, guest, svg};
 use clap::Parser;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
@@ -72,6 +72,9 @@ struct Options {
     /// The folder of the patched QEMU programs
     #[arg(long, env = "VZDUMP_QEMU_BIN", value_name = "DIR")]
     qemu: Option<PathBuf>,
+    /// The guest's kernel, its initramfs and its load program, see `cargo xtask bench`
+    #[arg(long, value_names = ["KERNEL", "INITRD", "LOAD"], num_args = 3)]
+    guest: Option<Vec<PathBuf>>,
     /// Where the disk and the sockets are; never in RAM (default target/bench)
     #[arg(long, value_name = "DIR")]
     folder: Option<PathBuf>,
@@ -87,6 +90,15 @@ impl Options {
 
     fn cases(&self) -> Vec<Case> {
         cases::all().into_iter().filter(|case| self.wants(&case.name, case.short)).collect()
+    }
+
+    fn guest_cases(&self) -> Vec<Case> {
+        guest::cases().into_iter().filter(|case| self.wants(&case.name, false)).collect()
+    }
+
+    fn guest_parts(&self) -> Option<guest::Parts> {
+        let [kernel, initrd, load] = self.guest.as_deref()? else { return None };
+        Some(guest::Parts { kernel: kernel.clone(), initrd: initrd.clone(), load: load.clone() })
     }
 
     fn seconds(&self) -> u32 {
@@ -150,7 +162,7 @@ async fn until_stopped(options: &Options) -> Result<bool> {
 async fn measure(options: &Options) -> Result<bool> {
     let cases = options.cases();
     if options.list {
-        for case in &cases {
+        for case in cases.iter().chain(&options.guest_cases()) {
             let modes: Vec<&str> = case.modes.iter().map(|mode| mode.name).collect();
             println!("{:<44} {}", case.name, modes.join(" "));
         }
@@ -169,6 +181,9 @@ async fn measure(options: &Options) -> Result<bool> {
         let result = Box::pin(one_case(&bench, case, options.rounds())).await;
         print!("{}", case_text(&result, false));
         results.cases.push(result);
+    }
+    if let Err(error) = Box::pin(in_guest(options, &bench, &mut results)).await {
+        results.errors.push(format!("guest: {error:#}"));
     }
     if options.wants(SETUP, true) {
         eprintln!("{SETUP}");
@@ -223,7 +238,7 @@ fn announce(options: &Options, cases: &[Case]) {
         })
         .sum::<f64>()
         * options.rounds() as f64;
-    let minutes = (seconds / 60.0).ceil();
+    let minutes = (seconds / 60.0).ceil().max(0.0);
     eprintln!("{} cases, {} rounds, about {minutes} min", cases.len(), options.rounds());
 }
 
@@ -257,6 +272,33 @@ async fn one_case(bench: &Bench, case: Case, rounds: u64) -> CaseResult {
         }
     }
     result
+}
+
+/// The cases that run in a Linux guest.
+async fn in_guest(options: &Options, bench: &Bench, results: &mut Results) -> Result<()> {
+    let cases = options.guest_cases();
+    if cases.is_empty() {
+        return Ok(());
+    }
+    let parts = options.guest_parts().context("no guest is given, see --guest")?;
+    let guest = guest::Guest::prepare(&parts, &bench.folder).await?;
+    for case in cases {
+        let mut result = CaseResult::new(case);
+        for round in 0..options.rounds() {
+            for index in result.case.order(round as usize) {
+                let mode = result.case.modes[index];
+                eprintln!("{}: round {}, {}", result.case.name, round + 1, mode.name);
+                let sample = Box::pin(guest.run(bench, &result.case, mode, round)).await;
+                let sample = sample.map_err(|error| {
+                    result.errors.push(format!("round {round}, {}: {error:#}", mode.name));
+                });
+                result.add(index, sample.ok());
+            }
+        }
+        print!("{}", case_text(&result, false));
+        results.cases.push(result);
+    }
+    Ok(())
 }
 
 async fn timelines(bench: &Bench) -> Result<Vec<Line>> {
