@@ -57,6 +57,20 @@ impl CaseResult {
     }
 }
 
+impl CaseResult {
+    /// The ratio of the CPU time that ours adds to a request to what QEMU's filter adds: without
+    /// that of the server, which both have.
+    #[must_use]
+    pub fn added_cpu(&self) -> Option<Estimate> {
+        let of = |mode| self.values(mode, |sample| Metric::Cpu.of(sample));
+        let none = of("none");
+        let added = |mode| -> Vec<Option<f64>> {
+            of(mode).iter().zip(&none).map(|(with, without)| Some((*with)? - (*without)?)).collect()
+        };
+        ratio(&added("ours"), &added("c"))
+    }
+}
+
 /// A table with aligned columns.
 #[derive(Debug, Default)]
 struct Table {
@@ -167,6 +181,10 @@ pub fn case_text(result: &CaseResult, markdown: bool) -> String {
     text.push_str(&table.text(markdown));
     text.push('\n');
     text.push_str(&ratios_text(result, markdown));
+    if let Some(added) = result.added_cpu().filter(|_| !result.case.work.on_disk()) {
+        let added = with_range(Some(added));
+        text.push_str(&format!("\nCPU added by the filter, ours / c: {added}\n"));
+    }
     if !result.rates.is_empty() {
         text.push_str(&format!("\noffered requests per second, by round: {:?}\n", result.rates));
     }
@@ -285,6 +303,18 @@ mod tests {
     fn numbers_are_short() {
         let shown = [Some(1234.5), Some(12.34), Some(0.123), None].map(number);
         assert_eq!(shown, ["1234", "12.3", "0.12", "-"]);
+    }
+
+    #[test]
+    fn added_cpu_leaves_the_server_out() {
+        let case = crate::cases::all().into_iter().find(|case| !case.work.on_disk()).unwrap();
+        let mut result = CaseResult::new(case);
+        for (mode, cpu) in [10.0, 14.0, 13.0].into_iter().enumerate() {
+            let cpu_us_per_io = Some(cpu);
+            result.add(mode, Some(Sample { cpu_us_per_io, ..Sample::default() }));
+        }
+        assert_eq!(result.added_cpu().unwrap().median, 0.75);
+        assert!(case_text(&result, false).contains("ours / c: 0.75"));
     }
 
     #[test]
