@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::console::Console;
 use crate::guest::{GuestImage, KERNEL_OPTIONS};
 use crate::process::{Guarded, Stop};
+use serde_json::json;
 
 /// How long a guest may take to boot on two busy cores.
 pub const BOOT_WITHIN: Duration = Duration::from_secs(90);
@@ -50,6 +51,45 @@ impl DirectGuest {
     /// # Errors
     /// QEMU is missing or does not start.
     pub fn boot(image: &GuestImage, disks: &[&Path], dir: &Path, options: &str) -> Result<Self> {
+        let device = |index: usize| format!("virtio-blk-pci,drive=d{index}");
+        Self::boot_with(image, disks, dir, options, &[], device)
+    }
+
+    /// The same with several queues for each disk, each served by one of `threads` threads; the
+    /// monitor listens at `qmp` in the folder.
+    ///
+    /// # Errors
+    /// Those of [`Self::boot`].
+    pub fn boot_multiqueue(
+        image: &GuestImage,
+        disks: &[&Path],
+        dir: &Path,
+        options: &str,
+        threads: usize,
+    ) -> Result<Self> {
+        let names: Vec<String> = (0..threads).map(|number| format!("io{number}")).collect();
+        let mut more = vec!["-qmp".into()];
+        more.push(format!("unix:{},server=on,wait=off", dir.join("qmp").display()));
+        for name in &names {
+            more.extend(["-object".into(), format!("iothread,id={name}")]);
+        }
+        let queues: Vec<_> = names.iter().map(|name| json!({ "iothread": name })).collect();
+        let device = |index: usize| {
+            json!({ "driver": "virtio-blk-pci", "drive": format!("d{index}"),
+                    "num-queues": threads, "iothread-vq-mapping": queues })
+            .to_string()
+        };
+        Self::boot_with(image, disks, dir, options, &more, device)
+    }
+
+    fn boot_with(
+        image: &GuestImage,
+        disks: &[&Path],
+        dir: &Path,
+        options: &str,
+        more: &[String],
+        device: impl Fn(usize) -> String,
+    ) -> Result<Self> {
         let log = dir.join("console.log");
         let console = Console::from_end_of(&log)?;
         let mut command = Command::new(bin_dir()?.join("qemu-system-x86_64"));
@@ -58,11 +98,12 @@ impl DirectGuest {
         command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
         command.arg("-append").arg(format!("{KERNEL_OPTIONS} {options}"));
         command.arg("-serial").arg(format!("file:{}", log.display()));
+        command.args(more);
         for (index, disk) in disks.iter().enumerate() {
             let file = disk.display();
             command.arg("-blockdev").arg(format!("driver=file,node-name=f{index},filename={file}"));
             command.arg("-blockdev").arg(format!("driver=raw,node-name=d{index},file=f{index}"));
-            command.arg("-device").arg(format!("virtio-blk-pci,drive=d{index}"));
+            command.arg("-device").arg(device(index));
         }
         command.stdin(Stdio::null());
         Ok(Self {

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 # The guest's first process: devices, guest agent, a mounted file system that can be frozen, and
 # then the records: check what the disks hold, say so on the console, and go on writing.
-# Options on the kernel's command line: vzdump.rate=N, vzdump.write=no.
+# Options on the kernel's command line: vzdump.rate=N, vzdump.write=no, vzdump.passes=N (so many
+# threads write the third disk).
 /bin/busybox mkdir -p /bin /sbin
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin
@@ -60,6 +61,8 @@ file_system &
 agent &
 echo "GUEST READY"
 records &
+passes="$(option passes)"
+[ -n "$passes" ] && guest-records passes "$passes" /dev/vdc &
 while :; do
     wait
     sleep 1

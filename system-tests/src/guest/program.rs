@@ -22,12 +22,13 @@ fn main() -> std::process::ExitCode {
     records::program::run(&arguments)
 }
 ";
-const SOURCES: [(&str, &str); 7] = [
+const SOURCES: [(&str, &str); 8] = [
     ("mod.rs", include_str!("../records/mod.rs")),
     ("check.rs", include_str!("../records/check.rs")),
     ("content.rs", include_str!("../records/content.rs")),
     ("disk.rs", include_str!("../records/disk.rs")),
     ("layout.rs", include_str!("../records/layout.rs")),
+    ("passes.rs", include_str!("../records/passes.rs")),
     ("program.rs", include_str!("../records/program.rs")),
     ("writer.rs", include_str!("../records/writer.rs")),
 ];

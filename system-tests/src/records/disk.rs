@@ -135,7 +135,7 @@ fn create_one(path: &Path, header: &Header, layout: &Layout) -> io::Result<()> {
     file.sync_all()
 }
 
-fn open_direct(path: &Path, writable: bool) -> io::Result<File> {
+pub(super) fn open_direct(path: &Path, writable: bool) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(writable);
     if path.metadata()?.file_type().is_block_device() {
@@ -144,7 +144,7 @@ fn open_direct(path: &Path, writable: bool) -> io::Result<File> {
     options.open(path)
 }
 
-fn size_of(mut file: &File) -> io::Result<u64> {
+pub(super) fn size_of(mut file: &File) -> io::Result<u64> {
     io::Seek::seek(&mut file, io::SeekFrom::End(0))
 }
 

@@ -10,6 +10,7 @@
 //! * [`content`]: what a sector holds.
 //! * [`check`]: compares a pair of disks with what they must hold.
 //! * [`writer`]: writes records at a fixed rate and measures how long the longest write took.
+//! * [`passes`]: a third disk that several threads write at once.
 //! * [`program`]: the command line of the program `guest-records`.
 //!
 //! The module uses the standard library only: it is also compiled alone, as a static program
@@ -19,5 +20,6 @@ pub mod check;
 pub mod content;
 pub mod disk;
 pub mod layout;
+pub mod passes;
 pub mod program;
 pub mod writer;

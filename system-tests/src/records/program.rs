@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use super::check::check_pair;
 use super::content::Side;
-use super::disk::{Disk, create_pair};
+use super::disk::{Disk, create_pair, size_of};
+use super::passes::{self, Sections};
 use super::writer::{WriterOptions, write_records};
 
 const USAGE: &str = "usage:
   guest-records create SIZE_BYTES PAIR_NUMBER FILE_A FILE_B
   guest-records check [--allow-in-flight] DISK...
   guest-records write [--rate N] [--stop-after N] DISK...
+  guest-records passes SECTIONS DISK
 Of the disks named, those that carry the headers of a pair are used, in whatever order.";
 
 /// How long the disks of a starting machine may take to appear.
@@ -42,6 +44,11 @@ fn dispatch(arguments: &[String]) -> Result<bool, String> {
         }
         ("check", rest) => check(rest),
         ("write", rest) => write(rest).map(|()| true),
+        ("passes", [count, disk]) => {
+            let file = std::fs::File::open(disk).map_err(|error| format!("{disk}: {error}"))?;
+            let size = size_of(&file).map_err(|error| format!("{disk}: {error}"))?;
+            passes::write(Path::new(disk), Sections::new(size, number(count)?)?, 0).map(|()| true)
+        }
         _ => Err(USAGE.into()),
     }
 }
