@@ -129,7 +129,11 @@ async fn saved_data_that_cannot_be_read_back_is_an_error_and_the_rest_is_there()
 /// A storage daemon whose `bad-disk` cannot read its sector at 1 MiB + 16 KiB.
 async fn bad_disk() -> (Storage, Client) {
     let storage = Storage::start().await.unwrap();
-    storage.disk("disk0", DISK_BYTES).await.unwrap();
+    std::fs::File::create(storage.path("disk0")).unwrap().set_len(DISK_BYTES).unwrap();
+    // Past the page cache: no reader finds the data without a request that can fail.
+    let mut file = storage.file_node("disk0", "disk0");
+    file["cache"] = json!({ "direct": true });
+    storage.node(file).await.unwrap();
     storage.disk("image", DISK_BYTES).await.unwrap();
     let mut error = fails("read", EIO, false);
     error["sector"] = json!((MIB + 16 * KIB) / 512);
