@@ -199,7 +199,7 @@ fn remove(
         Some(filter) => {
             filter::set_active(filter.node(), false);
             filter.node().freeze_filtered(main_loop, false);
-            let below = filter.node().filtered(main_loop).unwrap_or(source.node());
+            let below = filter.node().below(main_loop).unwrap_or(source.node());
             drained.replace_node(filter.node(), below)
         }
         None => Err(gone(&device.filter_node)),

@@ -75,8 +75,11 @@ fn storage_of(main_loop: MainLoop, node: Bds) -> Option<Bds> {
                 )
             };
             let valid = status >= 0 && status as u32 & sys::BDRV_BLOCK_OFFSET_VALID != 0;
-            Bds::from_ptr(file)
-                .filter(|file| valid && offset == 0 && file.driver(main_loop) == "file")
+            // Directly below: block status looks through filters, whose users want them to be asked.
+            let below = node.below(main_loop);
+            Bds::from_ptr(file).filter(|file| {
+                valid && offset == 0 && below == Some(*file) && file.driver(main_loop) == "file"
+            })
         }
         _ => None,
     }

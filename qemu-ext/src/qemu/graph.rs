@@ -143,8 +143,8 @@ impl Bds {
         blocked.then(|| error.take())
     }
 
-    /// The node that this filter filters.
-    pub fn filtered(self, _: MainLoop) -> Option<Self> {
+    /// The node behind its `file` link: what a filter filters, where `raw` has its data.
+    pub fn below(self, _: MainLoop) -> Option<Self> {
         let _lock = GraphReader::new();
         // SAFETY: main loop with the graph lock; the link of a node that is there.
         unsafe {
