@@ -58,6 +58,20 @@ pub async fn add_c_filter(daemon: &Daemon) -> Result<()> {
         .await
 }
 
+/// Puts QEMU's filter with a target in RAM above the disk and exports it: it shares the disk with no
+/// other writer, so this works only where the others will.
+///
+/// # Errors
+/// The daemon refuses.
+pub async fn add_c_filter_on_nothing(daemon: &Daemon) -> Result<()> {
+    let size = daemon.execute("query-named-block-nodes", json!({ "flat": true })).await?;
+    let node = size.as_array().and_then(|all| all.iter().find(|node| node["node-name"] == DISK));
+    let size = node.map(|node| node["image"]["virtual-size"].clone()).context("no disk")?;
+    daemon.add_node(json!({ "driver": "null-co", "node-name": FLEECING, "size": size })).await?;
+    add_c_filter(daemon).await?;
+    daemon.export(C_FILTER, "guest", true).await
+}
+
 /// Adds QEMU's view of its filter.
 ///
 /// # Errors

@@ -82,7 +82,9 @@ impl Load {
         let limit = Duration::from_secs(self.seconds.into()) + MARGIN;
         let latencies =
             tokio::time::timeout(limit, all).await.context("the load generator does not end")??;
-        self.outcome(latencies, begin.elapsed())
+        let took = begin.elapsed();
+        shared.client.clone().disconnect().await.context("the load generator's connection")?;
+        self.outcome(latencies, took)
     }
 
     fn order(&self, size_bytes: u64) -> Result<Vec<u32>> {

@@ -87,7 +87,8 @@ impl Reader {
         tokio::time::timeout(STOP_WITHIN, all)
             .await
             .context("the backup client does not end")??;
-        Ok(())
+        // QEMU does not survive a connected client when it moves its node to another thread.
+        self.shared.client.clone().disconnect().await.context("the backup client's connection")
     }
 }
 

@@ -119,6 +119,21 @@ impl Bench {
         Ok(sample)
     }
 
+    /// Fails if another QEMU has the disk open, which would make single modes fail later.
+    ///
+    /// # Errors
+    /// It has, or the storage daemon does not start.
+    pub async fn check_unused(&self) -> Result<()> {
+        let daemon = Daemon::start(&self.bin, &self.folder, false).await?;
+        let path = self.disk.path.as_path();
+        let file = File { path, qcow2: false, cache: Cache::Direct, aio: "native" };
+        daemon.add_file(DISK, &file).await?;
+        access::add_c_filter_on_nothing(&daemon)
+            .await
+            .with_context(|| format!("{} is in use by another QEMU", path.display()))?;
+        daemon.quit().await
+    }
+
     /// The offered rate: half of what is possible without a backup, beside the same reader.
     ///
     /// # Errors

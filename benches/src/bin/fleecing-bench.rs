@@ -174,7 +174,7 @@ async fn measure(options: &Options) -> Result<bool> {
         return Ok(true);
     }
     let version = fio::probe().await?;
-    let bench = prepare(options).await?;
+    let (bench, _alone) = prepare(options).await?;
     announce(options, &cases);
     let mut results = Results::default();
     for case in cases {
@@ -204,7 +204,8 @@ async fn measure(options: &Options) -> Result<bool> {
     finish(options, &bench, &version, &results)
 }
 
-async fn prepare(options: &Options) -> Result<Bench> {
+/// The lock keeps other runs away while it is held.
+async fn prepare(options: &Options) -> Result<(Bench, std::fs::File)> {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
     let bin = options.qemu.clone().unwrap_or_else(|| top.join("target/qemu/bin"));
     let bin =
@@ -212,11 +213,15 @@ async fn prepare(options: &Options) -> Result<Bench> {
     let folder = options.folder.clone().unwrap_or_else(|| top.join("target/bench"));
     std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
     let folder = folder.canonicalize()?;
+    let lock = std::fs::File::create(folder.join("lock")).context("cannot create a lock")?;
+    if lock.try_lock().is_err() {
+        bail!("another benchmark runs in {}; --folder names another one", folder.display());
+    }
     let size_bytes = options.disk_bytes();
     check_space(&folder, size_bytes)?;
     let in_folder = folder.clone();
     let disk = tokio::task::spawn_blocking(move || Disk::ensure(&in_folder, size_bytes)).await??;
-    Ok(Bench {
+    let bench = Bench {
         bin,
         folder,
         disk,
@@ -225,7 +230,9 @@ async fn prepare(options: &Options) -> Result<Bench> {
         cached_aio: options.cached_aio.clone(),
         iothread: options.iothread,
         reader_trims: options.reader_trims,
-    })
+    };
+    bench.check_unused().await?;
+    Ok((bench, lock))
 }
 
 fn announce(options: &Options, cases: &[Case]) {
