@@ -86,7 +86,6 @@ pub struct Engine<T: 'static, B> {
     /// Background work stops at the next batch unless guest requests wait for it.
     quiesced: AtomicBool,
     timeout_ns: u64,
-    metadata_limit: u64,
 }
 
 impl<T, B> std::fmt::Debug for Engine<T, B> {
@@ -121,7 +120,6 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             gate: AtomicU32::new(0),
             quiesced: AtomicBool::new(false),
             timeout_ns: settings.timeout_ns,
-            metadata_limit: settings.metadata_limit_bytes,
         })
     }
 
@@ -194,13 +192,11 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
 
     /// Breaks the snapshot because its states have no more room.
     pub(crate) fn out_of_memory(&self, io: &impl Io<Task = T, Block = B>) {
-        let text = if self.table.metadata_bytes() > self.metadata_limit {
-            format!(
-                "the states of granules need more than metadata-limit ({})",
-                self.metadata_limit
-            )
-        } else {
-            "no memory for the states of granules".to_owned()
+        let text = match self.table.hit_limit() {
+            Some(limit) => {
+                format!("the states of granules need more than metadata-limit ({limit})")
+            }
+            None => "no memory for the states of granules".to_owned(),
         };
         self.break_snapshot(io, text, Errno::ENOMEM);
     }

@@ -64,18 +64,18 @@ impl<B> std::fmt::Debug for Batch<B> {
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Placed {
-    first: u32,
-    count: u32,
+    first: u64,
+    count: u64,
     /// Granule and position, in the order of the disk.
-    places: Vec<(u64, u32)>,
+    places: Vec<(u64, u64)>,
     next: usize,
-    unused: Vec<u32>,
+    unused: Vec<u64>,
 }
 
 impl Placed {
     /// The position of a granule. Asked for in the order of the disk; what is passed over is not
     /// needed any more.
-    pub(crate) fn take(&mut self, granule: u64) -> u32 {
+    pub(crate) fn take(&mut self, granule: u64) -> u64 {
         while let Some(&(place, position)) = self.places.get(self.next) {
             self.next += 1;
             if place == granule {
@@ -193,13 +193,13 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     /// Takes space of the log for granules, given in the order of the disk.
     fn place(&self, granules: impl Iterator<Item = u64>) -> Result<Placed, Full> {
         let tail = self.geometry.has_odd_tail().then(|| self.geometry.count() - 1);
-        let mut places: Vec<(u64, u32)> = granules.map(|granule| (granule, 0)).collect();
+        let mut places: Vec<(u64, u64)> = granules.map(|granule| (granule, 0)).collect();
         let has_tail = places.last().is_some_and(|&(granule, _)| tail == Some(granule));
-        let count = places.len() as u32 - u32::from(has_tail);
+        let count = places.len() as u64 - u64::from(has_tail);
         let mut log = self.log.lock();
         let first = if count > 0 { log.begin_write(count)? } else { 0 };
         for (nth, (_, position)) in places.iter_mut().enumerate() {
-            *position = first + nth as u32;
+            *position = first + nth as u64;
         }
         if has_tail && let (Some(last), Some(position)) = (places.last_mut(), log.tail_position()) {
             last.1 = position;
@@ -228,11 +228,11 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     pub(crate) fn discard_segments(
         &self,
         io: &impl Io<Task = T, Block = B>,
-        segments: Vec<(u32, u32)>,
+        segments: Vec<(u64, u64)>,
     ) {
         let granule = self.geometry.granule();
         for (position, count) in segments {
-            let range = ByteRange::at(u64::from(position) * granule, u64::from(count) * granule);
+            let range = ByteRange::at(position * granule, count * granule);
             self.watched(io, What::DiscardLog, range.start, || {
                 io.discard_log(range.start, range.len());
             });
@@ -348,10 +348,10 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     fn write_log(
         &self,
         io: &impl Io<Task = T, Block = B>,
-        position: u32,
+        position: u64,
         parts: &[&[u8]],
     ) -> Result<(), Errno> {
-        let offset = u64::from(position) * self.geometry.granule();
+        let offset = position * self.geometry.granule();
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let mut result = Ok(());
         for _ in 0..WRITE_TRIES {

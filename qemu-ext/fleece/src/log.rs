@@ -30,14 +30,14 @@ pub(crate) enum Full {
 /// Positions are in granules; the odd tail has the image's last place to itself.
 #[derive(Debug)]
 pub(crate) struct Log {
-    head: u32,
+    head: u64,
     /// One past the last position, the odd tail's place not counted.
-    capacity: u32,
-    segment_granules: u32,
+    capacity: u64,
+    segment_granules: u64,
     segment_limit: u64,
     /// The segments from `first_segment` on; older ones are all given back.
     segments: VecDeque<Segment>,
-    first_segment: u32,
+    first_segment: u64,
     /// Segments that are not given back.
     in_use: u64,
     live: u64,
@@ -60,8 +60,8 @@ impl Log {
         let positions = image_bytes.saturating_sub(tail_bytes) / granule;
         Self {
             head: 0,
-            capacity: positions.min(geometry.count()) as u32,
-            segment_granules: (segment_bytes / granule).max(1) as u32,
+            capacity: positions.min(geometry.count()),
+            segment_granules: (segment_bytes / granule).max(1),
             segment_limit: limit_bytes.map_or(u64::MAX, |limit| (limit / segment_bytes).max(1)),
             segments: VecDeque::new(),
             first_segment: 0,
@@ -79,7 +79,7 @@ impl Log {
 
     /// Bytes of the image that are not given back.
     pub(crate) fn allocated_bytes(&self) -> u64 {
-        self.in_use * u64::from(self.segment_granules) * self.granule
+        self.in_use * self.segment_granules * self.granule
     }
 
     pub(crate) fn metadata_bytes(&self) -> u64 {
@@ -87,7 +87,7 @@ impl Log {
     }
 
     /// The place of the odd tail granule: behind all others.
-    pub(crate) fn tail_position(&self) -> Option<u32> {
+    pub(crate) fn tail_position(&self) -> Option<u64> {
         self.has_odd_tail.then_some(self.capacity)
     }
 
@@ -95,7 +95,7 @@ impl Log {
     ///
     /// # Errors
     /// There is no more space; nothing has changed.
-    pub(crate) fn begin_write(&mut self, count: u32) -> Result<u32, Full> {
+    pub(crate) fn begin_write(&mut self, count: u64) -> Result<u64, Full> {
         let position = self.head;
         let end = position.checked_add(count).filter(|&end| end <= self.capacity);
         let end = end.ok_or(Full::Image)?;
@@ -110,16 +110,16 @@ impl Log {
         }
         self.in_use += more as u64;
         self.head = end;
-        self.live += u64::from(count);
+        self.live += count;
         self.each_segment(position, count, |segment, part| {
             segment.writing += 1;
-            segment.live += part;
+            segment.live += part as u32;
         });
         Ok(position)
     }
 
     /// Ends a write begun with [`Log::begin_write`].
-    pub(crate) fn end_write(&mut self, position: u32, count: u32) {
+    pub(crate) fn end_write(&mut self, position: u64, count: u64) {
         self.each_segment(position, count, |segment, _| segment.writing -= 1);
     }
 
@@ -129,7 +129,7 @@ impl Log {
     }
 
     /// The granule at `position` is not needed any more.
-    pub(crate) fn remove(&mut self, position: u32) {
+    pub(crate) fn remove(&mut self, position: u64) {
         self.live = self.live.saturating_sub(1);
         // The odd tail's place belongs to no segment: its space is never given back.
         if position < self.capacity {
@@ -141,7 +141,7 @@ impl Log {
 
     /// Adds to `out` the segments among these positions that can be given back now, as (position,
     /// count).
-    pub(crate) fn give_back(&mut self, position: u32, count: u32, out: &mut Vec<(u32, u32)>) {
+    pub(crate) fn give_back(&mut self, position: u64, count: u64, out: &mut Vec<(u64, u64)>) {
         let first = position / self.segment_granules;
         let last = (position + count.max(1) - 1) / self.segment_granules;
         for index in first..=last {
@@ -160,13 +160,13 @@ impl Log {
         }
     }
 
-    fn segment(&mut self, index: u32) -> Option<&mut Segment> {
+    fn segment(&mut self, index: u64) -> Option<&mut Segment> {
         let at = index.checked_sub(self.first_segment)?;
         self.segments.get_mut(at as usize)
     }
 
     /// Calls `f` with each segment among these positions and how many of them are in it.
-    fn each_segment(&mut self, position: u32, count: u32, mut f: impl FnMut(&mut Segment, u32)) {
+    fn each_segment(&mut self, position: u64, count: u64, mut f: impl FnMut(&mut Segment, u64)) {
         let size = self.segment_granules;
         let end = position + count;
         let mut at = position;

@@ -12,30 +12,32 @@ pub(crate) enum Location {
     /// In RAM, in this extent.
     Ram(u32),
     /// In the fleecing image, at this position in granules.
-    Log(u32),
+    Log(u64),
     /// Nowhere: it could not be read.
     Lost,
 }
 
-const RAM: u32 = 1 << 31;
-const LOST: u32 = u32::MAX;
+/// The lower bits of a slot are the location, the others the granule's index in its region.
+const KEY_SHIFT: u32 = 48;
+const RAM: u64 = 1 << (KEY_SHIFT - 1);
+const LOST: u64 = (1 << KEY_SHIFT) - 1;
 const EMPTY: u64 = u64::MAX;
 const MIN_CAPACITY: usize = 8;
 
 impl Location {
-    const fn encode(self) -> u32 {
+    const fn encode(self) -> u64 {
         match self {
-            Self::Ram(extent) => RAM | extent,
+            Self::Ram(extent) => RAM | extent as u64,
             Self::Log(position) => position,
             Self::Lost => LOST,
         }
     }
 
-    fn decode(word: u32) -> Self {
-        match word {
+    fn decode(slot: u64) -> Self {
+        match slot & LOST {
             LOST => Self::Lost,
-            _ if word & RAM != 0 => Self::Ram(word & !RAM),
-            _ => Self::Log(word),
+            word if word & RAM != 0 => Self::Ram(word as u32),
+            word => Self::Log(word),
         }
     }
 }
@@ -43,13 +45,12 @@ impl Location {
 /// Locations by the granule's index in its region.
 #[derive(Debug, Default)]
 pub(crate) struct Places {
-    /// Index in the upper half, location in the lower.
     slots: Box<[u64]>,
     len: usize,
 }
 
 const fn key(slot: u64) -> u32 {
-    (slot >> 32) as u32
+    (slot >> KEY_SHIFT) as u32
 }
 
 impl Places {
@@ -84,13 +85,13 @@ impl Places {
     }
 
     pub(crate) fn get(&self, index: u32) -> Option<Location> {
-        self.find(index).map(|at| Location::decode(self.slots[at] as u32))
+        self.find(index).map(|at| Location::decode(self.slots[at]))
     }
 
     /// Changes the location of a granule that has one.
     pub(crate) fn replace(&mut self, index: u32, location: Location) {
         if let Some(at) = self.find(index) {
-            self.slots[at] = u64::from(index) << 32 | u64::from(location.encode());
+            self.slots[at] = u64::from(index) << KEY_SHIFT | location.encode();
         }
     }
 
@@ -129,14 +130,14 @@ impl Places {
     /// Adds a granule that has no location, after [`Places::reserve`].
     pub(crate) fn insert(&mut self, index: u32, location: Location) {
         self.len += 1;
-        self.put(u64::from(index) << 32 | u64::from(location.encode()));
+        self.put(u64::from(index) << KEY_SHIFT | location.encode());
     }
 
     /// Takes a granule's location out. Later entries of its run move up, so that no marks of
     /// deleted ones are needed.
     pub(crate) fn remove(&mut self, index: u32) -> Option<Location> {
         let mut hole = self.find(index)?;
-        let location = Location::decode(self.slots[hole] as u32);
+        let location = Location::decode(self.slots[hole]);
         let capacity = self.slots.len();
         let distance = |from: usize, to: usize| (to + capacity - from) % capacity;
         let mut at = self.after(hole);
@@ -179,8 +180,8 @@ mod tests {
             if rng.random_ratio(fill, 5) {
                 let location = match model.get(&index) {
                     Some(_) => {
-                        places.replace(index, Location::Log(round));
-                        Location::Log(round)
+                        places.replace(index, Location::Log(u64::from(round)));
+                        Location::Log(u64::from(round))
                     }
                     None => {
                         places.reserve(1).unwrap();
@@ -202,7 +203,7 @@ mod tests {
         let mut places = Places::default();
         for index in 0..16384 {
             places.reserve(1).unwrap();
-            places.insert(index, Location::Log(index));
+            places.insert(index, Location::Log(u64::from(index)));
             if index >= 64 {
                 let limit = u64::from(index + 1) * 12 + 64;
                 assert!(places.bytes() <= limit, "{} entries: {}", index + 1, places.bytes());
@@ -219,10 +220,10 @@ mod tests {
         let mut places = Places::default();
         places.reserve(3).unwrap();
         places.insert(0, Location::Lost);
-        places.insert(1, Location::Ram((1 << 31) - 2));
-        places.insert(2, Location::Log((1 << 31) - 2));
+        places.insert(1, Location::Ram(u32::MAX - 1));
+        places.insert(2, Location::Log((1 << 47) - 1));
         assert_eq!(places.get(0), Some(Location::Lost));
-        assert_eq!(places.get(1), Some(Location::Ram((1 << 31) - 2)));
-        assert_eq!(places.get(2), Some(Location::Log((1 << 31) - 2)));
+        assert_eq!(places.get(1), Some(Location::Ram(u32::MAX - 1)));
+        assert_eq!(places.get(2), Some(Location::Log((1 << 47) - 1)));
     }
 }

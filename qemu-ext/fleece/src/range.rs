@@ -16,8 +16,8 @@ pub(crate) const REGION_GRANULES: u64 = if cfg!(loom) { 256 } else { 16384 };
 const _: () = assert!(MAX_GRANULE_BYTES <= PIECE_BYTES && MIN_GRANULE_BYTES.is_power_of_two());
 const _: () = assert!(REGION_GRANULES.is_multiple_of(PIECE_GRANULES as u64));
 
-/// Positions in the log must fit into 31 bits beside their tag, see `table`.
-const MAX_GRANULES: u64 = (1 << 31) - 1;
+/// 4 KiB granules up to 32 TiB of disk: the root of their table has 8 MiB then.
+const MAX_GRANULES: u64 = 1 << 33;
 
 /// A half-open range of bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,7 +184,8 @@ mod tests {
     #[test]
     fn a_huge_disk_gets_larger_granules() {
         let geometry = Geometry::new(64 << 40, 512).unwrap();
-        assert_eq!(geometry.granule(), 65536);
+        assert_eq!(geometry.granule(), 8192);
+        assert_eq!(Geometry::new(32 << 40, 512).unwrap().granule(), 4096);
         assert!(Geometry::new(1 << 30, 2 << 20).is_err());
     }
 

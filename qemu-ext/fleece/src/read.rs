@@ -14,6 +14,10 @@ use crate::{Device, Errno, Fetch, Io};
 /// Gaps of at most this many bytes are read over: that is cheaper than another request.
 const SOURCE_GAP_BYTES: u64 = 64 << 10;
 
+/// Block status looks at so many runs of granules at most before it answers: guest requests wait
+/// for the region's lock meanwhile.
+const MAX_STATUS_RUNS: u32 = 1024;
+
 /// How a run of the snapshot is stored, for block status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stored {
@@ -211,9 +215,9 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         Ok(plan.parts)
     }
 
-    fn log_offset(&self, position: u32, byte: u64) -> u64 {
+    fn log_offset(&self, position: u64, byte: u64) -> u64 {
         let granule = self.geometry.granule();
-        u64::from(position) * granule + byte % granule
+        position * granule + byte % granule
     }
 
     /// Looks at the piece again after a fetch: takes from RAM what was saved meanwhile, and returns
@@ -293,6 +297,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     fn stored(&self, range: ByteRange) -> Result<(u64, Stored), Errno> {
         let mut end = range.start;
         let mut kind = None;
+        let mut runs = 0;
         // An error only ends the walk.
         let _ = self.look(range, |_, bytes, granule| {
             let this = match granule {
@@ -302,7 +307,8 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
                 // increment.
                 Granule::Ram(_) | Granule::Log(_) | Granule::Gone | Granule::Lost => Stored::Data,
             };
-            if *kind.get_or_insert(this) != this {
+            runs += 1;
+            if *kind.get_or_insert(this) != this || runs > MAX_STATUS_RUNS {
                 return Err(Errno::EIO);
             }
             end = bytes.end;

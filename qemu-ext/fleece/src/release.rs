@@ -52,7 +52,7 @@ where
 #[derive(Default)]
 struct Rest {
     /// Segments of the image to give back.
-    segments: Vec<(u32, u32)>,
+    segments: Vec<(u64, u64)>,
     /// Postponed discards.
     discards: Vec<Range<u32>>,
 }
@@ -107,7 +107,8 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         if !self.is_capturing() {
             return;
         }
-        let Ok(region) = self.table.touch(index) else { return self.out_of_memory(io) };
+        // Without room for its state the area just stays needed.
+        let Ok(region) = self.table.touch(index) else { return };
         let mut woken = Vec::new();
         let rest = {
             let mut state = region.lock();

@@ -20,7 +20,7 @@ use crate::mask::words;
 use crate::places::{Location, Places};
 use crate::range::{Geometry, REGION_GRANULES};
 use crate::spans::Spans;
-use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering, Place};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, Place};
 use crate::{NeedMap, OutOfMemory};
 
 const WORDS: usize = (REGION_GRANULES / 64) as usize;
@@ -33,7 +33,7 @@ pub(crate) enum Granule {
     /// The old data is in RAM, in this extent.
     Ram(u32),
     /// The old data is in the fleecing image, at this position in granules.
-    Log(u32),
+    Log(u64),
     /// The old data was zero.
     Zero,
     /// Not in the dirty bitmap, or released.
@@ -170,6 +170,7 @@ pub(crate) struct Table<T: 'static> {
     need: Option<Box<dyn NeedMap>>,
     metadata: AtomicU64,
     metadata_limit: u64,
+    limit_was_hit: AtomicBool,
 }
 
 /// RAM of one region beside its variable parts.
@@ -187,7 +188,14 @@ impl<T> Table<T> {
         regions.try_reserve_exact(count).map_err(|_| OutOfMemory)?;
         regions.resize_with(count, Place::empty);
         let root = (count * size_of::<Place<Region<T>>>()) as u64;
-        Ok(Self { geometry, regions, need, metadata: AtomicU64::new(root), metadata_limit })
+        Ok(Self {
+            geometry,
+            regions,
+            need,
+            metadata: AtomicU64::new(root),
+            metadata_limit,
+            limit_was_hit: AtomicBool::new(false),
+        })
     }
 
     /// RAM in use, in bytes.
@@ -206,7 +214,16 @@ impl<T> Table<T> {
         }
         let more = after - before;
         let total = self.metadata.fetch_add(more, Ordering::Relaxed) + more;
-        if more > 0 && total > self.metadata_limit { Err(OutOfMemory) } else { Ok(()) }
+        if more == 0 || total <= self.metadata_limit {
+            return Ok(());
+        }
+        self.limit_was_hit.store(true, Ordering::Relaxed);
+        Err(OutOfMemory)
+    }
+
+    /// Whether something failed because of the limit, and the limit.
+    pub(crate) fn hit_limit(&self) -> Option<u64> {
+        self.limit_was_hit.load(Ordering::Relaxed).then_some(self.metadata_limit)
     }
 
     /// Whether a guest request on these granules of one piece needs to do nothing. No lock.

@@ -513,8 +513,9 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         mut locate: impl FnMut(u32) -> Location,
     ) -> Result<(), OutOfMemory> {
         let before = state.variable_bytes();
-        let count: u32 = still.iter().map(|word| word.count_ones()).sum();
-        state.places.reserve(count as usize)?;
+        let is_zero = |local: &u32| found.zero.contains(capture.index(*local));
+        let entries = capture.granules(still).filter(|local| !is_zero(local)).count();
+        state.places.reserve(entries)?;
         let (mut zero, mut data) = (0, 0);
         for local in capture.granules(still) {
             let index = capture.index(local);

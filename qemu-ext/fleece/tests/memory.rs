@@ -101,7 +101,6 @@ fn a_write_in_every_region_of_a_tebibyte_costs_at_most_68_mib() {
 }
 
 #[test]
-#[ignore = "not so yet: places are reserved for granules that turn out to be zero"]
 fn large_writes_over_zeroes_cost_only_their_regions() {
     let engine = active(TIB, u64::MAX);
     for start in (0..TIB).step_by(REGION as usize) {
@@ -164,7 +163,6 @@ fn write_until_lost(engine: &FreeEngine, step: u64) -> String {
 }
 
 #[test]
-#[ignore = "not so yet: a region that is refused is not booked any more when the text is made"]
 fn the_metadata_limit_ends_the_snapshot_at_a_region() {
     // Four regions and a little: the fifth is too much.
     let engine = active(GIB, 18 * KIB);
