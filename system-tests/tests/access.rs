@@ -50,7 +50,7 @@ fn bad_requests() -> Vec<(Value, &'static str)> {
         (request("t", device(json!({ "device": "alone" }))), "'alone-fleecing' does not exist"),
         (request("t", device(json!({ "fleecing": "nothing" }))), "'nothing' does not exist"),
         (request("t", device(json!({ "fleecing": "read-only" }))), "is read-only"),
-        (request("t", device(json!({ "fleecing": "small" }))), "too small: it has 1048576 bytes"),
+        (request("t", device(json!({ "fleecing": "small" }))), "too small: it has 524288 bytes"),
         (request("t", device(json!({ "fleecing": "disk0" }))), "is the device itself"),
         (request("t", device(json!({ "fleecing": "disk0-file" }))), "is in use by"),
         (request("t", device(json!({ "fleecing": "exported" }))), "is in use by"),
