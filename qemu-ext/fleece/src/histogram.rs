@@ -7,8 +7,9 @@ use crate::sync::{AtomicU64, Ordering};
 /// Buckets for each power of two.
 const SUB: u64 = 8;
 const SUB_BITS: u32 = SUB.trailing_zeros();
-/// Everything from about 18 minutes on is in the last bucket.
-const MAX_BITS: u32 = 40;
+/// Everything from about 18 minutes on is in the last bucket. In the interleaving models time
+/// stands still.
+const MAX_BITS: u32 = if cfg!(loom) { SUB_BITS } else { 40 };
 const BUCKETS: usize = ((MAX_BITS - SUB_BITS + 1) as u64 * SUB) as usize;
 
 pub(crate) struct Histogram {

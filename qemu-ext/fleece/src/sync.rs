@@ -45,26 +45,26 @@ impl<T> Place<T> {
     }
 }
 
-/// The same for the models. What it held is leaked at the end of a model's run.
+/// The same for the models: only the flag is loom's. Looking at it does not order the threads that
+/// look, so the models see no more order than `OnceLock` promises.
 #[cfg(loom)]
-pub(crate) struct Place<T: 'static>(Mutex<Option<&'static T>>);
+pub(crate) struct Place<T> {
+    filled: AtomicBool,
+    value: std::sync::OnceLock<Box<T>>,
+}
 
 #[cfg(loom)]
-impl<T: 'static> Place<T> {
+impl<T> Place<T> {
     pub(crate) fn empty() -> Self {
-        Self(Mutex::new(None))
+        Self { filled: AtomicBool::new(false), value: std::sync::OnceLock::new() }
     }
 
     pub(crate) fn get(&self) -> Option<&T> {
-        *self.0.lock()
+        if self.filled.load(Ordering::Acquire) { self.value.get().map(Box::as_ref) } else { None }
     }
 
     pub(crate) fn fill(&self, value: Box<T>) -> bool {
-        let mut place = self.0.lock();
-        let first = place.is_none();
-        if first {
-            *place = Some(Box::leak(value));
-        }
-        first
+        // One step: loom changes threads before this access, not after it.
+        !self.filled.swap(true, Ordering::AcqRel) && self.value.set(value).is_ok()
     }
 }

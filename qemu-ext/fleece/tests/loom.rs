@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+//! Interleavings of the engine's operations, explored by loom: every pair of writer, reader,
+//! release, flush, break and drain, and triples that have a story. A model passes when no order of
+//! its threads breaks the oracle, loses a wake-up, or leaves something behind (`model::explore`).
+//!
+//! `RUSTFLAGS="--cfg loom" cargo test -p fleece --release --test loom`, with a target folder of its
+//! own; more preemptions than each model's own bound with `LOOM_MAX_PREEMPTIONS=4`.
+
+#![cfg(loom)]
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+mod model;
+
+use model::Role::{Break, Close, Discard, Drain, Flush, Read, Release, Status, Write, Zeroes};
+use model::{Setup, explore};
+
+/// Preemptions in the gate.
+const BOUND: usize = 2;
+
+macro_rules! models {
+    ($($name:ident: $setup:expr => [$($role:expr),+];)+) => {$(
+        #[test]
+        fn $name() {
+            explore(stringify!($name), BOUND, $setup, &[$($role),+]);
+        }
+    )+};
+}
+
+// Pairs. Content 0 is zero, everything else is data.
+models! {
+    writer_writer: Setup::roomy(&[1, 2]) => [Write(0..1, 7), Write(0..1, 8)];
+    writer_writer_overlapping: Setup::roomy(&[1, 0, 3]) => [Write(0..2, 7), Write(1..3, 8)];
+    writer_writer_through: Setup::through(&[1, 2, 3]) => [Write(0..2, 7), Write(1..3, 8)];
+    writer_reader: Setup::roomy(&[1, 0]) => [Write(0..2, 7), Read(0..2)];
+    writer_reader_through: Setup::through(&[1, 0]) => [Write(0..2, 7), Read(0..2)];
+    writer_release: Setup::roomy(&[1, 2]) => [Write(0..2, 7), Release(0..1)];
+    writer_release_through: Setup::through(&[1, 2]) => [Write(0..2, 7), Release(0..1)];
+    writer_flush: Setup::pressed(&[1, 2]).after(&[Write(0..1, 6)]) => [Write(0..2, 7), Flush];
+    writer_break: Setup::roomy(&[1, 2]) => [Write(0..1, 7), Break];
+    writer_break_through: Setup::through(&[1, 2]) => [Write(0..1, 7), Break];
+    writer_drain: Setup::pressed(&[1, 2]) => [Write(0..1, 7), Drain];
+    reader_release_source: Setup::roomy(&[1, 2]) => [Read(0..2), Release(0..1)];
+    reader_release_ram: Setup::roomy(&[1, 2]).after(&[Write(0..2, 7)]) =>
+        [Read(0..2), Release(0..1)];
+    reader_release_log: Setup::through(&[1, 2]).after(&[Write(0..2, 7)]) =>
+        [Read(0..2), Release(0..1)];
+    reader_flush: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) => [Read(0..2), Flush];
+    reader_break: Setup::roomy(&[1, 2]).after(&[Write(0..1, 7)]) => [Read(0..2), Break];
+    reader_drain: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) => [Read(0..2), Drain];
+    release_flush: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) => [Release(0..1), Flush];
+    release_flush_segment: Setup::batches(&[1, 2, 3, 4]).segments(2)
+        .after(&[Write(0..1, 7), Write(1..2, 7), Write(2..3, 7)]) => [Release(0..2), Flush];
+    release_break: Setup::roomy(&[1, 2]).after(&[Write(0..1, 7)]) => [Release(0..2), Break];
+    release_drain: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) => [Release(0..1), Drain];
+    flush_flush: Setup::batches(&[1, 2, 3])
+        .after(&[Write(0..1, 7), Write(1..2, 7), Write(2..3, 7)]) => [Flush, Flush];
+    flush_break: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) => [Flush, Break];
+    flush_drain: Setup::batches(&[1, 2, 3])
+        .after(&[Write(0..1, 7), Write(1..2, 7), Write(2..3, 7)]) => [Flush, Drain];
+    break_break: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) => [Break, Close];
+    break_drain: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) => [Break, Drain];
+    release_release: Setup::through(&[1, 2]).after(&[Write(0..2, 7)]) =>
+        [Release(0..2), Release(0..1)];
+}
+
+// Readers beside writers, whatever else happens.
+models! {
+    a_read_that_succeeds_never_shows_what_was_not_captured: Setup::roomy(&[1, 2]) =>
+        [Write(0..1, 7), Read(0..1), Break];
+    writer_reader_close: Setup::through(&[1, 2]) => [Write(0..1, 7), Read(0..1), Close];
+    writer_flush_reader: Setup::pressed(&[1, 2]) => [Write(0..1, 7), Flush, Read(0..1)];
+    writer_release_reader: Setup::roomy(&[1, 2]) => [Write(0..1, 7), Release(0..1), Read(0..2)];
+    writer_release_reader_through: Setup::through(&[1, 2]) =>
+        [Write(0..1, 7), Release(0..1), Read(0..2)];
+    writer_writer_reader: Setup::roomy(&[1, 2]) => [Write(0..1, 7), Write(0..2, 8), Read(0..2)];
+    release_flush_reader: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) =>
+        [Release(0..1), Flush, Read(0..1)];
+    status_of_zeroes_and_writer: Setup::roomy(&[0, 0]) => [Write(0..1, 7), Status(0..2)];
+    status_of_data_and_writer: Setup::roomy(&[1, 0]) => [Write(0..1, 0), Status(0..2)];
+    status_of_data_and_writer_and_break: Setup::roomy(&[1, 0]) =>
+        [Write(0..1, 0), Status(0..2), Break];
+    status_of_discarded_and_release: Setup::roomy(&[1, 0]).after(&[Discard(0..1)]) =>
+        [Release(0..1), Status(0..2)];
+    known_zeroes_and_writer: Setup::pressed(&[0, 0]) => [Zeroes(0..2), Write(0..1, 7)];
+    known_zeroes_and_writer_and_reader: Setup::pressed(&[0, 3]) =>
+        [Zeroes(0..2), Write(0..1, 7), Read(0..2)];
+}
+
+// Guest discards, and what they must never destroy.
+models! {
+    discard_writer: Setup::roomy(&[1, 2]) => [Discard(0..2), Write(0..1, 7)];
+    discard_release: Setup::roomy(&[1, 2]) => [Discard(0..1), Release(0..1)];
+    discard_close: Setup::roomy(&[1, 2]) => [Discard(0..1), Close];
+    postponed_release_writer: Setup::roomy(&[1, 2]).after(&[Discard(0..1)]) =>
+        [Release(0..1), Write(0..1, 7)];
+    postponed_release_writer_reader: Setup::roomy(&[1, 2]).after(&[Discard(0..1)]) =>
+        [Release(0..1), Write(0..1, 7), Read(0..1)];
+    postponed_release_writer_break: Setup::roomy(&[1, 2]).after(&[Discard(0..1)]) =>
+        [Release(0..1), Write(0..1, 7), Break];
+    postponed_release_release_writer: Setup::roomy(&[1, 2]).after(&[Discard(0..2)]) =>
+        [Release(0..2), Write(0..2, 7), Release(0..1)];
+    postponed_close_writer: Setup::roomy(&[1, 2]).after(&[Discard(0..1)]) =>
+        [Close, Write(0..1, 7)];
+    postponed_close_writer_release: Setup::roomy(&[1, 2]).after(&[Discard(0..1)]) =>
+        [Close, Write(0..1, 7), Release(0..1)];
+    postponed_close_drain: Setup::roomy(&[1, 2]).after(&[Discard(0..2)]) => [Close, Drain];
+    discard_break_writer: Setup::roomy(&[1, 2]) => [Discard(0..1), Break, Write(0..1, 7)];
+    discard_close_writer: Setup::roomy(&[1, 2]) => [Discard(0..1), Close, Write(0..1, 7)];
+    discard_release_writer: Setup::roomy(&[1, 2]) =>
+        [Discard(0..1), Release(0..1), Write(0..1, 7)];
+}
+
+// Waiting for room in RAM.
+models! {
+    waiter_flush: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)]) => [Write(1..2, 7), Flush];
+    waiter_release: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)]) =>
+        [Write(1..2, 7), Release(0..1)];
+    waiter_break: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)]) => [Write(1..2, 7), Break];
+    waiter_drain_flush: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)]) =>
+        [Write(1..2, 7), Drain, Flush];
+    waiter_break_flush: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)]) =>
+        [Write(1..2, 7), Break, Flush];
+    waiter_release_flush: Setup::scarce(&[1, 2, 3], 1).after(&[Write(0..1, 6)]) =>
+        [Write(1..2, 7), Release(0..2), Flush];
+    two_waiters_flush: Setup::scarce(&[1, 2, 3], 1).after(&[Write(0..1, 6)]) =>
+        [Write(1..2, 7), Write(2..3, 8), Flush];
+    two_waiters_for_one_granule_flush: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)]) =>
+        [Write(1..2, 7), Write(1..2, 8), Flush];
+}
