@@ -540,15 +540,16 @@ fn settle(io: &TaskIo) {
     }
 }
 
-/// Explores the interleavings of `roles`, one thread each, with at most `bound` preemptions or as
-/// many as `LOOM_MAX_PREEMPTIONS` says.
+/// Explores the interleavings of `roles`, one thread each, with at most `bound` preemptions, or
+/// `LOOM_MORE_PREEMPTIONS` more.
 pub(crate) fn explore(name: &str, bound: usize, setup: Setup, roles: &[Role]) {
     assert!(roles.len() <= 3);
+    let more = std::env::var("LOOM_MORE_PREEMPTIONS").ok();
+    let bound = bound + more.and_then(|more| more.parse().ok()).unwrap_or(0);
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = builder.preemption_bound.or(Some(bound));
+    builder.preemption_bound = Some(bound);
     builder.expect_explicit_explore = true;
     builder.max_branches = 20_000;
-    let bound = builder.preemption_bound.unwrap_or_default();
     let roles = roles.to_vec();
     let count = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&count);
