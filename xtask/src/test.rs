@@ -19,6 +19,10 @@ const SYSTEM_TESTS: &str = "system-tests";
 const FULL_SEEDS: u32 = 100;
 /// Schedules of the engine's property test in `full`.
 const FULL_SCHEDULES: u32 = 200_000;
+/// Seconds of the engine's test with real threads in `full`.
+const FULL_THREADS_SECONDS: u32 = 60;
+/// How many more preemptions than in the gate the engine's interleavings have in `full`.
+const FULL_MORE_PREEMPTIONS: u32 = 1;
 
 /// Which checks to run, and how long.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -119,6 +123,7 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     report.check("clippy", || gate.clippy(qemu));
     report.check("unit tests", || gate.unit_tests());
     report.check("doc tests", || gate.doc_tests());
+    report.check("interleavings", || gate.interleavings());
     if qemu {
         report.check("system tests", || gate.system_tests());
     } else if !options.no_qemu {
@@ -176,6 +181,7 @@ impl Gate<'_> {
         command.args(self.workspace(false));
         if self.options.ignored {
             command.env("SCHEDULES", FULL_SCHEDULES.to_string());
+            command.env("THREADS_SECONDS", FULL_THREADS_SECONDS.to_string());
         }
         self.tests("unit tests", command, 2400)
     }
@@ -185,6 +191,19 @@ impl Gate<'_> {
         let mut command = cargo(self.paths, &["test", "--no-fail-fast", "--doc"]);
         command.args(self.workspace(false));
         self.tests("doc tests", command, 1800)
+    }
+
+    /// The models of the engine. `--cfg loom` changes every crate, so they have a target folder of
+    /// their own.
+    fn interleavings(&self) -> Result<Totals> {
+        let args = ["test", "--no-fail-fast", "--release", "--package", "fleece", "--test", "loom"];
+        let mut command = cargo(self.paths, &args);
+        command.env("RUSTFLAGS", "--cfg loom");
+        command.env("CARGO_TARGET_DIR", self.paths.root.join("target/loom"));
+        if self.options.ignored {
+            command.env("LOOM_MORE_PREEMPTIONS", FULL_MORE_PREEMPTIONS.to_string());
+        }
+        self.tests("interleavings", command, if self.options.ignored { 3600 } else { 600 })
     }
 
     fn system_tests(&self) -> Result<Totals> {
