@@ -11,6 +11,7 @@
 
 mod model;
 
+use fleece::OnError::{BreakGuestWrite, BreakSnapshot};
 use model::Role::{Break, Close, Discard, Drain, Flush, Read, Release, Status, Write, Zeroes};
 use model::{Setup, explore};
 
@@ -126,4 +127,24 @@ models! {
         [Write(1..2, 7), Write(2..3, 8), Flush];
     two_waiters_for_one_granule_flush: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)]) =>
         [Write(1..2, 7), Write(1..2, 8), Flush];
+}
+
+// Errors: one capture, or one write to the log, fails.
+models! {
+    failed_write_and_writer: Setup::roomy(&[1, 2]).failing_capture(BreakGuestWrite) =>
+        [Write(0..1, 7), Write(0..1, 8)];
+    failed_write_and_writer_and_reader: Setup::roomy(&[1, 2]).failing_capture(BreakGuestWrite) =>
+        [Write(0..1, 7), Write(0..1, 8), Read(0..1)];
+    failed_write_and_release: Setup::roomy(&[1, 2]).failing_capture(BreakGuestWrite) =>
+        [Write(0..1, 7), Release(0..1)];
+    lost_granule_and_writer_and_reader: Setup::roomy(&[1, 2]).failing_capture(BreakSnapshot) =>
+        [Write(0..1, 7), Write(0..1, 8), Read(0..1)];
+    failed_log_and_writer_and_reader: Setup::through(&[1, 2]).failing_log(BreakSnapshot) =>
+        [Write(0..1, 7), Write(0..1, 8), Read(0..1)];
+    failed_log_and_failed_write_and_reader: Setup::through(&[1, 2]).failing_log(BreakGuestWrite) =>
+        [Write(0..1, 7), Write(0..1, 8), Read(0..1)];
+    failed_flush_and_reader: Setup::pressed(&[1, 2]).after(&[Write(0..1, 6)])
+        .failing_log(BreakSnapshot) => [Flush, Read(0..1), Write(0..1, 7)];
+    failed_flush_and_waiter: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)])
+        .failing_log(BreakSnapshot) => [Write(1..2, 7), Flush];
 }

@@ -33,6 +33,10 @@ pub(crate) struct Setup {
     pub(crate) segment_granules: u64,
     /// A cap that makes room scarce, in granules.
     pub(crate) group_granules: Option<u64>,
+    pub(crate) on_error: OnError,
+    /// So many requests to read old data fail, and to write it.
+    pub(crate) failing_reads: u32,
+    pub(crate) failing_writes: u32,
     /// What happened before, one after the other.
     pub(crate) before: Vec<Role>,
 }
@@ -46,6 +50,9 @@ impl Setup {
             buffer_bytes: 1 << 20,
             segment_granules: 1,
             group_granules: None,
+            on_error: OnError::BreakSnapshot,
+            failing_reads: 0,
+            failing_writes: 0,
             before: Vec::new(),
         }
     }
@@ -74,6 +81,18 @@ impl Setup {
     /// Room for `granules` granules in RAM.
     pub(crate) fn scarce(original: &[u8], granules: u64) -> Self {
         Self { group_granules: Some(granules), ..Self::roomy(original) }
+    }
+
+    /// One capture of one granule fails: it is tried as a whole, then by granules.
+    pub(crate) fn failing_capture(mut self, on_error: OnError) -> Self {
+        (self.failing_reads, self.on_error) = (2, on_error);
+        self
+    }
+
+    /// One write to the log fails, each time that it is tried.
+    pub(crate) fn failing_log(mut self, on_error: OnError) -> Self {
+        (self.failing_writes, self.on_error) = (3, on_error);
+        self
     }
 
     pub(crate) fn after(mut self, before: &[Role]) -> Self {
@@ -116,6 +135,10 @@ struct Guest {
     writing: Vec<bool>,
     written: Vec<bool>,
     ended: bool,
+    /// Old data may be lost.
+    faulty: bool,
+    failing_reads: u32,
+    failing_writes: u32,
 }
 
 /// A block of old data; most are used again.
@@ -154,6 +177,8 @@ pub(crate) struct World {
     engine: ModelEngine,
     granule: u64,
     segment_bytes: u64,
+    /// An error breaks the snapshot, not the guest's write.
+    breaks: bool,
     original: Vec<u8>,
     source: Vec<AtomicUsize>,
     image: Vec<AtomicUsize>,
@@ -250,6 +275,12 @@ impl Io for TaskIo {
         for (nth, index) in self.granules(offset, len as u64).enumerate() {
             let byte = Self::see(&self.world.source, index);
             self.world.captures[index].with_mut(|_| ());
+            let mut guest = plain(&self.world.guest);
+            if guest.failing_reads > 0 {
+                guest.failing_reads -= 1;
+                guest.faulty = true;
+                return Err(Errno::EIO);
+            }
             let begin = at + nth * granule;
             if byte == 0 {
                 block.0[begin..begin + granule].fill(0);
@@ -292,6 +323,15 @@ impl Io for TaskIo {
         let granule = self.world.granule as usize;
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let positions = self.granules(offset, bytes as u64);
+        {
+            let mut guest = plain(&self.world.guest);
+            if guest.failing_writes > 0 {
+                guest.failing_writes -= 1;
+                // The last try.
+                guest.ended |= guest.failing_writes == 0 && self.world.breaks;
+                return Err(Errno::EIO);
+            }
+        }
         for position in positions.clone() {
             let mut guest = plain(&self.world.guest);
             guest.writing[position] = true;
@@ -342,10 +382,10 @@ impl TaskIo {
     fn play(&self, role: &Role) {
         let engine = &self.world.engine;
         match role {
-            Role::Write(granules, fill) => {
-                engine.before_write(self, self.bytes(granules)).unwrap();
-                self.submit(granules, Some(*fill));
-            }
+            Role::Write(granules, fill) => match engine.before_write(self, self.bytes(granules)) {
+                Ok(()) => self.submit(granules, Some(*fill)),
+                Err(_) => assert!(!self.world.breaks, "an error reaches the guest"),
+            },
             Role::Zeroes(granules) => {
                 engine.before_write_zeroes(self, self.bytes(granules)).unwrap();
                 self.submit(granules, Some(0));
@@ -422,7 +462,7 @@ impl TaskIo {
             Err(Errno::EPERM) => {
                 assert!(guest.released[span].contains(&true), "EPERM, but nothing was released");
             }
-            Err(errno) => assert!(guest.ended, "{errno:?} without a fault"),
+            Err(errno) => assert!(guest.ended || guest.faulty, "{errno:?} without a fault"),
         }
     }
 
@@ -485,7 +525,7 @@ fn world(setup: &Setup) -> Arc<World> {
         segment_bytes: setup.segment_granules * setup.granule,
         fleecing_limit_bytes: None,
         metadata_limit_bytes: u64::MAX,
-        on_error: OnError::BreakSnapshot,
+        on_error: setup.on_error,
         group,
         need: None,
     })
@@ -495,6 +535,7 @@ fn world(setup: &Setup) -> Arc<World> {
         engine,
         granule: setup.granule,
         segment_bytes: setup.segment_granules * setup.granule,
+        breaks: setup.on_error == OnError::BreakSnapshot,
         original: setup.original.clone(),
         source: setup.original.iter().map(|&byte| AtomicUsize::new(byte.into())).collect(),
         image: (0..count).map(|_| AtomicUsize::new(0xCC)).collect(),
@@ -506,6 +547,9 @@ fn world(setup: &Setup) -> Arc<World> {
             writing: vec![false; count],
             written: vec![false; count],
             ended: false,
+            faulty: false,
+            failing_reads: setup.failing_reads,
+            failing_writes: setup.failing_writes,
         }),
         flushers: Mutex::default(),
         flusher_wanted: Condvar::new(),
@@ -518,8 +562,15 @@ fn settle(io: &TaskIo) {
     let engine = &world.engine;
     io.run_flushers();
     let all = 0..world.original.len() as u64;
-    if !plain(&world.guest).ended {
-        assert_eq!(engine.stats().state, State::Active);
+    let (ended, faulty) = {
+        let mut guest = plain(&world.guest);
+        let lost = guest.faulty && world.breaks;
+        guest.faulty = lost;
+        (guest.ended, lost)
+    };
+    if !ended {
+        let state = if faulty { State::Degraded } else { State::Active };
+        assert_eq!(engine.stats().state, state);
         assert!(!engine.resume(), "nobody flushes what should be flushed");
         for granule in all.clone() {
             io.read(&(granule..granule + 1));
