@@ -148,3 +148,13 @@ models! {
     failed_flush_and_waiter: Setup::scarce(&[1, 2], 1).after(&[Write(0..1, 6)])
         .failing_log(BreakSnapshot) => [Write(1..2, 7), Flush];
 }
+
+// Requests of the engine that hang: the end of the snapshot sets everybody else free.
+models! {
+    hanging_read_and_writer_and_break: Setup::roomy(&[1, 2]).hanging() =>
+        [Write(0..1, 7), Write(0..1, 8), Break];
+    hanging_read_and_writer_and_close: Setup::roomy(&[1, 2]).hanging() =>
+        [Write(0..1, 7), Write(0..1, 8), Close];
+    hanging_flush_and_waiter_and_break: Setup::full(&[1; 8]).after(&[Write(0..7, 6)])
+        .hanging() => [Write(7..8, 7), Flush, Break];
+}

@@ -37,6 +37,8 @@ pub(crate) struct Setup {
     /// So many requests to read old data fail, and to write it.
     pub(crate) failing_reads: u32,
     pub(crate) failing_writes: u32,
+    /// Requests for old data and to the log hang until all other threads are done.
+    pub(crate) hanging: bool,
     /// What happened before, one after the other.
     pub(crate) before: Vec<Role>,
 }
@@ -53,6 +55,7 @@ impl Setup {
             on_error: OnError::BreakSnapshot,
             failing_reads: 0,
             failing_writes: 0,
+            hanging: false,
             before: Vec::new(),
         }
     }
@@ -71,6 +74,11 @@ impl Setup {
     /// flusher.
     pub(crate) fn batches(original: &[u8]) -> Self {
         Self { granule: 256 << 10, ..Self::roomy(original) }
+    }
+
+    /// Granules of which seven fill the buffer.
+    pub(crate) fn full(original: &[u8]) -> Self {
+        Self { granule: 128 << 10, ..Self::roomy(original) }
     }
 
     pub(crate) fn segments(mut self, granules: u64) -> Self {
@@ -92,6 +100,11 @@ impl Setup {
     /// One write to the log fails, each time that it is tried.
     pub(crate) fn failing_log(mut self, on_error: OnError) -> Self {
         (self.failing_writes, self.on_error) = (3, on_error);
+        self
+    }
+
+    pub(crate) fn hanging(mut self) -> Self {
+        self.hanging = true;
         self
     }
 
@@ -179,6 +192,7 @@ pub(crate) struct World {
     segment_bytes: u64,
     /// An error breaks the snapshot, not the guest's write.
     breaks: bool,
+    hanging: bool,
     original: Vec<u8>,
     source: Vec<AtomicUsize>,
     image: Vec<AtomicUsize>,
@@ -215,6 +229,16 @@ impl TaskIo {
     /// A read sees the last write, and is ordered after it.
     fn see(disk: &[AtomicUsize], at: usize) -> u8 {
         disk[at].fetch_or(0, Ordering::Acquire) as u8
+    }
+
+    /// Hangs until at most `left` threads are at work.
+    fn hang(&self, left: usize) {
+        if self.world.hanging {
+            let mut flushers = self.world.flushers.lock().unwrap();
+            while flushers.working > left {
+                flushers = self.world.flusher_wanted.wait(flushers).unwrap();
+            }
+        }
     }
 
     fn change(disk: &[AtomicUsize], at: usize, value: usize) {
@@ -271,6 +295,8 @@ impl Io for TaskIo {
         at: usize,
         len: usize,
     ) -> Result<(), Errno> {
+        // The guest's own request is at work.
+        self.hang(1);
         let granule = self.world.granule as usize;
         for (nth, index) in self.granules(offset, len as u64).enumerate() {
             let byte = Self::see(&self.world.source, index);
@@ -321,6 +347,8 @@ impl Io for TaskIo {
 
     fn write_log(&self, offset: u64, parts: &[&[u8]]) -> Result<(), Errno> {
         let granule = self.world.granule as usize;
+        // A flusher does not count.
+        self.hang(0);
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let positions = self.granules(offset, bytes as u64);
         {
@@ -536,6 +564,7 @@ fn world(setup: &Setup) -> Arc<World> {
         granule: setup.granule,
         segment_bytes: setup.segment_granules * setup.granule,
         breaks: setup.on_error == OnError::BreakSnapshot,
+        hanging: setup.hanging,
         original: setup.original.clone(),
         source: setup.original.iter().map(|&byte| AtomicUsize::new(byte.into())).collect(),
         image: (0..count).map(|_| AtomicUsize::new(0xCC)).collect(),
