@@ -74,6 +74,9 @@ models! {
     writer_release_reader_through: Setup::through(&[1, 2]) =>
         [Write(0..1, 7), Release(0..1), Read(0..2)];
     writer_writer_reader: Setup::roomy(&[1, 2]) => [Write(0..1, 7), Write(0..2, 8), Read(0..2)];
+    release_flush_writer: Setup::batches(&[1, 2, 3, 4])
+        .after(&[Write(0..1, 7), Write(1..2, 7), Write(2..3, 7)]) =>
+        [Release(0..1), Flush, Write(3..4, 8)];
     release_flush_reader: Setup::pressed(&[1, 2]).after(&[Write(0..1, 7)]) =>
         [Release(0..1), Flush, Read(0..1)];
     status_of_zeroes_and_writer: Setup::roomy(&[0, 0]) => [Write(0..1, 7), Status(0..2)];

@@ -442,6 +442,8 @@ fn settle(world: &Arc<World>) {
     if !world.ended.load(Ordering::SeqCst) {
         assert_eq!(engine.stats().state, State::Active, "{:?}", engine.stats().error);
         assert!(!engine.resume(), "nobody flushes what should be flushed");
+        engine.kick(&io);
+        assert!(lock(&world.flushers).is_empty(), "nobody was told to go on flushing");
         for start in (0..SIZE).step_by(4096) {
             io.read(&(start..(start + 4096).min(SIZE)));
         }

@@ -601,6 +601,8 @@ fn settle(io: &TaskIo) {
         let state = if faulty { State::Degraded } else { State::Active };
         assert_eq!(engine.stats().state, state);
         assert!(!engine.resume(), "nobody flushes what should be flushed");
+        engine.kick(io);
+        assert_eq!(world.flushers.lock().unwrap().wanted, 0, "nobody was told to go on flushing");
         for granule in all.clone() {
             io.read(&(granule..granule + 1));
         }
