@@ -18,7 +18,7 @@ const SYSTEM_TESTS: &str = "system-tests";
 /// Seeds of the stress test in the long suites; the gate's number is the test's own default.
 const FULL_SEEDS: u32 = 100;
 /// Schedules of the engine's property test in `full`.
-const FULL_SCHEDULES: u32 = 200_000;
+const FULL_SCHEDULES: u32 = 100_000;
 /// Seconds of the engine's test with real threads in `full`.
 const FULL_THREADS_SECONDS: u32 = 60;
 /// How many more preemptions than in the gate the engine's interleavings have in `full`.

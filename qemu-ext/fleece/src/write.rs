@@ -384,18 +384,23 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     pub(crate) fn carry_out(&self, io: &impl Io<Task = T, Block = B>, ticket: u64, job: Job<B>) {
         let Job { capture, found, block } = job;
         let placed = self.write_through(io, &capture, &block, &found);
-        let result = placed.as_ref().map(|_| ()).map_err(|&errno| errno);
+        let result = match &placed {
+            Err(errno) if self.on_error == OnError::BreakGuestWrite && self.is_capturing() => {
+                Err(*errno)
+            }
+            // If the snapshot is to break, it does so before anybody goes on.
+            Err(errno) => {
+                let text = "write to the fleecing image failed".to_owned();
+                self.break_snapshot(io, text, *errno);
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+        };
         // Before the waiters are taken: they ask for it.
         self.ram.lock().finish_job(ticket, result);
         match placed {
             Ok(placed) => self.publish_placed(io, &capture, &found, placed),
-            Err(errno) => {
-                self.abandon(io, &capture);
-                if self.on_error == OnError::BreakSnapshot {
-                    let text = "write to the fleecing image failed".to_owned();
-                    self.break_snapshot(io, text, errno);
-                }
-            }
+            Err(_) => self.abandon(io, &capture),
         }
     }
 

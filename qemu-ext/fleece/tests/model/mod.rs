@@ -193,6 +193,9 @@ pub(crate) struct World {
     /// An error breaks the snapshot, not the guest's write.
     breaks: bool,
     hanging: bool,
+    /// A thread that waits carries out the flushers that were asked for, as coroutines of one
+    /// thread do.
+    flushes_itself: bool,
     original: Vec<u8>,
     source: Vec<AtomicUsize>,
     image: Vec<AtomicUsize>,
@@ -261,6 +264,7 @@ impl Io for TaskIo {
     }
 
     fn park(&self) {
+        while self.world.flushes_itself && self.flush_once() {}
         let mut woken = self.token.woken.lock().unwrap();
         while !*woken {
             woken = self.token.changed.wait(woken).unwrap();
@@ -517,12 +521,24 @@ impl TaskIo {
                 if flushers.wanted == 0 {
                     return;
                 }
-                flushers.wanted -= 1;
             }
-            while let Some(batch) = self.world.engine.next_batch(self) {
-                self.world.engine.flush(self, batch);
-            }
+            self.flush_once();
         }
+    }
+
+    /// Carries one flusher out, if one was asked for.
+    fn flush_once(&self) -> bool {
+        {
+            let mut flushers = self.world.flushers.lock().unwrap();
+            if flushers.wanted == 0 {
+                return false;
+            }
+            flushers.wanted -= 1;
+        }
+        while let Some(batch) = self.world.engine.next_batch(self) {
+            self.world.engine.flush(self, batch);
+        }
+        true
     }
 
     /// Plays a role in a thread beside others.
@@ -538,7 +554,7 @@ impl TaskIo {
 // ---- a model ---------------------------------------------------------------------------------
 
 #[expect(clippy::arc_with_non_send_sync, reason = "loom's threads take turns in one thread")]
-fn world(setup: &Setup) -> Arc<World> {
+fn world(setup: &Setup, roles: &[Role]) -> Arc<World> {
     let count = setup.original.len();
     let group = setup.group_granules.map(|granules| {
         let limit = granules * (setup.granule + 128);
@@ -565,6 +581,7 @@ fn world(setup: &Setup) -> Arc<World> {
         segment_bytes: setup.segment_granules * setup.granule,
         breaks: setup.on_error == OnError::BreakSnapshot,
         hanging: setup.hanging,
+        flushes_itself: !setup.hanging && !roles.iter().any(|role| matches!(role, Role::Flush)),
         original: setup.original.clone(),
         source: setup.original.iter().map(|&byte| AtomicUsize::new(byte.into())).collect(),
         image: (0..count).map(|_| AtomicUsize::new(0xCC)).collect(),
@@ -638,7 +655,7 @@ pub(crate) fn explore(name: &str, bound: usize, setup: Setup, roles: &[Role]) {
     let start = std::time::Instant::now();
     builder.check(move || {
         counted.fetch_add(1, Relaxed);
-        let world = world(&setup);
+        let world = world(&setup, &roles);
         let main = TaskIo::new(&world);
         setup.before.iter().for_each(|role| main.play(role));
         let working = roles.iter().filter(|role| !matches!(role, Role::Flush)).count();
