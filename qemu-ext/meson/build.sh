@@ -7,6 +7,7 @@
 #
 # QEMU_EXT_DIR         where qemu-ext is (default: `backup-ext/qemu-ext` in QEMU's source tree)
 # QEMU_EXT_TARGET_DIR  cargo's target directory (default: `qemu-ext-target` in QEMU's build tree)
+# QEMU_EXT_FEATURES    features of the library, for tests (default: none)
 # CARGO                the cargo to use (default: the one in PATH)
 set -eu
 
@@ -26,7 +27,8 @@ fi
 
 # Resolve links, so that cargo finds the workspace above the real folder.
 cd -P "$ext"
-"${CARGO:-cargo}" build --release --package qemu-ext --target-dir "$target"
+"${CARGO:-cargo}" build --release --package qemu-ext --target-dir "$target" \
+    ${QEMU_EXT_FEATURES:+--features "$QEMU_EXT_FEATURES"}
 
 # A new time stamp means a new link of every program: only when something changed.
 built=$target/release/libqemu_ext.a

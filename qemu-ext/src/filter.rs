@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use fleece::{ByteRange, Discard, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
 
+use crate::fault;
 use crate::filter_io::FilterIo;
 use crate::qemu::cached::CachedFile;
 use crate::qemu::child::Child;
@@ -130,13 +131,18 @@ impl Filter {
     /// Runs `f` for a guest request. After a panic the snapshot is broken and the request passes.
     fn for_guest<T>(
         &self,
+        point: &'static str,
         graph: &CoGraph<'_>,
         pass: T,
         f: impl FnOnce(&Engine<Waiting, Block>, &FilterIo<'_>) -> T,
     ) -> T {
         let Some(engine) = self.engine.get() else { return pass };
         let io = FilterIo::with_graph(self, graph);
-        try_guard(|| f(engine, &io)).unwrap_or_else(|| {
+        let run = || {
+            fault::point(point);
+            f(engine, &io)
+        };
+        try_guard(run).unwrap_or_else(|| {
             self.break_after_panic();
             pass
         })
@@ -144,19 +150,23 @@ impl Filter {
 
     /// Saves what a guest request on `range` would overwrite. An error is the request's.
     pub(crate) fn before_write(&self, graph: &CoGraph<'_>, range: ByteRange) -> Result<(), Errno> {
-        self.for_guest(graph, Ok(()), |engine, io| engine.before_write(io, range))
+        self.for_guest("before_write", graph, Ok(()), |engine, io| engine.before_write(io, range))
     }
 
     /// As [`Filter::before_write`], for zeroes.
     pub(crate) fn before_zeroes(&self, graph: &CoGraph<'_>, range: ByteRange) -> Result<(), Errno> {
-        self.for_guest(graph, Ok(()), |engine, io| engine.before_write_zeroes(io, range))
+        self.for_guest("before_zeroes", graph, Ok(()), |engine, io| {
+            engine.before_write_zeroes(io, range)
+        })
     }
 
     /// How much of a long write of zeroes may go down at once, and whether
     /// [`Filter::before_zeroes`] is due before that.
     pub(crate) fn next_part(&self, graph: &CoGraph<'_>, range: ByteRange) -> (u64, bool) {
         let unit = self.source.discard_unit();
-        self.for_guest(graph, (range.len(), false), |engine, _| engine.next_part(range, unit))
+        self.for_guest("next_part", graph, (range.len(), false), |engine, _| {
+            engine.next_part(range, unit)
+        })
     }
 
     /// How much of a guest's discard of `whole_bytes` to treat alike, and how; none when discards
@@ -171,7 +181,9 @@ impl Filter {
             return None;
         }
         let pass = (rest.len(), Discard::Pass);
-        self.for_guest(graph, Some(pass), |engine, _| engine.next_discard(rest, whole_bytes).ok())
+        self.for_guest("next_discard", graph, Some(pass), |engine, _| {
+            engine.next_discard(rest, whole_bytes).ok()
+        })
     }
 
     fn break_after_panic(&self) {
@@ -192,7 +204,11 @@ impl Filter {
     ) -> Result<T, Errno> {
         let engine = self.engine.get().ok_or(Errno::EIO)?;
         let io = FilterIo::with_graph(self, graph);
-        try_guard(|| f(engine, &io)).unwrap_or_else(|| {
+        let run = || {
+            fault::point("reader");
+            f(engine, &io)
+        };
+        try_guard(run).unwrap_or_else(|| {
             self.break_after_panic();
             Err(Errno::EIO)
         })
@@ -205,6 +221,7 @@ impl Filter {
             let Some(filter) = driver::filter_of(node) else { return };
             let Some(engine) = filter.engine.get() else { return };
             let flushed = try_guard(|| {
+                fault::point("flusher");
                 // The lock is held for one batch, and not yet taken when there is none: whoever
                 // changes the graph waits for neither long.
                 while let Some(batch) = engine.next_batch(&FilterIo::without_io(filter)) {
@@ -225,13 +242,18 @@ impl Filter {
         coroutine::spawn(node, move |here| {
             let Some(filter) = driver::filter_of(node) else { return };
             let Some(engine) = filter.engine.get() else { return };
-            if try_guard(|| engine.do_postponed(&FilterIo::with_own_lock(filter, here))).is_none() {
+            let discard = || {
+                fault::point("postponed_discards");
+                engine.do_postponed(&FilterIo::with_own_lock(filter, here));
+            };
+            if try_guard(discard).is_none() {
                 filter.break_after_panic();
             }
         });
     }
 
     pub(crate) fn drain_begin(&self) {
+        fault::point(if self.is_active() { "drain_begin_active" } else { "drain_begin" });
         if let Some(engine) = self.engine.get() {
             engine.quiesce();
         }
@@ -240,6 +262,7 @@ impl Filter {
     /// Not here: the end of a drain may come inside a change of the graph, and a flusher would wait
     /// for its end while a new drain waits for the flusher.
     pub(crate) fn drain_end(&self) {
+        fault::point(if self.is_active() { "drain_end_active" } else { "drain_end" });
         let Some(engine) = self.engine.get() else { return };
         if !engine.resume() {
             return;
@@ -257,6 +280,7 @@ impl Filter {
 
     /// The node closes.
     pub(crate) fn closing(&self) {
+        fault::point("filter_close");
         let on_close = self.on_close.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(on_close) = on_close {
             on_close();

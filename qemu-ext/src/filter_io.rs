@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use fleece::{Device, Errno, Fetch, Io};
 
+use crate::fault;
 use crate::filter::Filter;
 use crate::qemu::child::Child;
 use crate::qemu::coroutine::{self, CoGraph, InCoroutine, Waiting};
@@ -86,10 +87,12 @@ impl Io for FilterIo<'_> {
     }
 
     fn spawn_flusher(&self) {
+        fault::point("spawn_flusher");
         self.filter.spawn_flusher();
     }
 
     fn notify(&self) {
+        fault::point("notify");
         self.filter.notify();
     }
 
@@ -104,6 +107,7 @@ impl Io for FilterIo<'_> {
         at: usize,
         len: usize,
     ) -> Result<(), Errno> {
+        fault::point("read_source");
         let part = block.as_mut().get_mut(at..at + len).ok_or(Errno::EIO)?;
         if self.filter.cached().is_some_and(|cached| cached.read(offset, part)) {
             return Ok(());
@@ -112,9 +116,11 @@ impl Io for FilterIo<'_> {
     }
 
     fn fetch(&self, parts: &[Fetch], buf: &mut IoSlice) -> Result<(), Errno> {
+        fault::point("fetch");
         self.io(|graph, source, target| {
             let buf = &*buf;
             let read = |part: &Fetch| {
+                fault::point("read_part");
                 let child = match part.device {
                     Device::Source => source,
                     Device::Log => target,
@@ -144,14 +150,17 @@ impl Io for FilterIo<'_> {
     }
 
     fn source_is_zero(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {
+        fault::point("source_is_zero");
         self.io(|graph, source, _| source.is_zero(graph, offset, len))
     }
 
     fn write_log(&self, offset: u64, parts: &[&[u8]]) -> Result<(), Errno> {
+        fault::point("write_log");
         self.io(|graph, _, target| target.write(graph, offset, parts))
     }
 
     fn discard_source(&self, offset: u64, len: u64) {
+        fault::point("discard_source");
         // A wish of the guest that it was told is fulfilled: there is nobody to report to. Without
         // a writing user there is nobody who wishes any more.
         let _ = self.io(|graph, source, _| {
@@ -160,11 +169,13 @@ impl Io for FilterIo<'_> {
     }
 
     fn discard_log(&self, offset: u64, len: u64) {
+        fault::point("discard_log");
         // Only space is at stake: an image that cannot discard just stays as large as it is.
         let _ = self.io(|graph, _, target| target.discard(graph, offset, len));
     }
 
     fn copy_into(&self, buf: &mut IoSlice, at: usize, data: &[u8]) {
+        fault::point("copy_into");
         buf.copy_from(at, data);
     }
 

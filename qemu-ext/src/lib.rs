@@ -15,6 +15,7 @@
 //! Rules: no lock held across anything that yields; no `&mut` from C's `opaque`; no panic into C.
 
 pub mod access;
+mod fault;
 pub mod filter;
 mod filter_io;
 pub mod qemu;

@@ -163,7 +163,13 @@ impl Gate<'_> {
         let mut args = vec!["clippy", "--quiet", "--all-targets"];
         args.extend(self.workspace(qemu));
         args.extend(["--", "-D", "warnings"]);
-        self.simple("clippy", &args)
+        let mut totals = self.simple("clippy", &args)?;
+        if qemu {
+            let args = ["clippy", "--quiet", "--package", "qemu-ext"];
+            let faults = ["--features", "fault-injection", "--", "-D", "warnings"];
+            totals += self.simple("clippy of faults", &[&args[..], &faults[..]].concat())?;
+        }
+        Ok(totals)
     }
 
     fn unit_tests(&self) -> Result<Totals> {

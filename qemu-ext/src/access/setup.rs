@@ -13,6 +13,7 @@ use super::bitmaps::SetupBitmaps;
 use super::registry::{self, Access, Device, Operation};
 use super::request::{self, Plan};
 use super::{BitmapInfo, DeviceInfo, SetupRequest, status};
+use crate::fault;
 use crate::filter::{self, FILTER_DRIVER, SNAPSHOT_DRIVER, Settings};
 use crate::qemu::error::Error;
 use crate::qemu::graph::{Bds, Drained, Holder, NodeRef, Relaxed, SNAPSHOT_FLAGS};
@@ -93,7 +94,9 @@ fn prepare_and_switch(
         prepare(main_loop, target_id, plan, prepared)
             .map_err(|error| error.context(&format!("device '{device}'")))?;
     }
+    fault::point("setup_prepared");
     let drained_ns = switch(main_loop, prepared)?;
+    fault::point("setup_switched");
     prepared
         .iter()
         .map(|device| device.info(main_loop, drained_ns).map_err(|e| device.named(e)))
@@ -238,6 +241,7 @@ impl Prepared {
             return Err(error);
         }
         self.inserted = true;
+        fault::point("setup_inserted");
         // An external snapshot of the source would take its writes away from the bitmaps.
         filter.freeze_filtered(main_loop, true);
         if let Some(bitmaps) = &mut self.bitmaps {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::TeardownOutcome;
 use super::registry::{self, Access, Device, Operation};
 use super::status;
+use crate::fault;
 use crate::filter;
 use crate::qemu::bitmap::Bitmap;
 use crate::qemu::error::Error;
@@ -195,6 +196,7 @@ fn remove(
     let filter = device.filter(main_loop).map(|filter| NodeRef::new(main_loop, filter));
     // The snapshot node first: nothing may see it above another node.
     device.owner = None;
+    fault::point("teardown_removing");
     let removed = match &filter {
         Some(filter) => {
             filter::set_active(filter.node(), false);

@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 use qemu_ext_sys as sys;
 
 use super::graph::Bds;
+use crate::fault;
 
 /// Proof that the code runs in a coroutine that holds the graph's read lock.
 ///
@@ -167,7 +168,10 @@ impl Shared<'_> {
 extern "C" fn help(opaque: *mut c_void) {
     // SAFETY: `for_each` passes its own state and does not return before all helpers have ended.
     let shared = unsafe { &*opaque.cast::<Shared<'_>>() };
-    super::guard((), || shared.work());
+    super::guard((), || {
+        fault::point("read_helper");
+        shared.work();
+    });
     shared.helpers.set(shared.helpers.get() - 1);
     if shared.helpers.get() == 0 && shared.owner_waits.get() {
         // SAFETY: it has yielded to be woken here; it runs when this coroutine has ended.

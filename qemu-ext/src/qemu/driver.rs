@@ -17,6 +17,7 @@ use super::coroutine::{Busy, CoGraph};
 use super::graph::Bds;
 use super::iovec::IoSlice;
 use super::{guard, try_guard};
+use crate::fault;
 use crate::filter::Filter;
 use crate::snapshot;
 
@@ -506,6 +507,7 @@ unsafe fn snapshot_filter<'a>(bs: *mut sys::BlockDriverState) -> Option<&'a Filt
 /// # Safety
 /// A coroutine callback of an open snapshot node; the caller holds the graph lock.
 unsafe fn on_snapshot<T>(
+    point: &'static str,
     bs: *mut sys::BlockDriverState,
     f: impl FnOnce(&Filter, &CoGraph<'_>) -> Result<T, Errno>,
 ) -> Result<T, Errno> {
@@ -514,7 +516,11 @@ unsafe fn on_snapshot<T>(
     // SAFETY: as stated.
     let graph = unsafe { CoGraph::of_caller() };
     let _busy = Busy::new(filter.node());
-    try_guard(|| f(filter, &graph)).unwrap_or(Err(Errno::EIO))
+    let run = || {
+        fault::point(point);
+        f(filter, &graph)
+    };
+    try_guard(run).unwrap_or(Err(Errno::EIO))
 }
 
 unsafe extern "C" fn snapshot_co_preadv_part(
@@ -529,7 +535,7 @@ unsafe extern "C" fn snapshot_co_preadv_part(
     // SAFETY: the request's vector has that many bytes from that offset, and lives until the end
     // of the request; a coroutine callback under the graph lock.
     errno(unsafe {
-        on_snapshot(bs, |filter, graph| {
+        on_snapshot("snapshot_read", bs, |filter, graph| {
             let mut buf =
                 IoSlice::new(qiov, qiov_offset, range.len() as usize).ok_or(Errno::EIO)?;
             snapshot::read(filter, graph, range, &mut buf)
@@ -564,7 +570,9 @@ unsafe extern "C" fn snapshot_co_pdiscard(
 ) -> c_int {
     // SAFETY: a coroutine callback under the graph lock.
     errno(unsafe {
-        on_snapshot(bs, |filter, graph| snapshot::release(filter, graph, range(offset, bytes)))
+        on_snapshot("snapshot_release", bs, |filter, graph| {
+            snapshot::release(filter, graph, range(offset, bytes))
+        })
     })
 }
 
@@ -579,7 +587,9 @@ unsafe extern "C" fn snapshot_co_block_status(
 ) -> c_int {
     // SAFETY: a coroutine callback under the graph lock.
     let status = unsafe {
-        on_snapshot(bs, |filter, graph| snapshot::is_zero(filter, graph, range(offset, bytes)))
+        on_snapshot("snapshot_status", bs, |filter, graph| {
+            snapshot::is_zero(filter, graph, range(offset, bytes))
+        })
     };
     match status {
         Err(Errno(errno)) => -errno,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use qemu_ext_sys as sys;
 
 use super::guard;
+use crate::fault;
 
 /// Proof that the running code holds the big lock and is in no coroutine, so that it may look at
 /// the block graph, change it and poll. It cannot leave the thread.
@@ -40,10 +41,11 @@ impl MainLoop {
 
 type Task = Box<dyn FnOnce(MainLoop) + Send>;
 
-extern "C" fn run_task(opaque: *mut c_void) {
+extern "C" fn run_task<const IN_POLLS: bool>(opaque: *mut c_void) {
     // SAFETY: `schedule` made the pointer of a box, for this one call.
     let task = unsafe { Box::from_raw(opaque.cast::<Task>()) };
     guard((), || {
+        fault::point(if IN_POLLS { "task_in_polls" } else { "task" });
         if let Some(main_loop) = MainLoop::current() {
             task(main_loop);
         }
@@ -55,7 +57,9 @@ extern "C" fn run_task(opaque: *mut c_void) {
 pub fn schedule(task: Task) {
     let opaque = Box::into_raw(Box::new(task)).cast();
     // SAFETY: the callback takes the box over, once.
-    unsafe { sys::ba_bh_schedule_oneshot(sys::ba_main_loop_context(), Some(run_task), opaque) };
+    unsafe {
+        sys::ba_bh_schedule_oneshot(sys::ba_main_loop_context(), Some(run_task::<false>), opaque);
+    }
 }
 
 /// Runs the task soon in the main context, also inside waits that poll it, such as a drain. May be
@@ -63,7 +67,9 @@ pub fn schedule(task: Task) {
 pub fn schedule_in_polls(task: Task) {
     let opaque = Box::into_raw(Box::new(task)).cast();
     // SAFETY: as above.
-    unsafe { sys::ba_bh_schedule_oneshot(sys::qemu_get_aio_context(), Some(run_task), opaque) };
+    unsafe {
+        sys::ba_bh_schedule_oneshot(sys::qemu_get_aio_context(), Some(run_task::<true>), opaque);
+    }
 }
 
 /// A call from a coroutine to the main loop, on the coroutine's stack.
@@ -78,7 +84,10 @@ extern "C" fn run_call<F: FnOnce(MainLoop) -> T, T>(opaque: *mut c_void) {
     let call = unsafe { &mut *opaque.cast::<Call<F, T>>() };
     let function = call.function.take();
     let coroutine = call.coroutine;
-    call.result = guard(None, || Some(function?(MainLoop::current()?)));
+    call.result = guard(None, || {
+        fault::point("call_from_coroutine");
+        Some(function?(MainLoop::current()?))
+    });
     // SAFETY: it yielded before this bottom half could run, and nobody else wakes it.
     unsafe { sys::aio_co_wake(coroutine) };
 }

@@ -10,6 +10,7 @@ use qemu_ext_sys as sys;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::graph::Bds;
+use crate::fault;
 
 /// Slots of the mapping, in bytes; a page on every supported machine.
 const SLOT_BYTES: usize = 4096;
@@ -58,6 +59,9 @@ impl Pool {
     }
 
     fn map(bytes: u64) -> Option<Arc<Mapping>> {
+        if fault::alloc_fails("mapping") {
+            return None;
+        }
         let chunks = usize::try_from(bytes).ok()?.div_ceil(CHUNK_BYTES);
         let len = chunks.checked_mul(CHUNK_BYTES).filter(|&len| len > 0)?;
         let (protection, flags) =
@@ -74,12 +78,18 @@ impl Pool {
 
     /// A block of `len` bytes with any content; none without memory.
     pub fn take(&self, len: usize) -> Option<Block> {
+        if fault::alloc_fails("block") {
+            return None;
+        }
         self.take_mapped(len)
             .map(Block::Mapped)
             .or_else(|| AlignedBuf::new(self.node, len).map(Block::Heap))
     }
 
     fn take_mapped(&self, len: usize) -> Option<Run> {
+        if fault::alloc_fails("run") {
+            return None;
+        }
         let mapping = self.mapping.as_ref()?;
         let slots = len.div_ceil(SLOT_BYTES);
         let (chunk, slot) = {

@@ -17,6 +17,7 @@ use crate::access::{
     self, DeviceInfo, DeviceRequest, DeviceStatus, Options, SetupRequest, TargetStatus,
     TeardownOutcome,
 };
+use crate::fault;
 
 /// What the client gets when our code panicked.
 fn panicked() -> Error {
@@ -228,6 +229,7 @@ pub unsafe extern "C" fn qmp_backup_access_setup(
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessInfoList {
     let result = guard(Err(panicked()), || {
+        fault::point("qmp_setup");
         let main_loop = MainLoop::current().ok_or_else(panicked)?;
         // SAFETY: the generated code passes the request it read.
         let request = unsafe { setup_request(&*arguments) };
@@ -258,6 +260,7 @@ pub unsafe extern "C" fn qmp_backup_access_teardown(
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessTeardownResult {
     let result = guard(Err(panicked()), || {
+        fault::point("qmp_teardown");
         // SAFETY: a mandatory string of the request.
         let target_id = unsafe { glib::text(target_id) };
         access::teardown(&target_id, success)
@@ -284,8 +287,10 @@ pub unsafe extern "C" fn qmp_backup_access_teardown(
 pub unsafe extern "C" fn qmp_query_backup_access(
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessStatusList {
-    let result =
-        guard(Err(panicked()), || MainLoop::current().map(access::query).ok_or_else(panicked));
+    let result = guard(Err(panicked()), || {
+        fault::point("qmp_query");
+        MainLoop::current().map(access::query).ok_or_else(panicked)
+    });
     match result {
         Ok(targets) => c_target_list(&targets),
         Err(error) => {

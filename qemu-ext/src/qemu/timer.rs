@@ -8,6 +8,7 @@ use qemu_ext_sys as sys;
 
 use super::guard;
 use super::main_loop::MainLoop;
+use crate::fault;
 
 /// A timer that calls one function. It exists as long as the process.
 #[derive(Debug)]
@@ -18,6 +19,7 @@ unsafe impl Send for Timer {}
 
 extern "C" fn fire(opaque: *mut c_void) {
     guard((), || {
+        fault::point("timer");
         // SAFETY: `Timer::new` stored exactly such a function.
         let callback = unsafe { core::mem::transmute::<*mut c_void, fn(MainLoop)>(opaque) };
         if let Some(main_loop) = MainLoop::current() {

@@ -25,6 +25,8 @@ pub(super) struct Setup {
     pub(super) iothread: bool,
     /// There is a node `slow` that writes 200 kB per second.
     pub(super) slow_fleecing: bool,
+    /// With faults of these names (see `fault.rs` of the extension), in the daemon made for that.
+    pub(super) faults: &'static str,
 }
 
 /// A write of the guest.
@@ -56,7 +58,7 @@ impl Lab {
     /// Starts a storage daemon.
     pub(super) async fn start(setup: Setup) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut command = Command::new(bin_dir().unwrap().join("qemu-storage-daemon"));
+        let mut command = daemon(setup.faults, folder.path());
         let nbd = json!({ "addr": { "type": "unix", "path": folder.path().join("nbd") },
                           "max-connections": 16 });
         if setup.iothread {
@@ -222,18 +224,24 @@ impl Lab {
     }
 
     async fn io(&self, export: &str, command: &str) {
-        let output = tokio::process::Command::new(bin_dir().unwrap().join("qemu-io"))
-            .args(["-f", "raw", "-c", command, &self.uri(export)])
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output();
-        let output = tokio::time::timeout(LIMIT, output).await.expect("in time").unwrap();
+        let text = self.try_io(export, &[command]).await;
+        assert!(!text.contains("failed"), "{command} on {export}: {text}");
+    }
+
+    /// Runs commands of `qemu-io` on an export; what it says, which has the word "failed" for each
+    /// that failed.
+    pub(super) async fn try_io<C: AsRef<str>>(&self, export: &str, commands: &[C]) -> String {
+        let mut process = tokio::process::Command::new(bin_dir().unwrap().join("qemu-io"));
+        process.args(["-f", "raw"]);
+        for command in commands {
+            process.args(["-c", command.as_ref()]);
+        }
+        process.arg(self.uri(export)).stdin(Stdio::null()).kill_on_drop(true);
+        let output = tokio::time::timeout(LIMIT, process.output()).await.expect("in time").unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            output.status.success() && !text.contains("failed"),
-            "{command} on {export}: {text}{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let end = if output.status.success() { "" } else { "\nqemu-io failed" };
+        format!("{text}{errors}{end}")
     }
 
     /// Writes as the guest would.
@@ -384,6 +392,18 @@ impl Drop for Client {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+/// The storage daemon, or that with faults.
+fn daemon(faults: &str, folder: &Path) -> Command {
+    let bin = bin_dir().unwrap();
+    if faults.is_empty() {
+        return Command::new(bin.join("qemu-storage-daemon"));
+    }
+    let mut command = Command::new(bin.with_file_name("faults").join("qemu-storage-daemon"));
+    command.env("BACKUP_ACCESS_FAULTS", faults);
+    command.stderr(std::fs::File::create(folder.join("stderr")).unwrap());
+    command
 }
 
 /// The block nodes of daemon and emulator.

@@ -45,19 +45,9 @@ pub(crate) fn configure(paths: &Paths, tree: &Tree, recipe: &Recipe) -> Result<(
 
 /// Builds all programs; when nothing changed this is ninja and cargo finding that out.
 pub(crate) fn compile(paths: &Paths, tree: &Tree) -> Result<()> {
-    let recipe_ext = paths.root.join("qemu-ext");
     let mut command = Command::new("ninja");
-    command
-        .arg("-C")
-        .arg(tree.build())
-        .args(PROGRAMS)
-        .env("QEMU_EXT_DIR", recipe_ext)
-        .env("QEMU_EXT_TARGET_DIR", tree.ext_target())
-        // Would move or change what build.sh looks for.
-        .env_remove("CARGO_BUILD_TARGET")
-        .env_remove("CARGO_TARGET_DIR")
-        .env_remove("NINJA_STATUS")
-        .env_remove("MAKEFLAGS");
+    command.arg("-C").arg(tree.build()).args(PROGRAMS).env_remove("NINJA_STATUS");
+    for_build_sh(&mut command, paths, tree);
     Step {
         name: "build QEMU",
         log: paths.logs().join("qemu-build.log"),
@@ -65,6 +55,18 @@ pub(crate) fn compile(paths: &Paths, tree: &Tree) -> Result<()> {
         limit: Duration::from_secs(2 * 3600),
     }
     .run(command)
+}
+
+/// The environment that qemu-ext/meson/build.sh expects.
+pub(crate) fn for_build_sh(command: &mut Command, paths: &Paths, tree: &Tree) {
+    command
+        .env("QEMU_EXT_DIR", paths.root.join("qemu-ext"))
+        .env("QEMU_EXT_TARGET_DIR", tree.ext_target())
+        // Would move or change what it looks for.
+        .env_remove("QEMU_EXT_FEATURES")
+        .env_remove("CARGO_BUILD_TARGET")
+        .env_remove("CARGO_TARGET_DIR")
+        .env_remove("MAKEFLAGS");
 }
 
 /// A Python whose meson is new enough: the system's, else one in a virtual environment in the cache.

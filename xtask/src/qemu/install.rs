@@ -66,14 +66,14 @@ pub(crate) fn install(paths: &Paths, tree: &Tree) -> Result<()> {
 }
 
 /// Changes whenever ninja has linked the program again.
-fn identity(built: &Path, tree: &str) -> Result<String> {
+pub(crate) fn identity(built: &Path, tree: &str) -> Result<String> {
     let meta = fs::metadata(built)
         .with_context(|| format!("{}: ninja did not build it", built.display()))?;
     Ok(format!("{tree} {} {}.{:09}\n", meta.len(), meta.mtime(), meta.mtime_nsec()))
 }
 
 /// Without debug information, with function names. A running program keeps its old file.
-fn copy_stripped(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn copy_stripped(from: &Path, to: &Path) -> Result<()> {
     let new = to.with_extension("new");
     output(Command::new("strip").args(["--strip-debug", "-o"]).arg(&new).arg(from))
         .with_context(|| format!("{}: cannot strip", from.display()))?;
@@ -100,6 +100,6 @@ fn install_firmware(target: &Path) -> Result<()> {
     Ok(())
 }
 
-fn create_dir(dir: &Path) -> Result<()> {
+pub(crate) fn create_dir(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("{}: cannot create", dir.display()))
 }

@@ -5,6 +5,7 @@
 //! and later runs only do what changed.
 
 mod build;
+mod faults;
 mod install;
 mod lock;
 mod tree;
@@ -50,6 +51,7 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<()> {
     install::write_build_env(paths, &tree)?;
     build::compile(paths, &tree)?;
     install::install(paths, &tree)?;
+    faults::make(paths, &tree)?;
     tree.mark_used()?;
     tree::prune(paths)?;
     eprintln!(
