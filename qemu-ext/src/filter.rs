@@ -196,6 +196,13 @@ impl Filter {
         }
     }
 
+    /// Runs `f` for QEMU; a panic breaks the snapshot.
+    pub(crate) fn or_break(&self, f: impl FnOnce(&Self)) {
+        if try_guard(|| f(self)).is_none() {
+            self.break_after_panic();
+        }
+    }
+
     /// Runs `f` for the reader; a panic breaks the snapshot and fails the request.
     pub(crate) fn for_reader<T>(
         &self,
@@ -344,8 +351,17 @@ fn kick_later(node: Bds) -> Box<dyn Fn() + Send + Sync> {
 
 /// Starts or stops capturing and claiming permissions. Main loop, everything drained, immediately
 /// before the filter is put above its source or taken away again: permissions change with that.
-pub fn set_active(node: Bds, active: bool) {
-    let Ok(filter) = filter(node) else { return };
+///
+/// # Errors
+/// The filter is to start and cannot: it broke before.
+pub fn set_active(node: Bds, active: bool) -> Result<(), String> {
+    let filter = filter(node)?;
+    if active
+        && let Some(engine) = filter.engine.get()
+        && let Some((text, _)) = engine.stats().error
+    {
+        return Err(text);
+    }
     filter.active.store(active, Ordering::Release);
     if let Some(engine) = filter.engine.get() {
         if active {
@@ -354,6 +370,7 @@ pub fn set_active(node: Bds, active: bool) {
             engine.deactivate();
         }
     }
+    Ok(())
 }
 
 /// The counters of a filter.

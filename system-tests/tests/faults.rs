@@ -291,6 +291,32 @@ async fn a_panic_in_a_helper_of_a_read_fails_that_read() {
     ends_well(lab, &graph).await;
 }
 
+#[tokio::test]
+async fn a_panic_in_a_drain_breaks_the_snapshot() {
+    each(&[
+        ("panic:drain_begin_active:1", EIO),
+        ("panic:drain_end_active:1", EIO),
+        ("panic:drain_begin_active:2", EIO),
+        ("panic:drain_end_active:2", EIO),
+    ])
+    .await;
+}
+
+/// Before the point in time: there is no snapshot that could break later.
+#[tokio::test]
+async fn a_panic_in_a_drain_fails_the_setup() {
+    for faults in ["panic:drain_begin:4", "panic:drain_end:4"] {
+        let lab = start(faults, false).await;
+        let graph = lab.graph().await;
+        let request = json!({ "target-id": "t", "devices": [device(&json!({}))] });
+        let error = lab.try_run("backup-access-setup", request).await.unwrap_err();
+        assert!(error.to_string().contains("internal error"), "{error}");
+        all_happened(&lab, faults);
+        assert_eq!(lab.graph().await, graph);
+        works_again(lab, &graph).await;
+    }
+}
+
 /// A teardown that fails or says what went wrong; given again it finds no more than is left.
 async fn during_a_teardown(faults: &'static str, iothread: bool) {
     println!("{faults}, iothread {iothread}");

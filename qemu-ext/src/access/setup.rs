@@ -235,9 +235,10 @@ impl Prepared {
     fn switch(&mut self, drained: &Drained) -> Result<(), Error> {
         let main_loop = drained.main_loop();
         let filter = self.filter_node().ok_or_else(|| Error::new("the filter is missing"))?;
-        filter::set_active(filter, true);
+        filter::set_active(filter, true).map_err(Error::new)?;
         if let Err(error) = drained.replace_node(self.source.node(), filter) {
-            filter::set_active(filter, false);
+            // Stopping cannot fail.
+            let _ = filter::set_active(filter, false);
             return Err(error);
         }
         self.inserted = true;
@@ -274,7 +275,7 @@ impl Prepared {
         let main_loop = drained.main_loop();
         if let Some(filter) = self.filter_node() {
             filter::begin_close(filter);
-            filter::set_active(filter, false);
+            let _ = filter::set_active(filter, false);
             filter.freeze_filtered(main_loop, false);
             if self.inserted
                 && let Err(error) = drained.replace_node(filter, self.source.node())

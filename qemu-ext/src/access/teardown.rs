@@ -199,7 +199,8 @@ fn remove(
     fault::point("teardown_removing");
     let removed = match &filter {
         Some(filter) => {
-            filter::set_active(filter.node(), false);
+            // Stopping cannot fail.
+            let _ = filter::set_active(filter.node(), false);
             filter.node().freeze_filtered(main_loop, false);
             let below = filter.node().below(main_loop).unwrap_or(source.node());
             drained.replace_node(filter.node(), below)

@@ -273,14 +273,14 @@ unsafe extern "C" fn filter_inactivate(bs: *mut sys::BlockDriverState) -> c_int 
 unsafe extern "C" fn filter_drain_begin(bs: *mut sys::BlockDriverState) {
     // Also called while the node is being opened, when there is no state yet.
     if let Some(filter) = Bds::from_ptr(bs).and_then(filter_of) {
-        guard((), || filter.drain_begin());
+        filter.or_break(Filter::drain_begin);
     }
 }
 
 unsafe extern "C" fn filter_drain_end(bs: *mut sys::BlockDriverState) {
     // Also called while the node is being opened, when there is no state yet.
     if let Some(filter) = Bds::from_ptr(bs).and_then(filter_of) {
-        guard((), || filter.drain_end());
+        filter.or_break(Filter::drain_end);
     }
 }
 
