@@ -317,6 +317,18 @@ async fn a_panic_in_a_drain_fails_the_setup() {
     }
 }
 
+/// The broken event comes although the first try to send it panics, and the watchdog lives on.
+#[tokio::test]
+async fn events_come_after_all() {
+    each(&[
+        ("panic:before_write:1,panic:notify:1", EIO),
+        ("panic:before_write:1,panic:task:1", EIO),
+        ("panic:before_write:1,panic:task:1,panic:timer:1", EIO),
+        ("panic:before_write:1,panic:timer:1,panic:notify:1", EIO),
+    ])
+    .await;
+}
+
 /// A teardown that fails or says what went wrong; given again it finds no more than is left.
 async fn during_a_teardown(faults: &'static str, iothread: bool) {
     println!("{faults}, iothread {iothread}");

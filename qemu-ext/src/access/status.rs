@@ -9,7 +9,7 @@ use super::registry::{self, Access};
 use super::{DeviceStatus, TargetStatus, teardown};
 use crate::filter;
 use crate::qemu::graph::Bds;
-use crate::qemu::main_loop::MainLoop;
+use crate::qemu::main_loop::{self, MainLoop};
 use crate::qemu::qapi::{self, BrokenEvent};
 use crate::qemu::timer::Timer;
 
@@ -37,6 +37,14 @@ fn target_status(main_loop: MainLoop, access: &Access) -> TargetStatus {
     }
 }
 
+fn severity(state: State) -> u32 {
+    match state {
+        State::Active | State::Closing => 0,
+        State::Degraded => 1,
+        State::Broken => 2,
+    }
+}
+
 /// Emits the event if the device's snapshot became worse than was reported last.
 pub(super) fn report(main_loop: MainLoop, target_id: &str, device: &str) {
     let mut registry = registry::lock();
@@ -46,11 +54,6 @@ pub(super) fn report(main_loop: MainLoop, target_id: &str, device: &str) {
     };
     let Some(node) = entry.filter(main_loop) else { return };
     let stats = filter::stats(node);
-    let severity = |state| match state {
-        State::Active | State::Closing => 0,
-        State::Degraded => 1,
-        State::Broken => 2,
-    };
     if severity(stats.state) <= severity(entry.reported) {
         return;
     }
@@ -89,7 +92,8 @@ pub(super) fn start_watchdog(main_loop: MainLoop) {
     }
 }
 
-/// Every second: breaks snapshots that make no progress. Also inside of other commands' waits.
+/// Every second: breaks snapshots that make no progress, and sees to it that events come even if
+/// reporting them failed. Also inside of other commands' waits.
 fn tick(main_loop: MainLoop) {
     let registry = registry::lock();
     if registry.accesses.is_empty() {
@@ -98,11 +102,23 @@ fn tick(main_loop: MainLoop) {
     if let Some(timer) = &registry.watchdog {
         timer.arm_in_ms(WATCHDOG_MS);
     }
-    let devices = registry.accesses.iter().flat_map(|access| &access.devices);
-    let filters: Vec<Bds> = devices.filter_map(|device| device.filter(main_loop)).collect();
+    let mut filters: Vec<Bds> = Vec::new();
+    let mut unreported = Vec::new();
+    for access in &registry.accesses {
+        for device in &access.devices {
+            let Some(node) = device.filter(main_loop) else { continue };
+            filters.push(node);
+            if severity(filter::stats(node).state) > severity(device.reported) {
+                unreported.push((access.target_id.clone(), device.device.clone()));
+            }
+        }
+    }
     drop(registry);
     for node in filters {
         filter::check_timeout(node);
+    }
+    for (target_id, device) in unreported {
+        main_loop::schedule(Box::new(move |main_loop| report(main_loop, &target_id, &device)));
     }
     teardown::release_ended_exports(main_loop);
 }

@@ -2,13 +2,23 @@
 //! A timer of the main context, which fires in nested waits too.
 
 use core::ffi::c_void;
-use core::ptr::NonNull;
+use core::ptr::{NonNull, null_mut};
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use qemu_ext_sys as sys;
 
-use super::guard;
 use super::main_loop::MainLoop;
+use super::try_guard;
 use crate::fault;
+
+/// After a panic a timer fires again in so many milliseconds: what it watches must not be left alone.
+const AFTER_PANIC_MS: u32 = 1000;
+
+/// What a timer calls; it exists as long as the process.
+struct Alarm {
+    callback: fn(MainLoop),
+    timer: AtomicPtr<sys::QEMUTimer>,
+}
 
 /// A timer that calls one function. It exists as long as the process.
 #[derive(Debug)]
@@ -18,28 +28,36 @@ pub struct Timer(NonNull<sys::QEMUTimer>);
 unsafe impl Send for Timer {}
 
 extern "C" fn fire(opaque: *mut c_void) {
-    guard((), || {
+    // SAFETY: `Timer::new` leaked it.
+    let alarm = unsafe { &*opaque.cast::<Alarm>() };
+    let called = try_guard(|| {
         fault::point("timer");
-        // SAFETY: `Timer::new` stored exactly such a function.
-        let callback = unsafe { core::mem::transmute::<*mut c_void, fn(MainLoop)>(opaque) };
         if let Some(main_loop) = MainLoop::current() {
-            callback(main_loop);
+            (alarm.callback)(main_loop);
         }
     });
+    if called.is_none()
+        && let Some(timer) = NonNull::new(alarm.timer.load(Ordering::Acquire))
+    {
+        Timer(timer).arm_in_ms(AFTER_PANIC_MS);
+    }
 }
 
 impl Timer {
     /// A timer that is not armed.
     pub fn new(_: MainLoop, callback: fn(MainLoop)) -> Option<Self> {
-        // SAFETY: the context exists as long as the process, the callback is a plain function.
+        let alarm = Alarm { callback, timer: AtomicPtr::new(null_mut()) };
+        let alarm: &'static Alarm = Box::leak(Box::new(alarm));
+        // SAFETY: context and alarm exist as long as the process.
         let timer = unsafe {
             sys::ba_aio_timer_new_ms(
                 sys::qemu_get_aio_context(),
                 sys::QEMU_CLOCK_REALTIME,
                 Some(fire),
-                callback as *mut c_void,
+                core::ptr::from_ref(alarm).cast_mut().cast(),
             )
         };
+        alarm.timer.store(timer, Ordering::Release);
         NonNull::new(timer).map(Self)
     }
 
