@@ -329,6 +329,38 @@ async fn events_come_after_all() {
     .await;
 }
 
+/// A setup of two disks that fails and changes nothing.
+async fn during_a_setup(faults: &'static str, iothread: bool) {
+    println!("{faults}, iothread {iothread}");
+    let lab = start(faults, iothread).await;
+    let infos = lab.setup("first", json!([device(&json!({}))])).await;
+    assert_eq!(infos[0]["bitmap-action"], "missing-recreated");
+    lab.teardown("first", true).await;
+    let (graph, bitmaps) = (lab.graph().await, lab.bitmaps("disk0").await);
+    let disks = json!([device(&json!({})), { "device": "disk1", "bitmap-mode": "new" }]);
+    let request = json!({ "target-id": "t", "devices": disks });
+    let error = lab.try_run("backup-access-setup", request).await.unwrap_err().to_string();
+    assert!(error.contains("internal error"), "{error}");
+    all_happened(&lab, faults);
+    assert_eq!((lab.graph().await, lab.bitmaps("disk0").await), (graph.clone(), bitmaps));
+    assert_eq!(lab.run("query-backup-access", json!({})).await, json!([]));
+    guest_works(&lab).await;
+    guest_is_right(&lab).await;
+    works_again(lab, &graph).await;
+}
+
+#[tokio::test]
+async fn a_panic_in_a_setup_undoes_it() {
+    let faults = [
+        "panic:qmp_setup:2",
+        "panic:setup_prepared:2",
+        "panic:setup_inserted:2",
+        "panic:setup_inserted:3",
+        "panic:setup_switched:2",
+    ];
+    each_of(&faults, during_a_setup).await;
+}
+
 /// A teardown that fails or says what went wrong; given again it finds no more than is left.
 async fn during_a_teardown(faults: &'static str, iothread: bool) {
     println!("{faults}, iothread {iothread}");

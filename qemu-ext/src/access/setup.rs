@@ -19,6 +19,7 @@ use crate::qemu::error::Error;
 use crate::qemu::graph::{Bds, Drained, Holder, NodeRef, Relaxed, SNAPSHOT_FLAGS};
 use crate::qemu::main_loop::{self, MainLoop};
 use crate::qemu::migration::MigrationBlocker;
+use crate::qemu::try_guard;
 
 /// One device on its way into an access. Fields are dropped in this order.
 #[derive(Debug)]
@@ -52,7 +53,7 @@ struct PlanRest {
 /// Gives access to the content of devices at one common point in time.
 ///
 /// # Errors
-/// The request is not acceptable, or something failed; nothing has changed then.
+/// The request is not acceptable, or something failed or panicked; nothing has changed then.
 pub fn setup(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<DeviceInfo>, Error> {
     let _operation = Operation::begin("backup-access-setup")?;
     let plans = request::check(main_loop, request)?;
@@ -60,7 +61,10 @@ pub fn setup(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<DeviceIn
     let blocker = MigrationBlocker::new(main_loop, &reason)?;
 
     let mut prepared = Vec::with_capacity(plans.len());
-    let infos = match prepare_and_switch(main_loop, &request.target_id, plans, &mut prepared) {
+    let done =
+        try_guard(|| prepare_and_switch(main_loop, &request.target_id, plans, &mut prepared));
+    let panicked = || Err(Error::new("internal error in the setup (see QEMU's log)"));
+    let infos = match done.unwrap_or_else(panicked) {
         Ok(infos) => infos,
         Err(error) => {
             if !prepared.is_empty() {
