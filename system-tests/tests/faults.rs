@@ -391,6 +391,7 @@ async fn a_panic_in_a_teardown_leaves_nothing_behind() {
         "panic:call_from_coroutine:1",
         "panic:call_from_coroutine:2",
         "panic:call_from_coroutine:3",
+        "panic:teardown_removing:1",
         "panic:postponed_discards:1",
         "panic:qmp_query:1",
     ];

@@ -18,6 +18,7 @@ use crate::qemu::error::Error;
 use crate::qemu::export::{self, HeldExport};
 use crate::qemu::graph::{Bds, Drained, Holder, NodeRef};
 use crate::qemu::main_loop::{self, MainLoop};
+use crate::qemu::try_guard;
 
 /// Between two looks at what is still in flight.
 const STEP: Duration = Duration::from_millis(5);
@@ -31,7 +32,6 @@ const DELETION_LIMIT: Duration = Duration::from_secs(10);
 /// and the command may be given again.
 pub fn teardown(target_id: &str, success: bool) -> Result<TeardownOutcome, Error> {
     let _operation = Operation::begin("backup-access-teardown")?;
-    let died = || Error::new("internal error in the teardown (see QEMU's log)");
     let begun = main_loop::call_from_coroutine(|main_loop| begin(main_loop, target_id));
     let Some(limit) = begun.ok_or_else(died)?? else {
         return Ok(TeardownOutcome { existed: false, reason: None });
@@ -51,6 +51,10 @@ pub fn teardown(target_id: &str, success: bool) -> Result<TeardownOutcome, Error
     let finished =
         main_loop::call_from_coroutine(|main_loop| finish(main_loop, target_id, success));
     finished.ok_or_else(died)?
+}
+
+fn died() -> Error {
+    Error::new("internal error in the teardown (see QEMU's log); try again")
 }
 
 /// Stops the access and tells its exports to end. How long to wait, or none if it is unknown.
@@ -125,19 +129,29 @@ fn pending(main_loop: MainLoop, target_id: &str) -> Option<String> {
     Some(format!("export '{}' has not ended", busy.id()))
 }
 
-/// Takes the nodes out and settles the bitmaps.
+/// Takes the nodes out and settles the bitmaps. After an error or a panic the access stays with
+/// the devices that are left.
 fn finish(main_loop: MainLoop, target_id: &str, success: bool) -> Result<TeardownOutcome, Error> {
     let Some(mut access) = registry::lock().take(target_id) else {
         return Ok(TeardownOutcome { existed: false, reason: None });
     };
-    let drained = Drained::new(main_loop);
-    if let Err(error) = delete_exports(&drained, &mut access) {
-        drop(drained);
+    let ended = try_guard(|| take_out(main_loop, &mut access, success));
+    let ended = ended.unwrap_or_else(|| Err(died()));
+    if ended.is_err() {
         registry::lock().accesses.push(access);
         // It may have found no access meanwhile and stopped.
         status::start_watchdog(main_loop);
-        return Err(error);
     }
+    ended
+}
+
+fn take_out(
+    main_loop: MainLoop,
+    access: &mut Access,
+    success: bool,
+) -> Result<TeardownOutcome, Error> {
+    let drained = Drained::new(main_loop);
+    delete_exports(&drained, access)?;
     let mut problems: Vec<String> = access
         .devices
         .iter()
@@ -147,12 +161,12 @@ fn finish(main_loop: MainLoop, target_id: &str, success: bool) -> Result<Teardow
         })
         .collect();
     let mut leftovers = Vec::new();
-    for device in access.devices {
-        let name = device.device.clone();
+    while let Some(device) = access.devices.first_mut() {
         match remove(&drained, device, success) {
             Ok(leftover) => leftovers.extend(leftover),
-            Err(error) => problems.push(format!("device '{name}': {error}")),
+            Err(error) => problems.push(format!("device '{}': {error}", device.device)),
         }
+        access.devices.remove(0);
     }
     drop(drained);
     for (source, bitmap) in leftovers {
@@ -186,7 +200,7 @@ fn delete_exports(drained: &Drained, access: &mut Access) -> Result<(), Error> {
 /// Takes one device's nodes out. A source with a stored bitmap that is to be removed afterwards.
 fn remove(
     drained: &Drained,
-    mut device: Device,
+    device: &mut Device,
     success: bool,
 ) -> Result<Option<(NodeRef, String)>, Error> {
     let main_loop = drained.main_loop();
