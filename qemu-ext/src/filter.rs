@@ -48,11 +48,11 @@ pub struct Settings {
     pub need: Option<Box<dyn NeedMap>>,
     /// Called from any thread when the snapshot became degraded or broken.
     pub notify: Box<dyn Fn() + Send + Sync>,
-    /// Called in the main loop when the filter's node closes.
-    pub on_close: Box<dyn FnOnce() + Send>,
+    /// Called in the main loop when the filter's node closes; again after a panic.
+    pub on_close: Box<dyn Fn() + Send>,
 }
 
-type OnClose = Box<dyn FnOnce() + Send>;
+type OnClose = Box<dyn Fn() + Send>;
 
 /// The state of one filter node.
 pub struct Filter {
@@ -285,11 +285,11 @@ impl Filter {
         }));
     }
 
-    /// The node closes.
+    /// The node closes. May be called again when it panicked.
     pub(crate) fn closing(&self) {
         fault::point("filter_close");
-        let on_close = self.on_close.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(on_close) = on_close {
+        let on_close = self.on_close.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(on_close) = on_close.as_ref() {
             on_close();
         }
     }

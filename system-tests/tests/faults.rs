@@ -392,10 +392,22 @@ async fn a_panic_in_a_teardown_leaves_nothing_behind() {
         "panic:call_from_coroutine:2",
         "panic:call_from_coroutine:3",
         "panic:teardown_removing:1",
+        "panic:filter_close:1",
         "panic:postponed_discards:1",
         "panic:qmp_query:1",
     ];
     each_of(&faults, during_a_teardown).await;
+}
+
+#[tokio::test]
+async fn a_panic_at_the_exit_does_not_change_how_it_ends() {
+    for iothread in [false, true] {
+        let lab = start("panic:filter_close:1", iothread).await;
+        let infos = lab.setup("t", json!([device(&json!({}))])).await;
+        lab.export(&infos[0]).await;
+        guest_works(&lab).await;
+        lab.quit().await;
+    }
 }
 
 /// Guest requests wait for room in a full buffer, or for their data to be written through to a slow

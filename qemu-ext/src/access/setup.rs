@@ -193,7 +193,7 @@ fn notifier(target_id: &str, device: &str) -> Box<dyn Fn() + Send + Sync> {
 }
 
 /// What the filter calls when it closes. During an access that happens at QEMU's exit only.
-fn on_close(filter: Bds, target_id: &str, device: &str) -> Box<dyn FnOnce() + Send> {
+fn on_close(filter: Bds, target_id: &str, device: &str) -> Box<dyn Fn() + Send> {
     let (target_id, device) = (target_id.to_owned(), device.to_owned());
     Box::new(move || {
         if let Some(main_loop) = MainLoop::current() {

@@ -197,10 +197,11 @@ unsafe extern "C" fn filter_close(bs: *mut sys::BlockDriverState) {
         let slot = (*bs).opaque.cast::<*mut Filter>();
         Box::from_raw(core::mem::replace(&mut *slot, null_mut()))
     };
-    guard((), || {
-        filter.closing();
-        drop(filter);
-    });
+    // QEMU aborts at its exit if links stay frozen or bitmaps busy: once more after a panic.
+    if try_guard(|| filter.closing()).is_none() {
+        guard((), || filter.closing());
+    }
+    guard((), || drop(filter));
 }
 
 unsafe extern "C" fn filter_child_perm(
