@@ -240,6 +240,7 @@ async fn a_panic_in_a_request_of_the_reader_fails_it_or_breaks_the_snapshot() {
         ("panic:snapshot_read:1", Kept),
         ("panic:snapshot_status:1", Kept),
         ("panic:snapshot_release:1", Kept),
+        ("panic:snapshot_refresh_limits:1", Kept),
         ("panic:reader:1", EIO),
         ("panic:reader:6", EIO),
         ("panic:fetch:1", EIO),
@@ -340,7 +341,7 @@ async fn during_a_setup(faults: &'static str, iothread: bool) {
     let disks = json!([device(&json!({})), { "device": "disk1", "bitmap-mode": "new" }]);
     let request = json!({ "target-id": "t", "devices": disks });
     let error = lab.try_run("backup-access-setup", request).await.unwrap_err().to_string();
-    assert!(error.contains("internal error"), "{error}");
+    assert!(error.contains("internal error") || error.contains("Could not open"), "{error}");
     all_happened(&lab, faults);
     assert_eq!((lab.graph().await, lab.bitmaps("disk0").await), (graph.clone(), bitmaps));
     assert_eq!(lab.run("query-backup-access", json!({})).await, json!([]));
@@ -357,6 +358,8 @@ async fn a_panic_in_a_setup_undoes_it() {
         "panic:setup_inserted:2",
         "panic:setup_inserted:3",
         "panic:setup_switched:2",
+        "panic:filter_open:3",
+        "panic:snapshot_open:2",
     ];
     each_of(&faults, during_a_setup).await;
 }

@@ -150,6 +150,20 @@ unsafe extern "C" fn filter_open(
     _flags: c_int,
     errp: *mut *mut sys::Error,
 ) -> c_int {
+    guard(-EINVAL, || {
+        fault::point("filter_open");
+        // SAFETY: arguments are passed on as QEMU gave them.
+        unsafe { open_filter(bs, options, errp) }
+    })
+}
+
+/// # Safety
+/// As for the callback of a driver: the main loop opens the node.
+unsafe fn open_filter(
+    bs: *mut sys::BlockDriverState,
+    options: *mut sys::QDict,
+    errp: *mut *mut sys::Error,
+) -> c_int {
     // SAFETY: the main loop opens the node; arguments are passed on as QEMU gave them.
     let ret = unsafe {
         sys::bdrv_open_file_child(core::ptr::null(), options, c"file".as_ptr(), bs, errp)
@@ -434,6 +448,20 @@ unsafe extern "C" fn snapshot_open(
     _flags: c_int,
     errp: *mut *mut sys::Error,
 ) -> c_int {
+    guard(-EINVAL, || {
+        fault::point("snapshot_open");
+        // SAFETY: arguments are passed on as QEMU gave them.
+        unsafe { open_snapshot(bs, options, errp) }
+    })
+}
+
+/// # Safety
+/// As for the callback of a driver: the main loop opens the node.
+unsafe fn open_snapshot(
+    bs: *mut sys::BlockDriverState,
+    options: *mut sys::QDict,
+    errp: *mut *mut sys::Error,
+) -> c_int {
     let Some(class) = STAYING_CHILD.get() else { return -EINVAL };
     // SAFETY: the main loop opens the node; the class is never freed.
     let child = unsafe {
@@ -487,7 +515,10 @@ unsafe extern "C" fn snapshot_refresh_limits(
     // SAFETY: a live node with its child attached.
     unsafe {
         (*bs).bl.request_alignment = snapshot::ALIGNMENT as u32;
-        let granule = snapshot_filter(bs).and_then(Filter::granule_bytes);
+        let granule = guard(None, || {
+            fault::point("snapshot_refresh_limits");
+            snapshot_filter(bs).and_then(Filter::granule_bytes)
+        });
         (*bs).bl.pdiscard_alignment = granule.unwrap_or(fleece::MIN_GRANULE_BYTES) as u32;
         (*bs).bl.max_pdiscard = 0;
     }
@@ -512,13 +543,13 @@ unsafe fn on_snapshot<T>(
     bs: *mut sys::BlockDriverState,
     f: impl FnOnce(&Filter, &CoGraph<'_>) -> Result<T, Errno>,
 ) -> Result<T, Errno> {
-    // SAFETY: as stated.
-    let filter = unsafe { snapshot_filter(bs) }.ok_or(Errno::EIO)?;
-    // SAFETY: as stated.
-    let graph = unsafe { CoGraph::of_caller() };
-    let _busy = Busy::new(filter.node());
     let run = || {
         fault::point(point);
+        // SAFETY: as stated.
+        let filter = unsafe { snapshot_filter(bs) }.ok_or(Errno::EIO)?;
+        // SAFETY: as stated.
+        let graph = unsafe { CoGraph::of_caller() };
+        let _busy = Busy::new(filter.node());
         f(filter, &graph)
     };
     try_guard(run).unwrap_or(Err(Errno::EIO))
