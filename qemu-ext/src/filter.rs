@@ -276,13 +276,17 @@ impl Filter {
         }
         let (node, busy) = (self.node, Busy::new(self.node));
         main_loop::schedule_in_polls(Box::new(move |_| {
-            if let Some(filter) = driver::filter_of(node)
-                && let Some(engine) = filter.engine.get()
-            {
-                engine.kick(&FilterIo::without_io(filter));
+            if let Some(filter) = driver::filter_of(node) {
+                filter.or_break(Self::kick);
             }
             drop(busy);
         }));
+    }
+
+    fn kick(&self) {
+        if let Some(engine) = self.engine.get() {
+            engine.kick(&FilterIo::without_io(self));
+        }
     }
 
     /// The node closes. May be called again when it panicked.
@@ -340,10 +344,8 @@ fn kick_later(node: Bds) -> Box<dyn Fn() + Send + Sync> {
     Box::new(move || {
         let name = name.clone();
         main_loop::schedule_in_polls(Box::new(move |main_loop| {
-            if let Some(filter) = Bds::find(main_loop, &name).and_then(driver::filter_of)
-                && let Some(engine) = filter.engine.get()
-            {
-                engine.kick(&FilterIo::without_io(filter));
+            if let Some(filter) = Bds::find(main_loop, &name).and_then(driver::filter_of) {
+                filter.or_break(Filter::kick);
             }
         }));
     })
@@ -404,6 +406,6 @@ pub fn check_timeout(node: Bds) {
     if let Ok(filter) = filter(node)
         && let Some(engine) = filter.engine.get()
     {
-        engine.check_timeout(&FilterIo::without_io(filter));
+        filter.or_break(|filter| engine.check_timeout(&FilterIo::without_io(filter)));
     }
 }

@@ -165,12 +165,14 @@ fn all_happened(lab: &Lab, faults: &str) {
 }
 
 /// Faults during the work of guest and reader.
-async fn during_an_access(faults: &'static str, iothread: bool, then: Snapshot) {
+async fn during_an_access(faults: &'static str, iothread: bool, total: u64, then: Snapshot) {
     println!("{faults}, iothread {iothread}");
     let lab = start(faults, iothread).await;
     let graph = lab.graph().await;
     let mut events = lab.session().events();
-    let infos = lab.setup("t", json!([device(&json!({}))])).await;
+    let devices = json!([device(&json!({}))]);
+    let request = json!({ "target-id": "t", "devices": devices, "buffer-total": total });
+    let infos = lab.run("backup-access-setup", request).await.as_array().unwrap().clone();
     let (export, failed) = work(&lab, &infos).await;
     match then {
         Kept => {
@@ -200,9 +202,13 @@ where
 }
 
 async fn each(faults: &[(&'static str, Snapshot)]) {
+    each_with_total(1 << 30, faults).await;
+}
+
+async fn each_with_total(total: u64, faults: &[(&'static str, Snapshot)]) {
     let names: Vec<&'static str> = faults.iter().map(|&(name, _)| name).collect();
     let then = |name: &str| faults.iter().find(|(other, _)| *other == name).unwrap().1;
-    each_of(&names, |name, iothread| during_an_access(name, iothread, then(name))).await;
+    each_of(&names, |name, iothread| during_an_access(name, iothread, total, then(name))).await;
 }
 
 #[test]
@@ -316,6 +322,13 @@ async fn a_panic_in_a_drain_fails_the_setup() {
         assert_eq!(lab.graph().await, graph);
         works_again(lab, &graph).await;
     }
+}
+
+/// So little RAM for all disks that this one is told to write its data to the image.
+#[tokio::test]
+async fn a_panic_in_a_task_for_the_shared_buffer_does_no_harm() {
+    each_with_total(256 * KIB, &[("panic:task_in_polls:1", Kept), ("panic:task_in_polls:2", Kept)])
+        .await;
 }
 
 /// The broken event comes although the first try to send it panics, and the watchdog lives on.
