@@ -188,7 +188,7 @@ impl Filter {
 
     fn break_after_panic(&self) {
         if let Some(engine) = self.engine.get() {
-            let io = FilterIo::without_io(self);
+            let io = FilterIo::after_panic(self);
             let text = "internal error (panic) in the fleecing filter".to_owned();
             if try_guard(|| engine.break_snapshot(&io, text, Errno::EIO)).is_none() {
                 engine.deactivate();

@@ -26,6 +26,8 @@ enum Graph<'a> {
     PerIo(InCoroutine),
     /// There is none, and no I/O: the snapshot is ended or watched, or a flusher looks for work.
     NoIo,
+    /// As [`Graph::NoIo`], after a panic of the caller: it will not park.
+    Panicked,
 }
 
 /// One caller's view of a filter.
@@ -51,6 +53,11 @@ impl<'a> FilterIo<'a> {
         Self { filter, graph: Graph::NoIo }
     }
 
+    /// For whoever breaks the snapshot because it panicked itself.
+    pub(crate) fn after_panic(filter: &'a Filter) -> Self {
+        Self { filter, graph: Graph::Panicked }
+    }
+
     fn io<T>(
         &self,
         f: impl FnOnce(&CoGraph<'_>, Child, Child) -> Result<T, Errno>,
@@ -59,7 +66,7 @@ impl<'a> FilterIo<'a> {
         match self.graph {
             Graph::Held(graph) => f(graph, source, target),
             Graph::PerIo(here) => f(&here.lock_graph(), source, target),
-            Graph::NoIo => Err(Errno::EIO),
+            Graph::NoIo | Graph::Panicked => Err(Errno::EIO),
         }
     }
 }
@@ -83,7 +90,10 @@ impl Io for FilterIo<'_> {
     }
 
     fn unpark(&self, task: Waiting) {
-        task.wake();
+        // It may have panicked between publishing itself and parking.
+        if !(matches!(self.graph, Graph::Panicked) && task.is_current()) {
+            task.wake();
+        }
     }
 
     fn spawn_flusher(&self) {

@@ -236,6 +236,7 @@ async fn a_panic_in_a_guest_request_breaks_the_snapshot() {
         ("panic:read_source:1", EIO),
         ("panic:read_source:3", EIO),
         ("panic:source_is_zero:1", EIO),
+        ("panic:spawn_flusher:1", EIO),
     ])
     .await;
 }
@@ -329,6 +330,19 @@ async fn a_panic_in_a_drain_fails_the_setup() {
 async fn a_panic_in_a_task_for_the_shared_buffer_does_no_harm() {
     each_with_total(256 * KIB, &[("panic:task_in_polls:1", Kept), ("panic:task_in_polls:2", Kept)])
         .await;
+}
+
+/// So little RAM for all disks that a request which finds none asks for the first flusher, after it
+/// has published itself as waiting.
+#[tokio::test]
+async fn a_panic_of_a_request_that_is_about_to_wait_breaks_the_snapshot() {
+    for _ in 0..4 {
+        each_with_total(
+            256 * KIB,
+            &[("panic:spawn_flusher:1", EIO), ("panic:spawn_flusher:2", EIO)],
+        )
+        .await;
+    }
 }
 
 /// The broken event comes although the first try to send it panics, and the watchdog lives on.

@@ -85,12 +85,24 @@ impl Waiting {
         Self(NonNull::new(current).expect("QEMU always has a current coroutine"))
     }
 
+    /// Whether it is the calling coroutine: published, and not parked.
+    pub fn is_current(&self) -> bool {
+        // SAFETY: valid anywhere.
+        self.0.as_ptr() == unsafe { sys::qemu_coroutine_self() }
+    }
+
     /// Resumes it, in its own AioContext. Each published value is woken exactly once, and its
-    /// coroutine parks exactly once for it; a wake-up from another thread that comes before the
-    /// park is scheduled and runs after it.
+    /// coroutine parks exactly once for it; a wake-up from another thread, or from itself, that
+    /// comes before the park is scheduled and runs after it.
     pub fn wake(self) {
         // SAFETY: the coroutine has published itself and parks (see above).
-        unsafe { sys::aio_co_wake(self.0.as_ptr()) };
+        unsafe {
+            if self.is_current() {
+                sys::aio_co_schedule(sys::qemu_get_current_aio_context(), self.0.as_ptr());
+            } else {
+                sys::aio_co_wake(self.0.as_ptr());
+            }
+        }
     }
 }
 
