@@ -197,7 +197,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         let has_tail = places.last().is_some_and(|&(granule, _)| tail == Some(granule));
         let count = places.len() as u64 - u64::from(has_tail);
         let mut log = self.log.lock();
-        let first = if count > 0 { log.begin_write(count)? } else { 0 };
+        let first = if count > 0 { log.take(count)? } else { 0 };
         for (nth, (_, position)) in places.iter_mut().enumerate() {
             *position = first + nth as u64;
         }
@@ -217,7 +217,6 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             let rest = placed.places[placed.next..].iter().map(|&(_, position)| position);
             placed.unused.into_iter().chain(rest).for_each(|position| log.remove(position));
             if placed.count > 0 {
-                log.end_write(placed.first, placed.count);
                 log.give_back(placed.first, placed.count, &mut back);
             }
         }

@@ -3,7 +3,7 @@
 //!
 //! A position is given out once and never again, so a read of it can never meet other data. Each
 //! granule is captured at most once, so the log never outgrows an image as large as the disk. A
-//! segment in which nothing is live any more is given back, once no write to it is in flight.
+//! segment in which nothing is live any more is given back; what is being written is live.
 
 use std::collections::VecDeque;
 
@@ -12,7 +12,6 @@ use crate::range::Geometry;
 #[derive(Debug, Clone, Copy, Default)]
 struct Segment {
     live: u32,
-    writing: u32,
     given_back: bool,
 }
 
@@ -91,11 +90,11 @@ impl Log {
         self.has_odd_tail.then_some(self.capacity)
     }
 
-    /// Gives out `count` consecutive positions, all of them live, and notes a write to them.
+    /// Gives out `count` consecutive positions, all of them live.
     ///
     /// # Errors
     /// There is no more space; nothing has changed.
-    pub(crate) fn begin_write(&mut self, count: u64) -> Result<u64, Full> {
+    pub(crate) fn take(&mut self, count: u64) -> Result<u64, Full> {
         let position = self.head;
         let end = position.checked_add(count).filter(|&end| end <= self.capacity);
         let end = end.ok_or(Full::Image)?;
@@ -111,16 +110,8 @@ impl Log {
         self.in_use += more as u64;
         self.head = end;
         self.live += count;
-        self.each_segment(position, count, |segment, part| {
-            segment.writing += 1;
-            segment.live += part as u32;
-        });
+        self.each_segment(position, count, |segment, part| segment.live += part as u32);
         Ok(position)
-    }
-
-    /// Ends a write begun with [`Log::begin_write`].
-    pub(crate) fn end_write(&mut self, position: u64, count: u64) {
-        self.each_segment(position, count, |segment, _| segment.writing -= 1);
     }
 
     /// The odd tail is in its place.
@@ -148,7 +139,7 @@ impl Log {
             let begin = index * self.segment_granules;
             let full = begin.checked_add(self.segment_granules).is_some_and(|end| end <= self.head);
             let Some(segment) = self.segment(index) else { continue };
-            if full && segment.live == 0 && segment.writing == 0 && !segment.given_back {
+            if full && segment.live == 0 && !segment.given_back {
                 segment.given_back = true;
                 self.in_use -= 1;
                 out.push((begin, self.segment_granules));
@@ -194,21 +185,18 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_goes_back_once_it_is_full_dead_and_written() {
+    fn a_segment_goes_back_once_it_is_full_and_dead() {
         let mut log = log(16, None);
         let mut back = Vec::new();
-        assert_eq!(log.begin_write(4), Ok(0));
-        for position in 0..4 {
-            log.remove(position);
-        }
+        assert_eq!(log.take(4), Ok(0));
+        (0..3).for_each(|position| log.remove(position));
         log.give_back(0, 4, &mut back);
-        assert!(back.is_empty(), "a write to it is in flight");
-        log.end_write(0, 4);
+        assert!(back.is_empty(), "one is live, perhaps being written");
+        log.remove(3);
         log.give_back(0, 4, &mut back);
         assert_eq!(back, [(0, 4)]);
         assert_eq!((log.live(), log.allocated_bytes()), (0, 0));
-        assert_eq!(log.begin_write(2), Ok(4), "space is never used again");
-        log.end_write(4, 2);
+        assert_eq!(log.take(2), Ok(4), "space is never used again");
         log.remove(4);
         log.remove(5);
         back.clear();
@@ -219,16 +207,15 @@ mod tests {
     #[test]
     fn the_image_and_the_limit_end_it() {
         let mut small = log(6, None);
-        assert_eq!(small.begin_write(5), Ok(0));
-        assert_eq!(small.begin_write(2), Err(Full::Image));
-        assert_eq!(small.begin_write(1), Ok(5));
+        assert_eq!(small.take(5), Ok(0));
+        assert_eq!(small.take(2), Err(Full::Image));
+        assert_eq!(small.take(1), Ok(5));
         let mut limited = log(64, Some(8 * GRANULE));
-        assert_eq!(limited.begin_write(8), Ok(0));
-        assert_eq!(limited.begin_write(1), Err(Full::Limit));
-        limited.end_write(0, 8);
+        assert_eq!(limited.take(8), Ok(0));
+        assert_eq!(limited.take(1), Err(Full::Limit));
         (0..4).for_each(|position| limited.remove(position));
         limited.give_back(0, 4, &mut Vec::new());
-        assert_eq!(limited.begin_write(1), Ok(8), "a segment that went back counts no more");
+        assert_eq!(limited.take(1), Ok(8), "a segment that went back counts no more");
     }
 
     #[test]

@@ -39,6 +39,7 @@ models! {
     writer_flush: Setup::pressed(&[1, 2]).after(&[Write(0..1, 6)]) => [Write(0..2, 7), Flush];
     writer_break: Setup::roomy(&[1, 2]) => [Write(0..1, 7), Break];
     writer_break_through: Setup::through(&[1, 2]) => [Write(0..1, 7), Break];
+    through_hangs_break: Setup::through(&[1, 2]).hanging() => [Write(0..1, 7), Break, Flush];
     writer_drain: Setup::pressed(&[1, 2]) => [Write(0..1, 7), Drain];
     reader_release_source: Setup::roomy(&[1, 2]) => [Read(0..2), Release(0..1)];
     reader_release_ram: Setup::roomy(&[1, 2]).after(&[Write(0..2, 7)]) =>
