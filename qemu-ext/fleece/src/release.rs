@@ -48,6 +48,10 @@ where
     }
 }
 
+/// After the end of the snapshot postponed discards are done for so long at most, so that they do
+/// not hold up the teardown.
+const MAX_POSTPONED_NS: u64 = 5_000_000_000;
+
 /// What a release under a region's lock left to be done without it.
 #[derive(Default)]
 struct Rest {
@@ -222,17 +226,20 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         self.gate() & crate::engine::DISCARDS != 0
     }
 
-    /// After the end of the snapshot: does the guest's discards that were postponed, until it is
-    /// told to be quiet. What is left then is forgotten: a discard is a wish.
+    /// After the end of the snapshot: does the guest's discards that were postponed, for a few
+    /// seconds at most and until it is told to be quiet. What is left then is forgotten: a discard
+    /// is a wish.
     pub fn do_postponed(&self, io: &impl Io<Task = T, Block = B>) {
         // One for the whole, so that a teardown waits for the end.
-        let _in_flight = self.watch.begin(What::DiscardSource, 0, io.now_ns());
+        let begun_ns = io.now_ns();
+        let _in_flight = self.watch.begin(What::DiscardSource, 0, begun_ns);
         for (index, region) in self.table.touched() {
             loop {
                 let discards = {
                     let mut state = region.lock();
                     let Some(first) = state.postponed.first() else { break };
-                    if self.is_quiesced() {
+                    let late = io.now_ns().saturating_sub(begun_ns) > MAX_POSTPONED_NS;
+                    if late || self.is_quiesced() {
                         let forgotten = state.postponed.forget(&(0..u32::MAX));
                         self.counters.postponed_granules.fetch_sub(forgotten, Ordering::Relaxed);
                         break;
