@@ -475,3 +475,44 @@ async fn it_quits_and_is_killed_while_all_are_busy() {
     assert_same(&snapshot, &bytes).await;
     storage.quit().await.unwrap();
 }
+
+#[tokio::test]
+async fn the_disks_of_one_access_share_a_cap_on_ram() {
+    const SIZE_BYTES: u64 = 8 * MIB;
+    const CAP_BYTES: u64 = 3 * MIB;
+    let storage = Storage::start().await.unwrap();
+    let mut guests = Vec::new();
+    for disk in ["disk0", "disk1"] {
+        storage.disk(disk, SIZE_BYTES).await.unwrap();
+        storage.disk(&format!("{disk}-fleecing"), SIZE_BYTES).await.unwrap();
+        let thread = format!("thread-{disk}");
+        storage.iothread(&thread).await.unwrap();
+        storage.export_disk(disk, Some(&thread)).await.unwrap();
+        let guest = storage.client(disk).await.unwrap();
+        fill(&guest, 0x11, 0, SIZE_BYTES).await.unwrap();
+        guests.push(guest);
+    }
+    let request = json!({ "target-id": "t", "buffer-total": CAP_BYTES,
+                          "devices": [{ "device": "disk0" }, { "device": "disk1" }] });
+    let infos = storage.run("backup-access-setup", request).await.unwrap();
+    // The first disk takes all of it, then the second one needs some.
+    for guest in &guests {
+        for offset in (0..SIZE_BYTES).step_by(64 << 10) {
+            fill(guest, 0x22, offset, 64 * KIB).await.unwrap();
+            let mut held = 0;
+            for device in 0..2 {
+                held += storage.count(device, "in-ram").await.unwrap();
+            }
+            assert!(held <= CAP_BYTES, "{held} bytes are held at {offset}");
+        }
+    }
+    for (device, guest) in guests.iter().enumerate() {
+        assert_eq!(storage.status(device).await.unwrap()["state"], "active");
+        assert!(storage.count(device, "written").await.unwrap() > SIZE_BYTES / 2);
+        let snapshot = storage.snapshot(&infos[device]).await.unwrap();
+        expect(&snapshot, 0x11, 0, SIZE_BYTES).await.unwrap();
+        expect(guest, 0x22, 0, SIZE_BYTES).await.unwrap();
+    }
+    storage.teardown(true).await.unwrap();
+    storage.quit().await.unwrap();
+}
