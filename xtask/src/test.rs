@@ -117,7 +117,7 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     }
     let qemu = !options.no_qemu
         && report.check("qemu", || {
-            qemu::run(paths, &qemu::Options::default())?;
+            qemu::run(paths, &qemu::Options { faults: true, ..qemu::Options::default() })?;
             Ok(Totals::PASSED)
         });
     report.check("clippy", || gate.clippy(qemu));

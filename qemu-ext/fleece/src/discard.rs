@@ -65,24 +65,16 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     /// Remembers the granules among these that are needed.
     fn postpone(&self, state: &mut Locked<'_, T>, local: Range<u32>) {
         let before = state.postponed.count();
-        let mut run: Option<Range<u32>> = None;
         for (word, mask) in words(local) {
-            let needed = mask & !state.done(word) & !state.kept(word);
-            let base = word as u32 * 64;
-            if needed == u64::MAX {
-                run = Some(run.map_or(base, |run| run.start)..base + 64);
-                continue;
+            let mut needed = mask & !state.done(word) & !state.kept(word);
+            // The list joins runs that touch.
+            while needed != 0 {
+                let start = needed.trailing_zeros();
+                let len = (needed >> start).trailing_ones();
+                let first = word as u32 * 64 + start;
+                state.postponed.add(first..first + len);
+                needed &= u64::MAX.checked_shl(start + len).unwrap_or(0);
             }
-            for bit in 0..64 {
-                if needed & (1 << bit) != 0 {
-                    run = Some(run.map_or(base + bit, |run| run.start)..base + bit + 1);
-                } else if let Some(run) = run.take() {
-                    state.postponed.add(run);
-                }
-            }
-        }
-        if let Some(run) = run {
-            state.postponed.add(run);
         }
         let added = state.postponed.count() - before;
         self.counters.postponed_granules.fetch_add(added, Ordering::Relaxed);

@@ -154,7 +154,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         // So that readers find neighbours side by side.
         taken.sort_unstable_by_key(|extent| extent.first);
         let granule_bytes = self.geometry.granule() as usize;
-        let tail = self.geometry.has_odd_tail().then(|| self.geometry.count() - 1);
+        let tail = self.geometry.odd_tail();
         let mut batch = Oldest {
             extents: taken.iter().map(|extent| extent.id).collect(),
             items: Vec::new(),
@@ -192,7 +192,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
 
     /// Takes space of the log for granules, given in the order of the disk.
     fn place(&self, granules: impl Iterator<Item = u64>) -> Result<Placed, Full> {
-        let tail = self.geometry.has_odd_tail().then(|| self.geometry.count() - 1);
+        let tail = self.geometry.odd_tail();
         let mut places: Vec<(u64, u64)> = granules.map(|granule| (granule, 0)).collect();
         let has_tail = places.last().is_some_and(|&(granule, _)| tail == Some(granule));
         let count = places.len() as u64 - u64::from(has_tail);
@@ -248,22 +248,13 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
 
     fn flush_oldest(&self, io: &impl Io<Task = T, Block = B>, batch: Oldest<B>) {
         let Oldest { extents, items, parts, tail, mut placed } = batch;
-        let written = {
-            let slices = |parts: &[Part<B>]| -> Result<(), Errno> {
-                let slices: Vec<&[u8]> = parts
-                    .iter()
-                    .map(|(block, piece)| &block.as_ref().as_ref()[piece.clone()])
-                    .collect();
-                self.write_log(io, placed.first, &slices)
-            };
-            let rest = if parts.is_empty() { Ok(()) } else { slices(&parts) };
-            rest.and_then(|()| match &tail {
-                Some((block, piece)) => {
-                    self.write_tail(io, &block.as_ref().as_ref()[piece.clone()])
-                }
-                None => Ok(()),
-            })
-        };
+        let slices: Vec<&[u8]> = parts.iter().map(slice).collect();
+        let rest =
+            if slices.is_empty() { Ok(()) } else { self.write_log(io, placed.first, &slices) };
+        let written = rest.and_then(|()| match &tail {
+            Some(part) => self.write_tail(io, slice(part)),
+            None => Ok(()),
+        });
         if written.is_ok() {
             for item in &items {
                 self.move_to_log(item, &mut placed);
@@ -362,6 +353,11 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         }
         result
     }
+}
+
+/// The data of a piece.
+fn slice<B: AsRef<[u8]>>((block, piece): &Part<B>) -> &[u8] {
+    &block.as_ref().as_ref()[piece.clone()]
 }
 
 /// Adds a piece of a block to the data of a batch, in one part with its neighbour if it has one.

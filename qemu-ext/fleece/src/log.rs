@@ -67,7 +67,7 @@ impl Log {
             in_use: 0,
             live: 0,
             granule,
-            has_odd_tail: geometry.has_odd_tail(),
+            has_odd_tail: geometry.odd_tail().is_some(),
         }
     }
 

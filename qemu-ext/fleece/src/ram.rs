@@ -243,8 +243,7 @@ impl<T, B> Ram<T, B> {
     pub(crate) fn prepare_insert(&mut self) -> Result<(), OutOfMemory> {
         if self.free.is_empty() {
             self.extents.try_reserve(1).map_err(|_| OutOfMemory)?;
-            let extents = self.extents.capacity();
-            self.free.try_reserve(extents - self.free.len()).map_err(|_| OutOfMemory)?;
+            self.free.try_reserve(self.extents.capacity()).map_err(|_| OutOfMemory)?;
         }
         Ok(())
     }

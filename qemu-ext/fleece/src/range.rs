@@ -113,10 +113,10 @@ impl Geometry {
         self.size.div_ceil(self.granule())
     }
 
-    /// Whether the last granule is shorter than the others.
+    /// The last granule, if it is shorter than the others.
     #[must_use]
-    pub const fn has_odd_tail(self) -> bool {
-        !self.size.is_multiple_of(self.granule())
+    pub fn odd_tail(self) -> Option<u64> {
+        (!self.size.is_multiple_of(self.granule())).then(|| self.count() - 1)
     }
 
     /// The granules that `range` touches (rounded outward), clamped to the disk.
@@ -173,7 +173,7 @@ mod tests {
         let geometry = Geometry::new(3 * 4096 + 512, 512).unwrap();
         assert_eq!(geometry.granule(), MIN_GRANULE_BYTES);
         assert_eq!(geometry.count(), 4);
-        assert!(geometry.has_odd_tail());
+        assert_eq!(geometry.odd_tail(), Some(3));
         assert_eq!(geometry.cover(ByteRange::at(4095, 2)), 0..2);
         assert_eq!(geometry.within(ByteRange::at(4095, 4098)), 1..2);
         assert_eq!(geometry.within(ByteRange::at(3 * 4096, 512)), 3..4);

@@ -69,6 +69,11 @@ impl Capture {
         })
     }
 
+    /// A granule of the region as one of the disk.
+    fn on_disk(&self, local: u32) -> u64 {
+        self.region as u64 * REGION_GRANULES + u64::from(local)
+    }
+
     /// Index of a granule in the span.
     fn index(&self, local: u32) -> usize {
         (local - self.local.start) as usize
@@ -474,7 +479,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     ) {
         let Some(region) = self.region_of(capture) else { return };
         let Room::Buffer(cost) = capture.room else { return };
-        let first = capture.region as u64 * REGION_GRANULES + u64::from(capture.local.start);
+        let first = capture.on_disk(capture.local.start);
         let mut state = region.lock();
         let still = capture.still_reading(&state);
         let has_data = |local: &u32| {
@@ -553,12 +558,11 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         block: &B,
         found: &Found,
     ) -> Result<Placed, Errno> {
-        let first = capture.region as u64 * REGION_GRANULES;
         let granules = capture.granules(capture.mine).filter_map(|local| {
             let index = capture.index(local);
             let has_data = !found.zero.contains(index) && !found.lost.contains(index);
             let at = index * self.geometry.granule() as usize;
-            has_data.then_some((first + u64::from(local), at))
+            has_data.then_some((capture.on_disk(local), at))
         });
         self.write_now(io, granules, block.as_ref())
     }
@@ -572,11 +576,10 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         mut placed: Placed,
     ) {
         let Some(region) = self.region_of(capture) else { return };
-        let first = capture.region as u64 * REGION_GRANULES;
         let mut state = region.lock();
         let still = capture.still_reading(&state);
         let result = self.publish(&mut state, capture, still, found, |local| {
-            Location::Log(placed.take(first + u64::from(local)))
+            Location::Log(placed.take(capture.on_disk(local)))
         });
         let woken = std::mem::take(&mut state.waiters);
         drop(state);

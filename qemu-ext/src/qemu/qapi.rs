@@ -70,6 +70,20 @@ fn c_state(state: State) -> sys::BackupAccessState {
     }
 }
 
+/// The members that a whole request and each of its devices have: two structures of C, alike here.
+macro_rules! options {
+    ($raw:expr) => {
+        Options {
+            granularity_bytes: $raw.has_granularity.then_some($raw.granularity),
+            buffer_bytes: $raw.has_buffer_size.then_some($raw.buffer_size),
+            fleecing_limit_bytes: $raw.has_fleecing_limit.then_some($raw.fleecing_limit),
+            metadata_limit_bytes: $raw.has_metadata_limit.then_some($raw.metadata_limit),
+            timeout_s: $raw.has_timeout.then_some($raw.timeout),
+            on_error: $raw.has_on_error.then(|| on_error($raw.on_error)),
+        }
+    };
+}
+
 fn on_error(raw: sys::BackupAccessOnError) -> OnError {
     match raw {
         sys::BACKUP_ACCESS_ON_ERROR_BREAK_GUEST_WRITE => OnError::BreakGuestWrite,
@@ -93,14 +107,7 @@ unsafe fn device_request(raw: &sys::BackupAccessSourceDevice) -> DeviceRequest {
             fleecing: optional(raw.fleecing),
             mode,
             generation: optional(raw.generation),
-            options: Options {
-                granularity_bytes: raw.has_granularity.then_some(raw.granularity),
-                buffer_bytes: raw.has_buffer_size.then_some(raw.buffer_size),
-                fleecing_limit_bytes: raw.has_fleecing_limit.then_some(raw.fleecing_limit),
-                metadata_limit_bytes: raw.has_metadata_limit.then_some(raw.metadata_limit),
-                timeout_s: raw.has_timeout.then_some(raw.timeout),
-                on_error: raw.has_on_error.then(|| on_error(raw.on_error)),
-            },
+            options: options!(raw),
         }
     }
 }
@@ -207,14 +214,7 @@ unsafe fn setup_request(raw: &sys::BackupAccessSetup) -> SetupRequest {
         // SAFETY: a mandatory string of the request.
         target_id: unsafe { glib::text(raw.target_id) },
         devices,
-        defaults: Options {
-            granularity_bytes: raw.has_granularity.then_some(raw.granularity),
-            buffer_bytes: raw.has_buffer_size.then_some(raw.buffer_size),
-            fleecing_limit_bytes: raw.has_fleecing_limit.then_some(raw.fleecing_limit),
-            metadata_limit_bytes: raw.has_metadata_limit.then_some(raw.metadata_limit),
-            timeout_s: raw.has_timeout.then_some(raw.timeout),
-            on_error: raw.has_on_error.then(|| on_error(raw.on_error)),
-        },
+        defaults: options!(raw),
         buffer_total_bytes: raw.has_buffer_total.then_some(raw.buffer_total),
     }
 }

@@ -400,7 +400,9 @@ fn daemon(faults: &str, folder: &Path) -> Command {
     if faults.is_empty() {
         return Command::new(bin.join("qemu-storage-daemon"));
     }
-    let mut command = Command::new(bin.with_file_name("faults").join("qemu-storage-daemon"));
+    let program = bin.with_file_name("faults").join("qemu-storage-daemon");
+    assert!(program.is_file(), "{} is missing: run ./x qemu --faults", program.display());
+    let mut command = Command::new(program);
     command.env("BACKUP_ACCESS_FAULTS", faults);
     command.stderr(std::fs::File::create(folder.join("stderr")).unwrap());
     command

@@ -27,6 +27,9 @@ pub(crate) struct Options {
     /// Ask Debian for a newer source package even if one is in the cache
     #[arg(long, conflicts_with = "source")]
     pub(crate) refresh: bool,
+    /// Also the storage daemon with injected faults, target/qemu/faults, which only tests use
+    #[arg(long)]
+    pub(crate) faults: bool,
 }
 
 /// The programs that end up in target/qemu/bin, as ninja names them.
@@ -51,7 +54,9 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<()> {
     install::write_build_env(paths, &tree)?;
     build::compile(paths, &tree)?;
     install::install(paths, &tree)?;
-    faults::make(paths, &tree)?;
+    if options.faults {
+        faults::make(paths, &tree)?;
+    }
     tree.mark_used()?;
     tree::prune(paths)?;
     eprintln!(
