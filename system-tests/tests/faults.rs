@@ -18,9 +18,20 @@ const KIB: u64 = 1 << 10;
 const OLD: u8 = 0x11;
 const NEW: u8 = 0x22;
 /// As small as it can be: flushers run, and guest requests wait for them.
-const BUFFER_BYTES: u64 = 1024 * KIB;
+const SMALL: Memory = Memory { buffer: 1024 * KIB, total: 1 << 30 };
+/// Holds all that the guest overwrites: nothing is flushed, so the reader finds it in RAM.
+const LARGE: Memory = Memory { buffer: 64 * 1024 * KIB, total: 1 << 30 };
+/// So little RAM for all disks that the only one is told to write its data to the image.
+const SHARED: Memory = Memory { buffer: 1024 * KIB, total: 256 * KIB };
 /// The guest writes so often, 64 KiB of each 128 KiB.
 const WRITES: u64 = 16;
+
+/// RAM for the disk and for all disks, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Memory {
+    buffer: u64,
+    total: u64,
+}
 
 /// What a fault does to the snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +91,7 @@ async fn state(lab: &Lab) -> Value {
 
 fn device(change: &Value) -> Value {
     let mut device =
-        json!({ "device": "disk0", "bitmap-mode": "use", "buffer-size": BUFFER_BYTES });
+        json!({ "device": "disk0", "bitmap-mode": "use", "buffer-size": SMALL.buffer });
     for (key, value) in change.as_object().unwrap() {
         device[key] = value.clone();
     }
@@ -165,13 +176,13 @@ fn all_happened(lab: &Lab, faults: &str) {
 }
 
 /// Faults during the work of guest and reader.
-async fn during_an_access(faults: &'static str, iothread: bool, total: u64, then: Snapshot) {
+async fn during_an_access(faults: &'static str, iothread: bool, memory: Memory, then: Snapshot) {
     println!("{faults}, iothread {iothread}");
     let lab = start(faults, iothread).await;
     let graph = lab.graph().await;
     let mut events = lab.session().events();
-    let devices = json!([device(&json!({}))]);
-    let request = json!({ "target-id": "t", "devices": devices, "buffer-total": total });
+    let devices = json!([device(&json!({ "buffer-size": memory.buffer }))]);
+    let request = json!({ "target-id": "t", "devices": devices, "buffer-total": memory.total });
     let infos = lab.run("backup-access-setup", request).await.as_array().unwrap().clone();
     let (export, failed) = work(&lab, &infos).await;
     match then {
@@ -202,13 +213,13 @@ where
 }
 
 async fn each(faults: &[(&'static str, Snapshot)]) {
-    each_with_total(1 << 30, faults).await;
+    each_with(SMALL, faults).await;
 }
 
-async fn each_with_total(total: u64, faults: &[(&'static str, Snapshot)]) {
+async fn each_with(memory: Memory, faults: &[(&'static str, Snapshot)]) {
     let names: Vec<&'static str> = faults.iter().map(|&(name, _)| name).collect();
     let then = |name: &str| faults.iter().find(|(other, _)| *other == name).unwrap().1;
-    each_of(&names, |name, iothread| during_an_access(name, iothread, total, then(name))).await;
+    each_of(&names, |name, iothread| during_an_access(name, iothread, memory, then(name))).await;
 }
 
 #[test]
@@ -252,9 +263,13 @@ async fn a_panic_in_a_request_of_the_reader_fails_it_or_breaks_the_snapshot() {
         ("panic:reader:6", EIO),
         ("panic:fetch:1", EIO),
         ("panic:fetch:9", EIO),
-        ("panic:copy_into:1", EIO),
     ])
     .await;
+}
+
+#[tokio::test]
+async fn a_panic_in_a_read_from_ram_breaks_the_snapshot() {
+    each_with(LARGE, &[("panic:copy_into:1", EIO), ("panic:copy_into:7", EIO)]).await;
 }
 
 #[tokio::test]
@@ -325,23 +340,16 @@ async fn a_panic_in_a_drain_fails_the_setup() {
     }
 }
 
-/// So little RAM for all disks that this one is told to write its data to the image.
 #[tokio::test]
 async fn a_panic_in_a_task_for_the_shared_buffer_does_no_harm() {
-    each_with_total(256 * KIB, &[("panic:task_in_polls:1", Kept), ("panic:task_in_polls:2", Kept)])
-        .await;
+    each_with(SHARED, &[("panic:task_in_polls:1", Kept), ("panic:task_in_polls:2", Kept)]).await;
 }
 
-/// So little RAM for all disks that a request which finds none asks for the first flusher, after it
-/// has published itself as waiting.
+/// A request that finds no RAM asks for the first flusher, after it has published itself as waiting.
 #[tokio::test]
 async fn a_panic_of_a_request_that_is_about_to_wait_breaks_the_snapshot() {
     for _ in 0..4 {
-        each_with_total(
-            256 * KIB,
-            &[("panic:spawn_flusher:1", EIO), ("panic:spawn_flusher:2", EIO)],
-        )
-        .await;
+        each_with(SHARED, &[("panic:spawn_flusher:1", EIO), ("panic:spawn_flusher:2", EIO)]).await;
     }
 }
 
@@ -445,7 +453,7 @@ async fn a_panic_at_the_exit_does_not_change_how_it_ends() {
 #[tokio::test]
 async fn waiting_guest_requests_go_on_when_a_flusher_panics() {
     for (faults, buffer_bytes) in
-        [("panic:write_log:6", BUFFER_BYTES), ("panic:write_log:9", 0), ("panic:flusher:5", 0)]
+        [("panic:write_log:6", SMALL.buffer), ("panic:write_log:9", 0), ("panic:flusher:5", 0)]
     {
         println!("{faults}");
         let lab = Lab::start(Setup { faults, slow_fleecing: true, ..Setup::default() }).await;
