@@ -61,7 +61,9 @@ pub(crate) fn compile(paths: &Paths, tree: &Tree) -> Result<()> {
 pub(crate) fn for_build_sh(command: &mut Command, paths: &Paths, tree: &Tree) {
     command
         .env("QEMU_EXT_DIR", paths.root.join("qemu-ext"))
-        .env("QEMU_EXT_TARGET_DIR", tree.ext_target())
+        // In the checkout: cargo tells changed sources by their time stamps, and would take another
+        // checkout's library for ours.
+        .env("QEMU_EXT_TARGET_DIR", paths.root.join("target/qemu-ext").join(tree.name()))
         // Would move or change what it looks for.
         .env_remove("QEMU_EXT_FEATURES")
         .env_remove("CARGO_BUILD_TARGET")

@@ -89,11 +89,6 @@ impl Tree {
         self.dir.join("build")
     }
 
-    /// cargo's target directory for the library.
-    pub(crate) fn ext_target(&self) -> PathBuf {
-        self.dir.join("ext-target")
-    }
-
     /// Identifies the tree, for what is made from it.
     pub(crate) fn name(&self) -> String {
         self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
