@@ -17,6 +17,7 @@ use crate::qemu::coroutine::{Busy, CoGraph, Waiting};
 use crate::qemu::graph::Bds;
 use crate::qemu::main_loop::MainLoop;
 use crate::qemu::memory::{Block, Pool};
+use crate::qemu::reflink::SharedFiles;
 use crate::qemu::{coroutine, driver, main_loop, try_guard};
 
 /// Name of the filter's driver. Options at open: `file` (the source) and `target` (the fleecing
@@ -28,6 +29,9 @@ pub const SNAPSHOT_DRIVER: &str = "backup-snapshot";
 /// Smallest unit in which the fleecing image's space is given back, in bytes.
 const MIN_SEGMENT_BYTES: u64 = 1 << 20;
 
+const NO_REFLINK: &str = "reflink-size needs the disk and its fleecing image as raw files on one \
+                          filesystem that can share blocks, such as XFS or btrfs";
+
 /// How a filter is set up by `access`.
 pub struct Settings {
     /// RAM for old data in bytes; 0 makes guest requests wait for the fleecing image.
@@ -36,6 +40,8 @@ pub struct Settings {
     pub group: Option<Arc<Group>>,
     /// At most so much of the fleecing image is used; none means that it is as large as the disk.
     pub fleecing_limit_bytes: Option<u64>,
+    /// Captures of at least so many bytes share the disk's blocks with the fleecing image.
+    pub share_from_bytes: Option<u64>,
     /// RAM for the states and positions of old data.
     pub metadata_limit_bytes: u64,
     /// Without progress for so long the snapshot breaks.
@@ -65,6 +71,8 @@ pub struct Filter {
     pool: OnceLock<Pool>,
     /// The source's page cache, where it has one.
     cached: OnceLock<CachedFile>,
+    /// The two files, if old data is shared.
+    shared: OnceLock<SharedFiles>,
     postpone_discards: AtomicBool,
     notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
     on_close: Mutex<Option<OnClose>>,
@@ -87,6 +95,7 @@ impl Filter {
             engine: OnceLock::new(),
             pool: OnceLock::new(),
             cached: OnceLock::new(),
+            shared: OnceLock::new(),
             postpone_discards: AtomicBool::new(false),
             notify: OnceLock::new(),
             on_close: Mutex::new(None),
@@ -121,6 +130,10 @@ impl Filter {
 
     pub(crate) fn cached(&self) -> Option<&CachedFile> {
         self.cached.get()
+    }
+
+    pub(crate) fn shared(&self) -> Option<&SharedFiles> {
+        self.shared.get()
     }
 
     /// Bytes of one granule, once configured.
@@ -319,12 +332,21 @@ pub fn configure(node: Bds, settings: Settings) -> Result<(), String> {
         image_bytes: filter.target.size_bytes(),
         segment_bytes,
         fleecing_limit_bytes: settings.fleecing_limit_bytes,
+        share_from_bytes: settings.share_from_bytes,
         metadata_limit_bytes: settings.metadata_limit_bytes,
         on_error: settings.on_error,
         group: settings.group.map(|group| group.join(kick_later(node))),
         need: settings.need,
     })
     .map_err(|fleece::OutOfMemory| "no memory for the states of granules".to_owned())?;
+    if let Some(main_loop) = MainLoop::current()
+        && settings.share_from_bytes.is_some()
+    {
+        let (source, image) = (filter.source.node(), filter.target.node());
+        let shared = SharedFiles::of(main_loop, source, image, engine.geometry().granule())
+            .map_err(|error| format!("{NO_REFLINK}: {error}"))?;
+        filter.shared.set(shared).map_err(|_| configured())?;
+    }
     if let Some(main_loop) = MainLoop::current()
         && let Some(cached) = CachedFile::of(main_loop, filter.source.node())
     {

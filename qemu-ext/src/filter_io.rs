@@ -178,6 +178,16 @@ impl Io for FilterIo<'_> {
         });
     }
 
+    fn share_source(&self, offset: u64, log_offset: u64, len: u64) -> Result<(), Errno> {
+        fault::point("share_source");
+        let files = self.filter.shared().ok_or(Errno::EIO)?;
+        self.io(|graph, _, _| {
+            let share = || files.share(offset, log_offset, len);
+            let shared = coroutine::in_worker(graph, share).ok_or(Errno::EIO)?;
+            shared.map_err(|error| Errno(error.raw_os_error().unwrap_or(Errno::EIO.0)))
+        })
+    }
+
     fn discard_log(&self, offset: u64, len: u64) {
         fault::point("discard_log");
         // Only space is at stake: an image that cannot discard just stays as large as it is.

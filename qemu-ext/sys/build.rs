@@ -27,6 +27,7 @@ const FUNCTIONS: &[&str] = &[
     "iov_.*",
     "qdict_.*",
     "error_.*",
+    "thread_pool_submit_co",
     "timer_.*",
     "qemu_clock.*",
     "hbitmap_.*",

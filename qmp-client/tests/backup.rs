@@ -208,7 +208,7 @@ async fn the_status_is_that_of_the_target() {
             "writes-delayed": 8, "delay-total-ns": 9, "delay-max-ns": 10, "overflows": 11,
             "delay-p50-ns": 13, "delay-p99-ns": 14, "delay-p999-ns": 15,
             "delay-histogram": [{"le-ns": 13, "count": 16}, {"le-ns": 15, "count": 17}],
-            "written": 18, "log-allocated": 19, "discards-postponed": 20,
+            "written": 18, "log-allocated": 19, "shared": 21, "discards-postponed": 20,
             "bitmap-action": "new", "future": 12})
     };
     let status = |target: &str, state: &str| json!({"target-id": target, "start-time": 1, "devices": [device(state)]});
@@ -222,7 +222,7 @@ async fn the_status_is_that_of_the_target() {
     let buckets = [DelayBucket { le_ns: 13, count: 16 }, DelayBucket { le_ns: 15, count: 17 }];
     assert_eq!(device.delay_histogram, buckets);
     assert_eq!((device.written_bytes, device.log_allocated_bytes), (18, 19));
-    assert_eq!(device.discards_postponed_bytes, 20);
+    assert_eq!((device.discards_postponed_bytes, device.shared_bytes), (20, 21));
 }
 
 #[tokio::test]
@@ -232,20 +232,22 @@ async fn options_are_sent_for_the_access_and_per_device() {
     request.buffer_total_bytes = Some(1);
     request.fleecing_limit_bytes = Some(2);
     request.metadata_limit_bytes = Some(3);
+    request.reflink_size_bytes = Some(6);
     request.on_error = Some(OnError::BreakGuestWrite);
     request.devices[1].fleecing_limit_bytes = Some(4);
     request.devices[1].metadata_limit_bytes = Some(5);
+    request.devices[1].reflink_size_bytes = Some(7);
     request.devices[1].on_error = Some(OnError::Other("pause-guest".into()));
     let setup = backup::setup(&session, &request);
     let (result, command) = tokio::join!(setup, peer.serve(infos()));
     result.unwrap();
     let expected = json!({
         "target-id": "target", "buffer-total": 1, "fleecing-limit": 2, "metadata-limit": 3,
-        "on-error": "break-guest-write",
+        "reflink-size": 6, "on-error": "break-guest-write",
         "devices": [
             {"device": "drive0"},
             {"device": "drive1", "fleecing-limit": 4, "metadata-limit": 5,
-                "on-error": "pause-guest"},
+                "reflink-size": 7, "on-error": "pause-guest"},
         ],
     });
     assert_eq!(command["arguments"], expected);

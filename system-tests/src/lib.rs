@@ -12,6 +12,7 @@
 //! * [`console`]: what the guest says on its serial line.
 //! * [`qemu`]: finds the patched QEMU, boots the guest directly.
 //! * [`turn`]: one guest at a time.
+//! * [`loopfs`]: a file system in a file.
 //! * [`process`]: programs with a time limit that are ended on every path.
 
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@
 pub mod console;
 pub mod guest;
 pub mod lab;
+pub mod loopfs;
 pub mod process;
 pub mod qemu;
 pub mod records;

@@ -29,6 +29,8 @@ fn out_of_range() -> Vec<(Value, String)> {
         limits("metadata-limit", MIB - 1, &metadata),
         limits("metadata-limit", 64 * GIB + 1, &metadata),
         limits("buffer-size", 64 * GIB + 1, "0 and 68719476736"),
+        limits("reflink-size", 4095, "4096 and 1048576"),
+        limits("reflink-size", MIB + 1, "4096 and 1048576"),
         limits("timeout", 0, "1 and 86400"),
         (json!({ "on-error": "pause-guest" }), "on-error".to_owned()),
     ]

@@ -33,6 +33,7 @@ const BUILD: &[&str] = &[
 
 /// What the tests and the demo's guest are made of.
 const TESTS: &[&str] = &[
+    "btrfs-progs",
     "busybox-static",
     "cpio",
     "e2fsprogs",
@@ -44,6 +45,7 @@ const TESTS: &[&str] = &[
     "nbdkit",
     "procps",
     "qemu-utils",
+    "xfsprogs",
 ];
 
 /// What only the benchmarks need.

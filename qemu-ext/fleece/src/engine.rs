@@ -7,7 +7,7 @@ use crate::log::{Full, Log};
 use crate::ram::Ram;
 use crate::range::{ByteRange, Geometry};
 use crate::stats::{Counters, State, Stats};
-use crate::sync::{AtomicBool, AtomicU32, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
 use crate::table::Table;
 use crate::watch::{Watch, What};
 use crate::{Errno, Io, NeedMap, OutOfMemory};
@@ -44,6 +44,9 @@ pub struct Settings {
     pub segment_bytes: u64,
     /// Segments of the image in use at most; none means as many as it has.
     pub fleecing_limit_bytes: Option<u64>,
+    /// Captures of at least so many bytes share the source's blocks with the log instead of being
+    /// copied, as long as that works; none means never.
+    pub share_from_bytes: Option<u64>,
     /// RAM for states of granules at most.
     pub metadata_limit_bytes: u64,
     /// What an error before the end of a guest request does.
@@ -85,6 +88,8 @@ pub struct Engine<T: 'static, B> {
     gate: AtomicU32,
     /// Background work stops at the next batch unless guest requests wait for it.
     quiesced: AtomicBool,
+    /// Captures of at least so many bytes are shared; the maximum after one that failed.
+    pub(crate) share_from_bytes: AtomicU64,
     timeout_ns: u64,
 }
 
@@ -119,6 +124,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             health: Mutex::new(Health::default()),
             gate: AtomicU32::new(0),
             quiesced: AtomicBool::new(false),
+            share_from_bytes: AtomicU64::new(settings.share_from_bytes.unwrap_or(u64::MAX)),
             timeout_ns: settings.timeout_ns,
         })
     }
@@ -287,7 +293,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             let log = self.log.lock();
             (log.live() * granule, log.allocated_bytes(), log.metadata_bytes())
         };
-        let get = |counter: &crate::sync::AtomicU64| counter.load(Ordering::Relaxed);
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &self.counters;
         Stats {
             state,
@@ -307,6 +313,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             delay_histogram: counts,
             overflows: get(&counters.overflows),
             written_bytes: get(&counters.written_bytes),
+            shared_bytes: get(&counters.shared_bytes),
             log_allocated_bytes,
             postponed_bytes: get(&counters.postponed_granules) * granule,
         }

@@ -73,6 +73,11 @@ pub(crate) struct Placed {
 }
 
 impl Placed {
+    /// Where its space begins in the image.
+    pub(crate) const fn offset(&self, granule_bytes: u64) -> u64 {
+        self.first * granule_bytes
+    }
+
     /// The position of a granule. Asked for in the order of the disk; what is passed over is not
     /// needed any more.
     pub(crate) fn take(&mut self, granule: u64) -> u64 {
@@ -191,7 +196,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     }
 
     /// Takes space of the log for granules, given in the order of the disk.
-    fn place(&self, granules: impl Iterator<Item = u64>) -> Result<Placed, Full> {
+    pub(crate) fn place(&self, granules: impl Iterator<Item = u64>) -> Result<Placed, Full> {
         let tail = self.geometry.odd_tail();
         let mut places: Vec<(u64, u64)> = granules.map(|granule| (granule, 0)).collect();
         let has_tail = places.last().is_some_and(|&(granule, _)| tail == Some(granule));

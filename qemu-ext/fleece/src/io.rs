@@ -104,6 +104,12 @@ pub trait Io {
     /// # Errors
     /// The device's error.
     fn write_log(&self, offset: u64, parts: &[&[u8]]) -> Result<(), Errno>;
+    /// Lets the fleecing image share the blocks of a part of the source (a reflink): afterwards it
+    /// has the part's content there, whatever is written to the source later.
+    ///
+    /// # Errors
+    /// The two cannot share; what is there in the image is undefined then.
+    fn share_source(&self, offset: u64, log_offset: u64, len: u64) -> Result<(), Errno>;
     /// Gives space of the fleecing image back; failures do not matter.
     fn discard_log(&self, offset: u64, len: u64);
 

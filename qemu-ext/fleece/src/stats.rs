@@ -55,6 +55,8 @@ pub struct Stats {
     pub overflows: u64,
     /// Written to the fleecing image.
     pub written_bytes: u64,
+    /// Saved by sharing blocks with the fleecing image.
+    pub shared_bytes: u64,
     /// Space of the fleecing image that is not given back.
     pub log_allocated_bytes: u64,
     /// Guest discards that wait for the reader's release.
@@ -70,6 +72,7 @@ pub(crate) struct Counters {
     pub(crate) delay_max_ns: AtomicU64,
     pub(crate) overflows: AtomicU64,
     pub(crate) written_bytes: AtomicU64,
+    pub(crate) shared_bytes: AtomicU64,
     pub(crate) postponed_granules: AtomicU64,
 }
 
@@ -84,6 +87,7 @@ impl Counters {
             delay_max_ns: zero(),
             overflows: zero(),
             written_bytes: zero(),
+            shared_bytes: zero(),
             postponed_granules: zero(),
         }
     }

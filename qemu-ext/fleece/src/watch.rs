@@ -10,6 +10,7 @@ pub(crate) enum What {
     ReadSource,
     ReadLog,
     WriteLog,
+    ShareLog,
     DiscardLog,
     DiscardSource,
 }
@@ -20,6 +21,7 @@ impl What {
             Self::ReadSource => "read of old data from the disk",
             Self::ReadLog => "read from the fleecing image",
             Self::WriteLog => "write to the fleecing image",
+            Self::ShareLog => "sharing of blocks with the fleecing image",
             Self::DiscardLog => "discard in the fleecing image",
             Self::DiscardSource => "discard on the disk",
         }

@@ -17,6 +17,8 @@ use crate::{Errno, Io, OutOfMemory};
 /// Data of this size that finds no room in RAM is written to the log before its request goes on:
 /// that costs one request, as a flusher's would, and does not hold up small ones.
 const LARGE_BYTES: u64 = 256 << 10;
+/// Sharing takes no room in RAM.
+const SHARED: Room = Room::Through(0);
 /// Words of a region that one piece can touch.
 const PIECE_WORDS: usize = crate::range::PIECE_GRANULES / 64;
 
@@ -31,6 +33,8 @@ enum Plan {
     NoRoom(u64),
     /// Read and save these granules, then ask again.
     Capture(Capture),
+    /// Save these granules by sharing their blocks, then ask again.
+    Share(Capture),
     /// There is no memory for the states.
     OutOfMemory,
 }
@@ -225,6 +229,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
                     room = self.ram.lock().claim(ticket);
                 }
                 Plan::Capture(capture) => self.capture(io, capture)?,
+                Plan::Share(capture) => self.share(io, &capture),
                 Plan::OutOfMemory => self.out_of_memory(io),
             }
             delayed = true;
@@ -302,17 +307,20 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         span: Range<u32>,
         granted: &mut Option<Room>,
     ) -> Plan {
+        let bytes = self.bytes_of(region, span.clone());
+        if granted.is_none() && self.may_share(state, &span, bytes) {
+            return Plan::Share(self.claim(state, region, span, SHARED));
+        }
         let (span, room) = match granted.take() {
             // Enough for all that was needed when it was asked for; more only if another guest
             // request failed meanwhile, and then that comes next.
             Some(room) => (self.clip(span, room), room),
             None => {
-                let bytes = self.bytes_of(region, span.clone()).len();
                 let mut ram = self.ram.lock();
-                match ram.try_reserve(bytes, LARGE_BYTES) {
+                match ram.try_reserve(bytes.len(), LARGE_BYTES) {
                     Some(room) => (span, room),
                     None => {
-                        return match ram.wait(bytes, io.current()) {
+                        return match ram.wait(bytes.len(), io.current()) {
                             Some(ticket) => Plan::NoRoom(ticket),
                             None => Plan::Pass,
                         };
@@ -320,6 +328,17 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
                 }
             }
         };
+        Plan::Capture(self.claim(state, region, span, room))
+    }
+
+    /// Takes over what is needed of a span: it is ours to save.
+    fn claim(
+        &self,
+        state: &mut Locked<'_, T>,
+        region: usize,
+        span: Range<u32>,
+        room: Room,
+    ) -> Capture {
         let mut mine = [0; PIECE_WORDS];
         let first_word = span.start as usize / 64;
         for (word, bits) in words(span.clone()) {
@@ -328,7 +347,15 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             mine[word - first_word] = needed;
         }
         self.forget_postponed(state, &span);
-        Plan::Capture(Capture { region, local: span, mine, room })
+        Capture { region, local: span, mine, room }
+    }
+
+    /// Whether a span may be shared: all of it is needed, it is large, and has no odd end.
+    fn may_share(&self, state: &Locked<'_, T>, span: &Range<u32>, bytes: ByteRange) -> bool {
+        bytes.len() >= self.share_from_bytes.load(Ordering::Relaxed)
+            && bytes.len().is_multiple_of(self.geometry.granule())
+            && words(span.clone())
+                .all(|(word, bits)| bits & (state.done(word) | state.kept(word)) == 0)
     }
 
     /// The part of a span for which there is room.
@@ -363,6 +390,25 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             self.degrade(io, at, errno);
         }
         result
+    }
+
+    /// Saves old data by letting the log share its blocks. Where that fails data is copied, this
+    /// and all that comes later. The guest waits for the filesystem that its own disk is on.
+    fn share(&self, io: &impl Io<Task = T, Block = B>, capture: &Capture) {
+        let bytes = self.bytes_of(capture.region, capture.local.clone());
+        let granules = capture.granules(capture.mine).map(|local| capture.on_disk(local));
+        if let Ok(placed) = self.place(granules) {
+            let at = placed.offset(self.geometry.granule());
+            let shared = self
+                .watched(io, What::ShareLog, at, || io.share_source(bytes.start, at, bytes.len()));
+            if shared.is_ok() {
+                self.counters.shared_bytes.fetch_add(bytes.len(), Ordering::Relaxed);
+                return self.publish_placed(io, capture, &Found::default(), placed);
+            }
+            self.finish_placed(io, placed);
+        }
+        self.share_from_bytes.store(u64::MAX, Ordering::Relaxed);
+        self.abandon(io, capture);
     }
 
     /// Lets a flusher write old data through, and waits for that or for the end of the snapshot.

@@ -34,6 +34,13 @@ models! {
     writer_writer_through: Setup::through(&[1, 2, 3]) => [Write(0..2, 7), Write(1..3, 8)];
     writer_reader: Setup::roomy(&[1, 0]) => [Write(0..2, 7), Read(0..2)];
     writer_reader_through: Setup::through(&[1, 0]) => [Write(0..2, 7), Read(0..2)];
+    writer_writer_shared: Setup::shared(&[1, 2, 3]) => [Write(0..2, 7), Write(1..3, 8)];
+    writer_reader_shared: Setup::shared(&[1, 0]) => [Write(0..2, 7), Read(0..2)];
+    writer_release_shared: Setup::shared(&[1, 2]) => [Write(0..2, 7), Release(0..1)];
+    writer_break_shared: Setup::shared(&[1, 2]) => [Write(0..1, 7), Break];
+    writer_writer_failing_share: Setup::failing_share(&[1, 2]) =>
+        [Write(0..2, 7), Write(1..2, 8)];
+    writer_reader_failing_share: Setup::failing_share(&[1, 2]) => [Write(0..2, 7), Read(0..2)];
     writer_release: Setup::roomy(&[1, 2]) => [Write(0..2, 7), Release(0..1)];
     writer_release_through: Setup::through(&[1, 2]) => [Write(0..2, 7), Release(0..1)];
     writer_flush: Setup::pressed(&[1, 2]).after(&[Write(0..1, 6)]) => [Write(0..2, 7), Flush];
@@ -70,6 +77,8 @@ models! {
     a_read_that_succeeds_never_shows_what_was_not_captured: Setup::roomy(&[1, 2]) =>
         [Write(0..1, 7), Read(0..1), Break];
     writer_reader_close: Setup::through(&[1, 2]) => [Write(0..1, 7), Read(0..1), Close];
+    writer_release_reader_shared: Setup::shared(&[1, 2]) =>
+        [Write(0..1, 7), Release(0..1), Read(0..2)];
     writer_flush_reader: Setup::pressed(&[1, 2]) => [Write(0..1, 7), Flush, Read(0..1)];
     writer_release_reader: Setup::roomy(&[1, 2]) => [Write(0..1, 7), Release(0..1), Read(0..2)];
     writer_release_reader_through: Setup::through(&[1, 2]) =>

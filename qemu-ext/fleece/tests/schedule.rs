@@ -56,6 +56,7 @@ struct Faults {
     log_write: bool,
     source_read: bool,
     alloc: bool,
+    share: bool,
 }
 
 impl Faults {
@@ -306,6 +307,24 @@ impl Io for SimIo {
         self.fault(self.world.faults.log_write, 10)
     }
 
+    fn share_source(&self, offset: u64, log_offset: u64, len: u64) -> Result<(), Errno> {
+        self.fault(self.world.faults.share, 6)?;
+        let range = log_offset..log_offset + len;
+        let (from, to) = (offset as usize, log_offset as usize);
+        {
+            let mut disks = self.world.disks();
+            assert!(range.end <= disks.image.len() as u64, "{range:?} is beyond the image");
+            assert!(disks.image[to..to + len as usize].iter().all(|&byte| byte == 0xCC), "used");
+            disks.image_writes.push(range.clone());
+        }
+        self.in_halves(len as usize, |disks, half| {
+            let part = from + half.start..from + half.end;
+            disks.image[to + half.start..to + half.end].copy_from_slice(&disks.source[part]);
+        });
+        self.world.disks().image_writes.retain(|other| *other != range);
+        Ok(())
+    }
+
     fn discard_log(&self, offset: u64, len: u64) {
         self.pause();
         let mut disks = self.world.disks();
@@ -523,6 +542,7 @@ fn run(seed: u64) -> Result<(), String> {
         log_write: rng.random_ratio(1, 5),
         source_read: rng.random_ratio(1, 5),
         alloc: rng.random_ratio(1, 10),
+        share: rng.random_ratio(1, 10),
     };
     let closes = rng.random_ratio(1, 6);
     // A small image breaks the snapshot when it is full.
@@ -540,6 +560,9 @@ fn run(seed: u64) -> Result<(), String> {
             image_bytes,
             segment_bytes: GRANULE * rng.random_range(1..5),
             fleecing_limit_bytes: rng.random_ratio(1, 12).then_some(4 * GRANULE),
+            share_from_bytes: rng
+                .random_ratio(1, 4)
+                .then(|| GRANULE * u64::from(rng.random_range(1..5_u32))),
             metadata_limit_bytes: if rng.random_ratio(1, 20) { 4600 } else { u64::MAX },
             on_error,
             // Nothing arranges for a kick: there is no other disk that gives room back.

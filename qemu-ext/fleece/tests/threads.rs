@@ -206,6 +206,12 @@ impl Io for ThreadIo {
         Ok(())
     }
 
+    fn share_source(&self, offset: u64, log_offset: u64, len: u64) -> Result<(), Errno> {
+        let mut data = vec![0; len as usize];
+        load(&self.world.source, offset, &mut data);
+        self.write_log(log_offset, &[&data])
+    }
+
     fn discard_log(&self, offset: u64, len: u64) {
         let range = offset..(offset + len).min(SIZE);
         let busy = || overlaps(&lock(&self.world.guest).image_writes, &range);
@@ -381,6 +387,7 @@ fn world(rng: &mut StdRng) -> Arc<World> {
         image_bytes: SIZE,
         segment_bytes: 4096 * rng.random_range(1..20),
         fleecing_limit_bytes: None,
+        share_from_bytes: rng.random_ratio(1, 4).then(|| 4096 * rng.random_range(1..5)),
         metadata_limit_bytes: u64::MAX,
         on_error: OnError::BreakSnapshot,
         group: None,

@@ -20,6 +20,8 @@ const BUFFER_TOTAL_BYTES: RangeInclusive<u64> = 0..=1 << 40;
 const FLEECING_LIMIT_BYTES: RangeInclusive<u64> = MIB..=i64::MAX as u64;
 const METADATA_LIMIT_BYTES: RangeInclusive<u64> = MIB..=65536 * MIB;
 const DEFAULT_METADATA_LIMIT_BYTES: u64 = 256 * MIB;
+/// One granule to one piece of a guest request.
+const REFLINK_BYTES: RangeInclusive<u64> = 4096..=MIB;
 const TIMEOUT_S: RangeInclusive<u32> = 1..=86400;
 const DEFAULT_TIMEOUT_S: u32 = 45;
 
@@ -32,6 +34,8 @@ pub(super) struct Limits {
     /// With a limit the fleecing image may be smaller than the disk.
     pub(super) fleecing_limit_bytes: Option<u64>,
     pub(super) metadata_limit_bytes: u64,
+    /// None copies all old data.
+    pub(super) reflink_bytes: Option<u64>,
     pub(super) timeout: Duration,
     pub(super) on_error: OnError,
     /// Shared by all devices of the request.
@@ -78,6 +82,11 @@ fn of_device(
     let metadata_limit_bytes = metadata_limit.unwrap_or(DEFAULT_METADATA_LIMIT_BYTES);
     in_range("metadata-limit", metadata_limit_bytes, &METADATA_LIMIT_BYTES)?;
 
+    let reflink_bytes = own.reflink_bytes.or(defaults.reflink_bytes);
+    if let Some(bytes) = reflink_bytes {
+        in_range("reflink-size", bytes, &REFLINK_BYTES)?;
+    }
+
     let timeout_s = own.timeout_s.or(defaults.timeout_s).unwrap_or(DEFAULT_TIMEOUT_S);
     in_range("timeout", timeout_s, &TIMEOUT_S)?;
 
@@ -86,6 +95,7 @@ fn of_device(
         buffer_bytes,
         fleecing_limit_bytes,
         metadata_limit_bytes,
+        reflink_bytes,
         timeout: Duration::from_secs(u64::from(timeout_s)),
         on_error: own.on_error.or(defaults.on_error).unwrap_or_default(),
         group,

@@ -50,6 +50,8 @@ pub struct Options {
     pub fleecing_limit_bytes: Option<u64>,
     /// RAM for the states and positions of old data.
     pub metadata_limit_bytes: Option<u64>,
+    /// Captures of at least so many bytes share the disk's blocks.
+    pub reflink_bytes: Option<u64>,
     /// Seconds without progress after which a snapshot breaks.
     pub timeout_s: Option<u32>,
     /// What an error before the end of a guest write does.

@@ -158,6 +158,7 @@ fn prepare(
         buffer_bytes: plan.limits.buffer_bytes,
         group: plan.limits.group,
         fleecing_limit_bytes: plan.limits.fleecing_limit_bytes,
+        share_from_bytes: plan.limits.reflink_bytes,
         metadata_limit_bytes: plan.limits.metadata_limit_bytes,
         timeout_ms: u64::try_from(rest.timeout.as_millis()).unwrap_or(u64::MAX),
         on_error: plan.limits.on_error,

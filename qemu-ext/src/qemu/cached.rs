@@ -6,7 +6,7 @@
 //! from a descriptor of our own: `RWF_NOWAIT` fails instead of waiting for the device, and then the
 //! read goes its usual way. Both see the same page cache, so they see the same data.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::IoSliceMut;
 use std::os::unix::fs::MetadataExt;
 
@@ -28,23 +28,12 @@ impl CachedFile {
     /// The file of a node, if the node is a plain file that uses the page cache.
     pub fn of(main_loop: MainLoop, node: Bds) -> Option<Self> {
         let storage = storage_of(main_loop, node)?;
-        // SAFETY: the node is alive; flags and name are fixed while it is used like this.
-        let (flags, name) = unsafe {
-            let bs = storage.as_ptr();
-            ((*bs).open_flags as u32, glib::text((*bs).exact_filename.as_ptr()))
-        };
-        if flags & sys::BDRV_O_NOCACHE != 0 || !name.starts_with('/') {
+        // SAFETY: the node is alive; flags are fixed while it is used like this.
+        let flags = unsafe { (*storage.as_ptr()).open_flags as u32 };
+        if flags & sys::BDRV_O_NOCACHE != 0 {
             return None;
         }
-        let file = File::open(&name).ok()?;
-        let opened = file.metadata().ok()?;
-        // The name may stand for another file by now: it must be one that QEMU has open as well.
-        let known = std::fs::read_dir("/proc/self/fd").ok()?.flatten().filter(|entry| {
-            std::fs::metadata(entry.path())
-                .is_ok_and(|other| (other.dev(), other.ino()) == (opened.dev(), opened.ino()))
-        });
-        // Ours is one of them.
-        (opened.is_file() && known.count() >= 2).then_some(Self(file))
+        open_again(storage, OpenOptions::new().read(true)).map(Self)
     }
 
     /// Fills `buf` from the page cache; false when not all of it is there.
@@ -54,6 +43,29 @@ impl CachedFile {
             && preadv2(&self.0, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT)
                 .is_ok_and(|read| read == len)
     }
+}
+
+/// A second descriptor of the plain file that holds a node's data, byte for byte, at the same
+/// offsets; none if there is no such file.
+pub(super) fn plain_file(main_loop: MainLoop, node: Bds, options: &OpenOptions) -> Option<File> {
+    open_again(storage_of(main_loop, node)?, options)
+}
+
+fn open_again(storage: Bds, options: &OpenOptions) -> Option<File> {
+    // SAFETY: the node is alive; its name is fixed while it is used like this.
+    let name = unsafe { glib::text((*storage.as_ptr()).exact_filename.as_ptr()) };
+    if !name.starts_with('/') {
+        return None;
+    }
+    let file = options.open(&name).ok()?;
+    let opened = file.metadata().ok()?;
+    // The name may stand for another file by now: it must be one that QEMU has open as well.
+    let known = std::fs::read_dir("/proc/self/fd").ok()?.flatten().filter(|entry| {
+        std::fs::metadata(entry.path())
+            .is_ok_and(|other| (other.dev(), other.ino()) == (opened.dev(), opened.ino()))
+    });
+    // Ours is one of them.
+    (opened.is_file() && known.count() >= 2).then_some(file)
 }
 
 /// The `file` node that has the node's bytes at their own offsets: the node itself, or below `raw`.

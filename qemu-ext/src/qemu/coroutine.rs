@@ -3,13 +3,14 @@
 //! (`include/block/graph-lock.h`).
 
 use core::cell::Cell;
-use core::ffi::c_void;
+use core::ffi::{c_int, c_void};
 use core::ptr::NonNull;
 use std::marker::PhantomData;
 
 use qemu_ext_sys as sys;
 
 use super::graph::Bds;
+use super::guard;
 use crate::fault;
 
 /// Proof that the code runs in a coroutine that holds the graph's read lock.
@@ -106,6 +107,30 @@ impl Waiting {
     }
 }
 
+/// Runs a call that blocks in one of QEMU's worker threads while the calling coroutine waits. None
+/// when it panicked.
+pub fn in_worker<T: Send, F: FnOnce() -> T + Send>(_: &CoGraph<'_>, function: F) -> Option<T> {
+    struct Call<F, T> {
+        function: Option<F>,
+        result: Option<T>,
+    }
+    extern "C" fn run<F: FnOnce() -> T, T>(opaque: *mut c_void) -> c_int {
+        // SAFETY: the coroutine that owns it waits for us.
+        let call = unsafe { &mut *opaque.cast::<Call<F, T>>() };
+        let function = call.function.take();
+        call.result = guard(None, || {
+            fault::point("worker");
+            Some(function?())
+        });
+        0
+    }
+    let mut call = Call { function: Some(function), result: None };
+    // SAFETY: in a coroutine by the witness; `call` lives until the function has run, since only
+    // that lets us go on.
+    unsafe { sys::thread_pool_submit_co(Some(run::<F, T>), (&raw mut call).cast()) };
+    call.result
+}
+
 /// Suspends the calling coroutine until it is woken.
 pub fn park() {
     // SAFETY: engine code that waits runs in coroutines only: all callbacks that reach it are
@@ -154,7 +179,7 @@ extern "C" fn entry(opaque: *mut c_void) {
     let (_busy, body) = *task;
     // SAFETY: this is a coroutine's entry.
     let here = unsafe { InCoroutine::new() };
-    super::guard((), move || body(here));
+    guard((), move || body(here));
 }
 
 /// Work that several coroutines of one thread share, on the stack of the one that waits for it.
@@ -180,7 +205,7 @@ impl Shared<'_> {
 extern "C" fn help(opaque: *mut c_void) {
     // SAFETY: `for_each` passes its own state and does not return before all helpers have ended.
     let shared = unsafe { &*opaque.cast::<Shared<'_>>() };
-    super::guard((), || {
+    guard((), || {
         fault::point("read_helper");
         shared.work();
     });

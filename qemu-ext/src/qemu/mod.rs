@@ -15,6 +15,7 @@ pub mod main_loop;
 pub mod memory;
 pub mod migration;
 pub mod qapi;
+pub mod reflink;
 pub mod timer;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

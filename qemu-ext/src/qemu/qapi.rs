@@ -78,6 +78,7 @@ macro_rules! options {
             buffer_bytes: $raw.has_buffer_size.then_some($raw.buffer_size),
             fleecing_limit_bytes: $raw.has_fleecing_limit.then_some($raw.fleecing_limit),
             metadata_limit_bytes: $raw.has_metadata_limit.then_some($raw.metadata_limit),
+            reflink_bytes: $raw.has_reflink_size.then_some($raw.reflink_size),
             timeout_s: $raw.has_timeout.then_some($raw.timeout),
             on_error: $raw.has_on_error.then(|| on_error($raw.on_error)),
         }
@@ -155,6 +156,7 @@ fn c_status(status: &DeviceStatus) -> sys::BackupAccessDeviceStatus {
         in_ram: stats.ram_bytes,
         in_log: stats.log_bytes,
         written: stats.written_bytes,
+        shared: stats.shared_bytes,
         log_allocated: stats.log_allocated_bytes,
         zero: stats.zero_bytes,
         released: stats.released_bytes,

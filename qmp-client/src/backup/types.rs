@@ -80,6 +80,8 @@ pub struct Device {
     /// Overrides the request's.
     pub metadata_limit_bytes: Option<u64>,
     /// Overrides the request's.
+    pub reflink_size_bytes: Option<u64>,
+    /// Overrides the request's.
     pub timeout_s: Option<u32>,
     /// Overrides the request's.
     pub on_error: Option<OnError>,
@@ -98,6 +100,7 @@ impl Device {
             buffer_size_bytes: None,
             fleecing_limit_bytes: None,
             metadata_limit_bytes: None,
+            reflink_size_bytes: None,
             timeout_s: None,
             on_error: None,
         }
@@ -113,6 +116,7 @@ impl Device {
             buffer_size: self.buffer_size_bytes,
             fleecing_limit: self.fleecing_limit_bytes,
             metadata_limit: self.metadata_limit_bytes,
+            reflink_size: self.reflink_size_bytes,
             timeout: self.timeout_s,
             on_error: self.on_error.clone(),
         }
@@ -137,6 +141,10 @@ pub struct SetupRequest {
     pub fleecing_limit_bytes: Option<u64>,
     /// RAM for the states and positions of old data per device; QEMU's default is 256 MiB.
     pub metadata_limit_bytes: Option<u64>,
+    /// Old data of at least so many bytes in a row shares the disk's blocks instead of being copied,
+    /// 4 KiB to 1 MiB; both must be raw files on one filesystem that can do that. By default all is
+    /// copied.
+    pub reflink_size_bytes: Option<u64>,
     /// Seconds without progress after which the snapshot breaks; QEMU's default is 45.
     pub timeout_s: Option<u32>,
     /// What an error before the end of a guest write does; QEMU's default is to break the snapshot.
@@ -155,6 +163,7 @@ impl SetupRequest {
             buffer_total_bytes: None,
             fleecing_limit_bytes: None,
             metadata_limit_bytes: None,
+            reflink_size_bytes: None,
             timeout_s: None,
             on_error: None,
         }
@@ -175,6 +184,7 @@ impl SetupRequest {
             buffer_total: self.buffer_total_bytes,
             fleecing_limit: self.fleecing_limit_bytes,
             metadata_limit: self.metadata_limit_bytes,
+            reflink_size: self.reflink_size_bytes,
             timeout: self.timeout_s,
             on_error: self.on_error.clone(),
         })
@@ -295,6 +305,8 @@ pub struct DeviceStatus {
     pub in_log_bytes: u64,
     /// Written to the fleecing image so far.
     pub written_bytes: u64,
+    /// Saved so far by sharing blocks of the disk with the fleecing image.
+    pub shared_bytes: u64,
     /// Segments of the fleecing image that are in use and not given back.
     pub log_allocated_bytes: u64,
     /// Old data that was zero and needs no space.
@@ -340,6 +352,7 @@ impl From<generated::BackupAccessDeviceStatus> for DeviceStatus {
             in_ram_bytes: wire.in_ram,
             in_log_bytes: wire.in_log,
             written_bytes: wire.written,
+            shared_bytes: wire.shared,
             log_allocated_bytes: wire.log_allocated,
             zero_bytes: wire.zero,
             released_bytes: wire.released,

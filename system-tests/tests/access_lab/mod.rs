@@ -57,7 +57,12 @@ impl Drop for Lab {
 impl Lab {
     /// Starts a storage daemon.
     pub(super) async fn start(setup: Setup) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start_in(&std::env::temp_dir(), setup).await
+    }
+
+    /// Starts a storage daemon whose disks are on the file system of this folder.
+    pub(super) async fn start_in(folder: &Path, setup: Setup) -> Self {
+        let folder = tempfile::tempdir_in(folder).unwrap();
         let mut command = daemon(setup.faults, folder.path());
         let nbd = json!({ "addr": { "type": "unix", "path": folder.path().join("nbd") },
                           "max-connections": 16 });

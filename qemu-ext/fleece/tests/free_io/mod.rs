@@ -114,6 +114,9 @@ impl Io for FreeIo {
     fn write_log(&self, _: u64, _: &[&[u8]]) -> Result<(), Errno> {
         Ok(())
     }
+    fn share_source(&self, _: u64, _: u64, _: u64) -> Result<(), Errno> {
+        Ok(())
+    }
     fn discard_log(&self, _: u64, _: u64) {}
     fn copy_into(&self, (): &mut (), _: usize, _: &[u8]) {}
     fn zero_into(&self, (): &mut (), _: usize, _: usize) {}
@@ -128,6 +131,7 @@ pub(crate) fn engine(size: u64, metadata_limit_bytes: u64) -> FreeEngine {
         image_bytes: size,
         segment_bytes: SEGMENT_BYTES,
         fleecing_limit_bytes: None,
+        share_from_bytes: None,
         metadata_limit_bytes,
         on_error: OnError::BreakSnapshot,
         group: None,

@@ -34,6 +34,8 @@ pub(crate) struct Setup {
     /// A cap that makes room scarce, in granules.
     pub(crate) group_granules: Option<u64>,
     pub(crate) on_error: OnError,
+    /// Old data is saved by sharing.
+    pub(crate) shares: bool,
     /// So many requests to read old data fail, and to write it.
     pub(crate) failing_reads: u32,
     pub(crate) failing_writes: u32,
@@ -53,6 +55,7 @@ impl Setup {
             segment_granules: 1,
             group_granules: None,
             on_error: OnError::BreakSnapshot,
+            shares: false,
             failing_reads: 0,
             failing_writes: 0,
             hanging: false,
@@ -63,6 +66,16 @@ impl Setup {
     /// Every write writes its old data through to the log.
     pub(crate) fn through(original: &[u8]) -> Self {
         Self { buffer_bytes: 0, ..Self::roomy(original) }
+    }
+
+    /// The log shares the old data of every write.
+    pub(crate) fn shared(original: &[u8]) -> Self {
+        Self { shares: true, ..Self::roomy(original) }
+    }
+
+    /// As [`Setup::shared`], but the first attempt fails.
+    pub(crate) fn failing_share(original: &[u8]) -> Self {
+        Self { failing_writes: 1, ..Self::shared(original) }
     }
 
     /// Granules so large that already the first one in RAM should be flushed.
@@ -244,6 +257,16 @@ impl TaskIo {
         }
     }
 
+    /// Positions of the image are written once.
+    fn begin_writing(&self, positions: Range<usize>) {
+        for position in positions {
+            let mut guest = plain(&self.world.guest);
+            guest.writing[position] = true;
+            assert!(!guest.written[position], "log position {position} is used again");
+            guest.written[position] = true;
+        }
+    }
+
     fn change(disk: &[AtomicUsize], at: usize, value: usize) {
         disk[at].swap(value, Ordering::Release);
     }
@@ -364,14 +387,28 @@ impl Io for TaskIo {
                 return Err(Errno::EIO);
             }
         }
-        for position in positions.clone() {
-            let mut guest = plain(&self.world.guest);
-            guest.writing[position] = true;
-            assert!(!guest.written[position], "log position {position} is used again");
-            guest.written[position] = true;
-        }
+        self.begin_writing(positions.clone());
         let bytes = parts.iter().flat_map(|part| part.chunks(granule)).map(|chunk| chunk[0]);
         for (position, byte) in positions.zip(bytes) {
+            Self::change(&self.world.image, position, byte.into());
+            plain(&self.world.guest).writing[position] = false;
+        }
+        Ok(())
+    }
+
+    fn share_source(&self, offset: u64, log_offset: u64, len: u64) -> Result<(), Errno> {
+        {
+            let mut guest = plain(&self.world.guest);
+            if guest.failing_writes > 0 {
+                guest.failing_writes -= 1;
+                return Err(Errno::EIO);
+            }
+        }
+        let positions = self.granules(log_offset, len);
+        self.begin_writing(positions.clone());
+        for (index, position) in self.granules(offset, len).zip(positions) {
+            let byte = Self::see(&self.world.source, index);
+            self.world.captures[index].with_mut(|_| ());
             Self::change(&self.world.image, position, byte.into());
             plain(&self.world.guest).writing[position] = false;
         }
@@ -568,6 +605,7 @@ fn world(setup: &Setup, roles: &[Role]) -> Arc<World> {
         image_bytes: size,
         segment_bytes: setup.segment_granules * setup.granule,
         fleecing_limit_bytes: None,
+        share_from_bytes: setup.shares.then_some(setup.granule),
         metadata_limit_bytes: u64::MAX,
         on_error: setup.on_error,
         group,
