@@ -16,17 +16,23 @@ pub const C_FILTER: &str = "cbw";
 const C_SNAPSHOT: &str = "snapshot";
 const TARGET: &str = "bench";
 
+/// How a backup is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Backup {
+    /// Our RAM for old data.
+    pub buffer_bytes: u64,
+    /// From so many bytes on old data shares the disk's blocks with our fleecing image.
+    pub reflink_bytes: Option<u64>,
+    /// Whether the reader releases what it has read.
+    pub reader_trims: bool,
+}
+
 /// Exports the disk as `guest`, begins the access, and exports what the backup client reads as
 /// `reader`: the snapshot, or the disk itself without a filter.
 ///
 /// # Errors
 /// The daemon refuses.
-pub async fn begin(
-    daemon: &Daemon,
-    filter: Filter,
-    buffer_bytes: u64,
-    reader_trims: bool,
-) -> Result<()> {
+pub async fn begin(daemon: &Daemon, filter: Filter, backup: Backup) -> Result<()> {
     let reader = match filter {
         Filter::None => {
             daemon.export(DISK, "guest", true).await?;
@@ -40,10 +46,10 @@ pub async fn begin(
         Filter::Ours => {
             // The filter goes between what is there and the disk.
             daemon.export(DISK, "guest", true).await?;
-            set_up(daemon, buffer_bytes).await?
+            set_up(daemon, backup).await?
         }
     };
-    daemon.export(&reader, "reader", reader_trims && filter != Filter::None).await
+    daemon.export(&reader, "reader", backup.reader_trims && filter != Filter::None).await
 }
 
 /// Adds QEMU's filter above the disk; nothing uses it yet.
@@ -88,9 +94,12 @@ pub async fn add_c_snapshot(daemon: &Daemon) -> Result<String> {
 ///
 /// # Errors
 /// The daemon refuses, or has no such command.
-pub async fn set_up(daemon: &Daemon, buffer_bytes: u64) -> Result<String> {
-    let request = json!({ "target-id": TARGET, "buffer-size": buffer_bytes,
-                          "devices": [{ "device": DISK, "fleecing": FLEECING }] });
+pub async fn set_up(daemon: &Daemon, backup: Backup) -> Result<String> {
+    let mut request = json!({ "target-id": TARGET, "buffer-size": backup.buffer_bytes,
+                              "devices": [{ "device": DISK, "fleecing": FLEECING }] });
+    if let Some(bytes) = backup.reflink_bytes {
+        request["reflink-size"] = json!(bytes);
+    }
     let infos = daemon.execute("backup-access-setup", request).await?;
     let node = infos[0]["node-name"].as_str().context("backup-access-setup named no node")?;
     Ok(node.to_owned())

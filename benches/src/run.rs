@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use crate::access::{self, DISK, FLEECING};
+use crate::access::{self, Backup, DISK, FLEECING};
 use crate::cases::{Cache, Case, Client, Filter, Fleecing, Mode, NONE, Reading, Work};
 use crate::daemon::{Daemon, File};
 use crate::disk::{Disk, FleecingFile};
@@ -47,6 +47,8 @@ pub struct Bench {
     pub iothread: bool,
     /// Whether the reader releases what it has read.
     pub reader_trims: bool,
+    /// From so many bytes on our filter shares blocks instead of copying them.
+    pub reflink_bytes: Option<u64>,
 }
 
 /// The daemon of a run.
@@ -144,6 +146,15 @@ impl Bench {
         Ok(((iops / 2.0) as u32).max(1))
     }
 
+    /// How the backup of a case is made.
+    pub fn backup(&self, case: &Case) -> Backup {
+        Backup {
+            buffer_bytes: case.buffer_bytes,
+            reflink_bytes: self.reflink_bytes,
+            reader_trims: self.reader_trims,
+        }
+    }
+
     async fn set_the_stage(&self, case: &Case, mode: Mode) -> Result<Stage> {
         if case.work.on_disk() {
             let (disk, cache) = (self.disk.clone(), case.cache);
@@ -151,7 +162,7 @@ impl Bench {
         }
         let daemon = Daemon::start(&self.bin, &self.folder, self.iothread).await?;
         let fleecing = self.add_nodes(case, &daemon, mode.filter != Filter::None).await?;
-        access::begin(&daemon, mode.filter, case.buffer_bytes, self.reader_trims).await?;
+        access::begin(&daemon, mode.filter, self.backup(case)).await?;
         Ok(Stage { daemon, fleecing })
     }
 
@@ -376,6 +387,7 @@ mod tests {
             cached_aio: "threads".into(),
             iothread: false,
             reader_trims: false,
+            reflink_bytes: None,
         }
     }
 

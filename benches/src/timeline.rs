@@ -51,7 +51,7 @@ pub async fn run(bench: &Bench, case: &Case, mode: Mode, seconds: u32, rate: u32
     let guest = job.run(&socket, "guest");
     let backup = async {
         tokio::time::sleep(BEGINS).await;
-        begin(&daemon, mode.filter, case.buffer_bytes, &socket, bench.reader_trims).await
+        begin(&daemon, mode.filter, &socket, bench.backup(case)).await
     };
     let (guest, reader) = tokio::join!(guest, backup);
     guest?;
@@ -66,13 +66,12 @@ pub async fn run(bench: &Bench, case: &Case, mode: Mode, seconds: u32, rate: u32
 async fn begin(
     daemon: &Daemon,
     filter: Filter,
-    buffer_bytes: u64,
     socket: &Path,
-    trims: bool,
+    backup: access::Backup,
 ) -> Result<Option<Reader>> {
     let node = match filter {
         Filter::None => return Ok(None),
-        Filter::Ours => access::set_up(daemon, buffer_bytes).await?,
+        Filter::Ours => access::set_up(daemon, backup).await?,
         Filter::C => {
             access::add_c_filter(daemon).await?;
             let top = json!({ "driver": "raw", "node-name": TOP, "file": access::C_FILTER });
@@ -80,6 +79,8 @@ async fn begin(
             access::add_c_snapshot(daemon).await?
         }
     };
-    daemon.export(&node, "reader", trims).await?;
-    Reader::start(socket, "reader", Some(READER_BYTES_PER_SECOND), trims).await.map(Some)
+    daemon.export(&node, "reader", backup.reader_trims).await?;
+    Reader::start(socket, "reader", Some(READER_BYTES_PER_SECOND), backup.reader_trims)
+        .await
+        .map(Some)
 }

@@ -60,6 +60,10 @@ struct Options {
     /// The backup client releases what it has read
     #[arg(long)]
     reader_trims: bool,
+    /// From so many KiB in a row on, our filter shares blocks of the disk with the fleecing image
+    /// instead of copying them; the folder must be on XFS or btrfs
+    #[arg(long, value_name = "KIB")]
+    reflink: Option<u64>,
     /// The guest's export gets a thread of its own
     #[arg(long)]
     iothread: bool,
@@ -230,6 +234,7 @@ async fn prepare(options: &Options) -> Result<(Bench, std::fs::File)> {
         cached_aio: options.cached_aio.clone(),
         iothread: options.iothread,
         reader_trims: options.reader_trims,
+        reflink_bytes: options.reflink.map(|kib| kib << 10),
     };
     bench.check_unused().await?;
     Ok((bench, lock))
@@ -372,6 +377,7 @@ fn machine(options: &Options, bench: &Bench, fio: &str) -> serde_json::Value {
         "aio with cache default": bench.cached_aio,
         "reader releases": bench.reader_trims,
         "iothread": bench.iothread,
+        "reflink KiB": options.reflink,
     })
 }
 
