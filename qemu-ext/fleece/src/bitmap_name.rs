@@ -112,6 +112,11 @@ impl BitmapName {
         &self.ids
     }
 
+    /// Whether the access that used the bitmap has ended.
+    pub fn is_settled(&self) -> bool {
+        self.ending != Ending::Pending
+    }
+
     /// Whether a bitmap of this name serves a client whose last committed backup is `generation`.
     fn serves(&self, size_bytes: u64, generation: Option<&str>) -> bool {
         self.size_bytes == size_bytes
@@ -132,7 +137,7 @@ impl fmt::Display for BitmapName {
     }
 }
 
-fn is_hash(text: &str) -> bool {
+pub(crate) fn is_hash(text: &str) -> bool {
     text.len() == HASH_LEN && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 

@@ -41,6 +41,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bitmap_file;
 pub mod bitmap_name;
 mod discard;
 mod engine;
