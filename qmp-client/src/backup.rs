@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The backup access extension of QEMU: a frozen point in time of a running guest's disks.
 //!
-//! [`setup`], [`teardown`] and [`query`] are the bare commands. [`BackupAccess`] is a guard around
-//! them: it is ended by `commit` or `abort`, and by a teardown as failure when it is dropped.
+//! [`setup`], [`teardown`], [`query`], [`remove_bitmaps`], [`load_bitmap`] and [`unload_bitmap`] are
+//! the bare commands. [`BackupAccess`] is a guard around the first two: it is ended by `commit` or
+//! `abort`, and by a teardown as failure when it is dropped.
 //!
 //! Against a QEMU without the extension everything fails with [`Error::MissingFeature`].
 
@@ -14,7 +15,7 @@ use std::time::Duration;
 pub use access::BackupAccess;
 pub use types::{
     AccessInfo, AccessState, AccessStatus, BitmapAction, BitmapMode, BrokenEvent, DelayBucket,
-    Device, DeviceStatus, OnError, SetupRequest, TeardownResult,
+    Device, DeviceStatus, LoadBitmap, OnError, Readable, SetupRequest, TeardownResult,
 };
 
 use crate::{Error, Result, Session, generated};
@@ -52,6 +53,45 @@ pub async fn teardown(session: &Session, target: &str, success: bool) -> Result<
     let limit = teardown_limit(DEFAULT_ACCESS_TIMEOUT_S);
     let result = session.execute_with_timeout(command, limit).await.map_err(explain)?;
     Ok(result.into())
+}
+
+/// Removes the dirty bitmaps of a target, those of one device or of all disks. It is no error if
+/// there are none.
+///
+/// # Errors
+/// [`Error::MissingFeature`]; [`Error::Qmp`] if a bitmap is in use or its image is read-only
+/// (nothing was removed then), or an image cannot remove its copy.
+pub async fn remove_bitmaps(session: &Session, target: &str, device: Option<&str>) -> Result<()> {
+    let command = generated::backup_access_bitmap_remove {
+        target_id: target.to_owned(),
+        device: device.map(str::to_owned),
+    };
+    session.execute(command).await.map(drop).map_err(explain)
+}
+
+/// Keeps the bitmap of a raw disk in a file, and takes over what the file has; whether it had a
+/// bitmap. To be called before the guest starts.
+///
+/// # Errors
+/// [`Error::MissingFeature`]; [`Error::Qmp`] if the file is not to be believed (QEMU crashed, or the
+/// disk was changed since): the text says so, and the next backup must be a full one; also if the
+/// disk was written to already, or cannot be used like this.
+pub async fn load_bitmap(session: &Session, request: &LoadBitmap) -> Result<bool> {
+    let result = session.execute(request.to_wire()).await.map_err(explain)?;
+    Ok(result.loaded)
+}
+
+/// Seals the file of a disk's bitmap and lets the disk be deleted.
+///
+/// # Errors
+/// [`Error::MissingFeature`]; [`Error::Qmp`] if no file is loaded, somebody may still write to the
+/// disk, or the file cannot be written.
+pub async fn unload_bitmap(session: &Session, device: &str, target: &str) -> Result<()> {
+    let command = generated::backup_access_bitmap_unload {
+        device: device.to_owned(),
+        target_id: target.to_owned(),
+    };
+    session.execute(command).await.map(drop).map_err(explain)
 }
 
 /// The status of all accesses.

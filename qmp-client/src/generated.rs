@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::backup::{
     AccessState as BackupAccessState, BitmapAction as BackupAccessBitmapAction,
     BitmapMode as BackupAccessBitmapMode, OnError as BackupAccessOnError,
+    Readable as BackupAccessReadable,
 };
 
 /// A command of the extension.

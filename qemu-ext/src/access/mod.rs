@@ -6,19 +6,27 @@
 //!  limits.rs    checks its numbers
 //!  setup.rs     opens filters and snapshots, switches all disks in one drained section
 //!  bitmaps.rs   the target's dirty bitmaps through setup, undo and teardown
+//!  loaded.rs    bitmaps of raw disks that are kept in files
+//!  bitmap_file.rs  those files, and what a disk's storage tells
+//!  guard.rs     notices that a disk was smaller meanwhile
 //!  teardown.rs  ends exports without draining, then takes the nodes out in one drained section
 //!  registry.rs  which accesses exist: names, never pointers to nodes
 //!  status.rs    query, the event, the watchdog
 //! ```
 
+mod bitmap_file;
 mod bitmaps;
+mod guard;
 mod limits;
+mod loaded;
 mod registry;
 mod request;
 mod setup;
 mod status;
 mod teardown;
 
+pub use bitmaps::remove_all as remove_bitmaps;
+pub use loaded::{load as load_bitmap, sentinel_closed, unload as unload_bitmap};
 pub use setup::setup;
 pub use status::query;
 pub use teardown::teardown;
@@ -58,6 +66,16 @@ pub struct Options {
     pub on_error: Option<OnError>,
 }
 
+/// Which areas a snapshot gives, when a bitmap is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Readable {
+    /// What the bitmap marks as dirty.
+    #[default]
+    Dirty,
+    /// Everything.
+    All,
+}
+
 /// One device of a setup.
 #[derive(Debug)]
 pub struct DeviceRequest {
@@ -69,6 +87,8 @@ pub struct DeviceRequest {
     pub mode: Mode,
     /// Generation of the caller's last committed backup.
     pub generation: Option<String>,
+    /// Which areas can be read and released.
+    pub readable: Readable,
     /// Overrides members of the request.
     pub options: Options,
 }
@@ -99,6 +119,19 @@ pub struct BitmapInfo {
     pub generation: String,
     /// What it marks as dirty.
     pub dirty_bytes: u64,
+}
+
+/// A bitmap file to load.
+#[derive(Debug)]
+pub struct LoadRequest {
+    /// The disk.
+    pub device: String,
+    /// The target whose bitmap it is.
+    pub target_id: String,
+    /// The file's path.
+    pub file: String,
+    /// The caller states that nobody changed a disk which does not tell.
+    pub trust_unmodified: bool,
 }
 
 /// Result of a teardown.

@@ -96,6 +96,26 @@ impl Registry {
             .map(|access| access.target_id.as_str())
     }
 
+    /// The target whose access uses this bitmap of a node.
+    pub(super) fn target_of_bitmap(&self, source_node: &str, bitmap: &str) -> Option<&str> {
+        let uses = |device: &Device| {
+            device.source_node == source_node
+                && device.bitmaps.as_ref().is_some_and(|bitmaps| bitmaps.uses(bitmap))
+        };
+        self.accesses
+            .iter()
+            .find(|access| access.devices.iter().any(uses))
+            .map(|access| access.target_id.as_str())
+    }
+
+    /// Whether an access of the target still has bitmaps of this node to settle.
+    pub(super) fn is_unsettled(&self, target_id: &str, source_node: &str) -> bool {
+        let waits = |device: &Device| device.source_node == source_node && device.bitmaps.is_some();
+        self.accesses
+            .iter()
+            .any(|access| access.target_id == target_id && access.devices.iter().any(waits))
+    }
+
     /// Takes an access out.
     pub(super) fn take(&mut self, target_id: &str) -> Option<Access> {
         let index = self.accesses.iter().position(|access| access.target_id == target_id)?;

@@ -40,9 +40,7 @@ pub(super) struct Plan {
 /// # Errors
 /// What is wrong, and with which device.
 pub(super) fn check(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<Plan>, Error> {
-    if request.target_id.is_empty() || request.target_id.len() > 255 {
-        return Err(Error::new("target-id must have 1 to 255 bytes"));
-    }
+    check_target_id(&request.target_id)?;
     if request.devices.is_empty() {
         return Err(Error::new("the list of devices is empty"));
     }
@@ -61,6 +59,13 @@ pub(super) fn check(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<P
     }
     check_distinct(&plans)?;
     Ok(plans)
+}
+
+pub(super) fn check_target_id(target_id: &str) -> Result<(), Error> {
+    if target_id.is_empty() || target_id.len() > 255 {
+        return Err(Error::new("target-id must have 1 to 255 bytes"));
+    }
+    Ok(())
 }
 
 fn check_device(
@@ -97,7 +102,7 @@ fn check_device(
 }
 
 /// The topmost node of the device: of its backend, else the node, else of the device's backend.
-fn resolve(main_loop: MainLoop, name: &str) -> Result<Bds, Error> {
+pub(super) fn resolve(main_loop: MainLoop, name: &str) -> Result<Bds, Error> {
     // The drive of a virtio device belongs to a part of it that has no id of its own.
     let part = format!("{name}/virtio-backend");
     let backends = [

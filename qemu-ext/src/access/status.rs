@@ -6,12 +6,14 @@ use std::io::Write;
 use fleece::{State, Stats};
 
 use super::registry::{self, Access};
-use super::{DeviceStatus, TargetStatus, teardown};
+use super::{DeviceStatus, TargetStatus, loaded, teardown};
+use crate::fault;
 use crate::filter;
 use crate::qemu::graph::Bds;
 use crate::qemu::main_loop::{self, MainLoop};
 use crate::qemu::qapi::{self, BrokenEvent};
 use crate::qemu::timer::Timer;
+use crate::qemu::try_guard;
 
 const WATCHDOG_MS: u32 = 1000;
 
@@ -66,19 +68,36 @@ pub(super) fn report(main_loop: MainLoop, target_id: &str, device: &str) {
     );
 }
 
-/// The filter of a device closes although no teardown took it out: QEMU exits.
+/// The filter of a device closes although no teardown took it out: QEMU exits. That is a teardown
+/// as failure, in time for the image that stores its bitmaps when it is closed next.
 pub(super) fn filter_closed(main_loop: MainLoop, target_id: &str, device: &str) {
-    let mut registry = registry::lock();
-    let Some(access) = registry.access(target_id) else { return };
-    let Some(entry) = access.devices.iter_mut().find(|entry| entry.device == device) else {
-        return;
+    let (source, bitmaps) = {
+        let mut registry = registry::lock();
+        let Some(access) = registry.access(target_id) else { return };
+        let Some(entry) = access.devices.iter_mut().find(|entry| entry.device == device) else {
+            return;
+        };
+        // The holder stays: QEMU is walking over all BlockBackends right now.
+        let Some(source) = entry.source(main_loop) else { return };
+        let Some(bitmaps) = entry.bitmaps.take() else { return };
+        (source, bitmaps)
     };
-    // The holder stays: QEMU is walking over all BlockBackends right now.
-    if let Some(source) = entry.source(main_loop)
-        && let Some(bitmaps) = entry.bitmaps.take()
-    {
-        bitmaps.let_go(main_loop, source);
+    let settle = || {
+        fault::point("settle_at_exit");
+        bitmaps.settle(main_loop, source, false).map(|settled| settled.finish(main_loop, source))
+    };
+    // QEMU aborts if a bitmap is busy when its disk is closed.
+    let settled = try_guard(settle);
+    bitmaps.let_go(main_loop, source);
+    let problems = match settled {
+        Some(Ok(problems)) => problems,
+        Some(Err(error)) => vec![error.to_string()],
+        None => vec!["internal error; its bitmap is lost".to_owned()],
+    };
+    for text in problems {
+        warn(&format!("target '{target_id}', device '{device}': {text}"));
     }
+    loaded::settled_at_exit(main_loop, target_id, &source.node_name(main_loop));
 }
 
 /// Sees to it that the watchdog runs.

@@ -9,11 +9,11 @@
 use std::time::{Duration, Instant};
 
 use super::TeardownOutcome;
+use super::bitmaps::Settled;
 use super::registry::{self, Access, Device, Operation};
 use super::status;
 use crate::fault;
 use crate::filter;
-use crate::qemu::bitmap::Bitmap;
 use crate::qemu::error::Error;
 use crate::qemu::export::{self, HeldExport};
 use crate::qemu::graph::{Bds, Drained, Holder, NodeRef};
@@ -160,19 +160,18 @@ fn take_out(
             Some(format!("device '{}': {text}", device.device))
         })
         .collect();
-    let mut leftovers = Vec::new();
+    let mut settled = Vec::new();
     while let Some(device) = access.devices.first_mut() {
         match remove(&drained, device, success) {
-            Ok(leftover) => leftovers.extend(leftover),
+            Ok((source, bitmaps)) => settled.push((device.device.clone(), source, bitmaps)),
             Err(error) => problems.push(format!("device '{}': {error}", device.device)),
         }
         access.devices.remove(0);
     }
     drop(drained);
-    for (source, bitmap) in leftovers {
-        if let Err(error) = Bitmap::remove_stored(main_loop, source.node(), &bitmap) {
-            problems.push(format!("stored bitmap '{bitmap}' stays: {error}"));
-        }
+    for (device, source, bitmaps) in settled {
+        let texts = bitmaps.finish(main_loop, source.node());
+        problems.extend(texts.into_iter().map(|text| format!("device '{device}': {text}")));
     }
     let reason = (!problems.is_empty()).then(|| problems.join("; "));
     Ok(TeardownOutcome { existed: true, reason })
@@ -197,12 +196,12 @@ fn delete_exports(drained: &Drained, access: &mut Access) -> Result<(), Error> {
     Err(Error::new(format!("exports of snapshot nodes are still there: '{left}'; try again")))
 }
 
-/// Takes one device's nodes out. A source with a stored bitmap that is to be removed afterwards.
+/// Takes one device's nodes out. Its source, and what its bitmaps still ask for.
 fn remove(
     drained: &Drained,
     device: &mut Device,
     success: bool,
-) -> Result<Option<(NodeRef, String)>, Error> {
+) -> Result<(NodeRef, Settled), Error> {
     let main_loop = drained.main_loop();
     let gone = |what: &str| Error::new(format!("{what} is gone"));
     let source = device.source(main_loop).ok_or_else(|| gone(&device.source_node))?;
@@ -224,12 +223,12 @@ fn remove(
     // The filter reads its bitmap until it is closed.
     drop(filter);
     device.relaxed.clear();
-    let stored = match &device.bitmaps {
+    let settled = match &device.bitmaps {
         Some(bitmaps) => bitmaps.settle(main_loop, source.node(), success)?,
-        None => None,
+        None => Settled::default(),
     };
     removed?;
-    Ok(stored.map(|name| (source, name)))
+    Ok((source, settled))
 }
 
 /// Deletes exports that have ended although no teardown is there to do it: it gave up, or QEMU

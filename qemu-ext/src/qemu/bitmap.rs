@@ -132,20 +132,82 @@ impl Bitmap {
         }
     }
 
-    /// Whether it has recorded all writes since it was made and can be read.
-    pub fn is_sound(self, _: MainLoop) -> bool {
+    /// Whether it records writes.
+    fn is_recording(self, _: MainLoop) -> bool {
         // SAFETY: main loop, the bitmap is there.
-        unsafe {
-            sys::bdrv_dirty_bitmap_enabled(self.0.as_ptr())
-                && !sys::bdrv_dirty_bitmap_inconsistent(self.0.as_ptr())
-                && !sys::bdrv_dirty_bitmap_readonly(self.0.as_ptr())
-        }
+        unsafe { sys::bdrv_dirty_bitmap_enabled(self.0.as_ptr()) }
+    }
+
+    /// Whether it can be neither read nor trusted: its image was not closed cleanly.
+    fn is_inconsistent(self, _: MainLoop) -> bool {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe { sys::bdrv_dirty_bitmap_inconsistent(self.0.as_ptr()) }
+    }
+
+    fn is_usable(self, main_loop: MainLoop) -> bool {
+        !self.is_inconsistent(main_loop) && !self.is_read_only(main_loop)
+    }
+
+    /// Whether it has recorded all writes since it was made and can be used.
+    pub fn is_sound(self, main_loop: MainLoop) -> bool {
+        self.is_recording(main_loop) && self.is_usable(main_loop)
+    }
+
+    /// Whether it records nothing and can be used.
+    pub fn is_frozen(self, main_loop: MainLoop) -> bool {
+        !self.is_recording(main_loop) && self.is_usable(main_loop)
+    }
+
+    /// Whether it cannot be changed because its image is read-only.
+    pub fn is_read_only(self, _: MainLoop) -> bool {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe { sys::bdrv_dirty_bitmap_readonly(self.0.as_ptr()) }
     }
 
     /// Whether it is stored in the image.
     pub fn is_persistent(self, _: MainLoop) -> bool {
         // SAFETY: main loop, the bitmap is there.
         unsafe { sys::bdrv_dirty_bitmap_get_persistence(self.0.as_ptr()) }
+    }
+
+    /// Whether the node's image stores bitmaps when it is closed.
+    pub fn are_stored_by(_: MainLoop, node: Bds) -> bool {
+        // SAFETY: main loop, the node is there.
+        unsafe { sys::bdrv_supports_persistent_dirty_bitmap(node.as_ptr()) }
+    }
+
+    /// Whether the node's image would store a new bitmap of this name when it is closed; false
+    /// where it stores none at all.
+    ///
+    /// # Errors
+    /// It stores bitmaps, but not this one.
+    pub fn is_storable(
+        main_loop: MainLoop,
+        node: Bds,
+        granularity_bytes: u32,
+        name: &str,
+    ) -> Result<bool, Error> {
+        if !Self::are_stored_by(main_loop, node) || node.is_read_only(main_loop) {
+            return Ok(false);
+        }
+        let name = glib::c_string(name);
+        let mut error = Slot::new();
+        // SAFETY: main loop, outside of coroutines.
+        let storable = unsafe {
+            sys::bdrv_can_store_new_dirty_bitmap(
+                node.as_ptr(),
+                name.as_ptr(),
+                granularity_bytes,
+                error.as_errp(),
+            )
+        };
+        if storable { Ok(true) } else { Err(error.take()) }
+    }
+
+    /// Lets the image store it when it is closed.
+    pub fn make_persistent(self, _: MainLoop) {
+        // SAFETY: main loop, the bitmap is there.
+        unsafe { sys::bdrv_dirty_bitmap_set_persistence(self.0.as_ptr(), true) };
     }
 
     /// Bytes per bit.
@@ -163,9 +225,27 @@ impl Bitmap {
 
     /// Marks everything dirty.
     pub fn set_all(self, main_loop: MainLoop) {
-        let size = i64::try_from(self.size_bytes(main_loop)).unwrap_or(i64::MAX);
-        // SAFETY: main loop; the bitmap is there and ours to change.
-        unsafe { sys::bdrv_set_dirty_bitmap(self.0.as_ptr(), 0, size) };
+        self.set(main_loop, 0, self.size_bytes(main_loop));
+    }
+
+    /// Marks a range dirty, as far as it is on the disk.
+    pub fn set(self, main_loop: MainLoop, offset: u64, len: u64) {
+        let size = self.size_bytes(main_loop);
+        let offset = offset.min(size);
+        let len = len.min(size - offset);
+        let (offset, len) = (i64::try_from(offset), i64::try_from(len));
+        if let (Ok(offset), Ok(len @ 1..)) = (offset, len) {
+            // SAFETY: main loop; the bitmap is there and ours to change; the range is inside.
+            unsafe { sys::bdrv_set_dirty_bitmap(self.0.as_ptr(), offset, len) };
+        }
+    }
+
+    /// Whether the byte at this offset is dirty; false beyond the end.
+    pub fn is_dirty(self, main_loop: MainLoop, offset: u64) -> bool {
+        let Ok(at) = i64::try_from(offset) else { return false };
+        // SAFETY: main loop; the bitmap is there and the byte inside of it.
+        offset < self.size_bytes(main_loop)
+            && unsafe { sys::bdrv_dirty_bitmap_get(self.0.as_ptr(), at) }
     }
 
     /// Adds what is dirty in the other one.
@@ -184,6 +264,48 @@ impl Bitmap {
             )
         };
         if merged { Ok(()) } else { Err(error.take()) }
+    }
+
+    /// Its bits: one for each granule, in words of 64. Nobody writes to the disk meanwhile. None
+    /// without the memory for them.
+    pub fn to_bits(self, main_loop: MainLoop) -> Option<Vec<u8>> {
+        let size = self.size_bytes(main_loop);
+        let mut bits = Vec::new();
+        let len = self.bits_len(main_loop)?;
+        bits.try_reserve_exact(len).ok()?;
+        bits.resize(len, 0);
+        // SAFETY: main loop; the buffer has as many bytes as QEMU asks for.
+        unsafe {
+            sys::bdrv_dirty_bitmap_serialize_part(self.0.as_ptr(), bits.as_mut_ptr(), 0, size);
+        }
+        Some(bits)
+    }
+
+    /// Sets all bits at once, as [`Bitmap::to_bits`] gives them; false if they are not as many. It
+    /// does not record yet.
+    pub fn set_bits(self, main_loop: MainLoop, bits: &mut [u8]) -> bool {
+        let size = self.size_bytes(main_loop);
+        if self.bits_len(main_loop) != Some(bits.len()) {
+            return false;
+        }
+        // SAFETY: main loop; the buffer has as many bytes as QEMU asks for.
+        unsafe {
+            sys::bdrv_dirty_bitmap_deserialize_part(
+                self.0.as_ptr(),
+                bits.as_mut_ptr(),
+                0,
+                size,
+                true,
+            );
+        }
+        true
+    }
+
+    fn bits_len(self, main_loop: MainLoop) -> Option<usize> {
+        let size = self.size_bytes(main_loop);
+        // SAFETY: main loop, the bitmap is there.
+        let len = unsafe { sys::bdrv_dirty_bitmap_serialization_size(self.0.as_ptr(), 0, size) };
+        usize::try_from(len).ok().filter(|_| size > 0)
     }
 
     /// Dirty bytes, of which none lies beyond the end of the disk.

@@ -6,14 +6,13 @@
 //! from a descriptor of our own: `RWF_NOWAIT` fails instead of waiting for the device, and then the
 //! read goes its usual way. Both see the same page cache, so they see the same data.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::IoSliceMut;
 use std::os::unix::fs::MetadataExt;
 
 use qemu_ext_sys as sys;
 use rustix::io::{ReadWriteFlags, preadv2};
 
-use super::glib;
 use super::graph::Bds;
 use super::main_loop::MainLoop;
 
@@ -33,7 +32,7 @@ impl CachedFile {
         if flags & sys::BDRV_O_NOCACHE != 0 {
             return None;
         }
-        open_again(storage, OpenOptions::new().read(true)).map(Self)
+        open_again(main_loop, storage, OpenOptions::new().read(true)).map(Self)
     }
 
     /// Fills `buf` from the page cache; false when not all of it is there.
@@ -48,24 +47,26 @@ impl CachedFile {
 /// A second descriptor of the plain file that holds a node's data, byte for byte, at the same
 /// offsets; none if there is no such file.
 pub(super) fn plain_file(main_loop: MainLoop, node: Bds, options: &OpenOptions) -> Option<File> {
-    open_again(storage_of(main_loop, node)?, options)
+    open_again(main_loop, storage_of(main_loop, node)?, options)
 }
 
-fn open_again(storage: Bds, options: &OpenOptions) -> Option<File> {
-    // SAFETY: the node is alive; its name is fixed while it is used like this.
-    let name = unsafe { glib::text((*storage.as_ptr()).exact_filename.as_ptr()) };
+fn open_again(main_loop: MainLoop, storage: Bds, options: &OpenOptions) -> Option<File> {
+    let name = storage.file_name(main_loop);
     if !name.starts_with('/') {
         return None;
     }
     let file = options.open(&name).ok()?;
     let opened = file.metadata().ok()?;
-    // The name may stand for another file by now: it must be one that QEMU has open as well.
-    let known = std::fs::read_dir("/proc/self/fd").ok()?.flatten().filter(|entry| {
-        std::fs::metadata(entry.path())
-            .is_ok_and(|other| (other.dev(), other.ino()) == (opened.dev(), opened.ino()))
-    });
-    // Ours is one of them.
-    (opened.is_file() && known.count() >= 2).then_some(file)
+    // The name may stand for another file by now: it must be one that QEMU has open as well,
+    // beside us.
+    (opened.is_file() && count_open(&opened) >= 2).then_some(file)
+}
+
+/// How many descriptors this process has of a file.
+pub fn count_open(file: &Metadata) -> usize {
+    let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let same = |other: Metadata| (other.dev(), other.ino()) == (file.dev(), file.ino());
+    entries.filter(|entry| std::fs::metadata(entry.path()).is_ok_and(same)).count()
 }
 
 /// The `file` node that has the node's bytes at their own offsets: the node itself, or below `raw`.

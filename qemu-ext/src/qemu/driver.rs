@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The two block drivers as QEMU sees them (`include/block/block_int-common.h`): C callbacks that
-//! convert their arguments, call the safe code, and convert the result.
+//! The block drivers of filter and snapshot as QEMU sees them (`include/block/block_int-common.h`):
+//! C callbacks that convert their arguments, call the safe code, and convert the result.
 //!
 //! Every callback that runs code which could panic catches that. The guest's own payload is passed
 //! on outside of that net, by one C call.
@@ -16,7 +16,7 @@ use super::child::Child;
 use super::coroutine::{Busy, CoGraph};
 use super::graph::Bds;
 use super::iovec::IoSlice;
-use super::{guard, try_guard};
+use super::{guard, sentinel, try_guard};
 use crate::fault;
 use crate::filter::Filter;
 use crate::snapshot;
@@ -64,6 +64,8 @@ unsafe extern "C" fn register() {
         unsafe { sys::bdrv_register(filter) };
         // SAFETY: as above.
         unsafe { sys::bdrv_register(Box::leak(Box::new(snapshot_driver()))) };
+        // SAFETY: as above.
+        unsafe { sys::bdrv_register(Box::leak(Box::new(sentinel::driver()))) };
     });
 }
 
@@ -138,7 +140,7 @@ fn errno<T>(result: Result<T, Errno>) -> c_int {
     }
 }
 
-const EINVAL: c_int = 22;
+pub(super) const EINVAL: c_int = 22;
 const EBUSY: c_int = 16;
 const ENOTSUP: c_int = 95;
 
@@ -263,7 +265,7 @@ unsafe extern "C" fn filter_refresh_limits(
     }
 }
 
-unsafe extern "C" fn filter_refresh_filename(bs: *mut sys::BlockDriverState) {
+pub(super) unsafe extern "C" fn filter_refresh_filename(bs: *mut sys::BlockDriverState) {
     // SAFETY: live nodes; both arrays have the same length and end in a zero.
     unsafe {
         let below: *const [c_char; 4096] = &raw const (*(*(*bs).file).bs).filename;
@@ -271,7 +273,7 @@ unsafe extern "C" fn filter_refresh_filename(bs: *mut sys::BlockDriverState) {
     }
 }
 
-unsafe extern "C" fn reopen_prepare(
+pub(super) unsafe extern "C" fn reopen_prepare(
     _state: *mut sys::BDRVReopenState,
     _queue: *mut sys::BlockReopenQueue,
     _errp: *mut *mut sys::Error,
@@ -462,22 +464,8 @@ unsafe fn open_snapshot(
     options: *mut sys::QDict,
     errp: *mut *mut sys::Error,
 ) -> c_int {
-    let Some(class) = STAYING_CHILD.get() else { return -EINVAL };
-    // SAFETY: the main loop opens the node; the class is never freed.
-    let child = unsafe {
-        sys::bdrv_open_child(
-            core::ptr::null(),
-            options,
-            c"file".as_ptr(),
-            bs,
-            class.0,
-            sys::BDRV_CHILD_DATA | sys::BDRV_CHILD_PRIMARY,
-            false,
-            errp,
-        )
-    };
-    // SAFETY: the link lives as long as the node.
-    let Some(child) = (unsafe { Child::from_ptr(child) }) else { return -EINVAL };
+    // SAFETY: as stated.
+    let Some(child) = (unsafe { open_staying_child(bs, options, errp) }) else { return -EINVAL };
     if filter_of(child.node()).is_none() {
         // SAFETY: a constant sentence.
         unsafe {
@@ -488,12 +476,39 @@ unsafe fn open_snapshot(
         }
         return -EINVAL;
     }
-    // SAFETY: both nodes are open.
-    unsafe { (*bs).total_sectors = (*child.node().as_ptr()).total_sectors };
     0
 }
 
-unsafe extern "C" fn snapshot_child_perm(
+/// Opens the option `file` with a link that stays at its node, and takes the size over.
+///
+/// # Safety
+/// As for the callback of a driver: the main loop opens the node.
+pub(super) unsafe fn open_staying_child(
+    bs: *mut sys::BlockDriverState,
+    options: *mut sys::QDict,
+    errp: *mut *mut sys::Error,
+) -> Option<Child> {
+    let class = STAYING_CHILD.get()?;
+    // SAFETY: the main loop opens the node; the class is never freed; the link lives as long as the
+    // node, and both nodes are open.
+    unsafe {
+        let child = Child::from_ptr(sys::bdrv_open_child(
+            core::ptr::null(),
+            options,
+            c"file".as_ptr(),
+            bs,
+            class.0,
+            sys::BDRV_CHILD_DATA | sys::BDRV_CHILD_PRIMARY,
+            false,
+            errp,
+        ))?;
+        (*bs).total_sectors = (*child.node().as_ptr()).total_sectors;
+        Some(child)
+    }
+}
+
+/// The permissions of a link that claims nothing and allows everything.
+pub(super) unsafe extern "C" fn snapshot_child_perm(
     _bs: *mut sys::BlockDriverState,
     _child: *mut sys::BdrvChild,
     _role: sys::BdrvChildRole,
@@ -503,7 +518,7 @@ unsafe extern "C" fn snapshot_child_perm(
     nperm: *mut u64,
     nshared: *mut u64,
 ) {
-    // The snapshot asks the filter directly, never through the link.
+    // The snapshot asks the filter directly, never through the link; the sentinel asks nobody.
     // SAFETY: out pointers of the caller.
     unsafe { (*nperm, *nshared) = (0, u64::from(sys::BLK_PERM_ALL)) };
 }

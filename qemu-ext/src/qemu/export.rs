@@ -10,8 +10,8 @@ use super::glib;
 use super::graph::{Bds, Drained, ParentId};
 use super::main_loop::MainLoop;
 
-/// Calls the function with each export of the node.
-fn for_each(_: MainLoop, node: Bds, mut function: impl FnMut(&str, NonNull<sys::BlockExport>)) {
+/// Calls the function with each export.
+fn for_each(_: MainLoop, mut function: impl FnMut(&str, NonNull<sys::BlockExport>)) {
     let mut error = Slot::new();
     // SAFETY: main loop; the list is ours and freed below, its strings are copied.
     unsafe {
@@ -19,9 +19,7 @@ fn for_each(_: MainLoop, node: Bds, mut function: impl FnMut(&str, NonNull<sys::
         let mut entry = list;
         while !entry.is_null() {
             let id = (*(*entry).value).id;
-            if let Some(export) = NonNull::new(sys::blk_exp_find(id))
-                && sys::ba_blk_exp_bs(export.as_ptr()) == node.as_ptr()
-            {
+            if let Some(export) = NonNull::new(sys::blk_exp_find(id)) {
                 function(&glib::text(id), export);
             }
             entry = (*entry).next;
@@ -30,21 +28,45 @@ fn for_each(_: MainLoop, node: Bds, mut function: impl FnMut(&str, NonNull<sys::
     }
 }
 
+/// Calls the function with each export of the node.
+fn for_each_of(
+    main_loop: MainLoop,
+    node: Bds,
+    mut function: impl FnMut(&str, NonNull<sys::BlockExport>),
+) {
+    for_each(main_loop, |id, export| {
+        // SAFETY: the export is in QEMU's list, so it is there; the pointers are compared only.
+        if unsafe { sys::ba_blk_exp_bs(export.as_ptr()) } == node.as_ptr() {
+            function(id, export);
+        }
+    });
+}
+
+/// How an export appears among the parents of its node.
+fn parent_of(export: NonNull<sys::BlockExport>) -> ParentId {
+    // SAFETY: the export is in QEMU's list, so it is there.
+    ParentId::of(unsafe { (*export.as_ptr()).blk }.cast())
+}
+
 /// The ids of all exports of the node.
 pub fn ids_of(main_loop: MainLoop, node: Bds) -> Vec<String> {
     let mut ids = Vec::new();
-    for_each(main_loop, node, |id, _| ids.push(id.to_owned()));
+    for_each_of(main_loop, node, |id, _| ids.push(id.to_owned()));
     ids
 }
 
 /// How the node's exports appear among its parents.
 pub fn parents_of(main_loop: MainLoop, node: Bds) -> Vec<ParentId> {
     let mut parents = Vec::new();
-    for_each(main_loop, node, |_, export| {
-        // SAFETY: the export is in QEMU's list, so it is there.
-        parents.push(ParentId::of(unsafe { (*export.as_ptr()).blk }.cast()));
-    });
+    for_each_of(main_loop, node, |_, export| parents.push(parent_of(export)));
     parents
+}
+
+/// All exports: how they appear among the parents of their nodes, and their ids.
+pub fn all(main_loop: MainLoop) -> Vec<(ParentId, String)> {
+    let mut all = Vec::new();
+    for_each(main_loop, |id, export| all.push((parent_of(export), id.to_owned())));
+    all
 }
 
 /// An export with a reference of ours, so that it is deleted when we say so and not before.

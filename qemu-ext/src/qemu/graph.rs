@@ -3,6 +3,7 @@
 
 use core::ffi::{c_int, c_void};
 use core::ptr::{self, NonNull};
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use qemu_ext_sys as sys;
 
@@ -39,6 +40,19 @@ impl Bds {
         let name = glib::c_string(node_name);
         // SAFETY: main loop.
         Self::from_ptr(unsafe { sys::bdrv_find_node(name.as_ptr()) })
+    }
+
+    /// All nodes.
+    pub fn all(_: MainLoop) -> Vec<Self> {
+        let mut all = Vec::new();
+        // SAFETY: main loop: the list does not change meanwhile.
+        let mut next = unsafe { sys::bdrv_next_all_states(ptr::null_mut()) };
+        while let Some(node) = Self::from_ptr(next) {
+            all.push(node);
+            // SAFETY: as above.
+            next = unsafe { sys::bdrv_next_all_states(node.as_ptr()) };
+        }
+        all
     }
 
     /// The node's name.
@@ -97,14 +111,49 @@ impl Bds {
     }
 
     /// Whether a user of the node may make it grow, as a format does with its storage.
-    pub fn may_grow(self, _: MainLoop) -> bool {
+    pub fn may_grow(self, main_loop: MainLoop) -> bool {
+        self.used_for(main_loop) & u64::from(sys::BLK_PERM_RESIZE) != 0
+    }
+
+    /// Whether a user of the node may write to it.
+    pub fn may_be_written(self, main_loop: MainLoop) -> bool {
+        self.used_for(main_loop) & u64::from(sys::BLK_PERM_WRITE) != 0
+    }
+
+    /// The permissions that its users have.
+    fn used_for(self, _: MainLoop) -> u64 {
         let _lock = GraphReader::new();
         let (mut perm, mut shared) = (0, 0);
         // SAFETY: main loop with the graph lock; out pointers of ours.
         unsafe {
             sys::bdrv_get_cumulative_perm(self.as_ptr(), &raw mut perm, &raw mut shared);
         }
-        perm & u64::from(sys::BLK_PERM_RESIZE) != 0
+        perm
+    }
+
+    /// Whether nothing was written to it since it was opened. Exact while everything is drained.
+    pub fn is_unwritten(self, _: MainLoop) -> bool {
+        // SAFETY: the node is there; the counter is an atomic for everybody.
+        let counter = unsafe { AtomicU32::from_ptr(&raw mut (*self.as_ptr()).write_gen) };
+        counter.load(Ordering::SeqCst) == 0
+    }
+
+    /// Writes out what caches hold of it.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub fn flush(self, _: MainLoop) -> Result<(), Error> {
+        // SAFETY: main loop, outside of coroutines.
+        match unsafe { sys::bdrv_flush(self.as_ptr()) } {
+            0.. => Ok(()),
+            errno => Err(Error::new(std::io::Error::from_raw_os_error(-errno).to_string())),
+        }
+    }
+
+    /// The name of the file that a node of a protocol opened.
+    pub fn file_name(self, _: MainLoop) -> String {
+        // SAFETY: main loop, the node is there; the array ends in a zero.
+        unsafe { glib::text((*self.as_ptr()).exact_filename.as_ptr()) }
     }
 
     /// Whether it is a zoned device, whose own requests filters do not pass on.
@@ -195,6 +244,11 @@ impl ParentId {
     pub fn of(ptr: *mut c_void) -> Self {
         Self(ptr)
     }
+
+    /// Whether QEMU knows it by this pointer.
+    pub fn is(self, ptr: *mut c_void) -> bool {
+        self.0 == ptr
+    }
 }
 
 /// A user of a node.
@@ -207,10 +261,10 @@ pub struct Parent {
 }
 
 /// The graph lock for reading, as the main loop takes it.
-struct GraphReader;
+pub(super) struct GraphReader;
 
 impl GraphReader {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         // SAFETY: all callers hold the proof that this is the main loop.
         unsafe { sys::ba_graph_rdlock_main_loop() };
         Self

@@ -22,6 +22,12 @@ impl MainLoop {
         unsafe { sys::ba_in_main_loop() }.then_some(Self(PhantomData))
     }
 
+    /// Whether the machine runs or has run; false where there is none.
+    pub fn vm_has_run(self) -> bool {
+        // SAFETY: the function only asks.
+        unsafe { sys::ba_vm_has_run() }
+    }
+
     /// Runs what is due in the main loop until the condition holds; gives up after `limit`.
     pub fn poll_until(self, limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
         let start = Instant::now();

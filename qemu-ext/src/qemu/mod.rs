@@ -16,7 +16,9 @@ pub mod memory;
 pub mod migration;
 pub mod qapi;
 pub mod reflink;
+pub mod sentinel;
 pub mod timer;
+pub mod users;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

@@ -14,8 +14,8 @@ use super::glib::{self, strdup};
 use super::guard;
 use super::main_loop::MainLoop;
 use crate::access::{
-    self, DeviceInfo, DeviceRequest, DeviceStatus, Options, SetupRequest, TargetStatus,
-    TeardownOutcome,
+    self, DeviceInfo, DeviceRequest, DeviceStatus, LoadRequest, Options, Readable, SetupRequest,
+    TargetStatus, TeardownOutcome,
 };
 use crate::fault;
 
@@ -101,6 +101,10 @@ unsafe fn device_request(raw: &sys::BackupAccessSourceDevice) -> DeviceRequest {
         sys::BACKUP_ACCESS_BITMAP_MODE_NEW => Mode::New,
         _ => Mode::Use,
     };
+    let readable = match raw.readable {
+        sys::BACKUP_ACCESS_READABLE_ALL if raw.has_readable => Readable::All,
+        _ => Readable::Dirty,
+    };
     // SAFETY: the strings of such a structure are C strings or null.
     unsafe {
         DeviceRequest {
@@ -108,6 +112,7 @@ unsafe fn device_request(raw: &sys::BackupAccessSourceDevice) -> DeviceRequest {
             fleecing: optional(raw.fleecing),
             mode,
             generation: optional(raw.generation),
+            readable,
             options: options!(raw),
         }
     }
@@ -278,6 +283,85 @@ pub unsafe extern "C" fn qmp_backup_access_teardown(
             unsafe { error.give(errp) };
             ptr::null_mut()
         }
+    }
+}
+
+/// The command `backup-access-bitmap-remove`.
+///
+/// # Safety
+/// Called by QEMU's generated code, in the main loop.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qmp_backup_access_bitmap_remove(
+    target_id: *const c_char,
+    device: *const c_char,
+    errp: *mut *mut sys::Error,
+) {
+    let result = guard(Err(panicked()), || {
+        fault::point("qmp_bitmap_remove");
+        let main_loop = MainLoop::current().ok_or_else(panicked)?;
+        // SAFETY: strings of the request.
+        let (target_id, device) = unsafe { (glib::text(target_id), optional(device)) };
+        access::remove_bitmaps(main_loop, &target_id, device.as_deref())
+    });
+    if let Err(error) = result {
+        // SAFETY: the caller's place for an error.
+        unsafe { error.give(errp) };
+    }
+}
+
+/// The command `backup-access-bitmap-load`.
+///
+/// # Safety
+/// Called by QEMU's generated code, in the main loop.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qmp_backup_access_bitmap_load(
+    device: *const c_char,
+    target_id: *const c_char,
+    file: *const c_char,
+    has_trust_unmodified: bool,
+    trust_unmodified: bool,
+    errp: *mut *mut sys::Error,
+) -> *mut sys::BackupAccessBitmapLoadResult {
+    let result = guard(Err(panicked()), || {
+        fault::point("qmp_bitmap_load");
+        let main_loop = MainLoop::current().ok_or_else(panicked)?;
+        // SAFETY: mandatory strings of the request.
+        let (device, target_id, file) =
+            unsafe { (glib::text(device), glib::text(target_id), glib::text(file)) };
+        let trust_unmodified = has_trust_unmodified && trust_unmodified;
+        access::load_bitmap(main_loop, &LoadRequest { device, target_id, file, trust_unmodified })
+    });
+    match result {
+        // SAFETY: a plain C structure.
+        Ok(loaded) => unsafe { allocate(sys::BackupAccessBitmapLoadResult { loaded }) },
+        Err(error) => {
+            // SAFETY: the caller's place for an error.
+            unsafe { error.give(errp) };
+            ptr::null_mut()
+        }
+    }
+}
+
+/// The command `backup-access-bitmap-unload`.
+///
+/// # Safety
+/// Called by QEMU's generated code, in the main loop.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qmp_backup_access_bitmap_unload(
+    device: *const c_char,
+    target_id: *const c_char,
+    errp: *mut *mut sys::Error,
+) {
+    let result = guard(Err(panicked()), || {
+        fault::point("qmp_bitmap_unload");
+        let main_loop = MainLoop::current().ok_or_else(panicked)?;
+        // SAFETY: mandatory strings of the request.
+        let (device, target_id) = unsafe { (glib::text(device), glib::text(target_id)) };
+        access::unload_bitmap(main_loop, &device, &target_id)
+    });
+    if let Err(error) = result {
+        // SAFETY: the caller's place for an error.
+        unsafe { error.give(errp) };
     }
 }
 

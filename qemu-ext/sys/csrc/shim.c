@@ -5,8 +5,9 @@
 #include "wrapper.h"
 #include "shim.h"
 
-/* Only the system emulator defines it. */
+/* Only the system emulator defines them. */
 #pragma weak blk_by_qdev_id
+#pragma weak runstate_check
 
 void ba_error_setg(Error **errp, const char *msg)
 {
@@ -166,6 +167,11 @@ const char *ba_blk_device_type(BlockBackend *blk)
 char *ba_child_description(BdrvChild *child)
 {
     return child->klass->get_parent_desc ? child->klass->get_parent_desc(child) : NULL;
+}
+
+bool ba_vm_has_run(void)
+{
+    return runstate_check && !runstate_check(RUN_STATE_PRELAUNCH);
 }
 
 bool ba_bitmap_is_busy(BdrvDirtyBitmap *bitmap)

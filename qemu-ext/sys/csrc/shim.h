@@ -65,6 +65,8 @@ AioContext *ba_main_loop_context(void);
 const char *ba_blk_device_type(BlockBackend *blk);
 /* What the parent of @child calls itself; to be freed with g_free(). May be NULL. */
 char *ba_child_description(BdrvChild *child);
+/* The machine runs or has run since it was made; false where the binary has no machine. */
+bool ba_vm_has_run(void);
 /* Someone uses the bitmap: it can be neither released nor merged. */
 bool ba_bitmap_is_busy(BdrvDirtyBitmap *bitmap);
 

@@ -20,8 +20,10 @@
 #endif
 #if __has_include("system/block-backend.h")
 #include "system/block-backend.h"
+#include "system/runstate.h"
 #else
 #include "sysemu/block-backend.h"
+#include "sysemu/runstate.h"
 #endif
 #include "qemu/coroutine.h"
 #include "qemu/cutils.h"

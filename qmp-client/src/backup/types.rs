@@ -50,6 +50,16 @@ open_enum! {
 }
 
 open_enum! {
+    /// Which areas of a device the snapshot gives, when a bitmap is used.
+    pub enum Readable {
+        /// What the bitmap marks as dirty; reads of the rest fail.
+        Dirty = "dirty",
+        /// Everything; clean areas are saved like all others.
+        All = "all",
+    }
+}
+
+open_enum! {
     /// What an error does that is met before a guest write is acknowledged: a failed read of old
     /// data, or a failed write through to the fleecing image.
     pub enum OnError {
@@ -71,6 +81,8 @@ pub struct Device {
     pub bitmap_mode: Option<BitmapMode>,
     /// Generation of the last committed backup of this device.
     pub generation: Option<String>,
+    /// Which areas can be read and released; QEMU's default is those that are dirty.
+    pub readable: Option<Readable>,
     /// Overrides the request's.
     pub granularity_bytes: Option<u64>,
     /// Overrides the request's.
@@ -96,6 +108,7 @@ impl Device {
             fleecing: None,
             bitmap_mode: None,
             generation: None,
+            readable: None,
             granularity_bytes: None,
             buffer_size_bytes: None,
             fleecing_limit_bytes: None,
@@ -112,6 +125,7 @@ impl Device {
             fleecing: self.fleecing.clone(),
             bitmap_mode: self.bitmap_mode.clone(),
             generation: self.generation.clone(),
+            readable: self.readable.clone(),
             granularity: self.granularity_bytes,
             buffer_size: self.buffer_size_bytes,
             fleecing_limit: self.fleecing_limit_bytes,
@@ -227,6 +241,30 @@ impl From<generated::BackupAccessInfo> for AccessInfo {
             generation: wire.generation,
             dirty_bytes: wire.dirty,
             drained_ns: wire.drained_ns,
+        }
+    }
+}
+
+/// A raw disk whose bitmap is to be kept in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadBitmap {
+    /// Name of its backend, else of a node, else a qdev id.
+    pub device: String,
+    /// The backup target, 1 to 255 bytes.
+    pub target_id: String,
+    /// Absolute path of the file, as QEMU sees it; it is created if it does not exist.
+    pub file: String,
+    /// States that nobody changed the disk since, where it is no regular file.
+    pub trust_unmodified: bool,
+}
+
+impl LoadBitmap {
+    pub(super) fn to_wire(&self) -> generated::backup_access_bitmap_load {
+        generated::backup_access_bitmap_load {
+            device: self.device.clone(),
+            target_id: self.target_id.clone(),
+            file: self.file.clone(),
+            trust_unmodified: self.trust_unmodified.then_some(true),
         }
     }
 }
@@ -428,22 +466,24 @@ mod tests {
                     "BackupAccessState" => {
                         !matches!(AccessState::from(value), AccessState::Other(_))
                     }
+                    "BackupAccessReadable" => !matches!(Readable::from(value), Readable::Other(_)),
                     "BackupAccessOnError" => !matches!(OnError::from(value), OnError::Other(_)),
                     other => panic!("the contract has an enum the client does not: {other}"),
                 };
                 assert!(known, "{name} has {value}, the client does not");
             }
         }
-        assert_eq!(generated::ENUM_VALUES.len(), 4);
+        assert_eq!(generated::ENUM_VALUES.len(), 5);
     }
 
     #[test]
     fn only_members_that_are_set_are_sent() {
         let mut device = Device::new("drive0");
         device.bitmap_mode = Some(BitmapMode::Use);
+        device.readable = Some(Readable::All);
         let request = SetupRequest::new("t", vec![device]);
         let expected = json!({"target-id": "t",
-            "devices": [{"device": "drive0", "bitmap-mode": "use"}]});
+            "devices": [{"device": "drive0", "bitmap-mode": "use", "readable": "all"}]});
         assert_eq!(serde_json::to_value(request.to_wire()).unwrap(), expected);
     }
 
