@@ -3,6 +3,7 @@
 //!
 //! * [`stress`]: the snapshot of a disk under random writes, sector by sector.
 //! * [`storage`]: a storage daemon with the nodes that a test adds.
+//! * [`disk_form`]: how a disk and its bitmaps are stored.
 //! * [`records`]: numbered, self-checking records that a guest writes to two disks.
 //! * [`guest`]: builds the small Linux guest that writes them.
 //! * [`story`]: the main job, step by step, and what must be true at its end.
@@ -18,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod console;
+pub mod disk_form;
 pub mod guest;
 pub mod lab;
 pub mod loopfs;

@@ -59,12 +59,7 @@ impl Storage {
     /// # Errors
     /// Those of [`Self::start`].
     pub async fn start_in(folder: tempfile::TempDir) -> Result<Self> {
-        let socket = |name: &str| {
-            let path = folder.path().join(name);
-            drop(std::fs::remove_file(&path));
-            path
-        };
-        let (qmp, nbd) = (socket("qmp"), socket("nbd"));
+        let (qmp, nbd) = (free_socket(&folder, "qmp"), free_socket(&folder, "nbd"));
         let server = json!({ "addr": { "type": "unix", "path": nbd }, "max-connections": 0 });
         let mut command = Command::new(crate::qemu::bin_dir()?.join("qemu-storage-daemon"));
         command.arg("--chardev");
@@ -73,6 +68,24 @@ impl Storage {
         let mut process = Guarded::spawn(command.stdin(Stdio::null()))?;
         let session = connect(&qmp, &mut process).await?;
         Ok(Self { process, session, folder, numbers: AtomicU32::new(0) })
+    }
+
+    /// An emulator with these options, whose guest does not run, in place of the daemon.
+    ///
+    /// # Errors
+    /// Those of [`Self::start`].
+    pub async fn start_emulator_in(folder: tempfile::TempDir, options: &[&str]) -> Result<Self> {
+        let (qmp, nbd) = (free_socket(&folder, "qmp"), free_socket(&folder, "nbd"));
+        let mut command = Command::new(crate::qemu::bin_dir()?.join("qemu-system-x86_64"));
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-S"]);
+        command.args(["-machine", "pc", "-accel", "tcg", "-m", "64", "-qmp"]);
+        command.arg(format!("unix:{},server=on,wait=off", qmp.display())).args(options);
+        let mut process = Guarded::spawn(command.stdin(Stdio::null()))?;
+        let session = connect(&qmp, &mut process).await?;
+        let this = Self { process, session, folder, numbers: AtomicU32::new(0) };
+        let server = json!({ "addr": { "type": "unix", "data": { "path": nbd } } });
+        this.run("nbd-server-start", server).await?;
+        Ok(this)
     }
 
     /// The QMP connection.
@@ -209,7 +222,15 @@ impl Storage {
     /// # Errors
     /// QEMU refuses it.
     pub async fn setup(&self, devices: Value) -> Result<Vec<Value>> {
-        let arguments = json!({ "target-id": "t", "devices": devices });
+        self.setup_of("t", devices).await
+    }
+
+    /// Sets an access of another target up.
+    ///
+    /// # Errors
+    /// QEMU refuses it.
+    pub async fn setup_of(&self, target: &str, devices: Value) -> Result<Vec<Value>> {
+        let arguments = json!({ "target-id": target, "devices": devices });
         let infos = self.run("backup-access-setup", arguments).await?;
         infos.as_array().cloned().context("setup returns no list")
     }
@@ -219,7 +240,15 @@ impl Storage {
     /// # Errors
     /// QEMU refuses it, or there is none.
     pub async fn teardown(&self, success: bool) -> Result<Value> {
-        let arguments = json!({ "target-id": "t", "success": success });
+        self.teardown_of("t", success).await
+    }
+
+    /// Ends the access of another target, which must be there.
+    ///
+    /// # Errors
+    /// QEMU refuses it, or there is none.
+    pub async fn teardown_of(&self, target: &str, success: bool) -> Result<Value> {
+        let arguments = json!({ "target-id": target, "success": success });
         let result = self.run("backup-access-teardown", arguments).await?;
         ensure!(result["existed"] == true, "there was no access: {result}");
         Ok(result)
@@ -307,7 +336,15 @@ impl Storage {
     ///
     /// # Errors
     /// It does not.
-    pub async fn quit(mut self) -> Result<()> {
+    pub async fn quit(self) -> Result<()> {
+        self.stop().await.map(drop)
+    }
+
+    /// The same; the folder stays for another one.
+    ///
+    /// # Errors
+    /// Those of [`Self::quit`].
+    pub async fn stop(mut self) -> Result<tempfile::TempDir> {
         // The connection may close before the reply.
         drop(self.session.execute_raw("quit", json!({}), Some(LIMIT)).await);
         let mut status = None;
@@ -317,8 +354,15 @@ impl Storage {
         })
         .await?;
         ensure!(status.is_some_and(|status| status.success()), "it ended with {status:?}");
-        Ok(())
+        Ok(self.folder)
     }
+}
+
+/// The place of a socket, where an earlier process may have left one.
+fn free_socket(folder: &tempfile::TempDir, name: &str) -> PathBuf {
+    let path = folder.path().join(name);
+    drop(std::fs::remove_file(&path));
+    path
 }
 
 /// The description of a raw node.

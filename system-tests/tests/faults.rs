@@ -417,7 +417,7 @@ async fn during_a_teardown(faults: &'static str, iothread: bool) {
     lab.teardown("t", true).await;
     assert_eq!(lab.run("query-backup-access", json!({})).await, json!([]));
     assert_eq!(lab.graph().await, graph);
-    assert!(lab.bitmaps("disk0").await.len() <= 1);
+    assert!(lab.bitmaps("disk0").await.len() <= 2, "one and its guard");
     guest_is_right(&lab).await;
     works_again(lab, &graph).await;
 }
@@ -439,12 +439,71 @@ async fn a_panic_in_a_teardown_leaves_nothing_behind() {
 
 #[tokio::test]
 async fn a_panic_at_the_exit_does_not_change_how_it_ends() {
-    for iothread in [false, true] {
-        let lab = start("panic:filter_close:1", iothread).await;
-        let infos = lab.setup("t", json!([device(&json!({}))])).await;
-        lab.export(&infos[0]).await;
-        guest_works(&lab).await;
+    for faults in ["panic:filter_close:1", "panic:settle_at_exit:1"] {
+        for iothread in [false, true] {
+            let lab = start(faults, iothread).await;
+            let infos = lab.setup("t", json!([device(&json!({}))])).await;
+            lab.export(&infos[0]).await;
+            guest_works(&lab).await;
+            lab.quit().await;
+        }
+    }
+}
+
+/// A bitmap file for a disk that nobody has written to.
+fn load_request(lab: &Lab) -> Value {
+    json!({ "device": "alone", "target-id": "t", "file": lab.path("bitmap") })
+}
+
+/// Whether the file says that it is sealed.
+fn is_sealed(lab: &Lab) -> bool {
+    std::fs::read(lab.path("bitmap")).unwrap()[12] == 1
+}
+
+#[tokio::test]
+async fn a_panic_in_a_load_or_unload_changes_nothing() {
+    let unload = json!({ "device": "alone", "target-id": "t" });
+    for faults in ["panic:qmp_bitmap_load:1", "panic:sentinel_open:1", "panic:load_sentinel:1"] {
+        let lab = start(faults, false).await;
+        let graph = lab.graph().await;
+        lab.try_run("backup-access-bitmap-load", load_request(&lab)).await.unwrap_err();
+        all_happened(&lab, faults);
+        assert_eq!(lab.graph().await, graph, "{faults}");
+        assert!(!lab.path("bitmap").exists(), "{faults}");
+        lab.run("backup-access-bitmap-load", load_request(&lab)).await;
+        assert!(!is_sealed(&lab), "{faults}");
+        lab.run("backup-access-bitmap-unload", unload.clone()).await;
+        assert!(is_sealed(&lab), "{faults}");
+        assert_eq!(lab.graph().await, graph, "{faults}");
         lab.quit().await;
+    }
+    for faults in ["panic:qmp_bitmap_unload:1", "panic:seal:1"] {
+        let lab = start(faults, false).await;
+        lab.run("backup-access-bitmap-load", load_request(&lab)).await;
+        let graph = lab.graph().await;
+        lab.try_run("backup-access-bitmap-unload", unload.clone()).await.unwrap_err();
+        all_happened(&lab, faults);
+        assert_eq!(lab.graph().await, graph, "{faults}");
+        assert!(!is_sealed(&lab), "{faults}");
+        lab.run("backup-access-bitmap-unload", unload.clone()).await;
+        assert!(is_sealed(&lab), "{faults}");
+        lab.quit().await;
+    }
+}
+
+#[tokio::test]
+async fn a_panic_while_a_disk_is_closed_leaves_its_bitmap_file_unsealed() {
+    for (faults, sealed) in [("", true), ("panic:sentinel_close:1", false), ("panic:seal:1", false)]
+    {
+        let lab = start(faults, true).await;
+        // The lab's own folder goes with it.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bitmap");
+        let mut request = load_request(&lab);
+        request["file"] = json!(path);
+        lab.run("backup-access-bitmap-load", request).await;
+        lab.quit().await;
+        assert_eq!(std::fs::read(&path).unwrap()[12] == 1, sealed, "{faults}");
     }
 }
 
