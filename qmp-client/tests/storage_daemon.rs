@@ -12,7 +12,10 @@ use std::{
 
 use qmp_client::{
     Error, EventItem, EventStream, Options, Session,
-    backup::{self, AccessState, BackupAccess, BitmapAction, BitmapMode, Device, SetupRequest},
+    backup::{
+        self, AccessState, BackupAccess, BitmapAction, BitmapMode, Device, LoadBitmap, Readable,
+        SetupRequest,
+    },
     commands::{
         BlockExportDel, BlockdevAdd, BlockdevDel, NbdExportAdd, NbdServerStart, NbdServerStop,
         QueryBlockExports, QueryNamedBlockNodes, QueryQmpSchema, QueryVersion, RemoveMode,
@@ -208,6 +211,41 @@ async fn an_access_is_set_up_watched_and_committed() {
     assert!(access.abort().await.unwrap().existed);
     assert!(!backup::teardown(&session, "target", false).await.unwrap().existed);
     assert!(backup::query(&session).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn bitmaps_are_kept_in_files_and_removed() {
+    let Some(daemon) = patched().await else { return };
+    let session = daemon.connect().await;
+    two_disks(&daemon, &session).await;
+    let load = LoadBitmap {
+        device: "disk0".into(),
+        target_id: "target".into(),
+        file: daemon.path("bitmap").display().to_string(),
+        trust_unmodified: false,
+    };
+    assert!(!backup::load_bitmap(&session, &load).await.unwrap());
+    let error = backup::load_bitmap(&session, &load).await.unwrap_err();
+    assert!(matches!(error, Error::Qmp { .. }), "{error}");
+    let mut request = request(BitmapMode::Use, None);
+    for device in &mut request.devices {
+        device.readable = Some(Readable::All);
+    }
+    let access = BackupAccess::setup(session.clone(), request.clone()).await.unwrap();
+    access.commit().await.unwrap();
+    // Into its file, and out of it.
+    backup::unload_bitmap(&session, "disk0", "target").await.unwrap();
+    let error = backup::unload_bitmap(&session, "disk0", "target").await.unwrap_err();
+    assert!(error.to_string().contains("no bitmap file"), "{error}");
+    assert!(backup::load_bitmap(&session, &load).await.unwrap());
+    backup::remove_bitmaps(&session, "target", Some("disk1")).await.unwrap();
+    let access = BackupAccess::setup(session.clone(), request).await.unwrap();
+    let actions: Vec<_> = access.infos().iter().map(|info| info.bitmap_action.clone()).collect();
+    assert_eq!(actions, [BitmapAction::Used, BitmapAction::MissingRecreated]);
+    access.abort().await.unwrap();
+    backup::remove_bitmaps(&session, "target", None).await.unwrap();
+    let error = backup::remove_bitmaps(&session, "target", Some("nothing")).await.unwrap_err();
+    assert!(error.is_device_not_found(), "{error}");
 }
 
 #[tokio::test]
