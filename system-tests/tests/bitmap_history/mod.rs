@@ -125,13 +125,12 @@ pub(super) struct History {
 impl History {
     /// Carries a whole history out; which actions occurred.
     pub(super) async fn run(seed: u64) -> Result<Actions> {
-        let mut rng = StdRng::seed_from_u64(seed);
-        let form = *DiskForm::ALL.choose(&mut rng).context("no forms")?;
+        let form = DiskForm::ALL[(seed % 3) as usize];
         let folder = folder()?;
         form.create(folder.path(), DISK, MAX_BYTES)?;
         DiskForm::Raw.create(folder.path(), "fleecing", MAX_BYTES)?;
         let mut this = Self {
-            rng,
+            rng: StdRng::seed_from_u64(seed),
             form,
             storage: Some(Storage::start_in(folder).await?),
             guest: None,
@@ -150,10 +149,10 @@ impl History {
         self.open().await?;
         for _ in 0..STEPS {
             self.writes().await?;
-            match self.rng.random_range(0..12) {
+            match self.rng.random_range(0..24) {
                 0 => self.restart(None).await?,
                 1 => self.crash().await?,
-                2 => self.resize().await?,
+                2..=4 => self.resize().await?,
                 _ => self.backup().await?,
             }
         }
@@ -271,16 +270,15 @@ impl History {
             Ok(storage.run("query-block-exports", json!({})).await? == json!([]))
         })
         .await?;
-        // There and back, in one step or over several.
-        let steps = self.rng.random_range(1..=2);
-        for _ in 0..steps {
-            let before = self.content.len() as u64;
-            let size = *[MIN_BYTES, MAX_BYTES - 64 * 1024, MAX_BYTES - 512, MAX_BYTES]
-                .choose(&mut self.rng)
-                .context("no sizes")?;
+        let old = self.content.len() as u64;
+        let sizes = [MIN_BYTES, MAX_BYTES - 64 * 1024, MAX_BYTES - 512, MAX_BYTES];
+        let size = *sizes.choose(&mut self.rng).context("no sizes")?;
+        // There, or there and back.
+        let back = self.rng.random_bool(0.6);
+        for size in [size].into_iter().chain(back.then_some(old)) {
             let arguments = json!({ "node-name": DISK, "size": size });
             self.storage()?.run("block_resize", arguments).await?;
-            self.log.push(format!("resize from {before} to {size}"));
+            self.log.push(format!("resize from {} to {size}", self.content.len()));
             self.content.resize(size as usize, 0);
             for target in &mut self.targets {
                 if let Bitmap::Kept { size_bytes, cut, .. } = &mut target.bitmap {
@@ -412,17 +410,17 @@ impl History {
 
     /// One of the ends of an access. The client may have committed, or not, whatever happens then.
     async fn end(&mut self, access: Access) -> Result<()> {
-        let kind = self.rng.random_range(0..16);
-        let committed = kind <= 9 || self.rng.random();
+        let kind = self.rng.random_range(0..20);
+        let committed = kind <= 13 || self.rng.random();
         if let Some(id) = access.generation.clone().filter(|_| committed) {
             self.targets[access.target].committed.push(id);
         }
         match kind {
-            10 => return self.restart(Some(access)).await,
-            11 => return self.crash_during(access).await,
+            14 => return self.restart(Some(access)).await,
+            15 => return self.crash_during(access).await,
             _ => {}
         }
-        let success = kind <= 9;
+        let success = kind <= 13;
         self.log.push(format!("  committed: {committed}, teardown: {success}"));
         let target = self.targets[access.target].name;
         let result = self.storage()?.teardown_of(target, success).await?;
