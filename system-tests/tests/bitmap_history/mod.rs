@@ -114,6 +114,8 @@ struct Access {
 pub(super) struct History {
     rng: StdRng,
     form: DiskForm,
+    /// The disk's I/O is done in this thread.
+    iothread: Option<&'static str>,
     storage: Option<Storage>,
     guest: Option<Client>,
     content: Vec<u8>,
@@ -132,13 +134,15 @@ impl History {
         let mut this = Self {
             rng: StdRng::seed_from_u64(seed),
             form,
+            iothread: (seed / 3 % 2 == 1).then_some("io0"),
             storage: Some(Storage::start_in(folder).await?),
             guest: None,
             content: vec![0; MAX_BYTES as usize],
             targets: [Target::new("first"), Target::new("second")],
             actions: Actions::new(),
-            log: vec![format!("{form:?}")],
+            log: Vec::new(),
         };
+        this.log.push(format!("{form:?}, thread {:?}", this.iothread));
         let done = this.steps().await;
         let log = this.log.join("\n");
         done.with_context(|| format!("after:\n{log}"))?;
@@ -171,6 +175,9 @@ impl History {
     /// Opens the disk in a process that was just started.
     async fn open(&mut self) -> Result<()> {
         let storage = self.storage()?;
+        if let Some(iothread) = self.iothread {
+            storage.iothread(iothread).await?;
+        }
         self.form.open(storage, DISK).await?;
         DiskForm::Raw.open(storage, "fleecing").await?;
         self.connect().await
@@ -178,7 +185,7 @@ impl History {
 
     async fn connect(&mut self) -> Result<()> {
         let storage = self.storage()?;
-        storage.export_disk(DISK, None).await?;
+        storage.export_disk(DISK, self.iothread).await?;
         self.guest = Some(storage.client(DISK).await?);
         Ok(())
     }
