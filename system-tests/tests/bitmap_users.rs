@@ -143,6 +143,24 @@ async fn the_bitmaps_of_an_access_are_left_alone_until_it_ends() {
     }
     // Nobody uses the other target's.
     storage.run("backup-access-bitmap-remove", json!({ "target-id": "u" })).await.unwrap();
+    // The guard may be exported meanwhile: it does not change.
+    let names = storage.bitmaps("disk0").await.unwrap();
+    let guard = names.iter().find(|name| name.ends_with("-guard")).unwrap();
+    let export = json!({ "type": "nbd", "id": "e", "node-name": "disk0", "name": "e",
+                         "bitmaps": [guard] });
+    storage.run("block-export-add", export).await.unwrap();
+    assert_eq!(storage.teardown(true).await.unwrap(), json!({ "existed": true }));
+    let text = refused(&storage, "backup-access-setup", setup("use")).await;
+    assert!(text.contains(guard) && text.contains("export 'e'"), "{text}");
+    storage.run("block-export-del", json!({ "id": "e" })).await.unwrap();
+    until("the export is gone", async || {
+        let exports = storage.run("query-block-exports", json!({})).await?;
+        Ok(exports.as_array().is_some_and(|exports| exports.len() == 2))
+    })
+    .await
+    .unwrap();
+    let infos = storage.setup(both("use")).await.unwrap();
+    assert_eq!(infos[0]["bitmap-action"], "used");
     storage.teardown(true).await.unwrap();
     storage.run("backup-access-bitmap-remove", json!({ "target-id": "t" })).await.unwrap();
     storage.quit().await.unwrap();

@@ -61,9 +61,10 @@ pub(super) fn renew(
     let name = name(target_hash);
     let last = size_bytes.saturating_sub(1);
     if let Some(guard) = Bitmap::find(main_loop, source, &name) {
-        if fits(main_loop, guard, size_bytes) && guard.is_persistent(main_loop) {
+        let stores = Bitmap::are_stored_by(main_loop, source) && !source.is_read_only(main_loop);
+        if fits(main_loop, guard, size_bytes) && guard.is_persistent(main_loop) == stores {
             guard.set(main_loop, last, 1);
-            return Ok(Ok(true));
+            return Ok(Ok(stores));
         }
         check_idle(main_loop, source, &[guard])?;
         // What the image has of it is marked as in use, and replaced when the disk is closed.
