@@ -46,6 +46,8 @@ commands! {
     GetFd = "getfd" -> Empty;
     CloseFd = "closefd" -> Empty;
     AddFd = "add-fd" -> AddFdInfo;
+    RemoveFd = "remove-fd" -> Empty;
+    QueryFdsets = "query-fdsets" -> Vec<FdsetInfo>;
     Stop = "stop" -> Empty;
     Cont = "cont" -> Empty;
     SystemPowerdown = "system_powerdown" -> Empty;
@@ -245,8 +247,18 @@ impl NbdServerStart {
     /// On a Unix socket; `None` if the path is not UTF-8, which QMP cannot say.
     #[must_use]
     pub fn unix(path: &Path) -> Option<Self> {
-        let addr = ServerAddress::Unix { path: path.to_str()?.to_owned() };
-        Some(Self { addr, max_connections: None, tls_creds: None })
+        Some(Self::at(ServerAddress::Unix { path: path.to_str()?.to_owned() }))
+    }
+
+    /// On a listening socket that QEMU was given by [`GetFd`] under this name: a host tool can so
+    /// choose a place that QEMU itself cannot reach.
+    #[must_use]
+    pub fn given(fdname: impl Into<String>) -> Self {
+        Self::at(ServerAddress::Fd { name: fdname.into() })
+    }
+
+    fn at(addr: ServerAddress) -> Self {
+        Self { addr, max_connections: None, tls_creds: None }
     }
 }
 
@@ -265,6 +277,12 @@ pub enum ServerAddress {
         host: String,
         /// Port, as text.
         port: String,
+    },
+    /// A listening socket that QEMU was given.
+    Fd {
+        /// Its name, see [`GetFd`].
+        #[serde(rename = "str")]
+        name: String,
     },
 }
 
@@ -373,7 +391,10 @@ pub struct ObjectDel {
     pub id: String,
 }
 
-/// Gives QEMU a descriptor under a name; for [`crate::Session::execute_with_fd`].
+/// Gives QEMU a descriptor under a name; for [`crate::Session::execute_with_fd`]. Whatever is told
+/// the name takes the descriptor and closes it in the end; a name is good for one use.
+///
+/// The storage daemon has no commands for descriptors.
 #[derive(Debug, Clone, Serialize)]
 pub struct GetFd {
     /// The name.
@@ -387,7 +408,12 @@ pub struct CloseFd {
     pub fdname: String,
 }
 
-/// Adds a descriptor to a set (`/dev/fdset/<id>`); for [`crate::Session::execute_with_fd`].
+/// Adds a descriptor to a set; for [`crate::Session::execute_with_fd`].
+///
+/// A set is opened like a file by its [path](AddFdInfo::path), for example as the `filename` of a
+/// `file` node. QEMU takes the descriptor of the set whose access mode is what it needs: a node
+/// that is written needs one that was opened for reading and writing. QEMU drops a set that nobody
+/// uses when the monitor's client leaves.
 #[derive(Debug, Clone, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct AddFd {
@@ -407,6 +433,50 @@ pub struct AddFdInfo {
     pub fdset_id: u64,
     /// The descriptor's number in QEMU.
     pub fd: i64,
+}
+
+impl AddFdInfo {
+    /// What to open in QEMU to get the descriptor.
+    #[must_use]
+    pub fn path(&self) -> String {
+        format!("/dev/fdset/{}", self.fdset_id)
+    }
+}
+
+/// Removes descriptors from a set. What has opened them goes on; the set itself goes with its last
+/// user.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RemoveFd {
+    /// The set.
+    pub fdset_id: u64,
+    /// The descriptor's number in QEMU; by default all of the set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fd: Option<i64>,
+}
+
+/// All sets of descriptors.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryFdsets;
+
+/// A set of descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FdsetInfo {
+    /// Its id.
+    pub fdset_id: u64,
+    /// What is in it.
+    pub fds: Vec<FdsetFd>,
+}
+
+/// A descriptor of a set.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct FdsetFd {
+    /// Its number in QEMU.
+    pub fd: i64,
+    /// The note that [`AddFd`] left.
+    #[serde(default)]
+    pub opaque: Option<String>,
 }
 
 /// Stops the guest's processors.
@@ -449,6 +519,9 @@ mod tests {
         assert_eq!(serde_json::to_value(export).unwrap(), expected);
         let server = NbdServerStart::unix(Path::new("/s")).unwrap();
         let expected = json!({"addr": {"type": "unix", "data": {"path": "/s"}}});
+        assert_eq!(serde_json::to_value(server).unwrap(), expected);
+        let server = NbdServerStart::given("socket");
+        let expected = json!({"addr": {"type": "fd", "data": {"str": "socket"}}});
         assert_eq!(serde_json::to_value(server).unwrap(), expected);
     }
 

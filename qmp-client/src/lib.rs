@@ -3,7 +3,7 @@
 //!
 //! - [`Session`]: one connection to a QMP monitor. Commands run concurrently, are safe to cancel
 //!   and have a time limit each; events come as a stream; file descriptors can be passed.
-//! - [`commands`]: the upstream commands that backups need.
+//! - [`commands`] and [`events`]: those of upstream that backups need.
 //! - [`backup`]: the commands of the backup access extension, and [`backup::BackupAccess`], a
 //!   guard that ends the access on every way out.
 //! - [`agent::Agent`]: the guest agent (freeze, thaw, status).
@@ -31,6 +31,7 @@ pub mod codec;
 pub mod commands;
 mod error;
 mod event;
+pub mod events;
 mod generated;
 mod handshake;
 mod open_enum;

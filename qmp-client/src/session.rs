@@ -211,9 +211,22 @@ impl Session {
     /// # Errors
     /// As [`Self::execute`]; [`Error::Protocol`] over TCP.
     pub async fn execute_with_fd<C: Command>(&self, command: C, fd: OwnedFd) -> Result<C::Ok> {
+        self.execute_with_fd_and_timeout(command, fd, self.inner.command_timeout).await
+    }
+
+    /// The same with its own time limit, which includes the wait for such commands before it.
+    ///
+    /// # Errors
+    /// As [`Self::execute_with_fd`].
+    pub async fn execute_with_fd_and_timeout<C: Command>(
+        &self,
+        command: C,
+        fd: OwnedFd,
+        limit: Duration,
+    ) -> Result<C::Ok> {
         let arguments = to_arguments(C::NAME, &command)?;
         drop(command);
-        let value = self.call(C::NAME, arguments, vec![fd], self.inner.command_timeout).await?;
+        let value = self.call(C::NAME, arguments, vec![fd], limit).await?;
         from_result(C::NAME, &value)
     }
 

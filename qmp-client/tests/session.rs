@@ -501,3 +501,21 @@ async fn a_descriptor_waits_for_the_reply_to_the_one_before_even_if_that_was_can
     let (result, ()) = tokio::join!(second, script);
     result.unwrap();
 }
+
+#[tokio::test]
+async fn a_command_with_a_descriptor_has_a_time_limit_of_its_own() {
+    let (session, mut peer) = pair().await;
+    let file = || tempfile::tempfile().unwrap().into();
+    let limited = |fd| session.execute_with_fd_and_timeout(AddFd::default(), fd, SHORT);
+    let error = limited(file()).await.unwrap_err();
+    assert!(matches!(&error, Error::Timeout { command, after_ms: 50 } if command == "add-fd"));
+    let first = peer.read().await;
+    // It waits for the turn of the first, which QEMU has not answered yet.
+    assert!(limited(file()).await.unwrap_err().is_timeout());
+    let script = async {
+        peer.reply(&first, json!({"fdset-id": 1, "fd": 20})).await;
+        peer.serve(json!({"fdset-id": 2, "fd": 21})).await;
+    };
+    let (info, ()) = tokio::join!(session.execute_with_fd(AddFd::default(), file()), script);
+    assert_eq!(info.unwrap().path(), "/dev/fdset/2");
+}

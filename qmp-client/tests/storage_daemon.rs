@@ -4,11 +4,7 @@
 
 mod support;
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
 use qmp_client::{
     Error, EventItem, EventStream, Options, Session,
@@ -17,42 +13,24 @@ use qmp_client::{
         SetupRequest,
     },
     commands::{
-        BlockExportDel, BlockdevAdd, BlockdevDel, NbdExportAdd, NbdServerStart, NbdServerStop,
+        BlockExportDel, BlockdevDel, NbdExportAdd, NbdServerStart, NbdServerStop,
         QueryBlockExports, QueryNamedBlockNodes, QueryQmpSchema, QueryVersion, RemoveMode,
     },
 };
-use serde_json::{Map, Value, json};
-use support::{Daemon, InCi, SOCKET, built, program, soon};
+use serde_json::{Value, json};
+use support::{DISK_BYTES, Daemon, InCi, add_raw_disk, built, program, soon, storage_daemon};
 
 const NAME: &str = "qemu-storage-daemon";
-const DISK_BYTES: u64 = 4 << 20;
 
 /// The distribution's, which knows nothing of us.
 async fn plain() -> Option<Daemon> {
     let usual = [Path::new("/usr/bin/qemu-storage-daemon")];
-    Some(start(program(NAME, &usual, InCi::Required)?).await)
+    Some(storage_daemon(program(NAME, &usual, InCi::Required)?).await)
 }
 
 /// The one `cargo xtask qemu` builds.
 async fn patched() -> Option<Daemon> {
-    Some(start(built(NAME)?).await)
-}
-
-async fn start(program: PathBuf) -> Daemon {
-    Daemon::start(program, &["--chardev", SOCKET, "--monitor", "chardev=qmp"]).await
-}
-
-fn object(value: Value) -> Map<String, Value> {
-    let Value::Object(object) = value else { panic!("not an object") };
-    object
-}
-
-async fn add_raw_disk(daemon: &Daemon, session: &Session, node: &str) {
-    let path = daemon.path(&format!("{node}.raw"));
-    File::create_new(&path).unwrap().set_len(DISK_BYTES).unwrap();
-    let options = json!({"node-name": node, "driver": "raw", "discard": "unmap",
-        "file": {"driver": "file", "filename": path, "discard": "unmap"}});
-    session.execute(BlockdevAdd(object(options))).await.unwrap();
+    Some(storage_daemon(built(NAME)?).await)
 }
 
 async fn wait_for(events: &mut EventStream, name: &str) -> Value {

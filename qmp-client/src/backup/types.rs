@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Requests and replies of the extension, with open enums and units in the names.
 
-use serde_json::Value;
-
-use crate::{Error, Event, Result, generated, open_enum::open_enum};
+use crate::{Event, Result, generated, open_enum::open_enum};
 
 open_enum! {
     /// How a dirty bitmap is used for one device.
@@ -431,15 +429,9 @@ impl BrokenEvent {
     /// Reads an event; `None` if it is another one.
     ///
     /// # Errors
-    /// [`Error::Protocol`] if its members are not those of the contract.
+    /// [`crate::Error::Protocol`] if its members are not those of the contract.
     pub fn from_event(event: &Event) -> Result<Option<Self>> {
-        const NAME: &str = <generated::BACKUP_ACCESS_BROKEN as qapi_spec::Event>::NAME;
-        if event.name != NAME {
-            return Ok(None);
-        }
-        let wire: generated::BACKUP_ACCESS_BROKEN =
-            <_ as serde::Deserialize>::deserialize::<&Value>(&event.data)
-                .map_err(|e| Error::protocol(NAME, e))?;
+        let Some(wire) = event.read()? else { return Ok(None) };
         let generated::BACKUP_ACCESS_BROKEN { target_id, device, node_name, state, error, errno } =
             wire;
         Ok(Some(Self { target_id, device, node_name, state, error, errno }))
@@ -448,7 +440,7 @@ impl BrokenEvent {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 

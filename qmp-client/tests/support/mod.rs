@@ -9,14 +9,15 @@
 )]
 
 use std::{
+    fs::File,
     future::Future,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use qmp_client::{Options, Session};
-use serde_json::{Value, json};
+use qmp_client::{Options, Session, commands::BlockdevAdd};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncWriteExt as _, Interest},
@@ -165,6 +166,41 @@ pub fn built(name: &str) -> Option<PathBuf> {
     assert!(!ci, "the patched {name} is missing, and CI is set");
     println!("skipped: cargo xtask qemu has not built {name}");
     None
+}
+
+/// Size of the disks that tests make.
+pub const DISK_BYTES: u64 = 4 << 20;
+
+/// Starts a storage daemon that has nothing but its monitor.
+pub async fn storage_daemon(program: PathBuf) -> Daemon {
+    Daemon::start(program, &["--chardev", SOCKET, "--monitor", "chardev=qmp"]).await
+}
+
+/// Starts the patched emulator without a machine; `None` where it is not built.
+pub async fn emulator() -> Option<Daemon> {
+    let program = built("qemu-system-x86_64")?;
+    let arguments =
+        ["-machine", "none", "-nodefaults", "-display", "none", "-S", "-chardev", SOCKET];
+    let monitor = ["-mon", "chardev=qmp,mode=control"];
+    Some(Daemon::start(program, &[&arguments[..], &monitor[..]].concat()).await)
+}
+
+/// Adds a raw node of an empty file in the daemon's folder.
+pub async fn add_raw_disk(daemon: &Daemon, session: &Session, node: &str) {
+    let path = daemon.path(&format!("{node}.raw"));
+    File::create_new(&path).unwrap().set_len(DISK_BYTES).unwrap();
+    session.execute(raw_node(node, &path.display().to_string())).await.unwrap();
+}
+
+/// A raw node of a file, by a name that QEMU can open.
+pub fn raw_node(node: &str, filename: &str) -> BlockdevAdd {
+    let file = json!({"driver": "file", "filename": filename, "discard": "unmap"});
+    BlockdevAdd(Map::from_iter([
+        ("node-name".into(), json!(node)),
+        ("driver".into(), json!("raw")),
+        ("discard".into(), json!("unmap")),
+        ("file".into(), file),
+    ]))
 }
 
 /// The monitor's character device; programs run in the daemon's folder.
