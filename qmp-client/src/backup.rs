@@ -5,6 +5,23 @@
 //! the bare commands. [`BackupAccess`] is a guard around the first two: it is ended by `commit` or
 //! `abort`, and by a teardown as failure when it is dropped.
 //!
+//! # After a crash of the host tool
+//! An access outlives the process that set it up, if that is killed. Whoever knows the target id
+//! finds it again and finishes it:
+//!
+//! ```no_run
+//! # async fn recover(was_committed: bool) -> qmp_client::Result<()> {
+//! use qmp_client::{Options, Session, backup::BackupAccess};
+//!
+//! let session = Session::connect("/run/vm/100.qmp", Options::default()).await?;
+//! if let Some(access) = BackupAccess::adopt(session, "store:100").await? {
+//!     // Ask the store first: only a backup that is known to be committed was a success.
+//!     if was_committed { access.commit().await? } else { access.abort().await? };
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Against a QEMU without the extension everything fails with [`Error::MissingFeature`].
 
 mod access;
@@ -101,6 +118,14 @@ pub async fn unload_bitmap(session: &Session, device: &str, target: &str) -> Res
 pub async fn query(session: &Session) -> Result<Vec<AccessStatus>> {
     let status = session.execute(generated::query_backup_access {}).await.map_err(explain)?;
     Ok(status.into_iter().map(Into::into).collect())
+}
+
+/// The status of the access of a target; `None` if it has none.
+///
+/// # Errors
+/// Those of [`query`].
+pub async fn find(session: &Session, target: &str) -> Result<Option<AccessStatus>> {
+    Ok(query(session).await?.into_iter().find(|status| status.target_id == target))
 }
 
 fn explain(error: Error) -> Error {

@@ -15,8 +15,8 @@ use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle, time::timeout};
 use tracing::{info, warn};
 
 use super::{
-    AccessInfo, AccessStatus, SETUP_TIMEOUT, SetupRequest, TeardownResult, checked, explain, query,
-    teardown_limit,
+    AccessInfo, AccessStatus, DEFAULT_ACCESS_TIMEOUT_S, SETUP_TIMEOUT, SetupRequest,
+    TeardownResult, checked, explain, find, teardown_limit,
 };
 use crate::{Error, Result, Session, generated, session::Urgent};
 
@@ -69,7 +69,34 @@ impl BackupAccess {
             .unwrap_or(Err(Error::Disconnected))
     }
 
-    /// What setup returned, in the order of the request.
+    /// Takes over the access of a target that an earlier process set up and did not end, for
+    /// example because it was killed; `None` if there is none.
+    ///
+    /// Nothing in QEMU changes by this. The guard is as that of a setup: dropped, it ends the
+    /// access as a failure. Its [`Self::infos`] are empty, because QEMU does not repeat them;
+    /// [`Self::status`] has the snapshot nodes, whose exports are still there. Which generation the
+    /// access has only the earlier process knew.
+    ///
+    /// [`Self::commit`] if the backup is known to be committed, else [`Self::abort`]: then the
+    /// bitmaps keep all changes since the last committed backup, and the next one is larger than
+    /// need be but never wrong.
+    ///
+    /// # Errors
+    /// Those of [`super::query`].
+    pub async fn adopt(session: Session, target_id: impl Into<String>) -> Result<Option<Self>> {
+        let target_id = target_id.into();
+        let found = find(&session, &target_id).await?;
+        Ok(found.map(|_status| Self {
+            session,
+            target_id,
+            infos: Vec::new(),
+            // QEMU does not tell the access's own: a teardown that takes longer can be repeated.
+            teardown_limit: teardown_limit(DEFAULT_ACCESS_TIMEOUT_S),
+            ended: false,
+        }))
+    }
+
+    /// What setup returned, in the order of the request; empty after [`Self::adopt`].
     #[must_use]
     pub fn infos(&self) -> &[AccessInfo] {
         &self.infos
@@ -92,8 +119,7 @@ impl BackupAccess {
     /// # Errors
     /// Those of every command.
     pub async fn status(&self) -> Result<Option<AccessStatus>> {
-        let all = query(&self.session).await?;
-        Ok(all.into_iter().find(|status| status.target_id == self.target_id))
+        find(&self.session, &self.target_id).await
     }
 
     /// Ends the access after the backup was committed. Goes on when the future is dropped.
