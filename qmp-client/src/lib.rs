@@ -23,6 +23,13 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # A backup from beginning to end
+//! This program is `examples/backup.rs`. It needs nothing but the patched `qemu-storage-daemon`,
+//! which it starts itself: `cargo run -p qmp-client --example backup`. The same session by hand, with
+//! every reply explained, is in `docs/qmp.md`.
+//!
+#![doc = concat!("```no_run\n", include_str!("../examples/backup.rs"), "```")]
 #![forbid(unsafe_code)]
 
 pub mod agent;
