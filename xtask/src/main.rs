@@ -6,6 +6,7 @@ mod apt;
 mod bench;
 mod cargo;
 mod demo;
+mod fuzz;
 mod paths;
 mod qemu;
 mod run;
@@ -42,8 +43,10 @@ enum Command {
     Test(test::Options),
     /// The same as `test`, as the gate runs it
     Ci(test::Options),
-    /// `test` with the long suites: more stress seeds, and the tests marked ignored
+    /// `test` with the long suites: more stress seeds, the fuzz targets, the tests marked ignored
     Full(test::Options),
+    /// Run the fuzz targets of the QMP and NBD clients for a bounded time
+    Fuzz(fuzz::Options),
     /// Check the repository's own rules: dependencies, unsafe, licence headers, file sizes
     Tidy,
 }
@@ -70,6 +73,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Bench(options) => return bench::run(&paths, &options),
         Command::Test(options) | Command::Ci(options) => return test::run(&paths, &options),
         Command::Full(options) => return test::run(&paths, &options.full()),
+        Command::Fuzz(options) => return fuzz::run(&paths, &options),
         Command::Tidy => return tidy::run(&paths),
     }
     Ok(ExitCode::SUCCESS)

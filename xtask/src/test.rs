@@ -10,7 +10,7 @@ use anyhow::Result;
 use crate::cargo::{QEMU_BIN_ENV, cargo, ensure_components, has_subcommand};
 use crate::paths::Paths;
 use crate::run::{Show, Step};
-use crate::{qemu, setup, tidy};
+use crate::{fuzz, qemu, setup, tidy};
 
 /// The crates that only build against a QEMU build tree.
 const NEEDS_QEMU: &[&str] = &["qemu-ext", "qemu-ext-sys"];
@@ -24,6 +24,9 @@ const FULL_THREADS_SECONDS: u32 = 60;
 /// How many more preemptions than in the gate the engine's interleavings have in `full`.
 const FULL_MORE_PREEMPTIONS: u32 = 1;
 
+/// Seconds of each fuzz target in `full`.
+const FULL_FUZZ_SECONDS: u32 = 60;
+
 /// Which checks to run, and how long.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct Options {
@@ -33,6 +36,9 @@ pub(crate) struct Options {
     /// Seeds of the stress test (default: the test's own)
     #[arg(long, value_name = "N")]
     stress_seeds: Option<u32>,
+    /// Also the fuzz targets, each for so many seconds
+    #[arg(long, value_name = "N")]
+    fuzz_seconds: Option<u32>,
     /// Also the tests marked ignored
     #[arg(long)]
     ignored: bool,
@@ -41,7 +47,12 @@ pub(crate) struct Options {
 impl Options {
     /// The long suites.
     pub(crate) fn full(self) -> Self {
-        Self { stress_seeds: self.stress_seeds.or(Some(FULL_SEEDS)), ignored: true, ..self }
+        Self {
+            stress_seeds: self.stress_seeds.or(Some(FULL_SEEDS)),
+            fuzz_seconds: self.fuzz_seconds.or(Some(FULL_FUZZ_SECONDS)),
+            ignored: true,
+            ..self
+        }
     }
 }
 
@@ -124,6 +135,9 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     report.check("unit tests", || gate.unit_tests());
     report.check("doc tests", || gate.doc_tests());
     report.check("interleavings", || gate.interleavings());
+    if let Some(seconds) = options.fuzz_seconds {
+        report.check("fuzz targets", || gate.fuzz(seconds));
+    }
     if qemu {
         report.check("system tests", || gate.system_tests());
     } else if !options.no_qemu {
@@ -210,6 +224,22 @@ impl Gate<'_> {
             command.env("LOOM_MORE_PREEMPTIONS", FULL_MORE_PREEMPTIONS.to_string());
         }
         self.tests("interleavings", command, if self.options.ignored { 3600 } else { 600 })
+    }
+
+    /// Each target that finds nothing counts as passed.
+    fn fuzz(&self, seconds: u32) -> Result<Totals> {
+        let fuzzer = fuzz::Fuzzer::build(self.paths)?;
+        let mut totals = Totals::default();
+        for target in fuzzer.targets() {
+            totals += match fuzzer.run(target, seconds) {
+                Ok(()) => Totals::PASSED,
+                Err(error) => {
+                    eprintln!("error: {error:#}");
+                    Totals::FAILED
+                }
+            };
+        }
+        Ok(totals)
     }
 
     fn system_tests(&self) -> Result<Totals> {
@@ -309,6 +339,8 @@ mod tests {
     fn the_long_suites_keep_what_was_asked_for() {
         let asked = Options { stress_seeds: Some(7), ..Options::default() }.full();
         assert_eq!((asked.stress_seeds, asked.ignored), (Some(7), true));
-        assert_eq!(Options::default().full().stress_seeds, Some(FULL_SEEDS));
+        let full = Options::default().full();
+        assert_eq!(full.stress_seeds, Some(FULL_SEEDS));
+        assert_eq!(full.fuzz_seconds, Some(FULL_FUZZ_SECONDS));
     }
 }
