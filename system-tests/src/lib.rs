@@ -8,6 +8,7 @@
 //! * [`guest`]: builds the small Linux guest that writes them.
 //! * [`story`]: the main job, step by step, and what must be true at its end.
 //! * [`table`]: the demo's closing table.
+//! * [`docs`]: runs the sessions that a document shows.
 //! * [`lab`]: a small installation with one VM, its backups and restores.
 //! * [`vzdump`]: runs the program as a user would.
 //! * [`console`]: what the guest says on its serial line.
@@ -20,6 +21,7 @@
 
 pub mod console;
 pub mod disk_form;
+pub mod docs;
 pub mod guest;
 pub mod lab;
 pub mod loopfs;
