@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A file system in a file, mounted through a loop device: for what only some file systems can.
-//! Needs root, or sudo without a password.
+//! A file system in a file, mounted through a loop device: for what only some file systems can. And a
+//! loop device itself. Needs root, or sudo without a password.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -65,6 +65,38 @@ impl Drop for LoopFs {
     }
 }
 
+/// A block device that is a file; detached when dropped.
+#[derive(Debug)]
+pub struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Attaches a file.
+    ///
+    /// # Errors
+    /// There is no loop device to be had, for example without root.
+    pub fn new(file: &Path) -> Result<Self> {
+        let text = run(as_root("losetup").args(["--find", "--show"]).arg(file))?;
+        let this = Self { path: PathBuf::from(text.trim()) };
+        let user = rustix::process::geteuid().as_raw().to_string();
+        run(as_root("chown").arg(user).arg(this.path()))?;
+        Ok(this)
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        drop(run(as_root("losetup").arg("--detach").arg(&self.path)));
+    }
+}
+
 fn as_root(program: &str) -> Command {
     if rustix::process::geteuid().is_root() {
         return Command::new(program);
@@ -74,10 +106,11 @@ fn as_root(program: &str) -> Command {
     command
 }
 
-fn run(command: &mut Command) -> Result<()> {
+/// Runs it; what it says.
+fn run(command: &mut Command) -> Result<String> {
     let program = Path::new(command.get_program()).display().to_string();
     let output = command.output().with_context(|| format!("Cannot run {program}"))?;
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{program} failed (root is needed): {}", text.trim());
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use provider_nbd::context;
 use serde_json::{Value, json};
 use system_tests::disk_form::DiskForm;
+use system_tests::loopfs::LoopDevice;
 use system_tests::storage::{Connection, LIMIT, Storage, fill, folder, until};
 use tempfile::TempDir;
 
@@ -412,6 +413,43 @@ async fn a_disk_that_does_not_tell_is_trusted_on_request_only() {
         assert_eq!(infos[0]["bitmap-action"], action);
         storage.teardown(true).await.unwrap();
         folder = storage.stop().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_block_device_is_trusted_on_request_and_a_file_never() {
+    let (mut folder, _) = sealed().await;
+    let mut device = LoopDevice::new(&folder.path().join("disk0")).unwrap();
+    for round in 0..3 {
+        let storage = Storage::start_in(folder).await.unwrap();
+        let node = json!({ "driver": "host_device", "node-name": "disk0-file",
+                           "filename": device.path() });
+        storage.node(node).await.unwrap();
+        storage.node(system_tests::storage::raw_node("disk0", "disk0-file")).await.unwrap();
+        DiskForm::Raw.open(&storage, "disk0-fleecing").await.unwrap();
+        let mut trusting = load_request(&storage);
+        trusting["trust-unmodified"] = json!(true);
+        match round {
+            0 => {
+                // Sealed with the file that the device stands for.
+                let text = refused(&storage, LOAD, trusting.clone()).await;
+                assert!(text.contains("stored in another way"), "{text}");
+                fs::remove_file(file(&storage)).unwrap();
+            }
+            _ => {
+                let text = load_refused(&storage).await;
+                assert!(text.contains("trust-unmodified"), "{text}");
+            }
+        }
+        let result = storage.run(LOAD, trusting).await.unwrap();
+        assert_eq!(result["loaded"], round > 0);
+        let infos = storage.setup(request(None)).await.unwrap();
+        assert_eq!(infos[0]["bitmap-action"] == "used", round > 0);
+        storage.teardown(true).await.unwrap();
+        folder = storage.stop().await.unwrap();
+        // Another device of the same content.
+        drop(device);
+        device = LoopDevice::new(&folder.path().join("disk0")).unwrap();
     }
     // Trust is not for files, which tell.
     let (folder, _) = sealed().await;
