@@ -4,7 +4,7 @@
 //! `cargo run -p qmp-client --example backup [PROGRAM]`; the default program is the patched
 //! `qemu-storage-daemon` that `cargo xtask qemu` builds.
 
-use std::{env, error::Error, fs::File, path::Path, time::Duration};
+use std::{env, error::Error, fs::File, path::Path, process::ExitCode, time::Duration};
 
 use bytes::Bytes;
 use provider_nbd::{Client, context};
@@ -23,11 +23,19 @@ const DAEMON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/qemu/bin/qe
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 #[tokio::main]
-async fn main() -> Result<()> {
+async fn main() -> ExitCode {
     let program = env::args_os().nth(1).unwrap_or_else(|| DAEMON.into());
-    let copy = backup(Path::new(&program)).await?;
-    println!("{} bytes of the point in time, beginning with {:?}", copy.len(), &copy[..3]);
-    Ok(())
+    match backup(Path::new(&program)).await {
+        Ok(copy) => {
+            let begin = String::from_utf8_lossy(&copy[..3]);
+            println!("{} bytes of the point in time, beginning with \"{begin}\"", copy.len());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Starts a daemon, backs its disk up while the guest overwrites it, and returns the copy.
@@ -62,7 +70,8 @@ pub(crate) async fn backup(program: &Path) -> Result<Vec<u8>> {
     let request = SetupRequest::new("example", vec![device]);
     let access = BackupAccess::setup(session.clone(), request).await?;
     let info = &access.infos()[0];
-    println!("{}: {}, {:?} bytes dirty", info.device, info.bitmap_action, info.dirty_bytes);
+    let dirty_bytes = info.dirty_bytes.unwrap_or(info.size_bytes);
+    println!("{}: bitmap {}, {dirty_bytes} bytes to copy", info.device, info.bitmap_action);
 
     guest.write(0, Bytes::from_static(b"new"), false).await?;
 
