@@ -82,14 +82,28 @@ fn message(line: &[u8]) {
     }
 }
 
-/// A value that can be read goes out as one line and is read back the same.
+/// A value that can be read goes out as one line and is read back the same. Not so one with
+/// fractions, which `serde_json` reads to the last bit but one; no command of ours has them.
 fn encoded(value: &RawValue) {
     let Ok(value) = serde_json::from_str::<Value>(value.get()) else { return };
+    if has_fractions(&value) {
+        return;
+    }
     let line = codec::encode("x", &value, Some("i"));
     assert_eq!(line.iter().position(|&byte| byte == b'\n'), Some(line.len() - 1));
     let back: Value = serde_json::from_slice(&line).expect("what we write is JSON");
     let sent = back.get("arguments").unwrap_or(&Value::Null);
     assert_eq!(sent, &value);
+}
+
+/// Whether there are numbers that are no integers of 64 bits.
+fn has_fractions(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => number.is_f64(),
+        Value::Array(values) => values.iter().any(has_fractions),
+        Value::Object(members) => members.values().any(has_fractions),
+        _ => false,
+    }
 }
 
 /// A monitor. With an even first byte the rest is all that it says; else it greets properly, and
