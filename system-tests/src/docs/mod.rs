@@ -145,6 +145,10 @@ impl Run {
         } else {
             vec![monitor.execute(command).await?]
         };
+        let found: Vec<Value> = found
+            .iter()
+            .map(|message| serde_json::from_str(&self.shown(&message.to_string())))
+            .collect::<Result<_, _>>()?;
         for message in &found {
             if command.contains("backup-access") || is_events {
                 collect_members(message, &mut self.members);
@@ -157,7 +161,7 @@ impl Run {
         } else {
             let print = if is_events { python::print } else { unify::pretty };
             let messages: Vec<String> = merged.values.iter().map(print).collect();
-            self.shown(&messages.join("\n"))
+            messages.join("\n")
         };
         Ok(Outcome { output, difference: merged.difference, fault: None })
     }
