@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The backup access extension of QEMU: a frozen point in time of a running guest's disks.
 //!
-//! [`setup`], [`teardown`], [`query`], [`remove_bitmaps`], [`load_bitmap`] and [`unload_bitmap`] are
-//! the bare commands. [`BackupAccess`] is a guard around the first two: it is ended by `commit` or
-//! `abort`, and by a teardown as failure when it is dropped.
+//! [`setup`], [`renew`], [`teardown`], [`query`], [`remove_bitmaps`], [`load_bitmap`] and
+//! [`unload_bitmap`] are the bare commands. [`BackupAccess`] is a guard around the first three: it
+//! renews the lease of its access, and is ended by `commit` or `abort`, and by a teardown as failure
+//! when it is dropped.
 //!
 //! # After a crash of the host tool
-//! An access outlives the process that set it up, if that is killed. Whoever knows the target id
-//! finds it again and finishes it:
+//! An access outlives the process that set it up, if that is killed, until its lease is over; then
+//! QEMU ends it as a failure. Whoever knows the target id and comes before finishes it:
 //!
 //! ```no_run
 //! # async fn recover(was_committed: bool) -> qmp_client::Result<()> {
@@ -25,6 +26,7 @@
 //! Against a QEMU without the extension everything fails with [`Error::MissingFeature`].
 
 mod access;
+mod renewal;
 mod types;
 
 use std::time::Duration;
@@ -32,7 +34,8 @@ use std::time::Duration;
 pub use access::BackupAccess;
 pub use types::{
     AccessInfo, AccessState, AccessStatus, BitmapAction, BitmapMode, BrokenEvent, DelayBucket,
-    Device, DeviceStatus, LoadBitmap, OnError, Readable, SetupRequest, TeardownResult,
+    Device, DeviceStatus, LoadBitmap, OnError, Readable, RemovedBitmap, SetupRequest,
+    TeardownResult, TornDownEvent,
 };
 
 use crate::{Error, Result, Session, generated};
@@ -41,8 +44,12 @@ use crate::{Error, Result, Session, generated};
 const FEATURE: &str = "the backup access extension (command backup-access-setup)";
 /// How long [`setup`] waits. QEMU first waits for all guest I/O in flight, which has no bound.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long [`renew`] waits.
+const RENEW_TIMEOUT: Duration = Duration::from_secs(30);
 /// QEMU waits up to the access's own timeout for its fleecing images; this comes on top of it.
 const TEARDOWN_MARGIN: Duration = Duration::from_secs(60);
+/// The lease of a [`BackupAccess`] whose request does not say another one, in seconds.
+pub const DEFAULT_LEASE_S: u32 = 60;
 /// QEMU's default for the timeout of an access.
 const DEFAULT_ACCESS_TIMEOUT_S: u32 = 45;
 
@@ -72,18 +79,38 @@ pub async fn teardown(session: &Session, target: &str, success: bool) -> Result<
     Ok(result.into())
 }
 
-/// Removes the dirty bitmaps of a target, those of one device or of all disks. It is no error if
-/// there are none.
+/// Lets the lease of an access begin again. [`BackupAccess`] does that by itself.
+///
+/// # Errors
+/// [`Error::MissingFeature`]; [`Error::Qmp`] if the target has no access, or one without a lease, or
+/// one whose teardown has begun.
+pub async fn renew(session: &Session, target: &str) -> Result<()> {
+    renew_within(session, target, RENEW_TIMEOUT).await
+}
+
+async fn renew_within(session: &Session, target: &str, limit: Duration) -> Result<()> {
+    let command = generated::backup_access_renew { target_id: target.to_owned() };
+    session.execute_with_timeout(command, limit).await.map_err(explain)?;
+    Ok(())
+}
+
+/// Removes the dirty bitmaps of a target, those of one device or of all disks; which ones. It is no
+/// error if there are none.
 ///
 /// # Errors
 /// [`Error::MissingFeature`]; [`Error::Qmp`] if a bitmap is in use or its image is read-only
 /// (nothing was removed then), or an image cannot remove its copy.
-pub async fn remove_bitmaps(session: &Session, target: &str, device: Option<&str>) -> Result<()> {
+pub async fn remove_bitmaps(
+    session: &Session,
+    target: &str,
+    device: Option<&str>,
+) -> Result<Vec<RemovedBitmap>> {
     let command = generated::backup_access_bitmap_remove {
         target_id: target.to_owned(),
         device: device.map(str::to_owned),
     };
-    session.execute(command).await.map(drop).map_err(explain)
+    let result = session.execute(command).await.map_err(explain)?;
+    Ok(result.removed.into_iter().map(Into::into).collect())
 }
 
 /// Keeps the bitmap of a raw disk in a file, and takes over what the file has; whether it had a

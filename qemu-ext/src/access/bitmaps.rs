@@ -17,7 +17,8 @@ use fleece::bitmap_name::{
     self, Action, BitmapName, Decision, Ending, Existing, HASH_LEN, Id, Mode, belongs_to,
 };
 
-use super::{BitmapInfo, DeviceRequest, Readable, guard, registry, request};
+use super::{BitmapInfo, DeviceRequest, Readable, RemovedBitmap, guard, registry, request};
+use crate::fault;
 use crate::qemu::bitmap::{Bitmap, FrozenBitmap};
 use crate::qemu::error::Error;
 use crate::qemu::glib::sha256_hex;
@@ -279,11 +280,15 @@ fn remove(main_loop: MainLoop, source: Bds, bitmap: Bitmap) -> Result<(), Error>
     removed
 }
 
-/// Removes all bitmaps of a target, of one device or of all disks.
+/// Removes all bitmaps of a target, of one device or of all disks. What was removed.
 ///
 /// # Errors
 /// One of them is in use or read-only, and nothing was removed; or an image cannot remove its copy.
-pub fn remove_all(main_loop: MainLoop, target_id: &str, device: Option<&str>) -> Result<(), Error> {
+pub fn remove_all(
+    main_loop: MainLoop,
+    target_id: &str,
+    device: Option<&str>,
+) -> Result<Vec<RemovedBitmap>, Error> {
     let _operation = registry::Operation::begin("backup-access-bitmap-remove")?;
     request::check_target_id(target_id)?;
     let nodes = match device {
@@ -295,8 +300,10 @@ pub fn remove_all(main_loop: MainLoop, target_id: &str, device: Option<&str>) ->
         }
     };
     let hash = hash_of(target_id);
-    let named =
-        |node: Bds, error: Error| error.context(&format!("node '{}'", node.node_name(main_loop)));
+    let named = |node: Bds, error: Error| {
+        let name = node.node_name(main_loop);
+        error.context(&format!("target '{target_id}', node '{name}'"))
+    };
     let mut disks = Vec::new();
     for node in nodes {
         let bitmaps = all_of_target(main_loop, node, &hash);
@@ -309,15 +316,21 @@ pub fn remove_all(main_loop: MainLoop, target_id: &str, device: Option<&str>) ->
         // Removing waits for I/O.
         disks.push((NodeRef::new(main_loop, node), names));
     }
+    let mut removed = Vec::new();
     for (disk, names) in disks {
-        for name in names {
-            if let Some(bitmap) = Bitmap::find(main_loop, disk.node(), &name) {
+        for bitmap_name in names {
+            fault::point("bitmap_remove");
+            if let Some(bitmap) = Bitmap::find(main_loop, disk.node(), &bitmap_name) {
                 remove(main_loop, disk.node(), bitmap)
                     .map_err(|error| named(disk.node(), error))?;
+                removed.push(RemovedBitmap {
+                    node_name: disk.node().node_name(main_loop),
+                    bitmap_name,
+                });
             }
         }
     }
-    Ok(())
+    Ok(removed)
 }
 
 /// The bitmaps of one disk while an access exists, by name.

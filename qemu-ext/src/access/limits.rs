@@ -24,6 +24,7 @@ const DEFAULT_METADATA_LIMIT_BYTES: u64 = 256 * MIB;
 const REFLINK_BYTES: RangeInclusive<u64> = 4096..=MIB;
 const TIMEOUT_S: RangeInclusive<u32> = 1..=86400;
 const DEFAULT_TIMEOUT_S: u32 = 45;
+const LEASE_S: RangeInclusive<u32> = 0..=86400;
 
 /// Numbers of one device after defaults and overrides.
 #[derive(Debug, Clone)]
@@ -42,11 +43,12 @@ pub(super) struct Limits {
     pub(super) group: Option<Arc<Group>>,
 }
 
-/// Checks the numbers of all devices, in the order of the request.
+/// Checks the numbers of the request; those of its devices, in their order.
 ///
 /// # Errors
 /// Names the device, the member and its range.
 pub(super) fn check(request: &SetupRequest) -> Result<Vec<Limits>, Error> {
+    in_range("lease", request.lease_s, &LEASE_S)?;
     let group = match request.buffer_total_bytes {
         None => None,
         Some(bytes) => {

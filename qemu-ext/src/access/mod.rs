@@ -10,13 +10,15 @@
 //!  bitmap_file.rs  those files, and what a disk's storage tells
 //!  guard.rs     notices that a disk was smaller meanwhile
 //!  teardown.rs  ends exports without draining, then takes the nodes out in one drained section
+//!  lease.rs     ends an access whose client does not renew its lease
 //!  registry.rs  which accesses exist: names, never pointers to nodes
-//!  status.rs    query, the event, the watchdog
+//!  status.rs    query, the events, the watchdog
 //! ```
 
 mod bitmap_file;
 mod bitmaps;
 mod guard;
+mod lease;
 mod limits;
 mod loaded;
 mod registry;
@@ -26,6 +28,7 @@ mod status;
 mod teardown;
 
 pub use bitmaps::remove_all as remove_bitmaps;
+pub use lease::renew;
 pub use loaded::{load as load_bitmap, sentinel_closed, unload as unload_bitmap};
 pub use setup::setup;
 pub use status::query;
@@ -45,6 +48,8 @@ pub struct SetupRequest {
     pub defaults: Options,
     /// RAM for old data over all devices.
     pub buffer_total_bytes: Option<u64>,
+    /// Seconds without a renewal after which the access ends; 0 is never.
+    pub lease_s: u32,
 }
 
 /// Members that a setup has at its top level and per device.
@@ -139,8 +144,17 @@ pub struct LoadRequest {
 pub struct TeardownOutcome {
     /// Whether there was such an access.
     pub existed: bool,
-    /// What went wrong with it.
+    /// What went wrong with it, or why it is gone.
     pub reason: Option<String>,
+}
+
+/// A bitmap that was removed.
+#[derive(Debug)]
+pub struct RemovedBitmap {
+    /// The node that had it.
+    pub node_name: String,
+    /// Its name.
+    pub bitmap_name: String,
 }
 
 /// Status of one access.
@@ -150,6 +164,8 @@ pub struct TargetStatus {
     pub target_id: String,
     /// Its point in time, milliseconds since the epoch.
     pub start_time_ms: u64,
+    /// Whole seconds until its lease is over; none without a lease.
+    pub lease_left_s: Option<u32>,
     /// Its devices.
     pub devices: Vec<DeviceStatus>,
 }

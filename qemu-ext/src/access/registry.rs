@@ -5,12 +5,13 @@
 //! The lock is never held across a call that polls or changes the graph.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fleece::State;
 use fleece::bitmap_name::Action;
 
 use super::bitmaps::AccessBitmaps;
+use super::lease::{Clock, Lease};
 use crate::qemu::error::Error;
 use crate::qemu::export::HeldExport;
 use crate::qemu::graph::{Bds, Holder, Relaxed};
@@ -62,6 +63,14 @@ pub(super) struct Access {
     pub(super) devices: Vec<Device>,
     /// Exports that a teardown has told to end.
     pub(super) exports: Vec<HeldExport>,
+    /// None if it lasts until a command ends it.
+    pub(super) lease: Option<Lease>,
+    /// A teardown has begun.
+    pub(super) closing: bool,
+    /// What the last teardown command said about the backup's success.
+    pub(super) verdict: Option<bool>,
+    /// The event about its end was sent, though it is still here: QEMU exits.
+    pub(super) end_reported: bool,
     /// Ends with the access.
     pub(super) _migration_blocker: MigrationBlocker,
 }
@@ -73,10 +82,31 @@ pub(super) struct Registry {
     operation: Option<&'static str>,
     /// Fires every second while there are accesses.
     pub(super) watchdog: Option<Timer>,
+    pub(super) lease_clock: Clock,
+    /// The last accesses that ended without a command, the oldest first.
+    ended: Vec<Ended>,
 }
 
-static REGISTRY: Mutex<Registry> =
-    Mutex::new(Registry { accesses: Vec::new(), operation: None, watchdog: None });
+/// An access that ended without a command.
+#[derive(Debug)]
+struct Ended {
+    target_id: String,
+    /// As a success or not.
+    how: &'static str,
+    why: String,
+    when: Instant,
+}
+
+/// So many of them are remembered.
+const MAX_ENDED: usize = 64;
+
+static REGISTRY: Mutex<Registry> = Mutex::new(Registry {
+    accesses: Vec::new(),
+    operation: None,
+    watchdog: None,
+    lease_clock: Clock::new(),
+    ended: Vec::new(),
+});
 
 /// The registry, locked.
 pub(super) fn lock() -> MutexGuard<'static, Registry> {
@@ -120,6 +150,34 @@ impl Registry {
     pub(super) fn take(&mut self, target_id: &str) -> Option<Access> {
         let index = self.accesses.iter().position(|access| access.target_id == target_id)?;
         Some(self.accesses.remove(index))
+    }
+
+    /// A command of ours is under way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.operation.is_some()
+    }
+
+    /// Adds an access. How an earlier one of its target ended does not matter any more.
+    pub(super) fn add(&mut self, access: Access) {
+        self.ended.retain(|ended| ended.target_id != access.target_id);
+        self.accesses.push(access);
+    }
+
+    /// Remembers why an access is gone.
+    pub(super) fn note_end(&mut self, target_id: &str, how: &'static str, why: String) {
+        self.ended.retain(|ended| ended.target_id != target_id);
+        if self.ended.len() == MAX_ENDED {
+            self.ended.remove(0);
+        }
+        let target_id = target_id.to_owned();
+        self.ended.push(Ended { target_id, how, why, when: Instant::now() });
+    }
+
+    /// Why the target's last access is gone although no command ended it, if that is known.
+    pub(super) fn why_gone(&self, target_id: &str) -> Option<String> {
+        let ended = self.ended.iter().find(|ended| ended.target_id == target_id)?;
+        let seconds = ended.when.elapsed().as_secs();
+        Some(format!("it was torn down as {} {seconds} seconds ago: {}", ended.how, ended.why))
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use fleece::State;
 
 use super::bitmaps::SetupBitmaps;
+use super::lease::{self, Lease};
 use super::registry::{self, Access, Device, Operation};
 use super::request::{self, Plan};
 use super::{BitmapInfo, DeviceInfo, SetupRequest, status};
@@ -76,14 +77,19 @@ pub fn setup(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<DeviceIn
     let devices =
         prepared.into_iter().zip(&infos).map(|(p, info)| p.into_device(main_loop, info)).collect();
     let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    registry::lock().accesses.push(Access {
+    registry::lock().add(Access {
         target_id: request.target_id.clone(),
         start_time_ms: u64::try_from(start.as_millis()).unwrap_or(u64::MAX),
         devices,
         exports: Vec::new(),
+        lease: Lease::new(request.lease_s),
+        closing: false,
+        verdict: None,
+        end_reported: false,
         _migration_blocker: blocker,
     });
     status::start_watchdog(main_loop);
+    lease::start_clock(main_loop);
     Ok(infos)
 }
 

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The command `query-backup-access`, the event, and the watchdog.
+//! The command `query-backup-access`, the events, and the watchdog.
 
 use std::io::Write;
 
 use fleece::{State, Stats};
 
-use super::registry::{self, Access};
+use super::lease::Lease;
+use super::registry::{self, Access, Device};
 use super::{DeviceStatus, TargetStatus, loaded, teardown};
 use crate::fault;
 use crate::filter;
 use crate::qemu::graph::Bds;
 use crate::qemu::main_loop::{self, MainLoop};
-use crate::qemu::qapi::{self, BrokenEvent};
+use crate::qemu::qapi::{self, BrokenEvent, TornDownEvent};
 use crate::qemu::timer::Timer;
 use crate::qemu::try_guard;
 
@@ -35,6 +36,7 @@ fn target_status(main_loop: MainLoop, access: &Access) -> TargetStatus {
     TargetStatus {
         target_id: access.target_id.clone(),
         start_time_ms: access.start_time_ms,
+        lease_left_s: access.lease.as_ref().map(Lease::left_s),
         devices: devices.collect(),
     }
 }
@@ -69,8 +71,14 @@ pub(super) fn report(main_loop: MainLoop, target_id: &str, device: &str) {
 }
 
 /// The filter of a device closes although no teardown took it out: QEMU exits. That is a teardown
-/// as failure, in time for the image that stores its bitmaps when it is closed next.
+/// as failure.
 pub(super) fn filter_closed(main_loop: MainLoop, target_id: &str, device: &str) {
+    settle_at_exit(main_loop, target_id, device);
+    report_exit(main_loop, target_id, device);
+}
+
+/// Settles the device's bitmaps, in time for the image that stores them when it is closed next.
+fn settle_at_exit(main_loop: MainLoop, target_id: &str, device: &str) {
     let (source, bitmaps) = {
         let mut registry = registry::lock();
         let Some(access) = registry.access(target_id) else { return };
@@ -98,6 +106,22 @@ pub(super) fn filter_closed(main_loop: MainLoop, target_id: &str, device: &str) 
         warn(&format!("target '{target_id}', device '{device}': {text}"));
     }
     loaded::settled_at_exit(main_loop, target_id, &source.node_name(main_loop));
+}
+
+/// Says that the access has ended, when this device is its last one. QEMU closes its monitors later.
+fn report_exit(main_loop: MainLoop, target_id: &str, device: &str) {
+    let mut registry = registry::lock();
+    let Some(access) = registry.access(target_id) else { return };
+    let is_closed = |entry: &Device| entry.device == device || entry.filter(main_loop).is_none();
+    if access.end_reported || !access.devices.iter().all(is_closed) {
+        return;
+    }
+    access.end_reported = true;
+    let over = access.lease.as_ref().and_then(Lease::why_over);
+    let reason = over.into_iter().chain(["QEMU exits".to_owned()]).collect::<Vec<_>>().join("; ");
+    drop(registry);
+    let event = TornDownEvent { target_id, success: false, reason: Some(&reason) };
+    qapi::send_torn_down(main_loop, &event);
 }
 
 /// Sees to it that the watchdog runs.

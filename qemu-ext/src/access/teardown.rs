@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The command `backup-access-teardown`, a coroutine in two phases.
+//! The command `backup-access-teardown`, a coroutine in two phases, and the same without a command
+//! after the end of a lease.
 //!
 //! First exports end and I/O of the fleecing images is waited for without draining, because a
 //! drain would hold the guest for as long as an image is stuck. Then, with nothing left in
@@ -8,16 +9,17 @@
 
 use std::time::{Duration, Instant};
 
-use super::TeardownOutcome;
 use super::bitmaps::Settled;
+use super::lease::{self, Lease};
 use super::registry::{self, Access, Device, Operation};
-use super::status;
+use super::{TeardownOutcome, status};
 use crate::fault;
 use crate::filter;
 use crate::qemu::error::Error;
 use crate::qemu::export::{self, HeldExport};
 use crate::qemu::graph::{Bds, Drained, Holder, NodeRef};
 use crate::qemu::main_loop::{self, MainLoop};
+use crate::qemu::qapi::{self, TornDownEvent};
 use crate::qemu::try_guard;
 
 /// Between two looks at what is still in flight.
@@ -32,10 +34,8 @@ const DELETION_LIMIT: Duration = Duration::from_secs(10);
 /// and the command may be given again.
 pub fn teardown(target_id: &str, success: bool) -> Result<TeardownOutcome, Error> {
     let _operation = Operation::begin("backup-access-teardown")?;
-    let begun = main_loop::call_from_coroutine(|main_loop| begin(main_loop, target_id));
-    let Some(limit) = begun.ok_or_else(died)?? else {
-        return Ok(TeardownOutcome { existed: false, reason: None });
-    };
+    let begun = main_loop::call_from_coroutine(|main_loop| begin(main_loop, target_id, success));
+    let Some(limit) = begun.ok_or_else(died)?? else { return Ok(gone(target_id)) };
     let start = Instant::now();
     loop {
         let waiting = main_loop::call_from_coroutine(|main_loop| pending(main_loop, target_id));
@@ -57,29 +57,59 @@ fn died() -> Error {
     Error::new("internal error in the teardown (see QEMU's log); try again")
 }
 
-/// Stops the access and tells its exports to end. How long to wait, or none if it is unknown.
-fn begin(main_loop: MainLoop, target_id: &str) -> Result<Option<Duration>, Error> {
-    let mut registry = registry::lock();
-    let Some(access) = registry.access(target_id) else { return Ok(None) };
-    let mut snapshots = Vec::new();
-    for device in &access.devices {
-        let Some(snapshot) = device.snapshot(main_loop) else { continue };
-        let users = foreign_users(main_loop, device, snapshot);
-        if !users.is_empty() {
-            return Err(Error::new(format!(
-                "snapshot node '{}' of device '{}' is in use by {}; end that first",
-                device.snapshot_node,
-                device.device,
-                users.join(", ")
-            )));
+/// There is no access: why, if no command ended it.
+fn gone(target_id: &str) -> TeardownOutcome {
+    TeardownOutcome { existed: false, reason: registry::lock().why_gone(target_id) }
+}
+
+/// Stops the access for a command. How long to wait, or none if it is unknown.
+fn begin(main_loop: MainLoop, target_id: &str, success: bool) -> Result<Option<Duration>, Error> {
+    let limit = {
+        let mut registry = registry::lock();
+        let Some(access) = registry.access(target_id) else { return Ok(None) };
+        if let Some(what) = used_by_others(main_loop, access) {
+            return Err(Error::new(format!("{what}; end that first")));
         }
-        snapshots.push(snapshot);
+        access.verdict = Some(success);
+        access.devices.iter().map(|d| d.timeout).max().unwrap_or_default()
+    };
+    close(main_loop, target_id);
+    Ok(Some(limit))
+}
+
+/// One try to end an access whose lease is over, without waiting for anything. What is in the way,
+/// if something is.
+///
+/// # Errors
+/// Those of the second phase; the access stays.
+pub(super) fn try_end(main_loop: MainLoop, target_id: &str) -> Result<Option<String>, Error> {
+    // The snapshot ends, whoever still uses it.
+    close(main_loop, target_id);
+    if let Some(what) = pending(main_loop, target_id) {
+        return Ok(Some(what));
     }
-    let held: Vec<HeldExport> = snapshots
-        .into_iter()
-        .flat_map(|snapshot| hold_exports(main_loop, snapshot, &access.exports))
-        .collect();
-    let limit = access.devices.iter().map(|d| d.timeout).max().unwrap_or_default();
+    let success = {
+        let mut registry = registry::lock();
+        let Some(access) = registry.access(target_id) else { return Ok(None) };
+        if let Some(what) = used_by_others(main_loop, access) {
+            return Ok(Some(what));
+        }
+        access.verdict.unwrap_or(false)
+    };
+    let outcome = finish(main_loop, target_id, success)?;
+    let how = if success { "a success, which a command had said," } else { "a failure" };
+    registry::lock().note_end(target_id, how, outcome.reason.unwrap_or_default());
+    Ok(None)
+}
+
+/// Stops the access and tells its exports to end. May be done again.
+fn close(main_loop: MainLoop, target_id: &str) {
+    let mut registry = registry::lock();
+    let Some(access) = registry.access(target_id) else { return };
+    access.closing = true;
+    let snapshots = access.devices.iter().filter_map(|device| device.snapshot(main_loop));
+    let held: Vec<HeldExport> =
+        snapshots.flat_map(|snapshot| hold_exports(main_loop, snapshot, &access.exports)).collect();
     let filters: Vec<Bds> = access.devices.iter().filter_map(|d| d.filter(main_loop)).collect();
     drop(registry);
     for filter in filters {
@@ -92,7 +122,6 @@ fn begin(main_loop: MainLoop, target_id: &str) -> Result<Option<Duration>, Error
     if let Some(access) = registry::lock().access(target_id) {
         access.exports.extend(held);
     }
-    Ok(Some(limit))
 }
 
 /// Holds the node's exports that are not held yet.
@@ -102,6 +131,21 @@ fn hold_exports(main_loop: MainLoop, node: Bds, held: &[HeldExport]) -> Vec<Held
         .filter(|id| held.iter().all(|export| export.id() != id.as_str()))
         .filter_map(|id| HeldExport::new(main_loop, id))
         .collect()
+}
+
+/// A snapshot node that others use besides us and exports, and who.
+fn used_by_others(main_loop: MainLoop, access: &Access) -> Option<String> {
+    access.devices.iter().find_map(|device| {
+        let users = foreign_users(main_loop, device, device.snapshot(main_loop)?);
+        (!users.is_empty()).then(|| {
+            format!(
+                "snapshot node '{}' of device '{}' is in use by {}",
+                device.snapshot_node,
+                device.device,
+                users.join(", ")
+            )
+        })
+    })
 }
 
 /// Who uses the snapshot node besides us and exports.
@@ -132,17 +176,23 @@ fn pending(main_loop: MainLoop, target_id: &str) -> Option<String> {
 /// Takes the nodes out and settles the bitmaps. After an error or a panic the access stays with
 /// the devices that are left.
 fn finish(main_loop: MainLoop, target_id: &str, success: bool) -> Result<TeardownOutcome, Error> {
-    let Some(mut access) = registry::lock().take(target_id) else {
-        return Ok(TeardownOutcome { existed: false, reason: None });
-    };
+    let Some(mut access) = registry::lock().take(target_id) else { return Ok(gone(target_id)) };
     let ended = try_guard(|| take_out(main_loop, &mut access, success));
-    let ended = ended.unwrap_or_else(|| Err(died()));
-    if ended.is_err() {
-        registry::lock().accesses.push(access);
-        // It may have found no access meanwhile and stopped.
-        status::start_watchdog(main_loop);
+    let outcome = match ended.unwrap_or_else(|| Err(died())) {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            registry::lock().add(access);
+            // They may have found no access meanwhile and stopped.
+            status::start_watchdog(main_loop);
+            lease::start_clock(main_loop);
+            return Err(error);
+        }
+    };
+    if !access.end_reported {
+        let event = TornDownEvent { target_id, success, reason: outcome.reason.as_deref() };
+        qapi::send_torn_down(main_loop, &event);
     }
-    ended
+    Ok(outcome)
 }
 
 fn take_out(
@@ -152,14 +202,12 @@ fn take_out(
 ) -> Result<TeardownOutcome, Error> {
     let drained = Drained::new(main_loop);
     delete_exports(&drained, access)?;
-    let mut problems: Vec<String> = access
-        .devices
-        .iter()
-        .filter_map(|device| {
-            let (text, _) = filter::stats(device.filter(main_loop)?).error?;
-            Some(format!("device '{}': {text}", device.device))
-        })
-        .collect();
+    let over = access.lease.as_ref().and_then(Lease::why_over);
+    let broken = access.devices.iter().filter_map(|device| {
+        let (text, _) = filter::stats(device.filter(main_loop)?).error?;
+        Some(format!("device '{}': {text}", device.device))
+    });
+    let mut problems: Vec<String> = over.into_iter().chain(broken).collect();
     let mut settled = Vec::new();
     while let Some(device) = access.devices.first_mut() {
         match remove(&drained, device, success) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! The QMP commands as QEMU's generated code calls them, and the event: C structures in, C
+//! The QMP commands as QEMU's generated code calls them, and the events: C structures in, C
 //! structures out.
 
 use core::ffi::c_char;
@@ -14,8 +14,8 @@ use super::glib::{self, strdup};
 use super::guard;
 use super::main_loop::MainLoop;
 use crate::access::{
-    self, DeviceInfo, DeviceRequest, DeviceStatus, LoadRequest, Options, Readable, SetupRequest,
-    TargetStatus, TeardownOutcome,
+    self, DeviceInfo, DeviceRequest, DeviceStatus, LoadRequest, Options, Readable, RemovedBitmap,
+    SetupRequest, TargetStatus, TeardownOutcome,
 };
 use crate::fault;
 
@@ -198,6 +198,8 @@ fn c_target_list(targets: &[TargetStatus]) -> *mut sys::BackupAccessStatusList {
             let value = allocate(sys::BackupAccessStatus {
                 target_id: strdup(&target.target_id),
                 start_time: target.start_time_ms,
+                has_lease_left: target.lease_left_s.is_some(),
+                lease_left: target.lease_left_s.unwrap_or(0),
                 devices: c_device_list(&target.devices),
             });
             allocate(sys::BackupAccessStatusList { next, value })
@@ -223,6 +225,7 @@ unsafe fn setup_request(raw: &sys::BackupAccessSetup) -> SetupRequest {
         devices,
         defaults: options!(raw),
         buffer_total_bytes: raw.has_buffer_total.then_some(raw.buffer_total),
+        lease_s: if raw.has_lease { raw.lease } else { 0 },
     }
 }
 
@@ -286,6 +289,38 @@ pub unsafe extern "C" fn qmp_backup_access_teardown(
     }
 }
 
+/// The command `backup-access-renew`.
+///
+/// # Safety
+/// Called by QEMU's generated code, in the main loop or, out of band, in the monitor's thread.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qmp_backup_access_renew(
+    target_id: *const c_char,
+    errp: *mut *mut sys::Error,
+) {
+    let result = guard(Err(panicked()), || {
+        // SAFETY: a mandatory string of the request.
+        access::renew(&unsafe { glib::text(target_id) })
+    });
+    if let Err(error) = result {
+        // SAFETY: the caller's place for an error.
+        unsafe { error.give(errp) };
+    }
+}
+
+fn c_removed(removed: &[RemovedBitmap]) -> *mut sys::BackupAccessRemovedBitmapList {
+    removed.iter().rev().fold(ptr::null_mut(), |next, bitmap| {
+        // SAFETY: plain C structures.
+        unsafe {
+            let value = allocate(sys::BackupAccessRemovedBitmap {
+                node_name: strdup(&bitmap.node_name),
+                bitmap_name: strdup(&bitmap.bitmap_name),
+            });
+            allocate(sys::BackupAccessRemovedBitmapList { next, value })
+        }
+    })
+}
+
 /// The command `backup-access-bitmap-remove`.
 ///
 /// # Safety
@@ -295,17 +330,25 @@ pub unsafe extern "C" fn qmp_backup_access_bitmap_remove(
     target_id: *const c_char,
     device: *const c_char,
     errp: *mut *mut sys::Error,
-) {
+) -> *mut sys::BackupAccessBitmapRemoveResult {
     let result = guard(Err(panicked()), || {
         fault::point("qmp_bitmap_remove");
         let main_loop = MainLoop::current().ok_or_else(panicked)?;
-        // SAFETY: strings of the request.
+        // SAFETY: strings of the request; the second one may be null.
         let (target_id, device) = unsafe { (glib::text(target_id), optional(device)) };
         access::remove_bitmaps(main_loop, &target_id, device.as_deref())
     });
-    if let Err(error) = result {
-        // SAFETY: the caller's place for an error.
-        unsafe { error.give(errp) };
+    match result {
+        Ok(removed) => {
+            let removed = c_removed(&removed);
+            // SAFETY: a plain C structure.
+            unsafe { allocate(sys::BackupAccessBitmapRemoveResult { removed }) }
+        }
+        Err(error) => {
+            // SAFETY: the caller's place for an error.
+            unsafe { error.give(errp) };
+            ptr::null_mut()
+        }
     }
 }
 
@@ -417,5 +460,27 @@ pub fn send_broken(_: MainLoop, event: &BrokenEvent<'_>) {
             error.is_some(),
             error.map_or(0, |(_, errno)| i64::from(errno.0)),
         );
+    }
+}
+
+/// What the event `BACKUP_ACCESS_TORN_DOWN` says.
+#[derive(Debug)]
+pub struct TornDownEvent<'a> {
+    /// The target.
+    pub target_id: &'a str,
+    /// Whether its bitmaps start again at its point in time.
+    pub success: bool,
+    /// Why it ended without a command, and what went wrong with it.
+    pub reason: Option<&'a str>,
+}
+
+/// Emits the event `BACKUP_ACCESS_TORN_DOWN`.
+pub fn send_torn_down(_: MainLoop, event: &TornDownEvent<'_>) {
+    let target_id = glib::c_string(event.target_id);
+    let reason = event.reason.map(glib::c_string);
+    let reason = reason.as_ref().map_or(ptr::null(), |text| text.as_ptr());
+    // SAFETY: main loop; the strings live for the length of the call.
+    unsafe {
+        sys::qapi_event_send_backup_access_torn_down(target_id.as_ptr(), event.success, reason);
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! A timer of the main context, which fires in nested waits too.
+//! Timers of the main thread.
 
 use core::ffi::c_void;
 use core::ptr::{NonNull, null_mut};
@@ -44,19 +44,34 @@ extern "C" fn fire(opaque: *mut c_void) {
 }
 
 impl Timer {
-    /// A timer that is not armed.
+    /// A timer of the main context that is not armed. It fires in nested waits too.
     pub fn new(_: MainLoop, callback: fn(MainLoop)) -> Option<Self> {
-        let alarm = Alarm { callback, timer: AtomicPtr::new(null_mut()) };
-        let alarm: &'static Alarm = Box::leak(Box::new(alarm));
         // SAFETY: context and alarm exist as long as the process.
-        let timer = unsafe {
+        Self::with(callback, |alarm| unsafe {
             sys::ba_aio_timer_new_ms(
                 sys::qemu_get_aio_context(),
                 sys::QEMU_CLOCK_REALTIME,
                 Some(fire),
-                core::ptr::from_ref(alarm).cast_mut().cast(),
+                alarm,
             )
-        };
+        })
+    }
+
+    /// A timer that is not armed and fires in the main loop itself, never in a nested wait.
+    pub fn new_outside_polls(_: MainLoop, callback: fn(MainLoop)) -> Option<Self> {
+        // SAFETY: the alarm exists as long as the process.
+        Self::with(callback, |alarm| unsafe {
+            sys::ba_main_loop_timer_new_ms(sys::QEMU_CLOCK_REALTIME, Some(fire), alarm)
+        })
+    }
+
+    fn with(
+        callback: fn(MainLoop),
+        make: impl FnOnce(*mut c_void) -> *mut sys::QEMUTimer,
+    ) -> Option<Self> {
+        let alarm = Alarm { callback, timer: AtomicPtr::new(null_mut()) };
+        let alarm: &'static Alarm = Box::leak(Box::new(alarm));
+        let timer = make(core::ptr::from_ref(alarm).cast_mut().cast());
         alarm.timer.store(timer, Ordering::Release);
         NonNull::new(timer).map(Self)
     }

@@ -112,6 +112,11 @@ QEMUTimer *ba_aio_timer_new_ms(AioContext *ctx, QEMUClockType type, QEMUTimerCB 
     return aio_timer_new(ctx, type, SCALE_MS, cb, opaque);
 }
 
+QEMUTimer *ba_main_loop_timer_new_ms(QEMUClockType type, QEMUTimerCB *cb, void *opaque)
+{
+    return timer_new_ms(type, cb, opaque);
+}
+
 void ba_timer_mod_ms(QEMUTimer *timer, int64_t expire_ms)
 {
     timer_mod(timer, expire_ms);

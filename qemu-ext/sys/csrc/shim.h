@@ -42,6 +42,8 @@ void ba_migrate_del_blocker(Error **blocker);
 void ba_bh_schedule_oneshot(AioContext *ctx, QEMUBHFunc *cb, void *opaque);
 bool ba_aio_poll(AioContext *ctx, bool blocking);
 QEMUTimer *ba_aio_timer_new_ms(AioContext *ctx, QEMUClockType type, QEMUTimerCB *cb, void *opaque);
+/* A timer that only the main loop itself runs, never a nested wait. */
+QEMUTimer *ba_main_loop_timer_new_ms(QEMUClockType type, QEMUTimerCB *cb, void *opaque);
 void ba_timer_mod_ms(QEMUTimer *timer, int64_t expire_ms);
 void ba_timer_del(QEMUTimer *timer);
 void ba_timer_free(QEMUTimer *timer);

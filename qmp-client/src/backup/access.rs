@@ -5,18 +5,17 @@
 //! commands are queued: a teardown queued by `drop` comes before every later command of the
 //! session, and never meets a later access of the same target.
 //!
-//! When the connection breaks, nothing can be sent and the access stays until QEMU ends or someone
-//! calls `teardown`. A lease closes that gap: it belongs into `SetupRequest`, and the task that
-//! renews it next to `target_id` here, ended by `begin_teardown`.
+//! When the connection breaks, nothing can be sent, and nothing is renewed: the access ends when its
+//! lease is over, unless someone calls `teardown` before.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle, time::timeout};
 use tracing::{info, warn};
 
 use super::{
-    AccessInfo, AccessStatus, DEFAULT_ACCESS_TIMEOUT_S, SETUP_TIMEOUT, SetupRequest,
-    TeardownResult, checked, explain, find, teardown_limit,
+    AccessInfo, AccessStatus, DEFAULT_ACCESS_TIMEOUT_S, DEFAULT_LEASE_S, SETUP_TIMEOUT,
+    SetupRequest, TeardownResult, checked, explain, find, renew, renewal::Renewal, teardown_limit,
 };
 use crate::{Error, Result, Session, generated, session::Urgent};
 
@@ -33,11 +32,15 @@ pub struct BackupAccess {
     target_id: String,
     infos: Vec<AccessInfo>,
     teardown_limit: Duration,
+    /// None without a lease, and once a teardown was begun.
+    renewal: Option<Renewal>,
     ended: bool,
 }
 
 impl BackupAccess {
-    /// Starts an access and waits up to a minute for it.
+    /// Starts an access and waits up to a minute for it. It has a lease, of
+    /// [`DEFAULT_LEASE_S`] seconds unless the request says another one, which a task in the
+    /// background renews three times as often as needed.
     ///
     /// When this fails or its future is dropped, no access of this call stays: if QEMU grants it
     /// later, it is ended from a task in the background. Until that has happened a new setup for
@@ -56,9 +59,10 @@ impl BackupAccess {
     /// As [`Self::setup`].
     pub async fn setup_with_timeout(
         session: Session,
-        request: SetupRequest,
+        mut request: SetupRequest,
         limit: Duration,
     ) -> Result<Self> {
+        request.lease_s.get_or_insert(DEFAULT_LEASE_S);
         let command = request.to_wire();
         let reply = session.start_urgent(&command)?;
         let (sender, receiver) = oneshot::channel();
@@ -72,7 +76,8 @@ impl BackupAccess {
     /// Takes over the access of a target that an earlier process set up and did not end, for
     /// example because it was killed; `None` if there is none.
     ///
-    /// Nothing in QEMU changes by this. The guard is as that of a setup: dropped, it ends the
+    /// Nothing in QEMU changes by this but that the lease, if the access has one, begins again; it
+    /// is renewed from then on. The guard is as that of a setup: dropped, it ends the
     /// access as a failure. Its [`Self::infos`] are empty, because QEMU does not repeat them;
     /// [`Self::status`] has the snapshot nodes, whose exports are still there. Which generation the
     /// access has only the earlier process knew.
@@ -85,13 +90,30 @@ impl BackupAccess {
     /// Those of [`super::query`].
     pub async fn adopt(session: Session, target_id: impl Into<String>) -> Result<Option<Self>> {
         let target_id = target_id.into();
-        let found = find(&session, &target_id).await?;
-        Ok(found.map(|_status| Self {
+        let Some(status) = find(&session, &target_id).await? else { return Ok(None) };
+        let mut renewal = None;
+        if status.lease_left_s.is_some() {
+            match renew(&session, &target_id).await {
+                // Only now QEMU says how long it is.
+                Ok(()) => {
+                    let Some(status) = find(&session, &target_id).await? else { return Ok(None) };
+                    renewal = status
+                        .lease_left_s
+                        .filter(|&seconds| seconds > 0)
+                        .map(|seconds| Renewal::start(session.clone(), target_id.clone(), seconds));
+                }
+                // Its teardown has begun: all that can be done is to end it.
+                Err(Error::Qmp { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Some(Self {
             session,
             target_id,
             infos: Vec::new(),
             // QEMU does not tell the access's own: a teardown that takes longer can be repeated.
             teardown_limit: teardown_limit(DEFAULT_ACCESS_TIMEOUT_S),
+            renewal,
             ended: false,
         }))
     }
@@ -112,6 +134,22 @@ impl BackupAccess {
     #[must_use]
     pub fn session(&self) -> &Session {
         &self.session
+    }
+
+    /// Why the last renewal of the lease failed; `None` if it did not, or there is no lease.
+    #[must_use]
+    pub fn renewal_error(&self) -> Option<Arc<Error>> {
+        self.renewal.as_ref()?.error()
+    }
+
+    /// Returns when the lease cannot be renewed any more, with the reason: the access is gone or
+    /// about to end, or the connection is. Never returns otherwise, nor without a lease. That QEMU
+    /// answers late is not final; see [`Self::renewal_error`]. Safe to cancel.
+    pub async fn lease_lost(&self) -> Arc<Error> {
+        match &self.renewal {
+            Some(renewal) => renewal.lost().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Its present status; `None` if it is gone.
@@ -149,6 +187,7 @@ impl BackupAccess {
     /// Queues the teardown now; the task holds the session open until it is answered.
     fn begin_teardown(&mut self, success: bool) -> Result<JoinHandle<Result<TeardownResult>>> {
         self.ended = true;
+        self.renewal = None;
         let reply = self.queue_teardown(success)?;
         let limit = self.teardown_limit;
         Ok(tokio::spawn(finish_teardown(reply, limit)))
@@ -162,6 +201,7 @@ impl BackupAccess {
 
 impl Drop for BackupAccess {
     fn drop(&mut self) {
+        self.renewal = None;
         if self.ended {
             return;
         }
@@ -209,12 +249,17 @@ async fn finish_setup(
         target_id: request.target_id.clone(),
         infos: Vec::new(),
         teardown_limit: teardown_limit(request.longest_timeout_s()),
+        renewal: None,
         ended: false,
     };
     let outcome = match reply.finish(SETUP_OUTCOME_LIMIT).await {
         Ok(infos) => match checked(&request, infos) {
             Ok(infos) => {
                 guard.infos = infos;
+                let lease_s = request.lease_s.filter(|&seconds| seconds > 0);
+                guard.renewal = lease_s.map(|seconds| {
+                    Renewal::start(guard.session.clone(), guard.target_id.clone(), seconds)
+                });
                 Ok(guard)
             }
             // There is an access: the guard ends it.

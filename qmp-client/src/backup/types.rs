@@ -161,6 +161,10 @@ pub struct SetupRequest {
     pub timeout_s: Option<u32>,
     /// What an error before the end of a guest write does; QEMU's default is to break the snapshot.
     pub on_error: Option<OnError>,
+    /// Seconds that the access lasts without [`super::renew`], at most 86400; 0 means without end.
+    /// By default a bare [`super::setup`] has no lease, and [`super::BackupAccess`] one of
+    /// [`super::DEFAULT_LEASE_S`], which it renews by itself.
+    pub lease_s: Option<u32>,
 }
 
 impl SetupRequest {
@@ -178,6 +182,7 @@ impl SetupRequest {
             reflink_size_bytes: None,
             timeout_s: None,
             on_error: None,
+            lease_s: None,
         }
     }
 
@@ -199,6 +204,7 @@ impl SetupRequest {
             reflink_size: self.reflink_size_bytes,
             timeout: self.timeout_s,
             on_error: self.on_error.clone(),
+            lease: self.lease_s,
         })
     }
 }
@@ -272,13 +278,29 @@ impl LoadBitmap {
 pub struct TeardownResult {
     /// Whether there was an access of this target.
     pub existed: bool,
-    /// Why it was gone already or what went wrong with it, if known.
+    /// What went wrong with it; without an access, why the last one of the target is gone although
+    /// no command ended it, if that is known.
     pub reason: Option<String>,
 }
 
 impl From<generated::BackupAccessTeardownResult> for TeardownResult {
     fn from(wire: generated::BackupAccessTeardownResult) -> Self {
         Self { existed: wire.existed, reason: wire.reason }
+    }
+}
+
+/// A dirty bitmap that was removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemovedBitmap {
+    /// The node that had it.
+    pub node_name: String,
+    /// Its name.
+    pub bitmap_name: String,
+}
+
+impl From<generated::BackupAccessRemovedBitmap> for RemovedBitmap {
+    fn from(wire: generated::BackupAccessRemovedBitmap) -> Self {
+        Self { node_name: wire.node_name, bitmap_name: wire.bitmap_name }
     }
 }
 
@@ -289,6 +311,9 @@ pub struct AccessStatus {
     pub target_id: String,
     /// Point in time, milliseconds since the epoch.
     pub start_time_ms: u64,
+    /// Seconds until it is torn down as a failure unless it is renewed; 0 if they are over and its
+    /// teardown is tried (only with a lease).
+    pub lease_left_s: Option<u32>,
     /// Its devices in the order of the setup.
     pub devices: Vec<DeviceStatus>,
 }
@@ -298,6 +323,7 @@ impl From<generated::BackupAccessStatus> for AccessStatus {
         Self {
             target_id: wire.target_id,
             start_time_ms: wire.start_time,
+            lease_left_s: wire.lease_left,
             devices: wire.devices.into_iter().map(Into::into).collect(),
         }
     }
@@ -438,6 +464,30 @@ impl BrokenEvent {
     }
 }
 
+/// An access has ended (`BACKUP_ACCESS_TORN_DOWN`): by a command, by the end of its lease, or
+/// because QEMU exits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TornDownEvent {
+    /// The target.
+    pub target_id: String,
+    /// Whether its bitmaps start again at its point in time.
+    pub success: bool,
+    /// Why it ended if no command ended it, and what went wrong with it, if anything did.
+    pub reason: Option<String>,
+}
+
+impl TornDownEvent {
+    /// Reads an event; `None` if it is another one.
+    ///
+    /// # Errors
+    /// [`crate::Error::Protocol`] if its members are not those of the contract.
+    pub fn from_event(event: &Event) -> Result<Option<Self>> {
+        let Some(wire) = event.read()? else { return Ok(None) };
+        let generated::BACKUP_ACCESS_TORN_DOWN { target_id, success, reason } = wire;
+        Ok(Some(Self { target_id, success, reason }))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -487,6 +537,24 @@ mod tests {
         let info = AccessInfo::from(wire);
         assert_eq!(info.bitmap_action, BitmapAction::Other("merged".into()));
         assert_eq!(info.drained_ns, 5);
+    }
+
+    #[test]
+    fn a_torn_down_event_is_read_and_others_are_passed_over() {
+        let mut event = Event {
+            name: "BACKUP_ACCESS_TORN_DOWN".into(),
+            data: json!({"target-id": "t", "success": false, "reason": "QEMU exits", "new": 1}),
+            timestamp: crate::Timestamp::default(),
+        };
+        let expected = TornDownEvent {
+            target_id: "t".into(),
+            success: false,
+            reason: Some("QEMU exits".into()),
+        };
+        assert_eq!(TornDownEvent::from_event(&event).unwrap(), Some(expected));
+        assert_eq!(BrokenEvent::from_event(&event).unwrap(), None);
+        event.data = json!({"target-id": "t"});
+        assert!(TornDownEvent::from_event(&event).is_err());
     }
 
     #[test]
