@@ -43,6 +43,9 @@ use crate::tools::Tools;
 /// The command all of this stands on.
 const SETUP_COMMAND: &str = "backup-access-setup";
 
+/// How long QEMU keeps the access of a job that does not live any more.
+const LEASE_S: u32 = 60;
+
 /// How long the end of a QEMU that has closed its monitor is waited for.
 const END_WAIT: Duration = Duration::from_secs(10);
 
@@ -293,6 +296,7 @@ impl VmDriver {
         let mut setup = SetupRequest::new(target_id, devices.collect());
         setup.buffer_size_bytes = self.options.buffer_size_bytes;
         setup.granularity_bytes = self.options.granularity_bytes;
+        setup.lease_s = Some(LEASE_S);
         setup
     }
 

@@ -202,6 +202,38 @@ async fn a_broken_snapshot_fails_the_job_with_its_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_access_has_a_lease_and_that_it_is_over_fails_the_job_with_its_reason() {
+    let (world, hold) = holding();
+    let end_it = async {
+        hold.0.notified().await;
+        let event = |target: &str| {
+            json!({"event": "BACKUP_ACCESS_TORN_DOWN",
+                "timestamp": {"seconds": 1, "microseconds": 2},
+                "data": {"target-id": target, "success": false, "reason": "its lease ended"}})
+        };
+        // Of another target, and of an earlier access of ours: this one is still there.
+        world.peer.send_event(event("vzdump:other"));
+        world.peer.send_event(event("vzdump:store"));
+        tokio::time::timeout(Duration::from_secs(20), async {
+            while !world.peer.log().contains(&"query-backup-access".to_owned()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .expect("the job asks whether its access is gone");
+        let access = world.peer.state().access.take().unwrap();
+        world.peer.state().exports.clear();
+        assert_eq!(access.lease_s, Some(60));
+        world.peer.send_event(event("vzdump:store"));
+    };
+    let (report, ()) = tokio::join!(world.backup(), end_it);
+    let error = report.error.unwrap();
+    assert!(error.contains("ended the backup access: its lease ended"), "{error}");
+    world.assert_clean("lease");
+    world.assert_truthful("lease");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_qemu_that_ends_fails_the_job_and_frees_the_files() {
     let (mut world, hold) = holding();
     let World { ctx, provider, options, sink, cancel, .. } = &world;

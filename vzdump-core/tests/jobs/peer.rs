@@ -29,6 +29,7 @@ pub type Script = Box<dyn FnMut(usize, &str) -> Reaction + Send>;
 pub struct Access {
     pub target: String,
     pub devices: Vec<Value>,
+    pub lease_s: Option<u64>,
 }
 
 #[derive(Default)]
@@ -223,6 +224,8 @@ impl State {
             "blockdev-del" => self.delete_node(&text("node-name")),
             "backup-access-setup" => self.setup(arguments),
             "query-backup-access" => Ok(self.query()),
+            "backup-access-renew" if self.access.is_none() => Err("no backup access".into()),
+            "backup-access-renew" => Ok(json!({})),
             "backup-access-teardown" => {
                 let existed = self.access.take().is_some();
                 // The real one shuts the exports of its nodes down.
@@ -298,7 +301,8 @@ impl State {
             infos.push(info);
         }
         let target = arguments["target-id"].as_str().unwrap().to_owned();
-        self.access = Some(Access { target, devices });
+        let lease_s = arguments["lease"].as_u64();
+        self.access = Some(Access { target, devices, lease_s });
         Ok(Value::Array(infos))
     }
 
@@ -313,7 +317,7 @@ impl State {
                     "metadata": 0, "writes-delayed": 3, "delay-total-ns": 9, "delay-max-ns": 7,
                     "delay-p50-ns": 3, "delay-p99-ns": 7, "delay-p999-ns": 7,
                     "delay-histogram": [{"le-ns": 3, "count": 2}, {"le-ns": 7, "count": 1}],
-                    "written": 0, "log-allocated": 0, "discards-postponed": 0,
+                    "written": 0, "log-allocated": 0, "shared": 0, "discards-postponed": 0,
                     "overflows": 0, "bitmap-action": "new"})
             })
             .collect();

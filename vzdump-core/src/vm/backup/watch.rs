@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Notices that the point in time is lost while the provider copies.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use qmp_client::backup::{self, AccessState, AccessStatus, BrokenEvent};
-use qmp_client::{Error, EventItem, EventStream, Session};
+use qmp_client::backup::{
+    self, AccessState, AccessStatus, BackupAccess, BrokenEvent, TornDownEvent,
+};
+use qmp_client::{Error, Event, EventItem, EventStream, Session};
 
 use super::{VmDriver, target_id};
 use crate::guest::{GuestError, Task};
@@ -43,17 +46,33 @@ impl VmDriver {
             let look = tokio::select! {
                 item = events.next() => match item {
                     None => Look::Lost(self.gone()),
-                    Some(EventItem::Event(event)) => match BrokenEvent::from_event(&event) {
-                        Ok(Some(broken)) => self.judge(&broken, task),
-                        Ok(None) | Err(_) => Look::Fine,
-                    },
-                    Some(EventItem::Lagged(_)) => self.poll(session).await,
+                    Some(EventItem::Event(event)) => self.look_at(session, &event, task).await,
+                    Some(EventItem::Lagged(_)) => self.poll(session, None).await,
                 },
-                () = tokio::time::sleep(POLL) => self.poll(session).await,
+                error = lease_lost(self.access.as_ref()) => match error.as_ref() {
+                    Error::Disconnected => Look::Lost(self.gone()),
+                    error => Look::Lost(GuestError::Refused(format!(
+                        "The lease of the backup access cannot be renewed: {error}"
+                    ))),
+                },
+                () = tokio::time::sleep(POLL) => self.poll(session, None).await,
             };
             if let Look::Lost(error) = look {
                 return error;
             }
+        }
+    }
+
+    async fn look_at(&self, session: &Session, event: &Event, task: Task<'_>) -> Look {
+        if let Ok(Some(broken)) = BrokenEvent::from_event(event) {
+            return self.judge(&broken, task);
+        }
+        match TornDownEvent::from_event(event) {
+            // It may be about an earlier access of the target.
+            Ok(Some(ended)) if ended.target_id == target_id(&self.options.storage) => {
+                self.poll(session, ended.reason.as_deref()).await
+            }
+            _ => Look::Fine,
         }
     }
 
@@ -70,15 +89,14 @@ impl VmDriver {
         Look::Lost(lost(&broken.device, &broken.error))
     }
 
-    async fn poll(&self, session: &Session) -> Look {
+    /// Asks for the state. An access that is gone ended for this reason, if it is known.
+    async fn poll(&self, session: &Session, why_gone: Option<&str>) -> Look {
         match backup::query(session).await {
             Ok(all) => {
                 let target = target_id(&self.options.storage);
                 match all.iter().find(|status| status.target_id == target) {
                     Some(status) => broken_device(status),
-                    None => Look::Lost(GuestError::Refused(
-                        "Somebody else ended the backup access in QEMU.".to_owned(),
-                    )),
+                    None => Look::Lost(ended_early(why_gone)),
                 }
             }
             Err(Error::Disconnected) => Look::Lost(self.gone()),
@@ -89,6 +107,19 @@ impl VmDriver {
             }
         }
     }
+}
+
+/// As [`BackupAccess::lease_lost`]; never returns without an access.
+async fn lease_lost(access: Option<&BackupAccess>) -> Arc<Error> {
+    match access {
+        Some(access) => access.lease_lost().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn ended_early(reason: Option<&str>) -> GuestError {
+    let reason = reason.map(|reason| format!(": {}", clean(reason))).unwrap_or_default();
+    GuestError::Refused(format!("QEMU or somebody else ended the backup access{reason}."))
 }
 
 fn broken_device(status: &AccessStatus) -> Look {
