@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[allow(dead_code, reason = "shared with tests that use the rest of it")]
 mod access_lab;
 
 use std::sync::Arc;
@@ -45,6 +46,7 @@ fn bad_requests() -> Vec<(Value, &'static str)> {
         (request("t", json!({ "timeout": 0 })), "timeout 0"),
         (request("t", json!({ "timeout": 86401 })), "timeout 86401"),
         (request("t", json!({ "buffer-size": 1_u64 << 50 })), "buffer-size"),
+        (request("t", json!({ "lease": 86401 })), "lease 86401 is not between 0 and 86400"),
         (request("t", device(json!({ "granularity": 12345 }))), "device 'disk0': granularity"),
         (request("t", device(json!({ "device": "nothing" }))), "device 'nothing'"),
         (request("t", device(json!({ "device": "alone" }))), "'alone-fleecing' does not exist"),

@@ -53,6 +53,12 @@ async fn refused(storage: &Storage, command: &str, arguments: Value) -> String {
     text
 }
 
+/// Removes bitmaps; which ones.
+async fn removed(storage: &Storage, arguments: Value) -> Vec<Value> {
+    let result = storage.run("backup-access-bitmap-remove", arguments).await.unwrap();
+    result["removed"].as_array().unwrap().clone()
+}
+
 fn setup(mode: &str) -> Value {
     json!({ "target-id": "t", "devices": both(mode) })
 }
@@ -83,6 +89,7 @@ async fn an_exported_bitmap_is_left_alone_and_the_export_is_named() {
     ] {
         let text = refused(&storage, command, arguments).await;
         assert!(text.contains("'disk1'") && text.contains(&name), "{text}");
+        assert!(command.ends_with("setup") || text.contains("target 't'"), "{text}");
         assert!(text.contains("is in use by") && text.contains("export 'somebody'"), "{text}");
     }
     // Without the bitmap there is nothing against it.
@@ -141,8 +148,8 @@ async fn the_bitmaps_of_an_access_are_left_alone_until_it_ends() {
                              "bitmaps": [name] });
         refused(&storage, "block-export-add", export).await;
     }
-    // Nobody uses the other target's.
-    storage.run("backup-access-bitmap-remove", json!({ "target-id": "u" })).await.unwrap();
+    // Nobody uses the other target's: it has none.
+    assert_eq!(removed(&storage, json!({ "target-id": "u" })).await, [] as [Value; 0]);
     // The guard may be exported meanwhile: it does not change.
     let names = storage.bitmaps("disk0").await.unwrap();
     let guard = names.iter().find(|name| name.ends_with("-guard")).unwrap();
@@ -167,6 +174,19 @@ async fn the_bitmaps_of_an_access_are_left_alone_until_it_ends() {
 }
 
 #[tokio::test]
+async fn bitmaps_that_an_access_does_not_use_are_removed_beside_it() {
+    let storage = two_disks(DiskForm::Raw).await;
+    storage.setup(json!([{ "device": "disk0" }])).await.unwrap();
+    assert_eq!(removed(&storage, json!({ "target-id": "t" })).await.len(), 4);
+    assert_eq!(storage.teardown(true).await.unwrap(), json!({ "existed": true }));
+    storage.setup(json!([{ "device": "disk1", "bitmap-mode": "use" }])).await.unwrap();
+    let other = json!({ "target-id": "t", "device": "disk0" });
+    assert_eq!(removed(&storage, other).await, [] as [Value; 0]);
+    storage.teardown(true).await.unwrap();
+    storage.quit().await.unwrap();
+}
+
+#[tokio::test]
 async fn bitmaps_are_removed_by_target_and_device_also_from_images() {
     for form in DiskForm::ALL {
         let storage = two_disks(form).await;
@@ -174,8 +194,14 @@ async fn bitmaps_are_removed_by_target_and_device_also_from_images() {
         storage.teardown_of("u", true).await.unwrap();
         assert_eq!(storage.bitmaps("disk0").await.unwrap().len(), 4, "two targets, two guards");
         let one = json!({ "target-id": "t", "device": "disk0" });
-        for _ in 0..2 {
-            storage.run("backup-access-bitmap-remove", one.clone()).await.unwrap();
+        let names = storage.bitmaps("disk0").await.unwrap();
+        for count in [2, 0] {
+            let removed = removed(&storage, one.clone()).await;
+            assert_eq!(removed.len(), count, "one and its guard, then nothing: {removed:?}");
+            for bitmap in removed {
+                assert_eq!(bitmap["node-name"], "disk0");
+                assert!(names.contains(&bitmap["bitmap-name"].as_str().unwrap().to_owned()));
+            }
             assert_eq!(storage.bitmaps("disk0").await.unwrap().len(), 2);
             assert_eq!(storage.bitmaps("disk1").await.unwrap().len(), 4);
         }

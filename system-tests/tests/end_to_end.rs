@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::Duration;
 
+use qmp_client::{Options, Session, backup};
 use rustix::process::Signal;
 use system_tests::console::Console;
 use system_tests::lab::{
@@ -215,6 +216,39 @@ fn a_transfer_that_is_killed_or_interrupted_harms_nobody() {
     scene.assert_guest_writes(&mut console);
     scene.assert_tidy();
     scene.assert_restores(&full);
+}
+
+/// Waits until QEMU has no access any more; false if it had none at first.
+async fn accesses_end(monitor: &Path) -> bool {
+    let session = Session::connect(monitor, Options::default()).await.unwrap();
+    let mut events = session.events();
+    let had_one = !backup::query(&session).await.unwrap().is_empty();
+    let wait = async {
+        while !backup::query(&session).await.unwrap().is_empty() {
+            let second = tokio::time::timeout(Duration::from_secs(1), events.next());
+            drop(second.await);
+        }
+    };
+    tokio::time::timeout(2 * SOON, wait).await.expect("the lease of the access ends");
+    had_one
+}
+
+#[test]
+fn a_killed_backup_leaves_no_access_in_qemu_and_the_next_one_works() {
+    let mut scene = Scene::new(256, "qcow2", VIRTIO_WITH_THREADS);
+    let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
+    let stored = scene.stored_bytes();
+    let mut killed = scene.start_backup(&[]);
+    scene.wait_for_data(&mut killed, stored);
+    killed.process().signal(Signal::KILL).unwrap();
+    scene.finish(killed);
+    let monitor = scene.dir.path().join(format!("run/vm/{SOURCE_VM}/qmp-spare.sock"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    assert!(runtime.block_on(accesses_end(&monitor)), "there was none when vzdump was killed");
+    scene.assert_guest_writes(&mut console);
+    let next = scene.lab.backup().unwrap();
+    scene.assert_tidy();
+    scene.assert_restores(&next);
 }
 
 #[test]

@@ -437,6 +437,83 @@ async fn a_panic_in_a_teardown_leaves_nothing_behind() {
     each_of(&faults, during_a_teardown).await;
 }
 
+/// A lease that is over although that panics somewhere.
+async fn during_the_end_of_a_lease(faults: &'static str, iothread: bool) {
+    println!("{faults}, iothread {iothread}");
+    let lab = start(faults, iothread).await;
+    let graph = lab.graph().await;
+    let mut events = lab.session().events();
+    let request = json!({ "target-id": "t", "devices": [device(&json!({}))], "lease": 2 });
+    let infos = lab.run("backup-access-setup", request).await;
+    lab.export(&infos[0]).await;
+    guest_works(&lab).await;
+    let event = lab.next_event(&mut events, "BACKUP_ACCESS_TORN_DOWN").await;
+    assert_eq!((&event["target-id"], &event["success"]), (&json!("t"), &json!(false)), "{event}");
+    all_happened(&lab, faults);
+    assert_eq!(lab.run("query-backup-access", json!({})).await, json!([]));
+    assert_eq!(lab.graph().await, graph);
+    assert!(lab.bitmaps("disk0").await.len() <= 2, "one and its guard");
+    guest_is_right(&lab).await;
+    works_again(lab, &graph).await;
+}
+
+#[tokio::test]
+async fn a_panic_at_the_end_of_a_lease_delays_it() {
+    let faults = [
+        "panic:lease_tick:1",
+        "panic:lease_tick:7",
+        "panic:lease_end:1",
+        "panic:lease_end:1,panic:lease_end:2",
+        "panic:task:1",
+        "panic:teardown_removing:1",
+        "panic:filter_close:1",
+    ];
+    each_of(&faults, during_the_end_of_a_lease).await;
+}
+
+/// Fails at the first try and works at the next.
+async fn fails_once(lab: &Lab, command: &str, arguments: Value) -> Value {
+    let error = lab.try_run(command, arguments.clone()).await.unwrap_err().to_string();
+    assert!(error.contains("internal error"), "{error}");
+    lab.run(command, arguments).await
+}
+
+#[tokio::test]
+async fn a_panic_in_a_renewal_does_not_end_the_access() {
+    let faults = "panic:renew:1";
+    let lab = start(faults, false).await;
+    let graph = lab.graph().await;
+    let request = json!({ "target-id": "t", "devices": [device(&json!({}))], "lease": 60 });
+    lab.run("backup-access-setup", request).await;
+    fails_once(&lab, "backup-access-renew", json!({ "target-id": "t" })).await;
+    all_happened(&lab, faults);
+    assert_eq!(state(&lab).await["state"], "active");
+    guest_works(&lab).await;
+    ends_well(lab, &graph).await;
+}
+
+#[tokio::test]
+async fn a_panic_while_bitmaps_are_removed_leaves_whole_ones() {
+    for faults in ["panic:qmp_bitmap_remove:1", "panic:bitmap_remove:2"] {
+        let lab = start(faults, false).await;
+        let graph = lab.graph().await;
+        let new = json!({ "bitmap-mode": "new" });
+        let disks = json!([device(&new), { "device": "disk1", "bitmap-mode": "new" }]);
+        lab.setup("t", disks).await;
+        lab.teardown("t", true).await;
+        let removed =
+            fails_once(&lab, "backup-access-bitmap-remove", json!({ "target-id": "t" })).await;
+        all_happened(&lab, faults);
+        // Two disks, with one and its guard on each.
+        let left = if faults.contains("qmp") { 4 } else { 3 };
+        assert_eq!(removed["removed"].as_array().unwrap().len(), left, "{removed}");
+        for disk in ["disk0", "disk1"] {
+            assert_eq!(lab.bitmaps(disk).await, [] as [String; 0]);
+        }
+        works_again(lab, &graph).await;
+    }
+}
+
 #[tokio::test]
 async fn a_panic_at_the_exit_does_not_change_how_it_ends() {
     for faults in ["panic:filter_close:1", "panic:settle_at_exit:1"] {

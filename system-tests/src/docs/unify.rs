@@ -15,6 +15,7 @@ const TIMES: &[&str] = &[
     "delay-p999-ns",
     "delay-total-ns",
     "drained-ns",
+    "lease-left",
     "metadata",
     "microseconds",
     "seconds",

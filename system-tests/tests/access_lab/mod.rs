@@ -11,12 +11,15 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use qmp_client::{EventItem, EventStream, Options, Session};
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use system_tests::qemu::bin_dir;
 
 /// Size of all disks.
 pub(super) const DISK_BYTES: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
+/// The socket of another monitor than the one of the lab itself, in the lab's folder.
+pub(super) const SECOND_MONITOR: &str = "qmp2";
 
 /// What is special about a daemon.
 #[derive(Debug, Default, Clone, Copy)]
@@ -93,10 +96,12 @@ impl Lab {
             }
             command.arg("--export").arg(export.to_string());
         }
-        let qmp = folder.path().join("qmp");
-        command.arg("--chardev");
-        command.arg(format!("socket,id=qmp,path={},server=on,wait=off", qmp.display()));
-        command.args(["--monitor", "chardev=qmp"]);
+        for monitor in ["qmp", SECOND_MONITOR] {
+            let path = folder.path().join(monitor);
+            command.arg("--chardev");
+            command.arg(format!("socket,id={monitor},path={},server=on,wait=off", path.display()));
+            command.arg("--monitor").arg(format!("chardev={monitor}"));
+        }
         Self::connect(command, folder).await
     }
 
@@ -120,8 +125,10 @@ impl Lab {
         }
         command.args(["-device", "virtio-blk-pci,drive=old"]);
         command.args(["-drive", "if=none,id=empty", "-device", "ide-cd,drive=empty,id=cd"]);
-        command.arg("-qmp");
-        command.arg(format!("unix:{},server=on,wait=off", folder.path().join("qmp").display()));
+        for monitor in ["qmp", SECOND_MONITOR] {
+            let path = folder.path().join(monitor);
+            command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path.display()));
+        }
         command.args(options);
         Self::connect(command, folder).await
     }
@@ -327,9 +334,20 @@ impl Lab {
         }
     }
 
+    /// Sends the process a signal.
+    pub(super) fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(self.child.as_ref().unwrap());
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
     /// Tells it to quit; it must end by itself and well.
-    pub(super) async fn quit(mut self) {
+    pub(super) async fn quit(self) {
         drop(self.session.execute_raw("quit", json!({}), None).await);
+        self.ends().await;
+    }
+
+    /// It ends by itself and well.
+    pub(super) async fn ends(mut self) {
         let mut child = self.child.take().unwrap();
         let status: ExitStatus = tokio::task::spawn_blocking(move || {
             let start = Instant::now();
@@ -340,7 +358,7 @@ impl Lab {
                 if start.elapsed() > LIMIT {
                     drop(child.kill());
                     drop(child.wait());
-                    panic!("it did not quit");
+                    panic!("it did not end");
                 }
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -348,6 +366,8 @@ impl Lab {
         .await
         .unwrap();
         assert!(status.success(), "{status}");
+        let closed = tokio::time::timeout(LIMIT, self.session.closed()).await;
+        closed.expect("with its process the connection is gone");
     }
 }
 
@@ -389,6 +409,12 @@ impl Client {
         let mut lines = BufReader::new(self.child.stdout.as_mut().unwrap()).lines();
         let line = lines.next().unwrap().unwrap();
         assert!(line.contains("read 4096/4096"), "{line}");
+    }
+
+    /// Goes on reading everything for a while.
+    pub(super) fn keeps_reading(&mut self) {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        stdin.write_all(format!("read -q 0 {DISK_BYTES}\n").repeat(1000).as_bytes()).unwrap();
     }
 }
 
