@@ -14,7 +14,7 @@ pub(super) fn lines_with_word(source: &str, word: &str) -> Vec<usize> {
 }
 
 /// The source with comments and literals blanked out; lines stay where they are.
-fn code_only(source: &str) -> String {
+pub(crate) fn code_only(source: &str) -> String {
     let chars: Vec<char> = source.chars().collect();
     let mut code = String::with_capacity(source.len());
     let mut at = 0;

@@ -4,10 +4,13 @@
 mod deps;
 mod files;
 mod lexer;
+mod qapi;
 
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
+
+pub(crate) use lexer::code_only;
 
 use crate::cargo::cargo;
 use crate::paths::Paths;
@@ -32,7 +35,9 @@ pub(crate) fn report(paths: &Paths) -> Result<(u64, u64)> {
         &["metadata", "--format-version", "1", "--no-deps", "--offline"],
     ))?;
     let mut rules = deps::check(&metadata)?;
-    rules.extend(files::check(&paths.root, &tracked_files(paths)?)?);
+    let files = tracked_files(paths)?;
+    rules.extend(files::check(&paths.root, &files)?);
+    rules.push(qapi::check(&paths.root, &files)?);
     let mut counts = (0, 0);
     for rule in &rules {
         if rule.broken.is_empty() {
