@@ -9,6 +9,9 @@
 # QEMU_EXT_TARGET_DIR  cargo's target directory (default: `qemu-ext-target` in QEMU's build tree)
 # QEMU_EXT_FEATURES    features of the library, for tests (default: none)
 # CARGO                the cargo to use (default: the one in PATH)
+#
+# Where the crates of others lie beside qemu-ext (`cargo xtask qemu --export`), cargo uses no network
+# and, unless CARGO_HOME is set, a home in its target directory: package builds have none.
 set -eu
 
 QEMU_SRC=$(cd "$1" && pwd -P)
@@ -27,7 +30,14 @@ fi
 
 # Resolve links, so that cargo finds the workspace above the real folder.
 cd -P "$ext"
-"${CARGO:-cargo}" build --release --package qemu-ext --target-dir "$target" \
+offline=
+if [ -d ../vendor ]; then
+    offline='--locked --offline'
+    CARGO_HOME=${CARGO_HOME:-$target/home}
+    export CARGO_HOME
+fi
+# shellcheck disable=SC2086 # two words or none
+"${CARGO:-cargo}" build --release --package qemu-ext --target-dir "$target" $offline \
     ${QEMU_EXT_FEATURES:+--features "$QEMU_EXT_FEATURES"}
 
 # A new time stamp means a new link of every program: only when something changed.
