@@ -13,6 +13,9 @@ use crate::run::{Show, Step, output};
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+/// How many versions of a suite are tried.
+const MAX_VERSIONS: usize = 4;
+
 /// A Debian source package in a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Source {
@@ -21,24 +24,79 @@ pub(crate) struct Source {
     pub(crate) dsc: PathBuf,
 }
 
-/// The newest complete source package `name` among those downloaded into `dir`.
-pub(crate) fn downloaded(dir: &Path, name: &str) -> Option<Source> {
-    let newest = fs::read_to_string(dir.join("newest")).ok()?;
+/// What to get of a suite: any version of a source package, or only those of one series (`10.2`:
+/// 10.2.0, 10.2.1 and so on).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) suite: &'a str,
+    pub(crate) series: Option<&'a str>,
+}
+
+impl Wanted<'_> {
+    /// The file that names the newest version that is there.
+    fn note(&self, dir: &Path) -> PathBuf {
+        match self.series {
+            None => dir.join("newest"),
+            Some(series) => dir.join(format!("newest-{series}")),
+        }
+    }
+
+    /// Those of the versions that `showsrc` lists which are wanted, the newest first.
+    fn versions(&self, showsrc: &str) -> Result<Vec<String>> {
+        let mut versions: Vec<String> = Vec::new();
+        let listed = showsrc.lines().filter_map(|line| line.strip_prefix("Version:"));
+        for version in listed.map(str::trim) {
+            if self.series.is_some_and(|series| !is_of_series(version, series)) {
+                continue;
+            }
+            let mut at = 0;
+            while at < versions.len() && !is_newer(version, &versions[at])? {
+                at += 1;
+            }
+            if versions.get(at.wrapping_sub(1)).is_none_or(|before| before != version) {
+                versions.insert(at, version.to_string());
+            }
+        }
+        Ok(versions)
+    }
+}
+
+/// Whether a version of Debian, with its epoch, is of an upstream series.
+fn is_of_series(version: &str, series: &str) -> bool {
+    let upstream = version.split_once(':').map_or(version, |(_, upstream)| upstream);
+    upstream
+        .strip_prefix(series)
+        .is_some_and(|rest| rest.chars().next().is_none_or(|c| !c.is_ascii_digit()))
+}
+
+fn is_newer(version: &str, than: &str) -> Result<bool> {
+    let status = Command::new("dpkg")
+        .args(["--compare-versions", version, "gt", than])
+        .status()
+        .context("dpkg: cannot start")?;
+    Ok(status.success())
+}
+
+/// The newest complete source package of that kind among those downloaded into `dir`.
+pub(crate) fn downloaded(dir: &Path, wanted: Wanted<'_>) -> Option<Source> {
+    let newest = fs::read_to_string(wanted.note(dir)).ok()?;
     let version = newest.trim().to_string();
-    let dsc = dir.join(&version).join(format!("{name}_{version}.dsc"));
+    let dsc = dir.join(&version).join(format!("{}_{version}.dsc", wanted.name));
     dsc.is_file().then_some(Source { version, dsc })
 }
 
-/// Downloads source package `name` of Debian's `suite` into a folder named by its version in `dir`.
-pub(crate) fn download(dir: &Path, name: &str, suite: &str, log: &Path) -> Result<Source> {
+/// Downloads a source package into a folder named by its version in `dir`.
+pub(crate) fn download(dir: &Path, wanted: Wanted<'_>, log: &Path) -> Result<Source> {
     fs::create_dir_all(dir).with_context(|| format!("{}: cannot create", dir.display()))?;
     let mut error = anyhow!(
-        "no mirror of Debian's main archive in /etc/apt: add one (a line \"deb MIRROR {suite} main\"), \
-         or unpack QEMU's source yourself and give it with --source"
+        "no mirror of Debian's main archive in /etc/apt: add one (a line \"deb MIRROR {} main\"), \
+         or unpack QEMU's source yourself and give it with --source",
+        wanted.suite
     );
     // One mirror may carry only its own suite.
     for mirror in own_mirrors() {
-        match download_from(&mirror, dir, name, suite, log) {
+        match download_from(&mirror, dir, wanted, log) {
             Ok(source) => return Ok(source),
             Err(failed) => error = failed,
         }
@@ -46,10 +104,11 @@ pub(crate) fn download(dir: &Path, name: &str, suite: &str, log: &Path) -> Resul
     Err(error)
 }
 
-fn download_from(mirror: &str, dir: &Path, name: &str, suite: &str, log: &Path) -> Result<Source> {
+fn download_from(mirror: &str, dir: &Path, wanted: Wanted<'_>, log: &Path) -> Result<Source> {
+    let Wanted { name, suite, .. } = wanted;
     let state = dir.join("apt");
     let _ = fs::remove_dir_all(&state);
-    for sub in ["lists/partial", "cache/archives/partial", "files"] {
+    for sub in ["lists/partial", "cache/archives/partial"] {
         let sub = state.join(sub);
         fs::create_dir_all(&sub).with_context(|| format!("{}: cannot create", sub.display()))?;
     }
@@ -57,29 +116,52 @@ fn download_from(mirror: &str, dir: &Path, name: &str, suite: &str, log: &Path) 
     fs::write(&list, format!("deb-src [signed-by={KEYRING}] {mirror} {suite} main\n"))
         .with_context(|| format!("{}: cannot write", list.display()))?;
 
-    let step = |what: String, args: &[&str]| {
-        let mut apt = private_apt(&state, &list);
-        apt.args(args).current_dir(state.join("files"));
-        let limit = Duration::from_secs(1200);
-        Step { name: &what, log: log.to_path_buf(), show: Show::Progress, limit }.run(apt)
+    let limit = Duration::from_secs(1200);
+    let step = |what: &str, args: &[&str], dir: &Path| {
+        let mut apt = private_apt("apt-get", &state, &list);
+        apt.args(args).current_dir(dir);
+        Step { name: what, log: log.to_path_buf(), show: Show::Progress, limit }.run(apt)
     };
-    step(format!("read Debian's {suite} package list from {mirror}"), &["update"])?;
-    step(format!("download the source package {name}"), &["source", "--download-only", name])?;
-
-    let dsc = only_dsc(&state.join("files"), name)?;
-    let version = dsc_version(&dsc, name)?;
-    let target = dir.join(&version);
-    let _ = fs::remove_dir_all(&target);
-    fs::rename(state.join("files"), &target)
-        .with_context(|| format!("{}: cannot rename to it", target.display()))?;
-    fs::write(dir.join("newest"), format!("{version}\n")).context("cannot note the version")?;
-    let _ = fs::remove_dir_all(&state);
-    downloaded(dir, name).context("the downloaded source package vanished")
+    step(&format!("read Debian's {suite} package list from {mirror}"), &["update"], &state)?;
+    let showsrc = output(private_apt("apt-cache", &state, &list).args(["showsrc", name]))?;
+    let mut error = match wanted.series {
+        None => anyhow!("{suite} offers no source package {name}"),
+        Some(series) => anyhow!(
+            "{suite} offers no {series} of {name}, only {}",
+            Wanted { series: None, ..wanted }.versions(&showsrc)?.join(", ")
+        ),
+    };
+    // A mirror may list what it does not have (yet, or any more).
+    for version in wanted.versions(&showsrc)?.iter().take(MAX_VERSIONS) {
+        let files = state.join("files");
+        let _ = fs::remove_dir_all(&files);
+        fs::create_dir(&files).with_context(|| format!("{}: cannot create", files.display()))?;
+        let package = format!("{name}={version}");
+        let args = ["source", "--download-only", &package];
+        match step(&format!("download the source package {package}"), &args, &files) {
+            Ok(()) => return keep(&files, dir, &state, wanted),
+            Err(failed) => error = failed,
+        }
+    }
+    Err(error)
 }
 
-/// apt-get with lists, cache and sources of its own.
-fn private_apt(state: &Path, list: &Path) -> Command {
-    let mut apt = Command::new("apt-get");
+/// Moves downloaded files to where they stay, and notes their version.
+fn keep(files: &Path, dir: &Path, state: &Path, wanted: Wanted<'_>) -> Result<Source> {
+    let dsc = only_dsc(files, wanted.name)?;
+    let version = dsc_version(&dsc, wanted.name)?;
+    let target = dir.join(&version);
+    let _ = fs::remove_dir_all(&target);
+    fs::rename(files, &target)
+        .with_context(|| format!("{}: cannot rename to it", target.display()))?;
+    fs::write(wanted.note(dir), format!("{version}\n")).context("cannot note the version")?;
+    let _ = fs::remove_dir_all(state);
+    downloaded(dir, wanted).context("the downloaded source package vanished")
+}
+
+/// A program of apt with lists, cache and sources of its own.
+fn private_apt(program: &str, state: &Path, list: &Path) -> Command {
+    let mut apt = Command::new(program);
     for option in [
         format!("Dir::Etc::sourcelist={}", list.display()),
         "Dir::Etc::sourceparts=-".into(),
@@ -302,6 +384,21 @@ mod tests {
     }
 
     #[test]
+    fn versions_are_ordered_and_chosen_by_series() {
+        let showsrc = "Package: q\nVersion: 1:10.2.2+ds-1\n\nVersion: 1:11.1.3+ds-1\n\n\
+            Version: 1:11.1.2+ds-3\n\nVersion: 1:10.20.1-1\n\nVersion: 1:10.2.2+ds-1\n";
+        let versions =
+            |series| Wanted { name: "q", suite: "sid", series }.versions(showsrc).unwrap();
+        assert_eq!(
+            versions(None),
+            ["1:11.1.3+ds-1", "1:11.1.2+ds-3", "1:10.20.1-1", "1:10.2.2+ds-1"]
+        );
+        assert_eq!(versions(Some("10.2")), ["1:10.2.2+ds-1"]);
+        assert_eq!(versions(Some("11")), ["1:11.1.3+ds-1", "1:11.1.2+ds-3"]);
+        assert_eq!(versions(Some("1")), [""; 0]);
+    }
+
+    #[test]
     fn reads_the_version_from_the_name() {
         let dsc = Path::new("/x/qemu_10.0.13+ds-0+deb13u1.dsc");
         assert_eq!(dsc_version(dsc, "qemu").unwrap(), "10.0.13+ds-0+deb13u1");
@@ -311,11 +408,12 @@ mod tests {
     #[test]
     fn only_complete_downloads_count() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(downloaded(dir.path(), "qemu"), None);
+        let wanted = Wanted { name: "qemu", suite: "sid", series: None };
+        assert_eq!(downloaded(dir.path(), wanted), None);
         fs::write(dir.path().join("newest"), "1.0\n").unwrap();
-        assert_eq!(downloaded(dir.path(), "qemu"), None);
+        assert_eq!(downloaded(dir.path(), wanted), None);
         fs::create_dir(dir.path().join("1.0")).unwrap();
         fs::write(dir.path().join("1.0/qemu_1.0.dsc"), "").unwrap();
-        assert_eq!(downloaded(dir.path(), "qemu").unwrap().version, "1.0");
+        assert_eq!(downloaded(dir.path(), wanted).unwrap().version, "1.0");
     }
 }

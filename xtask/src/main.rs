@@ -66,7 +66,9 @@ fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         Command::Setup => setup::run()?,
         Command::Qemu(options) => {
-            setup::run()?;
+            if options.builds() {
+                setup::run()?;
+            }
             qemu::run(&paths, &options)?;
         }
         Command::Demo(options) => return demo::run(&paths, &options),

@@ -13,6 +13,8 @@ pub(crate) struct Paths {
     pub(crate) root: PathBuf,
     /// Sources, build trees and logs shared by all checkouts of this user.
     pub(crate) cache: PathBuf,
+    /// What belongs to QEMU in the checkout: programs, and where they were built.
+    qemu: PathBuf,
 }
 
 impl Paths {
@@ -26,12 +28,18 @@ impl Paths {
             env::current_dir().context("no current directory")?
         };
         let cache = cache_dir(|name| env::var_os(name).map(PathBuf::from), env::home_dir());
-        Ok(Self { root, cache })
+        let qemu = root.join("target/qemu");
+        Ok(Self { root, cache, qemu })
+    }
+
+    /// The same checkout with another QEMU beside the default one.
+    pub(crate) fn with_second_qemu(&self, name: &str) -> Self {
+        Self { qemu: self.root.join(format!("target/qemu-{name}")), ..self.clone() }
     }
 
     /// What belongs to QEMU in the checkout.
-    pub(crate) fn qemu(&self) -> PathBuf {
-        self.root.join("target/qemu")
+    pub(crate) fn qemu(&self) -> &Path {
+        &self.qemu
     }
 
     /// The patched programs.

@@ -21,6 +21,7 @@ const BUILD: &[&str] = &[
     "libseccomp-dev",
     "liburing-dev",
     "ninja-build",
+    "patch",
     "pkg-config",
     // QEMU's configure makes a virtual environment of its own.
     "python3-venv",
@@ -44,6 +45,8 @@ const TESTS: &[&str] = &[
     "lz4",
     "nbdkit",
     "procps",
+    // The generated QMP reference.
+    "python3-sphinx",
     "qemu-utils",
     "xfsprogs",
 ];

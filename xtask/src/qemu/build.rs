@@ -15,6 +15,9 @@ use crate::run::{Show, Step, output};
 
 /// QEMU's own lower bound.
 const MESON_MIN: (u32, u32) = (1, 5);
+const MESON: &str = "meson";
+/// Groups of Python packages that configure always wants.
+const PYTHON_GROUPS: &[&str] = &["meson", "tooling"];
 /// Written when configure has succeeded.
 const CONFIGURED: &str = "configured";
 
@@ -24,7 +27,7 @@ pub(crate) fn configure(paths: &Paths, tree: &Tree, recipe: &Recipe) -> Result<(
     if build.join(CONFIGURED).is_file() {
         return Ok(());
     }
-    let python = python_with_meson(paths)?;
+    let python = python_for(paths, tree)?;
     // A half-made one confuses meson.
     if build.exists() {
         fs::remove_dir_all(&build)
@@ -71,15 +74,20 @@ pub(crate) fn for_build_sh(command: &mut Command, paths: &Paths, tree: &Tree) {
         .env_remove("MAKEFLAGS");
 }
 
-/// A Python whose meson is new enough: the system's, else one in a virtual environment in the cache.
-fn python_with_meson(paths: &Paths) -> Result<PathBuf> {
+/// A Python with a new enough meson and what else the tree's configure asks for: the system's, else
+/// one in a virtual environment in the cache.
+fn python_for(paths: &Paths, tree: &Tree) -> Result<PathBuf> {
+    let file = tree.src().join("pythondeps.toml");
+    let text =
+        fs::read_to_string(&file).with_context(|| format!("{}: cannot read", file.display()))?;
+    let wanted = python_packages(&text);
     // Debian's own: another one first in PATH may lack what Debian's packages add.
     let debian = PathBuf::from("/usr/bin/python3");
     let system = if debian.is_file() { debian } else { PathBuf::from("python3") };
     let venv = paths.cache.join("meson-venv");
     let in_venv = venv.join("bin/python3");
     for python in [&system, &in_venv] {
-        if has_meson(python) {
+        if has_packages(python, &wanted) {
             return Ok(python.clone());
         }
     }
@@ -88,24 +96,48 @@ fn python_with_meson(paths: &Paths) -> Result<PathBuf> {
         let limit = Duration::from_secs(600);
         Step { name, log: log.clone(), show: Show::Progress, limit }.run(command)
     };
-    let mut make = Command::new(&system);
-    make.args(["-m", "venv", "--clear"]).arg(&venv);
-    step("make a virtual environment for meson", make)?;
+    if !has_packages(&in_venv, &[]) {
+        let mut make = Command::new(&system);
+        make.args(["-m", "venv", "--clear"]).arg(&venv);
+        step("make a virtual environment for meson", make)?;
+    }
     let mut pip = Command::new(&in_venv);
     let (major, minor) = MESON_MIN;
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
-    // pycotap: only trees without Debian's patches ask for it.
-    pip.args([&format!("meson>={major}.{minor},<2"), "pycotap"]);
-    step("install meson into it", pip)?;
+    pip.arg(format!("meson>={major}.{minor},<2")).args(wanted.iter().filter(|name| *name != MESON));
+    step(&format!("install {} into it", wanted.join(", ")), pip)?;
     Ok(in_venv)
 }
 
-fn has_meson(python: &Path) -> bool {
-    let script = "import importlib.metadata as m; print(m.version('meson'))";
-    output(Command::new(python).args(["-c", script]))
-        .ok()
-        .and_then(|version| parse_version(&version))
-        .is_some_and(|version| version >= MESON_MIN)
+/// What configure asks for in any case, from its list `pythondeps.toml`: `name = { … }` under
+/// `[group]`. What comes with the tree (`path = …`) and pip itself need not be there.
+fn python_packages(list: &str) -> Vec<String> {
+    let mut group = "";
+    let mut names = vec![MESON.to_string()];
+    for line in list.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
+        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            group = name;
+        } else if PYTHON_GROUPS.contains(&group)
+            && let Some((name, value)) = line.split_once('=')
+        {
+            let name = name.trim().trim_matches('"');
+            if !value.contains("path =") && name != "pip" && name != MESON {
+                names.push(name.to_string());
+            }
+        }
+    }
+    names
+}
+
+/// Whether a Python has packages of these names, meson not too old.
+fn has_packages(python: &Path, names: &[String]) -> bool {
+    let script =
+        "import importlib.metadata as m, sys; [print(n, m.version(n)) for n in sys.argv[1:]]";
+    let Ok(versions) = output(Command::new(python).args(["-c", script]).args(names)) else {
+        return false;
+    };
+    let meson = versions.lines().find_map(|line| line.strip_prefix("meson "));
+    meson.is_none_or(|version| parse_version(version).is_some_and(|version| version >= MESON_MIN))
 }
 
 fn parse_version(text: &str) -> Option<(u32, u32)> {
@@ -116,6 +148,16 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_tree_says_which_python_packages_it_wants() {
+        let list = "[meson]\nmeson = { accepted = \">=1.5.0\" }\n#pycotap = { accepted = \"1\" }\n\
+            [docs]\nsphinx = { accepted = \"3\" }\n[tooling]\n\"qemu.qmp\" = { accepted = \"1\" }\n\
+            \"qemu\" = { path = \"python/\" }\n\"pip\" = { accepted = \"1\" }\n";
+        assert_eq!(python_packages(list), ["meson", "qemu.qmp"]);
+        assert_eq!(python_packages("[meson]\npycotap = { }\n"), ["meson", "pycotap"]);
+        assert_eq!(python_packages(""), ["meson"]);
+    }
 
     #[test]
     fn versions_compare_as_numbers() {

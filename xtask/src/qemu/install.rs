@@ -40,7 +40,7 @@ pub(crate) fn write_build_env(paths: &Paths, tree: &Tree) -> Result<()> {
     if fs::read_to_string(&file).is_ok_and(|old| old == text) {
         return Ok(());
     }
-    create_dir(&paths.qemu())?;
+    create_dir(paths.qemu())?;
     fs::write(&file, text).with_context(|| format!("{}: cannot write", file.display()))
 }
 

@@ -9,13 +9,11 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 
-use super::Options;
+use super::{Options, probe};
 use crate::apt;
 use crate::paths::Paths;
 use crate::run::{Show, Step};
 
-/// Debian's suite with the QEMU series this is developed against.
-const SUITE: &str = "trixie";
 /// Raised when this program changes what it makes of the same input.
 const GENERATION: &str = "1";
 /// Trees kept in the cache besides those used lately.
@@ -137,7 +135,7 @@ pub(crate) fn prepare(paths: &Paths, recipe: &Recipe, options: &Options) -> Resu
             (Origin::Folder(dir), version.trim().to_string(), id)
         }
         None => {
-            let source = debian_source(paths, options.refresh)?;
+            let source = options.suite().source(paths, options.refresh)?;
             let version = source.version.clone();
             (Origin::Debian(source), version.clone(), version)
         }
@@ -146,21 +144,19 @@ pub(crate) fn prepare(paths: &Paths, recipe: &Recipe, options: &Options) -> Resu
     let name = format!("{version}-{}", recipe.key(&id, &machine));
     let tree = Tree { version, dir: paths.cache.join("qemu").join(name) };
     if !tree.dir.join(READY).is_file() {
-        make(paths, &tree, recipe, &origin)?;
+        make(paths, &tree, recipe, &origin, options)?;
     }
     Ok(tree)
 }
 
-fn debian_source(paths: &Paths, refresh: bool) -> Result<apt::Source> {
-    let dir = paths.cache.join("download");
-    if !refresh && let Some(source) = apt::downloaded(&dir, "qemu") {
-        return Ok(source);
-    }
-    apt::download(&dir, "qemu", SUITE, &paths.logs().join("qemu-fetch.log"))
-}
-
-/// Unpacks or copies, then patches.
-fn make(paths: &Paths, tree: &Tree, recipe: &Recipe, origin: &Origin) -> Result<()> {
+/// Unpacks or copies, judges, then patches.
+fn make(
+    paths: &Paths,
+    tree: &Tree,
+    recipe: &Recipe,
+    origin: &Origin,
+    options: &Options,
+) -> Result<()> {
     let log = paths.logs().join("qemu-source.log");
     if tree.dir.exists() {
         fs::remove_dir_all(&tree.dir)
@@ -169,7 +165,11 @@ fn make(paths: &Paths, tree: &Tree, recipe: &Recipe, origin: &Origin) -> Result<
     fs::create_dir_all(&tree.dir)
         .with_context(|| format!("{}: cannot create", tree.dir.display()))?;
     match origin {
-        Origin::Debian(source) => apt::unpack(source, &tree.src(), &log)?,
+        Origin::Debian(source) => {
+            apt::unpack(source, &tree.src(), &log)?;
+            probe::judge(&recipe.ext, &tree.src(), probe::Show::Failed, options.force)?;
+        }
+        // Judged already, where it is.
         Origin::Folder(dir) => copy_folder(dir, &tree.src(), &log)?,
     }
     patch(paths, tree, recipe)?;
