@@ -9,6 +9,7 @@ use anyhow::Result;
 
 use crate::cargo::{QEMU_BIN_ENV, cargo, ensure_components, has_subcommand};
 use crate::paths::Paths;
+use crate::qemu::Suite;
 use crate::run::{Show, Step};
 use crate::{fuzz, qemu, setup, tidy};
 
@@ -42,15 +43,21 @@ pub(crate) struct Options {
     /// Also the tests marked ignored
     #[arg(long)]
     ignored: bool,
+    /// Also the QEMU of this suite of Debian, if it is offered: build it and run the system tests
+    /// on it; `full` does so with sid:10.2 unless told otherwise
+    #[arg(long, value_name = "SUITE[:SERIES]", conflicts_with = "no_qemu")]
+    suite: Option<Suite>,
 }
 
 impl Options {
     /// The long suites.
     pub(crate) fn full(self) -> Self {
+        let second = (!self.no_qemu).then(Suite::second);
         Self {
             stress_seeds: self.stress_seeds.or(Some(FULL_SEEDS)),
             fuzz_seconds: self.fuzz_seconds.or(Some(FULL_FUZZ_SECONDS)),
             ignored: true,
+            suite: self.suite.or(second),
             ..self
         }
     }
@@ -75,9 +82,11 @@ impl AddAssign for Totals {
     }
 }
 
-/// Collects the rows of the closing table.
+/// Collects the rows of the closing table, and what could not be checked.
+#[derive(Default)]
 struct Report {
     rows: Vec<(String, Totals, Duration)>,
+    omitted: Vec<String>,
 }
 
 impl Report {
@@ -106,6 +115,9 @@ impl Report {
             );
             sum += *totals;
         }
+        for what in &self.omitted {
+            println!("\nNOT CHECKED: {what}");
+        }
         println!("\n{} passed, {} failed", sum.passed, sum.failed);
         if sum.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
@@ -116,7 +128,7 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     setup::run()?;
     ensure_components(paths)?;
     let gate = Gate { paths, options, nextest: has_subcommand(paths, "nextest") };
-    let mut report = Report { rows: Vec::new() };
+    let mut report = Report::default();
     report.check("format", || gate.simple("format", &["fmt", "--all", "--check"]));
     report.check("tidy", || {
         let (passed, failed) = tidy::report(paths)?;
@@ -131,6 +143,13 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
             qemu::run(paths, &qemu::Options { faults: true, ..qemu::Options::default() })?;
             Ok(Totals::PASSED)
         });
+    if qemu {
+        let scope = if options.ignored { qemu::Scope::Everything } else { qemu::Scope::Module };
+        report.check("qmp reference", || {
+            qemu::check_reference(paths, scope)?;
+            Ok(Totals::PASSED)
+        });
+    }
     report.check("clippy", || gate.clippy(qemu));
     report.check("unit tests", || gate.unit_tests());
     report.check("doc tests", || gate.doc_tests());
@@ -140,10 +159,41 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     }
     if qemu {
         report.check("system tests", || gate.system_tests());
+        if let Some(suite) = &options.suite {
+            second_qemu(&gate, &mut report, suite);
+        }
     } else if !options.no_qemu {
         report.check("system tests", || anyhow::bail!("cannot run without the patched QEMU"));
     }
     Ok(report.close())
+}
+
+/// Builds the QEMU of another suite and runs the system tests on it. That the suite cannot be had
+/// here is no failure of ours: the report says so.
+fn second_qemu(gate: &Gate<'_>, report: &mut Report, suite: &Suite) {
+    eprintln!("\n=== is QEMU of {suite} offered?");
+    if let Err(error) = qemu::fetch(gate.paths, suite) {
+        report.omitted.push(format!("the QEMU of Debian's {suite}, not offered here: {error:#}"));
+        return;
+    }
+    let options =
+        qemu::Options { faults: true, suite: Some(suite.clone()), ..qemu::Options::default() };
+    let built = report.check(&format!("qemu {suite}"), || {
+        qemu::run(gate.paths, &options)?;
+        // Each version has a generator of its own.
+        qemu::check_reference(&suite.paths(gate.paths), qemu::Scope::Module)?;
+        Ok(Totals::PASSED)
+    });
+    let tests = format!("tests on {suite}");
+    if built {
+        let paths = suite.paths(gate.paths);
+        // As the gate runs them: the long suites have just run on the default QEMU.
+        let short = Options::default();
+        let gate = Gate { paths: &paths, options: &short, nextest: gate.nextest };
+        report.check(&tests, || gate.run_system_tests(&tests));
+    } else {
+        report.check(&tests, || anyhow::bail!("cannot run without the QEMU of {suite}"));
+    }
 }
 
 struct Gate<'a> {
@@ -248,6 +298,10 @@ impl Gate<'_> {
         if self.simple("vzdump", &vzdump)?.failed > 0 {
             anyhow::bail!("vzdump does not build");
         }
+        self.run_system_tests("system tests")
+    }
+
+    fn run_system_tests(&self, name: &str) -> Result<Totals> {
         let mut command = if self.nextest {
             let mut command = cargo(self.paths, &["nextest", "run", "--no-fail-fast"]);
             command.args(["--no-tests=pass", "-E", &format!("package({SYSTEM_TESTS})")]);
@@ -272,7 +326,7 @@ impl Gate<'_> {
             command.env("STRESS_SEEDS", seeds.to_string());
         }
         let limit_s = if self.options.ignored { 4 * 3600 } else { 2400 };
-        self.tests("system tests", command, limit_s)
+        self.tests(name, command, limit_s)
     }
 
     /// Runs a test runner and counts what it reports. A runner that fails without a failed test
@@ -339,6 +393,8 @@ mod tests {
     fn the_long_suites_keep_what_was_asked_for() {
         let asked = Options { stress_seeds: Some(7), ..Options::default() }.full();
         assert_eq!((asked.stress_seeds, asked.ignored), (Some(7), true));
+        assert_eq!(asked.suite, Some(Suite::second()));
+        assert_eq!(Options { no_qemu: true, ..Options::default() }.full().suite, None);
         let full = Options::default().full();
         assert_eq!(full.stress_seeds, Some(FULL_SEEDS));
         assert_eq!(full.fuzz_seconds, Some(FULL_FUZZ_SECONDS));
