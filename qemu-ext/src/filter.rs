@@ -6,11 +6,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use fleece::{ByteRange, Discard, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
 
 use crate::fault;
 use crate::filter_io::FilterIo;
+use crate::qemu::blocker::OpBlocker;
 use crate::qemu::cached::CachedFile;
 use crate::qemu::child::Child;
 use crate::qemu::coroutine::{Busy, CoGraph, Waiting};
@@ -18,6 +20,7 @@ use crate::qemu::graph::Bds;
 use crate::qemu::main_loop::MainLoop;
 use crate::qemu::memory::{Block, Pool};
 use crate::qemu::reflink::SharedFiles;
+use crate::qemu::seal::Seal;
 use crate::qemu::{coroutine, driver, main_loop, try_guard};
 
 /// Name of the filter's driver. Options at open: `file` (the source) and `target` (the fleecing
@@ -52,6 +55,8 @@ pub struct Settings {
     pub postpone_discards: bool,
     /// What the reader needs; none means all.
     pub need: Option<Box<dyn NeedMap>>,
+    /// Why other commands on the disk are refused meanwhile.
+    pub reason: String,
     /// Called from any thread when the snapshot became degraded or broken.
     pub notify: Box<dyn Fn() + Send + Sync>,
     /// Called in the main loop when the filter's node closes; again after a panic.
@@ -76,6 +81,12 @@ pub struct Filter {
     postpone_discards: AtomicBool,
     notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
     on_close: Mutex<Option<OnClose>>,
+    reason: OnceLock<String>,
+    /// Refuses commands on the filter itself. Only while it has a snapshot node, because it must be
+    /// gone when the filter's node is deleted.
+    blocker: Mutex<Option<OpBlocker>>,
+    /// Keeps disk and fleecing image as they are, as long as the filter is there.
+    seal: OnceLock<Seal>,
 }
 
 impl std::fmt::Debug for Filter {
@@ -99,6 +110,9 @@ impl Filter {
             postpone_discards: AtomicBool::new(false),
             notify: OnceLock::new(),
             on_close: Mutex::new(None),
+            reason: OnceLock::new(),
+            blocker: Mutex::new(None),
+            seal: OnceLock::new(),
         }
     }
 
@@ -256,10 +270,15 @@ impl Filter {
         });
     }
 
-    /// Starts a background coroutine that does the guest's postponed discards.
-    fn spawn_postponed(&self) {
+    /// Starts a background coroutine that does the guest's postponed discards, if there are any.
+    fn spawn_postponed(&'static self, engine: &'static Engine<Waiting, Block>) {
+        let Some(announced) = engine.announce_postponed(&FilterIo::without_io(self)) else {
+            return;
+        };
         let node = self.node;
         coroutine::spawn(node, move |here| {
+            // In another thread it begins later: until then the teardown must not begin to drain.
+            let _announced = announced;
             let Some(filter) = driver::filter_of(node) else { return };
             let Some(engine) = filter.engine.get() else { return };
             let discard = || {
@@ -284,6 +303,12 @@ impl Filter {
     pub(crate) fn drain_end(&self) {
         fault::point(if self.is_active() { "drain_end_active" } else { "drain_end" });
         let Some(engine) = self.engine.get() else { return };
+        // Whoever reopens a node drains it.
+        if let Some(text) = self.seal.get().zip(MainLoop::current()).and_then(|(s, m)| s.broken(m))
+            && engine.stats().error.is_none()
+        {
+            engine.break_snapshot(&FilterIo::without_io(self), text, Errno::EIO);
+        }
         if !engine.resume() {
             return;
         }
@@ -300,6 +325,19 @@ impl Filter {
         if let Some(engine) = self.engine.get() {
             engine.kick(&FilterIo::without_io(self));
         }
+    }
+
+    /// A snapshot node was opened above. Main loop.
+    pub(crate) fn snapshot_opened(&self) {
+        let blocker = MainLoop::current()
+            .zip(self.reason.get())
+            .map(|(main_loop, reason)| OpBlocker::new(main_loop, self.node, reason));
+        *self.blocker.lock().unwrap_or_else(PoisonError::into_inner) = blocker;
+    }
+
+    /// The snapshot node closes. Main loop.
+    pub(crate) fn snapshot_closes(&self) {
+        *self.blocker.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// The node closes. May be called again when it panicked.
@@ -319,10 +357,16 @@ fn filter(node: Bds) -> Result<&'static Filter, String> {
 /// Prepares a filter that was just opened. Main loop.
 ///
 /// # Errors
-/// A sentence when the devices need larger granules than supported, or there is no memory.
-pub fn configure(node: Bds, settings: Settings) -> Result<(), String> {
+/// A sentence when the devices need larger granules than supported, a block job is at work on them,
+/// or there is no memory.
+pub fn configure(main_loop: MainLoop, node: Bds, settings: Settings) -> Result<(), String> {
     let filter = filter(node)?;
     let configured = || "the filter is configured already".to_owned();
+    let below = [filter.source.node(), filter.target.node()];
+    let seal =
+        Seal::new(main_loop, node, below, &settings.reason).map_err(|error| error.to_string())?;
+    filter.seal.set(seal).map_err(|_| configured())?;
+    filter.reason.set(settings.reason).map_err(|_| configured())?;
     let alignment = filter.source.common_alignment(filter.target);
     let segment_bytes = filter.target.cluster_bytes().next_power_of_two().max(MIN_SEGMENT_BYTES);
     let engine = Engine::new(fleece::Settings {
@@ -339,17 +383,13 @@ pub fn configure(node: Bds, settings: Settings) -> Result<(), String> {
         need: settings.need,
     })
     .map_err(|fleece::OutOfMemory| "no memory for the states of granules".to_owned())?;
-    if let Some(main_loop) = MainLoop::current()
-        && settings.share_from_bytes.is_some()
-    {
+    if settings.share_from_bytes.is_some() {
         let (source, image) = (filter.source.node(), filter.target.node());
         let shared = SharedFiles::of(main_loop, source, image, engine.geometry().granule())
             .map_err(|error| format!("{NO_REFLINK}: {error}"))?;
         filter.shared.set(shared).map_err(|_| configured())?;
     }
-    if let Some(main_loop) = MainLoop::current()
-        && let Some(cached) = CachedFile::of(main_loop, filter.source.node())
-    {
+    if let Some(cached) = CachedFile::of(main_loop, filter.source.node()) {
         filter.cached.set(cached).map_err(|_| configured())?;
     }
     filter.pool.set(Pool::new(node, settings.buffer_bytes)).map_err(|_| configured())?;
@@ -412,15 +452,20 @@ pub fn begin_close(node: Bds) {
         && let Some(engine) = filter.engine.get()
     {
         engine.close(&FilterIo::without_io(filter));
-        if engine.has_postponed() {
-            filter.spawn_postponed();
-        }
+        filter.spawn_postponed(engine);
     }
 }
 
 /// Requests of the filter's own that are still in flight.
 pub fn io_in_flight(node: Bds) -> u64 {
     filter(node).ok().and_then(|filter| filter.engine.get()).map_or(0, Engine::io_in_flight)
+}
+
+/// How long the oldest of those has been in flight.
+pub fn oldest_io(node: Bds) -> Option<Duration> {
+    let filter = filter(node).ok()?;
+    let oldest_ns = filter.engine.get()?.oldest_io_ns(&FilterIo::without_io(filter))?;
+    Some(Duration::from_nanos(oldest_ns))
 }
 
 /// Breaks the snapshot when it makes no progress; called every second.

@@ -85,7 +85,7 @@ async fn bad_requests_are_refused_and_change_nothing() {
     lab.setup("t", json!([{ "device": "disk0" }])).await;
     for (target, devices, reason) in [
         ("t", json!([{ "device": "disk1" }]), "target 't' already has a backup access"),
-        ("u", json!([{ "device": "disk0", "fleecing": "disk1-fleecing" }]), "of target 't'"),
+        ("u", json!([{ "device": "disk0" }]), "'fleecing' must be given: target 't'"),
         ("u", json!([{ "device": "disk1", "fleecing": "disk0-fleecing" }]), "in use by"),
     ] {
         let before = lab.graph().await;
@@ -487,4 +487,68 @@ async fn setups_and_teardowns_under_guest_writes() {
         assert!(writer.stop().await > 0);
         Arc::into_inner(lab).expect("the writer has ended").quit().await;
     }
+}
+
+#[tokio::test]
+async fn a_teardown_ends_reads_in_flight() {
+    for iothread in [false, true] {
+        let lab = Lab::start(Setup { iothread, ..Setup::default() }).await;
+        lab.guest_writes("disk0", 0x42, 0, DISK_BYTES).await;
+        let before = lab.graph().await;
+        for round in 0..10 {
+            let infos = lab.setup("t", json!([{ "device": "disk0" }])).await;
+            let name = lab.export(&infos[0]).await;
+            let mut readers = Vec::new();
+            for _ in 0..4 {
+                let options = provider_nbd::Options { whole_reads: true, ..Default::default() };
+                let path = lab.path("nbd");
+                let client =
+                    provider_nbd::Client::connect_unix(path, &name, options).await.unwrap();
+                readers.push(tokio::spawn(async move {
+                    let mut count = 0_u64;
+                    // Until it is told that there is nothing to read any more.
+                    while let Ok(data) = client.read(count % 4 * MIB, MIB as usize).await {
+                        assert!(data.iter().all(|&byte| byte == 0x42));
+                        count += 1;
+                    }
+                    count
+                }));
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(round)).await;
+            assert_eq!(lab.teardown("t", true).await, json!({ "existed": true }));
+            for reader in readers {
+                let ended = tokio::time::timeout(std::time::Duration::from_secs(60), reader).await;
+                ended.expect("the reader ends").unwrap();
+            }
+            assert_eq!(lab.graph().await, before);
+        }
+        lab.quit().await;
+    }
+}
+
+#[tokio::test]
+async fn success_counts_although_the_snapshot_broke() {
+    let lab = Lab::start(Setup::default()).await;
+    let any = json!({ "bitmap-mode": "use" });
+    backup(&lab, any, None, true).await;
+    lab.guest_writes("disk0", 0x10, 0, DISK_BYTES).await;
+    for success in [false, true] {
+        let device = json!({ "device": "disk0", "bitmap-mode": "use", "buffer-size": 0,
+                             "fleecing-limit": MIB });
+        // An earlier one that failed can be continued only by its generation.
+        let infos = lab.setup("t", json!([device])).await;
+        lab.guest_writes("disk0", 0x11, 0, 2 * MIB).await;
+        let status = lab.run("query-backup-access", json!({})).await;
+        assert_eq!(status[0]["devices"][0]["state"], "broken");
+        let result = lab.teardown("t", success).await;
+        assert_eq!(result["existed"], true);
+        let reason = result["reason"].as_str().unwrap();
+        assert!(reason.contains("device 'disk0': the fleecing image has reached"), "{reason}");
+        let reuse = json!({ "bitmap-mode": "use", "generation": infos[0]["generation"] });
+        let next = backup(&lab, reuse, None, true).await;
+        let dirty = if success { 2 * MIB } else { DISK_BYTES };
+        assert_eq!((&next["bitmap-action"], &next["dirty"]), (&json!("used"), &json!(dirty)));
+        lab.guest_writes("disk0", 0x10, 0, DISK_BYTES).await;
+    }
+    lab.quit().await;
 }

@@ -391,3 +391,55 @@ async fn a_stalled_image_breaks_the_snapshot_in_time_and_can_be_torn_down() {
         storage.quit().await.unwrap();
     }
 }
+
+/// What drains waits for every image. So no command of ours begins to drain while one is stalled.
+#[tokio::test]
+async fn a_stalled_image_of_one_target_holds_up_no_command_for_another() {
+    let storage = Storage::start().await.unwrap();
+    for name in ["disk0", "disk1", "own-image", "third-image"] {
+        storage.disk(name, DISK_BYTES).await.unwrap();
+    }
+    storage.export_disk("disk0", None).await.unwrap();
+    let guest = storage.client("disk0").await.unwrap();
+    fill(&guest, OLD, 0, DISK_BYTES).await.unwrap();
+    let before = storage.graph().await.unwrap();
+    let mut image = Stallable::start(&storage).await;
+    let mut events = storage.session().events();
+    let far = json!({ "device": "disk0", "fleecing": "far-image", "timeout": 1, "buffer-size": 0 });
+    storage.setup(json!([far])).await.unwrap();
+    let request = |target: &str, device: &str, image: &str| {
+        let device = json!({ "device": device, "fleecing": image, "timeout": 1 });
+        json!({ "target-id": target, "devices": [device] })
+    };
+    let infos =
+        storage.run("backup-access-setup", request("u", "disk0", "own-image")).await.unwrap();
+    let snapshot = storage.snapshot(&infos[0]).await.unwrap();
+    image.command(b'p').await;
+    fill(&guest, NEW, 0, MIB).await.unwrap();
+    let event = next_event(&mut events, "BACKUP_ACCESS_BROKEN").await.unwrap();
+    assert_eq!(event["target-id"], "t");
+
+    let teardown = json!({ "target-id": "u", "success": true });
+    for _ in 0..2 {
+        let error = storage.try_run("backup-access-teardown", teardown.clone()).await.unwrap_err();
+        assert!(error.to_string().contains("'far-image' of target 't'"), "{error}");
+        let third = request("v", "disk1", "third-image");
+        let error = storage.try_run("backup-access-setup", third).await.unwrap_err();
+        assert!(error.to_string().contains("'far-image' of target 't'"), "{error}");
+        fill(&guest, NEW, 0, DISK_BYTES).await.unwrap();
+    }
+    drop(snapshot);
+    image.command(b'r').await;
+    for target in ["u", "t"] {
+        let teardown = json!({ "target-id": target, "success": false });
+        until("the teardown succeeds", async || {
+            Ok(storage.try_run("backup-access-teardown", teardown.clone()).await.is_ok())
+        })
+        .await
+        .unwrap();
+    }
+    storage.run("blockdev-del", json!({ "node-name": "far-image" })).await.unwrap();
+    assert_eq!(storage.graph().await.unwrap(), before);
+    expect(&guest, NEW, 0, DISK_BYTES).await.unwrap();
+    storage.quit().await.unwrap();
+}

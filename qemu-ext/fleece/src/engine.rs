@@ -236,6 +236,11 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         self.watch.count_own()
     }
 
+    /// How long the oldest of those has been in flight.
+    pub fn oldest_io_ns(&self, io: &impl Io<Task = T, Block = B>) -> Option<u64> {
+        self.watch.oldest_own_ns(io.now_ns())
+    }
+
     /// Breaks the snapshot when one of its requests makes no progress.
     pub fn check_timeout(&self, io: &impl Io<Task = T, Block = B>) {
         if !self.is_capturing() {

@@ -70,6 +70,7 @@ pub use flush::Batch;
 pub use group::{Group, Membership};
 pub use io::{Device, Errno, Fetch, Io, NeedMap};
 pub use range::{ByteRange, Geometry, MAX_GRANULE_BYTES, MIN_GRANULE_BYTES, PIECE_BYTES};
+pub use release::Announced;
 pub use runs::Runs;
 pub use stats::{State, Stats};
 

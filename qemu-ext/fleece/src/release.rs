@@ -10,7 +10,7 @@ use crate::places::Location;
 use crate::range::{ByteRange, PIECE_BYTES};
 use crate::sync::Ordering;
 use crate::table::Locked;
-use crate::watch::What;
+use crate::watch::{InFlight, What};
 use crate::{Io, OutOfMemory};
 
 /// Granules with released parts that are remembered. What is forgotten costs space, never data.
@@ -51,6 +51,17 @@ where
 /// After the end of the snapshot postponed discards are done for so long at most, so that they do
 /// not hold up the teardown.
 const MAX_POSTPONED_NS: u64 = 5_000_000_000;
+
+/// Postponed discards that are about to be done.
+pub struct Announced<'a> {
+    _in_flight: InFlight<'a>,
+}
+
+impl std::fmt::Debug for Announced<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Announced").finish_non_exhaustive()
+    }
+}
 
 /// What a release under a region's lock left to be done without it.
 #[derive(Default)]
@@ -219,6 +230,14 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             }
         }
         rest
+    }
+
+    /// Counts the guest's postponed discards as a request in flight, if there are any. Whoever does
+    /// them in a task that begins later holds this until then, so that a teardown waits for it.
+    pub fn announce_postponed(&self, io: &impl Io<Task = T, Block = B>) -> Option<Announced<'_>> {
+        let begin =
+            || Announced { _in_flight: self.watch.begin(What::DiscardSource, 0, io.now_ns()) };
+        self.has_postponed().then(begin)
     }
 
     /// Whether guest discards may still be postponed.

@@ -89,6 +89,14 @@ impl Watch {
         slots.operations.iter().flatten().filter(own).count() as u64
     }
 
+    /// How long the oldest of those has been in flight.
+    pub(crate) fn oldest_own_ns(&self, now_ns: u64) -> Option<u64> {
+        let slots = self.0.lock();
+        let own = |operation: &&Operation| operation.what != What::ReadSource;
+        let started_ns = slots.operations.iter().flatten().filter(own).map(|o| o.started_ns).min();
+        Some(now_ns.saturating_sub(started_ns?))
+    }
+
     /// A sentence about a request that has been in flight for more than `limit_ns`.
     pub(crate) fn late(&self, now_ns: u64, limit_ns: u64) -> Option<String> {
         let slots = self.0.lock();
@@ -117,11 +125,12 @@ mod tests {
         let read = watch.begin(What::ReadSource, 4096, 0);
         let write = watch.begin(What::WriteLog, 8192, 5_000_000_000);
         assert_eq!(watch.count_own(), 1);
+        assert_eq!(watch.oldest_own_ns(7_000_000_000), Some(2_000_000_000));
         let late = watch.late(3_000_000_000, 2_000_000_000).unwrap();
         assert_eq!(late, "read of old data from the disk at offset 4096 made no progress for 2 s");
         drop(read);
         assert_eq!(watch.late(6_000_000_000, 2_000_000_000), None);
         drop(write);
-        assert_eq!(watch.count_own(), 0);
+        assert_eq!((watch.count_own(), watch.oldest_own_ns(u64::MAX)), (0, None));
     }
 }

@@ -12,12 +12,17 @@ use fleece::bitmap_name::Action;
 
 use super::bitmaps::AccessBitmaps;
 use super::lease::{Clock, Lease};
+use crate::filter;
 use crate::qemu::error::Error;
 use crate::qemu::export::HeldExport;
 use crate::qemu::graph::{Bds, Holder, Relaxed};
 use crate::qemu::main_loop::MainLoop;
 use crate::qemu::migration::MigrationBlocker;
 use crate::qemu::timer::Timer;
+
+/// A request of at most 1 MiB that takes so long will not end soon. Nor will one after the end of
+/// the snapshot, however short it has been there: it may have ended for that.
+const STUCK: Duration = Duration::from_secs(5);
 
 /// One device of an access.
 #[derive(Debug)]
@@ -118,12 +123,32 @@ impl Registry {
         self.accesses.iter_mut().find(|access| access.target_id == target_id)
     }
 
-    /// The target that has an access to this node.
-    pub(super) fn target_of_source(&self, source_node: &str) -> Option<&str> {
+    /// A device for which the condition holds, with its target.
+    pub(super) fn find_device(
+        &self,
+        condition: impl Fn(&Device) -> bool,
+    ) -> Option<(&str, &Device)> {
         self.accesses
             .iter()
-            .find(|access| access.devices.iter().any(|d| d.source_node == source_node))
-            .map(|access| access.target_id.as_str())
+            .flat_map(|access| access.devices.iter().map(|d| (access.target_id.as_str(), d)))
+            .find(|(_, device)| condition(device))
+    }
+
+    /// A fleecing image of another target that does not move: a drained section would wait for it,
+    /// and hold all guest I/O and the monitor meanwhile.
+    pub(super) fn stuck_image(&self, main_loop: MainLoop, target_id: &str) -> Option<String> {
+        let others = self.accesses.iter().filter(|access| access.target_id != target_id);
+        let mut devices = others.flat_map(|access| access.devices.iter().map(move |d| (access, d)));
+        devices.find_map(|(access, device)| {
+            let node = device.filter(main_loop)?;
+            let is_over = matches!(filter::stats(node).state, State::Broken | State::Closing);
+            let age = filter::oldest_io(node).filter(|&age| is_over || age >= STUCK)?;
+            let (image, target) = (&device.fleecing_node, &access.target_id);
+            let age_ms = age.as_millis();
+            Some(format!(
+                "fleecing image '{image}' of target '{target}' has a request in flight for {age_ms} ms"
+            ))
+        })
     }
 
     /// The target whose access uses this bitmap of a node.

@@ -51,6 +51,9 @@ pub(super) fn check(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<P
             request.target_id
         )));
     }
+    if let Some(stuck) = registry::lock().stuck_image(main_loop, &request.target_id) {
+        return Err(Error::new(format!("{stuck}; a setup would wait for it, try again later")));
+    }
     let mut plans = Vec::with_capacity(request.devices.len());
     for (device, limits) in request.devices.iter().zip(limits) {
         let plan = check_device(main_loop, &request.target_id, device, limits)
@@ -136,10 +139,10 @@ fn check_source(main_loop: MainLoop, top: Bds, source: Bds) -> Result<u64, Error
         return Err(Error::new("there is no medium in it"));
     }
     let name = source.node_name(main_loop);
-    if let Some(target) = registry::lock().target_of_source(&name) {
+    if let Some((target, device)) = registry::lock().find_device(|d| d.fleecing_node == name) {
         return Err(Error::new(format!(
-            "it already has a backup access of target '{target}'; several targets on one disk \
-             are not supported by this version"
+            "it is the fleecing image of device '{}' for target '{target}'",
+            device.device
         )));
     }
     if [FILTER_DRIVER, SNAPSHOT_DRIVER].contains(&source.driver(main_loop).as_str()) {
@@ -203,7 +206,7 @@ fn check_fleecing(
 ) -> Result<String, Error> {
     let name = match &request.fleecing {
         Some(name) => name.clone(),
-        None => default_fleecing(&request.device)?,
+        None => default_fleecing(&request.device, &disk[1].node_name(main_loop))?,
     };
     let backend = Backend::find(main_loop, &name);
     let node = match backend {
@@ -226,6 +229,10 @@ fn check_fleecing(
     if node.is_inactive(main_loop) {
         return fault("is inactive (handed over by a migration)".into());
     }
+    let node_name = node.node_name(main_loop);
+    if let Some((target, _)) = registry::lock().find_device(|d| d.fleecing_node == node_name) {
+        return fault(format!("is in use by the backup access of target '{target}'"));
+    }
     let idle: HashSet<_> = idle_backends(main_loop, node).into_iter().map(Backend::id).collect();
     if let Some(user) = node.parents(main_loop).into_iter().find(|p| !idle.contains(&p.who)) {
         return fault(format!("is in use by {}", user.description));
@@ -246,7 +253,7 @@ fn check_fleecing(
             "is too small: it has {size} bytes, the disk has {size_bytes} bytes; {instead}"
         ));
     }
-    Ok(node.node_name(main_loop))
+    Ok(node_name)
 }
 
 /// Backends of the node that the monitor knows and no device uses.
@@ -261,7 +268,14 @@ pub(super) fn idle_backends(main_loop: MainLoop, node: Bds) -> Vec<Backend> {
 }
 
 /// The name where a fleecing image is expected when the request has none.
-fn default_fleecing(device: &str) -> Result<String, Error> {
+fn default_fleecing(device: &str, source_node: &str) -> Result<String, Error> {
+    if let Some((target, other)) = registry::lock().find_device(|d| d.source_node == source_node) {
+        return Err(Error::new(format!(
+            "'fleecing' must be given: target '{target}' has a backup access to this disk already, \
+             with fleecing image '{}', and each needs one of its own",
+            other.fleecing_node
+        )));
+    }
     let name = format!("{device}-fleecing");
     let mut bytes = name.bytes();
     let valid = name.len() <= MAX_NODE_NAME

@@ -58,8 +58,7 @@ struct PlanRest {
 pub fn setup(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<DeviceInfo>, Error> {
     let _operation = Operation::begin("backup-access-setup")?;
     let plans = request::check(main_loop, request)?;
-    let reason = format!("a backup access of target '{}' is active", request.target_id);
-    let blocker = MigrationBlocker::new(main_loop, &reason)?;
+    let blocker = MigrationBlocker::new(main_loop, &reason(&request.target_id))?;
 
     let mut prepared = Vec::with_capacity(plans.len());
     let done =
@@ -91,6 +90,11 @@ pub fn setup(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<DeviceIn
     status::start_watchdog(main_loop);
     lease::start_clock(main_loop);
     Ok(infos)
+}
+
+/// Why other commands are refused meanwhile.
+fn reason(target_id: &str) -> String {
+    format!("a backup access of target '{target_id}' is active")
 }
 
 fn prepare_and_switch(
@@ -170,10 +174,11 @@ fn prepare(
         on_error: plan.limits.on_error,
         postpone_discards: request::may_postpone_discards(&device_types),
         need,
+        reason: reason(target_id),
         notify: notifier(target_id, &rest.device),
-        on_close: on_close(filter_node, target_id, &rest.device),
+        on_close: on_close(target_id, &rest.device),
     };
-    filter::configure(filter_node, settings).map_err(Error::new)?;
+    filter::configure(main_loop, filter_node, settings).map_err(Error::new)?;
 
     let options = [
         ("driver", SNAPSHOT_DRIVER),
@@ -200,11 +205,10 @@ fn notifier(target_id: &str, device: &str) -> Box<dyn Fn() + Send + Sync> {
 }
 
 /// What the filter calls when it closes. During an access that happens at QEMU's exit only.
-fn on_close(filter: Bds, target_id: &str, device: &str) -> Box<dyn Fn() + Send> {
+fn on_close(target_id: &str, device: &str) -> Box<dyn Fn() + Send> {
     let (target_id, device) = (target_id.to_owned(), device.to_owned());
     Box::new(move || {
         if let Some(main_loop) = MainLoop::current() {
-            filter.freeze_filtered(main_loop, false);
             status::filter_closed(main_loop, &target_id, &device);
         }
     })
@@ -242,7 +246,9 @@ impl Prepared {
         self.filter.as_ref().map(NodeRef::node)
     }
 
-    /// Puts the filter above the source. After an error this device is unchanged.
+    /// Puts the filter directly above the source, below those of other targets: what an older one
+    /// does late (a guest's postponed discard) is captured for this one like any other request.
+    /// After an error this device is unchanged.
     fn switch(&mut self, drained: &Drained) -> Result<(), Error> {
         let main_loop = drained.main_loop();
         let filter = self.filter_node().ok_or_else(|| Error::new("the filter is missing"))?;
@@ -254,8 +260,6 @@ impl Prepared {
         }
         self.inserted = true;
         fault::point("setup_inserted");
-        // An external snapshot of the source would take its writes away from the bitmaps.
-        filter.freeze_filtered(main_loop, true);
         if let Some(bitmaps) = &mut self.bitmaps {
             bitmaps.switch();
         }
@@ -287,7 +291,6 @@ impl Prepared {
         if let Some(filter) = self.filter_node() {
             filter::begin_close(filter);
             let _ = filter::set_active(filter, false);
-            filter.freeze_filtered(main_loop, false);
             if self.inserted
                 && let Err(error) = drained.replace_node(filter, self.source.node())
             {

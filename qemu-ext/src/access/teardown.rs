@@ -42,7 +42,7 @@ pub fn teardown(target_id: &str, success: bool) -> Result<TeardownOutcome, Error
         let Some(what) = waiting.ok_or_else(died)? else { break };
         if start.elapsed() >= limit {
             return Err(Error::new(format!(
-                "{what} after {} seconds; the access stays in state closing, try again",
+                "{what} (waited {} seconds); the access stays in state closing, try again",
                 limit.as_secs()
             )));
         }
@@ -64,6 +64,7 @@ fn gone(target_id: &str) -> TeardownOutcome {
 
 /// Stops the access for a command. How long to wait, or none if it is unknown.
 fn begin(main_loop: MainLoop, target_id: &str, success: bool) -> Result<Option<Duration>, Error> {
+    bring_owners_home(main_loop, target_id);
     let limit = {
         let mut registry = registry::lock();
         let Some(access) = registry.access(target_id) else { return Ok(None) };
@@ -88,6 +89,7 @@ pub(super) fn try_end(main_loop: MainLoop, target_id: &str) -> Result<Option<Str
     if let Some(what) = pending(main_loop, target_id) {
         return Ok(Some(what));
     }
+    bring_owners_home(main_loop, target_id);
     let success = {
         let mut registry = registry::lock();
         let Some(access) = registry.access(target_id) else { return Ok(None) };
@@ -121,6 +123,33 @@ fn close(main_loop: MainLoop, target_id: &str) {
     }
     if let Some(access) = registry::lock().access(target_id) {
         access.exports.extend(held);
+    }
+}
+
+/// Has the owners of snapshot nodes hold these and nothing else: an overlay that a user put above
+/// one has taken its owner along, and could not be removed otherwise.
+fn bring_owners_home(main_loop: MainLoop, target_id: &str) {
+    let mut astray = Vec::new();
+    if let Some(access) = registry::lock().access(target_id) {
+        for (index, device) in access.devices.iter_mut().enumerate() {
+            let snapshot = device.snapshot(main_loop);
+            if snapshot.is_some()
+                && let Some(owner) = device.owner.take_if(|o| o.node(main_loop) != snapshot)
+            {
+                astray.push((index, snapshot, owner));
+            }
+        }
+    }
+    for (index, snapshot, owner) in astray {
+        // With no lock held: this drains. If it fails, what is above is named as a foreign user.
+        if let Some(Err(error)) = snapshot.map(|node| owner.hold_again(main_loop, node)) {
+            status::warn(&format!("teardown of target '{target_id}': {error}"));
+        }
+        let mut registry = registry::lock();
+        let access = registry.access(target_id);
+        if let Some(device) = access.and_then(|access| access.devices.get_mut(index)) {
+            device.owner = Some(owner);
+        }
     }
 }
 
@@ -169,8 +198,10 @@ fn pending(main_loop: MainLoop, target_id: &str) -> Option<String> {
             ));
         }
     }
-    let busy = access.exports.iter().find(|export| !export.is_idle(main_loop))?;
-    Some(format!("export '{}' has not ended", busy.id()))
+    if let Some(busy) = access.exports.iter().find(|export| !export.is_idle(main_loop)) {
+        return Some(format!("export '{}' has not ended", busy.id()));
+    }
+    registry.stuck_image(main_loop, target_id)
 }
 
 /// Takes the nodes out and settles the bitmaps. After an error or a panic the access stays with
@@ -262,7 +293,6 @@ fn remove(
         Some(filter) => {
             // Stopping cannot fail.
             let _ = filter::set_active(filter.node(), false);
-            filter.node().freeze_filtered(main_loop, false);
             let below = filter.node().below(main_loop).unwrap_or(source.node());
             drained.replace_node(filter.node(), below)
         }

@@ -12,6 +12,9 @@ use super::glib;
 use super::graph::Bds;
 use super::main_loop::MainLoop;
 
+/// As coarse as it can be: such a bitmap takes next to no memory.
+const SILENT_GRANULARITY_BYTES: u32 = 1 << 30;
+
 /// A dirty bitmap. It is a plain pointer: looked up by name, used at once, and kept only while the
 /// bitmap is marked busy by us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,15 +61,32 @@ impl Bitmap {
             return Err(Error::new(format!("bitmap granularity {granularity_bytes} is invalid")));
         }
         let name = glib::c_string(name);
-        let mut error = Slot::new();
         // SAFETY: main loop, outside of coroutines; the granularity is acceptable.
+        unsafe { Self::create_at(node, granularity_bytes, name.as_ptr()) }
+    }
+
+    /// A bitmap without a name that never records and is there for its own sake: QEMU loads no
+    /// internal snapshot into a node that has one. To be released before the node closes.
+    ///
+    /// # Errors
+    /// QEMU's error.
+    pub fn create_silent(_: MainLoop, node: Bds) -> Result<Self, Error> {
+        // SAFETY: main loop, outside of coroutines; no name is a name, too.
+        unsafe { Self::create_at(node, SILENT_GRANULARITY_BYTES, core::ptr::null()) }
+    }
+
+    /// # Safety
+    /// Main loop, outside of coroutines; the granularity is a power of two of at least 512, the
+    /// name a C string or null.
+    unsafe fn create_at(
+        node: Bds,
+        granularity_bytes: u32,
+        name: *const core::ffi::c_char,
+    ) -> Result<Self, Error> {
+        let mut error = Slot::new();
+        // SAFETY: as stated.
         let bitmap = unsafe {
-            sys::bdrv_create_dirty_bitmap(
-                node.as_ptr(),
-                granularity_bytes,
-                name.as_ptr(),
-                error.as_errp(),
-            )
+            sys::bdrv_create_dirty_bitmap(node.as_ptr(), granularity_bytes, name, error.as_errp())
         };
         let bitmap = Self(NonNull::new(bitmap).ok_or_else(|| error.take())?);
         bitmap.record(false);

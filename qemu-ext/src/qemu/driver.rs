@@ -97,10 +97,12 @@ fn snapshot_driver() -> sys::BlockDriver {
     sys::BlockDriver {
         format_name: SNAPSHOT_NAME.as_ptr(),
         bdrv_open: Some(snapshot_open),
+        bdrv_close: Some(snapshot_close),
         bdrv_child_perm: Some(snapshot_child_perm),
         bdrv_refresh_limits: Some(snapshot_refresh_limits),
         bdrv_refresh_filename: Some(filter_refresh_filename),
         bdrv_reopen_prepare: Some(reopen_prepare),
+        bdrv_inactivate: Some(snapshot_inactivate),
         bdrv_co_preadv_part: Some(snapshot_co_preadv_part),
         bdrv_co_pwritev_part: Some(snapshot_co_pwritev_part),
         bdrv_co_pwrite_zeroes: Some(snapshot_co_pwrite_zeroes),
@@ -122,6 +124,11 @@ pub fn filter_of(node: Bds) -> Option<&'static Filter> {
     let slot = unsafe { (*bs).opaque.cast::<*mut Filter>() };
     // SAFETY: `filter_open` stored null or a leaked box there, which lives until `filter_close`.
     unsafe { (*slot).as_ref() }
+}
+
+/// Whether a link of this class is one of ours that stay: from a snapshot node or a sentinel.
+pub(super) fn is_staying_link(class: *const sys::BdrvChildClass) -> bool {
+    STAYING_CHILD.get().is_some_and(|ours| core::ptr::eq(ours.0, class))
 }
 
 /// The state in a callback of the filter itself.
@@ -213,7 +220,8 @@ unsafe extern "C" fn filter_close(bs: *mut sys::BlockDriverState) {
         let slot = (*bs).opaque.cast::<*mut Filter>();
         Box::from_raw(core::mem::replace(&mut *slot, null_mut()))
     };
-    // QEMU aborts at its exit if links stay frozen or bitmaps busy: once more after a panic.
+    // QEMU aborts at its exit if bitmaps stay busy: once more after a panic. It does so too if links
+    // stay frozen: these end with the filter.
     if try_guard(|| filter.closing()).is_none() {
         guard((), || filter.closing());
     }
@@ -466,7 +474,7 @@ unsafe fn open_snapshot(
 ) -> c_int {
     // SAFETY: as stated.
     let Some(child) = (unsafe { open_staying_child(bs, options, errp) }) else { return -EINVAL };
-    if filter_of(child.node()).is_none() {
+    let Some(filter) = filter_of(child.node()) else {
         // SAFETY: a constant sentence.
         unsafe {
             sys::ba_error_setg(
@@ -475,8 +483,23 @@ unsafe fn open_snapshot(
             );
         }
         return -EINVAL;
-    }
+    };
+    filter.snapshot_opened();
     0
+}
+
+unsafe extern "C" fn snapshot_close(bs: *mut sys::BlockDriverState) {
+    guard((), || {
+        // SAFETY: an open node whose link is still there; the main loop closes it.
+        if let Some(filter) = unsafe { snapshot_filter(bs) } {
+            filter.snapshot_closes();
+        }
+    });
+}
+
+/// A snapshot node that is inactive could not be told to release anything.
+unsafe extern "C" fn snapshot_inactivate(_bs: *mut sys::BlockDriverState) -> c_int {
+    -EBUSY
 }
 
 /// Opens the option `file` with a link that stays at its node, and takes the size over.

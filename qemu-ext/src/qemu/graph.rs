@@ -10,6 +10,7 @@ use qemu_ext_sys as sys;
 use super::error::{Error, Slot};
 use super::glib;
 use super::main_loop::MainLoop;
+use super::seal::Thawed;
 
 /// A node of the block graph.
 ///
@@ -199,19 +200,6 @@ impl Bds {
         unsafe {
             let link = (*self.as_ptr()).file;
             if link.is_null() { None } else { Self::from_ptr((*link).bs) }
-        }
-    }
-
-    /// Keeps everything from being put between this filter and what it filters, or ends that. A
-    /// frozen link must not be there any more when the filter closes.
-    pub fn freeze_filtered(self, _: MainLoop, frozen: bool) {
-        let _lock = GraphReader::new();
-        // SAFETY: main loop with the graph lock; the link of a node that is there.
-        unsafe {
-            let link = (*self.as_ptr()).file;
-            if !link.is_null() {
-                (*link).frozen = frozen;
-            }
         }
     }
 
@@ -464,6 +452,23 @@ impl Holder {
         }
     }
 
+    /// The node that it holds.
+    pub fn node(&self, main_loop: MainLoop) -> Option<Bds> {
+        self.0.node(main_loop)
+    }
+
+    /// Holds this node: a job or an overlay may have put itself in its place.
+    ///
+    /// # Errors
+    /// QEMU's error; it holds what it held.
+    pub fn hold_again(&self, _: MainLoop, node: Bds) -> Result<(), Error> {
+        let mut error = Slot::new();
+        // SAFETY: main loop; backend and node are there.
+        let result =
+            unsafe { sys::blk_replace_bs(self.0.0.as_ptr(), node.as_ptr(), error.as_errp()) };
+        if result < 0 { Err(error.take()) } else { Ok(()) }
+    }
+
     /// Whether the node may be moved to another AioContext.
     pub fn allow_context_change(&self, _: MainLoop, allow: bool) {
         // SAFETY: main loop; the backend is ours.
@@ -502,12 +507,13 @@ impl Drained {
         self.0
     }
 
-    /// Puts `to` in the place of `from` for all its users.
+    /// Puts `to` in the place of `from` for all its users: also for those whose links are sealed.
     ///
     /// # Errors
     /// QEMU's error; nothing was changed.
     pub fn replace_node(&self, from: Bds, to: Bds) -> Result<(), Error> {
         let mut error = Slot::new();
+        let _thawed = Thawed::links_to(self.0, from);
         // SAFETY: main loop, everything is quiesced, both nodes are there.
         let result = unsafe {
             sys::bdrv_graph_wrlock();

@@ -2,6 +2,7 @@
 //! Safe wrappers around QEMU, one file per concept. All `unsafe` of this crate lives here.
 
 pub mod bitmap;
+pub mod blocker;
 pub mod cached;
 pub mod child;
 pub mod coroutine;
@@ -16,6 +17,7 @@ pub mod memory;
 pub mod migration;
 pub mod qapi;
 pub mod reflink;
+pub mod seal;
 pub mod sentinel;
 pub mod timer;
 pub mod users;

@@ -29,6 +29,17 @@ void ba_qobject_unref(QDict *qdict)
     qobject_unref(qdict);
 }
 
+uint64_t ba_qdict_get_size(const QDict *qdict, const char *key)
+{
+    const char *text = qdict_get_try_str(qdict, key);
+    uint64_t size = 0;
+
+    if (!text) {
+        return qdict_get_try_int(qdict, key, 0);
+    }
+    return qemu_strtosz(text, NULL, &size) < 0 ? 0 : size;
+}
+
 void ba_qdict_put_qdict(QDict *qdict, const char *key, QDict *obj)
 {
     qdict_put(qdict, key, obj);

@@ -15,6 +15,8 @@ void ba_error_setg_device_not_found(Error **errp, const char *msg);
 /* QObjects. */
 QDict *ba_qdict_ref(QDict *qdict);
 void ba_qobject_unref(QDict *qdict);
+/* A size in bytes, as a number or as text; 0 if there is none. */
+uint64_t ba_qdict_get_size(const QDict *qdict, const char *key);
 /* Takes @obj over. */
 void ba_qdict_put_qdict(QDict *qdict, const char *key, QDict *obj);
 

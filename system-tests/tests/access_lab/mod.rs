@@ -108,6 +108,12 @@ impl Lab {
     /// Starts an emulator: `disk0` has the device `guest-disk0`, `shared` has the device `disk1`,
     /// `old` and its fleecing image are made by `-drive`, the drive of `cd` is empty.
     pub(super) async fn start_emulator(options: &[&str]) -> Self {
+        let cd = ["-drive", "if=none,id=empty", "-device", "ide-cd,drive=empty,id=cd"];
+        Self::start_emulator_without_cd(&[&cd, options].concat()).await
+    }
+
+    /// The same without `cd`: the firmware waits half a minute for a medium.
+    pub(super) async fn start_emulator_without_cd(options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut command = Command::new(bin_dir().unwrap().join("qemu-system-x86_64"));
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-S"]);
@@ -124,7 +130,6 @@ impl Lab {
             command.args(["-drive", &format!("if=none,id={id},format=raw,file={file}")]);
         }
         command.args(["-device", "virtio-blk-pci,drive=old"]);
-        command.args(["-drive", "if=none,id=empty", "-device", "ide-cd,drive=empty,id=cd"]);
         for monitor in ["qmp", SECOND_MONITOR] {
             let path = folder.path().join(monitor);
             command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path.display()));
@@ -151,6 +156,14 @@ impl Lab {
             tokio::time::sleep(Duration::from_millis(10)).await;
         };
         Self { child: Some(child), session, folder, exports: AtomicU32::new(0) }
+    }
+
+    /// How many sockets the process has open: its clients and what it listens on.
+    pub(super) fn sockets(&self) -> usize {
+        let pid = self.child.as_ref().unwrap().id();
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        let links = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        links.filter(|link| link.to_string_lossy().starts_with("socket:")).count()
     }
 
     pub(super) fn session(&self) -> &Session {
@@ -188,6 +201,13 @@ impl Lab {
         self.run("backup-access-teardown", arguments).await
     }
 
+    /// Adds a disk of zeroes, as large as the others.
+    pub(super) async fn add_disk(&self, name: &str) {
+        for node in disk_nodes(self.folder.path(), name, DISK_BYTES, false) {
+            self.run("blockdev-add", node).await;
+        }
+    }
+
     /// All nodes and links, in a form that can be compared.
     pub(super) async fn graph(&self) -> Vec<String> {
         let graph = self.run("x-debug-query-block-graph", json!({})).await;
@@ -215,8 +235,9 @@ impl Lab {
         let nodes = nodes.as_array().unwrap();
         let node = nodes.iter().find(|entry| entry["node-name"] == node).unwrap();
         let bitmaps = node.get("dirty-bitmaps").and_then(Value::as_array);
-        let names = bitmaps.into_iter().flatten().map(|b| b["name"].as_str().unwrap().to_owned());
-        names.collect()
+        // Those without a name keep internal snapshots from being loaded.
+        let names = bitmaps.into_iter().flatten().filter_map(|b| b["name"].as_str());
+        names.map(str::to_owned).collect()
     }
 
     /// Exports a snapshot, with its bitmap if it has one; the export's name.
@@ -245,6 +266,9 @@ impl Lab {
     pub(super) async fn try_io<C: AsRef<str>>(&self, export: &str, commands: &[C]) -> String {
         let mut process = tokio::process::Command::new(bin_dir().unwrap().join("qemu-io"));
         process.args(["-f", "raw"]);
+        if commands.iter().all(|command| command.as_ref().starts_with("read ")) {
+            process.arg("-r");
+        }
         for command in commands {
             process.args(["-c", command.as_ref()]);
         }
@@ -264,6 +288,24 @@ impl Lab {
     /// Compares the content with a pattern.
     pub(super) async fn expect(&self, export: &str, pattern: u8, offset: u64, len: u64) {
         self.io(export, &format!("read -P {pattern:#x} {offset} {len}")).await;
+    }
+
+    /// Compares the whole content with a file, byte by byte.
+    pub(super) fn expect_file(&self, export: &str, file: &Path) {
+        self.image(&["compare", "-f", "raw", "-F", "raw"], export, file);
+    }
+
+    /// Saves the whole content as a file.
+    pub(super) fn save(&self, export: &str, file: &Path) {
+        self.image(&["convert", "-f", "raw", "-O", "raw"], export, file);
+    }
+
+    fn image(&self, command: &[&str], export: &str, file: &Path) {
+        let mut process = Command::new(bin_dir().unwrap().join("qemu-img"));
+        let output = process.args(command).arg(self.uri(export)).arg(file).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command:?} {export}: {text}{errors}");
     }
 
     /// Reads everything.
@@ -404,8 +446,13 @@ impl Client {
 
     /// Reads and compares, and goes on waiting for commands.
     pub(super) fn reads(&mut self, pattern: u8) {
+        self.reads_at(pattern, 0);
+    }
+
+    /// The same elsewhere.
+    pub(super) fn reads_at(&mut self, pattern: u8, offset: u64) {
         let stdin = self.child.stdin.as_mut().unwrap();
-        writeln!(stdin, "read -P {pattern:#x} 0 4096").unwrap();
+        writeln!(stdin, "read -P {pattern:#x} {offset} 4096").unwrap();
         let mut lines = BufReader::new(self.child.stdout.as_mut().unwrap()).lines();
         let line = lines.next().unwrap().unwrap();
         assert!(line.contains("read 4096/4096"), "{line}");
@@ -439,17 +486,24 @@ fn daemon(faults: &str, folder: &Path) -> Command {
     command
 }
 
+/// Makes a file of zeroes; the descriptions of its node and of the raw node above it.
+fn disk_nodes(folder: &Path, name: &str, size_bytes: u64, read_only: bool) -> [Value; 2] {
+    let path: PathBuf = folder.join(name);
+    std::fs::File::create(&path).unwrap().set_len(size_bytes).unwrap();
+    let file = format!("{name}-file");
+    [
+        json!({ "driver": "file", "node-name": file, "filename": path, "discard": "unmap",
+                "read-only": read_only }),
+        json!({ "driver": "raw", "node-name": name, "file": file, "discard": "unmap",
+                "read-only": read_only }),
+    ]
+}
+
 /// The block nodes of daemon and emulator.
 fn nodes(folder: &Path) -> Vec<Value> {
     let mut nodes = Vec::new();
     let mut disk = |name: &str, size_bytes: u64, read_only: bool| {
-        let path: PathBuf = folder.join(name);
-        std::fs::File::create(&path).unwrap().set_len(size_bytes).unwrap();
-        let file = format!("{name}-file");
-        nodes.push(json!({ "driver": "file", "node-name": file, "filename": path,
-                           "discard": "unmap", "read-only": read_only }));
-        nodes.push(json!({ "driver": "raw", "node-name": name, "file": file, "discard": "unmap",
-                           "read-only": read_only }));
+        nodes.extend(disk_nodes(folder, name, size_bytes, read_only));
     };
     for name in ["disk0", "disk0-fleecing", "disk1", "disk1-fleecing", "alone", "shared"] {
         disk(name, DISK_BYTES, false);
