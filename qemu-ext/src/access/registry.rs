@@ -123,6 +123,11 @@ impl Registry {
         self.accesses.iter_mut().find(|access| access.target_id == target_id)
     }
 
+    /// A target that has an access to this node.
+    pub(super) fn target_of_source(&self, source_node: &str) -> Option<&str> {
+        self.find_device(|device| device.source_node == source_node).map(|(target, _)| target)
+    }
+
     /// A device for which the condition holds, with its target.
     pub(super) fn find_device(
         &self,

@@ -11,6 +11,7 @@ use crate::qemu::error::Error;
 use crate::qemu::glib::sha256_hex;
 use crate::qemu::graph::{Backend, Bds};
 use crate::qemu::main_loop::MainLoop;
+use crate::qemu::sentinel::SENTINEL_DRIVER;
 
 /// Smallest fleecing image of a disk that is larger, given a limit on what is stored in it.
 const MIN_FLEECING_BYTES: u64 = 1 << 20;
@@ -145,7 +146,9 @@ fn check_source(main_loop: MainLoop, top: Bds, source: Bds) -> Result<u64, Error
             device.device
         )));
     }
-    if [FILTER_DRIVER, SNAPSHOT_DRIVER].contains(&source.driver(main_loop).as_str()) {
+    if [FILTER_DRIVER, SNAPSHOT_DRIVER, SENTINEL_DRIVER]
+        .contains(&source.driver(main_loop).as_str())
+    {
         return Err(Error::new("it is itself part of a backup access"));
     }
     if source.is_inactive(main_loop) {
