@@ -60,6 +60,7 @@ const MEMBERS: &[(&str, &str, &str)] = &[
     ("BlockDriverState", "supported_zero_flags", "unmapping zeroes reach the disk"),
     ("BlockDriverState", "parents", "walk the graph upwards"),
     ("BlockDriverState", "children", "walk the graph downwards"),
+    ("BlockDriverState", "write_gen", "a bitmap's file is loaded before the first write only"),
     ("BlockLimits", "request_alignment", "granule of captures"),
     ("BlockLimits", "pdiscard_alignment", "releases by trim, discards of the fleecing image"),
     ("BlockLimits", "max_pdiscard", "releases of any length"),
@@ -71,6 +72,7 @@ const MEMBERS: &[(&str, &str, &str)] = &[
     ("BdrvChild", "frozen", "links that must not move"),
     ("BdrvChild", "next_parent", "walk the graph upwards"),
     ("BdrvChildClass", "stay_at_node", "the snapshot stays at its filter"),
+    ("BdrvChildClass", "parent_is_bds", "tell nodes from other users of a node"),
     ("BdrvChildClass", "get_parent_desc", "name who holds a link"),
     ("BlockExport", "blk", "find the exports of a node"),
     ("BlockExport", "refcount", "wait for the end of an export"),
@@ -415,4 +417,68 @@ fn rust_files(dir: &Path) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::paths::Paths;
+
+    /// Members of lists that QEMU generates from QAPI types.
+    const GENERATED: &[&str] = &["next", "value", "id"];
+
+    /// `(*pointer).member` in Rust, not a method.
+    fn members_read(tokens: &[String]) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        let mut open = Vec::new();
+        for (at, token) in tokens.iter().enumerate() {
+            if token == "(" {
+                open.push(tokens.get(at + 1).is_some_and(|next| next == "*"));
+            }
+            let after = |offset: usize| tokens.get(at + offset).map(String::as_str);
+            if token == ")"
+                && open.pop() == Some(true)
+                && after(1) == Some(".")
+                && after(3) != Some("(")
+            {
+                found.extend(after(2).map(str::to_string));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn every_member_that_the_extension_uses_is_probed() {
+        let ext = Paths::find().unwrap().root.join("qemu-ext");
+        let mut used = BTreeSet::new();
+        for path in rust_files(&ext.join("src/qemu")).unwrap() {
+            let code = code_only(&fs::read_to_string(&path).unwrap()).replace('\'', " ");
+            used.extend(members_read(&tokens(&code)));
+        }
+        let shim =
+            tokens(&without_comments(&fs::read_to_string(ext.join("sys/csrc/shim.c")).unwrap()));
+        let arrows = shim.windows(3).filter(|three| three[0] == "-" && three[1] == ">");
+        used.extend(arrows.map(|three| three[2].clone()));
+        assert!(used.len() > 15, "{used:?}");
+        used.retain(|name| {
+            !MEMBERS.iter().any(|(_, member, _)| member == name)
+                && !GENERATED.contains(&name.as_str())
+        });
+        assert!(used.is_empty(), "add them to MEMBERS in xtask/src/qemu/probe/wanted.rs: {used:?}");
+    }
+
+    #[test]
+    fn members_are_told_from_methods() {
+        let found = members_read(&tokens("(*a).b; (*(*c).d).e(1); (f).g; unsafe { (*h).i.j() }"));
+        assert_eq!(found.into_iter().collect::<Vec<_>>(), ["b", "d", "i"]);
+    }
+
+    #[test]
+    fn arguments_are_counted_at_their_own_depth() {
+        for (text, number) in
+            [("()", 0), ("(a)", 1), ("(a, b(c, d), [e, f])", 3), ("(a, b,)", 2), ("((a, b))", 1)]
+        {
+            assert_eq!(arguments(&tokens(text)), number, "{text}");
+        }
+    }
 }
