@@ -140,7 +140,10 @@ fn download_from(mirror: &str, dir: &Path, wanted: Wanted<'_>, log: &Path) -> Re
         let args = ["source", "--download-only", &package];
         match step(&format!("download the source package {package}"), &args, &files) {
             Ok(()) => return keep(&files, dir, &state, wanted),
-            Err(failed) => error = failed,
+            Err(failed) => {
+                eprintln!("    {mirror} lists {package} but does not have it");
+                error = failed;
+            }
         }
     }
     Err(error)
