@@ -51,6 +51,8 @@ const MEMBERS: &[(&str, &str, &str)] = &[
     ("BlockDriverState", "drv", "tell our nodes from others"),
     ("BlockDriverState", "opaque", "a driver's own state"),
     ("BlockDriverState", "file", "the link to the node below"),
+    ("BlockDriverState", "backing", "the link to the image below"),
+    ("BlockDriverState", "options", "a raw node that shows a part of its file"),
     ("BlockDriverState", "total_sectors", "size of a node"),
     ("BlockDriverState", "open_flags", "inactive and uncached nodes"),
     ("BlockDriverState", "bl", "request limits"),
@@ -79,6 +81,7 @@ const MEMBERS: &[(&str, &str, &str)] = &[
     ("BlockDriver", "format_name", "name of a driver"),
     ("BlockDriver", "instance_size", "a driver's own state"),
     ("BlockDriver", "is_filter", "the filter is transparent"),
+    ("BlockDriver", "bdrv_snapshot_goto", "disks that can be reverted during a backup"),
 ];
 
 /// Parameters whose type has changed before; `sys/build.rs` finds out which one it is.
