@@ -193,19 +193,24 @@ async fn add_qcow2(lab: &Lab, name: &str, backing: Option<&str>) {
 
 /// A backup job that copies all: it has a point in time of its own.
 #[tokio::test]
-async fn a_full_backup_job_works_on_filter_and_device() {
-    for on_filter in [true, false] {
+async fn a_full_backup_job_works_before_and_during_an_access() {
+    for (before, node) in [(false, "filter"), (false, "top"), (true, "top"), (true, "shared")] {
         let mut scene = Scene::start(Below::Raw).await;
+        let more = json!({ "target": "alone", "sync": "full", "speed": MIB });
+        if before {
+            scene.lab.run("blockdev-backup", scene.job(node, more.clone())).await;
+        }
         scene.set_up().await;
-        let device = if on_filter { scene.filter.clone() } else { "top".to_owned() };
-        let job = scene.job(&device, json!({ "target": "alone", "sync": "full", "speed": MIB }));
-        scene.lab.run("blockdev-backup", job).await;
+        if !before {
+            let node = if node == "filter" { scene.filter.clone() } else { node.to_owned() };
+            scene.lab.run("blockdev-backup", scene.job(&node, more)).await;
+        }
         scene.lab.guest_writes("top", SECOND, MIB, MIB).await;
         scene.check_snapshot().await;
         scene.lab.run("block-job-set-speed", json!({ "device": "j", "speed": 0 })).await;
         assert_eq!(scene.job_ends().await, None);
         export(&scene.lab, "alone", false).await;
-        scene.lab.expect("alone", FIRST, 0, MIB).await;
+        scene.lab.expect("alone", if before { OLD } else { FIRST }, 0, MIB).await;
         scene.lab.expect("alone", OLD, MIB, DISK_BYTES - MIB).await;
         scene.lab.run("block-export-del", json!({ "id": "alone" })).await;
         wait_for_exports(&scene.lab, "alone").await;
