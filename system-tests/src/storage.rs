@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,10 @@ use crate::process::{Guarded, Stop};
 
 /// How long anything that must happen may take on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(60);
+/// A second monitor's socket in the folder of a process.
+pub const SECOND_MONITOR: &str = "qmp2";
+/// The file in the folder of a process with what it wrote to its standard error, see [`Launch`].
+pub const STDERR: &str = "stderr";
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
 
 /// The daemon with its folder; killed when dropped.
@@ -28,6 +32,17 @@ pub struct Storage {
     session: Session,
     folder: tempfile::TempDir,
     numbers: AtomicU32,
+}
+
+/// What is special about a process.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Launch<'a> {
+    /// An emulator with these options, whose guest does not run, in place of the daemon.
+    pub emulator: Option<&'a [&'a str]>,
+    /// Variables of its environment.
+    pub environment: &'a [(&'a str, &'a str)],
+    /// Its standard error goes to the file [`STDERR`] in its folder.
+    pub keep_stderr: bool,
 }
 
 /// How a client of an export connects.
@@ -59,15 +74,7 @@ impl Storage {
     /// # Errors
     /// Those of [`Self::start`].
     pub async fn start_in(folder: tempfile::TempDir) -> Result<Self> {
-        let (qmp, nbd) = (free_socket(&folder, "qmp"), free_socket(&folder, "nbd"));
-        let server = json!({ "addr": { "type": "unix", "path": nbd }, "max-connections": 0 });
-        let mut command = Command::new(crate::qemu::bin_dir()?.join("qemu-storage-daemon"));
-        command.arg("--chardev");
-        command.arg(format!("socket,id=qmp,path={},server=on,wait=off", qmp.display()));
-        command.args(["--monitor", "chardev=qmp", "--nbd-server"]).arg(server.to_string());
-        let mut process = Guarded::spawn(command.stdin(Stdio::null()))?;
-        let session = connect(&qmp, &mut process).await?;
-        Ok(Self { process, session, folder, numbers: AtomicU32::new(0) })
+        Self::launch(folder, &Launch::default()).await
     }
 
     /// An emulator with these options, whose guest does not run, in place of the daemon.
@@ -75,17 +82,49 @@ impl Storage {
     /// # Errors
     /// Those of [`Self::start`].
     pub async fn start_emulator_in(folder: tempfile::TempDir, options: &[&str]) -> Result<Self> {
-        let (qmp, nbd) = (free_socket(&folder, "qmp"), free_socket(&folder, "nbd"));
-        let mut command = Command::new(crate::qemu::bin_dir()?.join("qemu-system-x86_64"));
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-S"]);
-        command.args(["-machine", "pc", "-accel", "tcg", "-m", "64", "-qmp"]);
-        command.arg(format!("unix:{},server=on,wait=off", qmp.display())).args(options);
-        let mut process = Guarded::spawn(command.stdin(Stdio::null()))?;
+        Self::launch(folder, &Launch { emulator: Some(options), ..Launch::default() }).await
+    }
+
+    /// Any of them.
+    ///
+    /// # Errors
+    /// Those of [`Self::start`].
+    pub async fn launch(folder: tempfile::TempDir, how: &Launch<'_>) -> Result<Self> {
+        let [qmp, second, nbd] =
+            ["qmp", SECOND_MONITOR, "nbd"].map(|name| free_socket(&folder, name));
+        let mut command = match how.emulator {
+            None => daemon_command(&qmp, &second, &nbd)?,
+            Some(options) => emulator_command(&qmp, &second, options)?,
+        };
+        command.envs(how.environment.iter().copied()).stdin(Stdio::null());
+        if how.keep_stderr {
+            let path = folder.path().join(STDERR);
+            let file = File::options().create(true).append(true).open(path)?;
+            command.stderr(file);
+        }
+        let mut process = Guarded::spawn(&mut command)?;
         let session = connect(&qmp, &mut process).await?;
         let this = Self { process, session, folder, numbers: AtomicU32::new(0) };
-        let server = json!({ "addr": { "type": "unix", "data": { "path": nbd } } });
-        this.run("nbd-server-start", server).await?;
+        if how.emulator.is_some() {
+            let address = json!({ "type": "unix", "data": { "path": nbd } });
+            let server = json!({ "addr": address, "max-connections": 0 });
+            this.run("nbd-server-start", server).await?;
+        }
         Ok(this)
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// How the process ended, if it has.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.process.try_wait()
     }
 
     /// The QMP connection.
@@ -358,6 +397,29 @@ impl Storage {
     }
 }
 
+fn daemon_command(qmp: &Path, second: &Path, nbd: &Path) -> Result<Command> {
+    let server = json!({ "addr": { "type": "unix", "path": nbd }, "max-connections": 0 });
+    let mut command = Command::new(crate::qemu::bin_dir()?.join("qemu-storage-daemon"));
+    for (id, path) in [("qmp", qmp), ("qmp2", second)] {
+        command.arg("--chardev");
+        command.arg(format!("socket,id={id},path={},server=on,wait=off", path.display()));
+        command.args(["--monitor", &format!("chardev={id}")]);
+    }
+    command.arg("--nbd-server").arg(server.to_string());
+    Ok(command)
+}
+
+fn emulator_command(qmp: &Path, second: &Path, options: &[&str]) -> Result<Command> {
+    let mut command = Command::new(crate::qemu::bin_dir()?.join("qemu-system-x86_64"));
+    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-S"]);
+    command.args(["-machine", "pc", "-accel", "tcg", "-m", "64"]);
+    for path in [qmp, second] {
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path.display()));
+    }
+    command.args(options);
+    Ok(command)
+}
+
 /// The place of a socket, where an earlier process may have left one.
 fn free_socket(folder: &tempfile::TempDir, name: &str) -> PathBuf {
     let path = folder.path().join(name);
@@ -410,6 +472,21 @@ pub async fn next_event(events: &mut EventStream, name: &str) -> Result<Value> {
     };
     let data = tokio::time::timeout(LIMIT, wait).await.with_context(|| format!("no {name}"))??;
     Ok(serde_json::to_value(data)?)
+}
+
+/// Makes an empty qcow2 image.
+///
+/// # Errors
+/// qemu-img is missing or fails.
+pub fn create_qcow2(path: &Path, size_bytes: u64) -> Result<()> {
+    let status = Command::new(crate::qemu::bin_dir()?.join("qemu-img"))
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(path)
+        .arg(size_bytes.to_string())
+        .status()
+        .context("qemu-img")?;
+    ensure!(status.success(), "qemu-img cannot make {}: {status}", path.display());
+    Ok(())
 }
 
 /// Fills a range with a byte.

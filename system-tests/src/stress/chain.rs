@@ -13,7 +13,7 @@ use rand::{Rng as _, SeedableRng as _};
 
 use super::Plan;
 use super::daemon::Daemon;
-use super::model::{Model, SECTOR, ZERO, decode};
+use super::model::{Model, Moment, SECTOR, ZERO, decode};
 use super::writers::Writers;
 
 const TARGET: &str = "chain";
@@ -41,11 +41,11 @@ pub(super) async fn check(
     for number in 0..=INCREMENTS {
         writers.let_run(60).await?;
         let mut copy = stored.clone();
-        let info = begin(plan, daemon, model, copy.generation.as_deref()).await?;
+        let (info, moment) = begin(plan, daemon, model, copy.generation.as_deref()).await?;
         let wanted = if number == 0 { BitmapAction::New } else { BitmapAction::Used };
         ensure!(info.bitmap_action == wanted, "backup {number}: bitmap {}", info.bitmap_action);
         let count = take(daemon, &info, number, &mut copy.values).await?;
-        model.check_values(&copy.values).with_context(|| format!("the copy of backup {number}"))?;
+        moment.check_values(&copy.values).with_context(|| format!("the copy of backup {number}"))?;
         if number > 0 {
             read += count;
         }
@@ -66,7 +66,7 @@ async fn begin(
     daemon: &Daemon,
     model: &Model,
     generation: Option<&str>,
-) -> Result<AccessInfo> {
+) -> Result<(AccessInfo, Moment)> {
     let mut device = Device::new("disk");
     device.bitmap_mode = Some(if generation.is_some() { BitmapMode::Use } else { BitmapMode::New });
     device.generation = generation.map(str::to_owned);
@@ -74,10 +74,10 @@ async fn begin(
         buffer_size_bytes: Some(plan.buffer_bytes),
         ..SetupRequest::new(TARGET, vec![device])
     };
-    model.begin_point_in_time();
+    let moment = model.begin_point_in_time();
     let infos = backup::setup(daemon.session(), &request).await.context("setup")?;
-    model.end_point_in_time();
-    infos.into_iter().next().context("setup names no device")
+    model.end_point_in_time(&moment);
+    Ok((infos.into_iter().next().context("setup names no device")?, moment))
 }
 
 /// Reads what the bitmap marks into the copy; returns the number of sectors.

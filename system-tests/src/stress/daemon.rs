@@ -2,11 +2,10 @@
 //! A patched storage daemon with one disk, its fleecing image and a guest's export.
 
 use std::fs::File;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use provider_nbd::Client;
 use qmp_client::Session;
 use serde_json::{Value, json};
@@ -15,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use super::Plan;
 use super::faults::{Fault, Faults};
-use crate::storage::{Connection, LIMIT, Storage};
+use crate::storage::{Connection, LIMIT, Storage, create_qcow2};
 
 /// What a full fleecing image has room for, its own tables included.
 const ROOM_BYTES: u64 = 6 << 20;
@@ -112,7 +111,7 @@ impl Daemon {
             let mut number = 0_u64;
             loop {
                 let quiet = connecting.lock().await;
-                drain(&session, &file, number).await?;
+                drain(&session, "disk", &file, number).await?;
                 drop(quiet);
                 number += 1;
                 tokio::time::sleep(PAUSE).await;
@@ -156,7 +155,8 @@ impl Drop for Drains {
     }
 }
 
-async fn drain(session: &Session, file: &Value, number: u64) -> Result<()> {
+/// Drains a disk, in one of the ways that a monitor can; `file` describes the node of its file.
+pub(crate) async fn drain(session: &Session, disk: &str, file: &Value, number: u64) -> Result<()> {
     let run = async |command: &str, arguments: Value| -> Result<()> {
         session.execute_raw(command, arguments, Some(LIMIT)).await?;
         Ok(())
@@ -165,7 +165,7 @@ async fn drain(session: &Session, file: &Value, number: u64) -> Result<()> {
         // All disks, before the actions begin.
         0 => {
             let name = format!("drain-{number}");
-            let bitmap = json!({ "node": "disk-file", "name": name });
+            let bitmap = json!({ "node": file["node-name"], "name": name });
             let add = json!({ "type": "block-dirty-bitmap-add", "data": bitmap });
             run("transaction", json!({ "actions": [add] })).await?;
             run("block-dirty-bitmap-remove", bitmap).await
@@ -174,7 +174,7 @@ async fn drain(session: &Session, file: &Value, number: u64) -> Result<()> {
         1 => run("blockdev-reopen", json!({ "options": [file] })).await,
         // The disk, by a parent that comes and goes.
         _ => {
-            let node = json!({ "driver": "raw", "node-name": "above", "file": "disk",
+            let node = json!({ "driver": "raw", "node-name": "above", "file": disk,
                                "read-only": true });
             run("blockdev-add", node).await?;
             run("blockdev-del", json!({ "node-name": "above" })).await
@@ -188,12 +188,7 @@ fn create_fleecing(plan: &Plan, storage: &Storage) -> Result<()> {
         File::create(&path)?.set_len(plan.size_bytes)?;
         return Ok(());
     }
-    let status = Command::new(crate::qemu::bin_dir()?.join("qemu-img"))
-        .args(["create", "-q", "-f", "qcow2"])
-        .arg(&path)
-        .arg(plan.size_bytes.to_string())
-        .status()?;
-    ensure!(status.success(), "qemu-img create ended with {status}");
+    create_qcow2(&path, plan.size_bytes)?;
     if plan.fault == Some(Fault::Full) {
         File::options().write(true).open(&path)?.set_len(ROOM_BYTES)?;
     }

@@ -30,24 +30,24 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub(super) const ALL: [Self; 5] =
+    pub(crate) const ALL: [Self; 5] =
         [Self::DiskReads, Self::Image, Self::Stall, Self::Full, Self::Delays];
 
     /// Whether the reader may meet errors.
-    pub(super) fn loses(self) -> bool {
+    pub(crate) fn loses(self) -> bool {
         self != Self::Delays
     }
 
     /// Whether the snapshot may break; what else is lost is single granules.
-    pub(super) fn breaks(self) -> bool {
+    pub(crate) fn breaks(self) -> bool {
         matches!(self, Self::Image | Self::Full | Self::Stall)
     }
 
-    pub(super) fn serves_disk(self) -> bool {
+    pub(crate) fn serves_disk(self) -> bool {
         matches!(self, Self::DiskReads | Self::Delays)
     }
 
-    pub(super) fn serves_image(self) -> bool {
+    pub(crate) fn serves_image(self) -> bool {
         matches!(self, Self::Image | Self::Delays | Self::Stall)
     }
 
@@ -77,7 +77,7 @@ impl Fault {
 
 /// The servers of a run's faults; ended when dropped.
 #[derive(Debug, Default)]
-pub(super) struct Faults {
+pub(crate) struct Faults {
     servers: Vec<Guarded>,
     fault: Option<Fault>,
     folder: std::path::PathBuf,
@@ -85,12 +85,12 @@ pub(super) struct Faults {
 }
 
 impl Faults {
-    pub(super) fn new(fault: Option<Fault>, folder: &Path) -> Self {
+    pub(crate) fn new(fault: Option<Fault>, folder: &Path) -> Self {
         Self { fault, folder: folder.to_owned(), ..Self::default() }
     }
 
     /// Serves a file instead of having QEMU open it; the description of its node.
-    pub(super) async fn serve(
+    pub(crate) async fn serve(
         &mut self,
         storage: &Storage,
         name: &str,
@@ -132,7 +132,7 @@ impl Faults {
     }
 
     /// From now on things go wrong.
-    pub(super) async fn begin(&mut self) -> Result<()> {
+    pub(crate) async fn begin(&mut self) -> Result<()> {
         if matches!(self.fault, Some(Fault::DiskReads | Fault::Image)) {
             File::create(self.switch())?;
         }
@@ -140,7 +140,7 @@ impl Faults {
     }
 
     /// From now on all is well again.
-    pub(super) async fn end(&mut self) -> Result<()> {
+    pub(crate) async fn end(&mut self) -> Result<()> {
         if self.switch().exists() {
             std::fs::remove_file(self.switch())?;
         }

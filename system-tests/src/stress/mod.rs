@@ -9,15 +9,17 @@
 //! lost, but what is read from it is right, and the guest's requests succeed.
 
 mod chain;
-mod daemon;
-mod faults;
-mod model;
-mod reader;
-mod writers;
+pub(crate) mod daemon;
+pub(crate) mod faults;
+pub(crate) mod model;
+pub(crate) mod reader;
+pub(crate) mod writers;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use provider_nbd::Errno;
 use qmp_client::backup::{self, AccessState, Device, DeviceStatus, SetupRequest};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -26,6 +28,8 @@ use crate::storage::until;
 use daemon::Daemon;
 pub use faults::Fault;
 use model::Model;
+use reader::Reading;
+use writers::Load;
 
 /// Seconds without progress that break a snapshot whose image is bad.
 const BREAKS_AFTER_S: u32 = 1;
@@ -140,7 +144,13 @@ pub async fn run(plan: &Plan) -> Result<Outcome> {
     let guest = daemon.connect("guest", &[]).await?;
     let model = Arc::new(Model::new(plan.size_bytes / model::SECTOR));
     writers::fill(&guest, &model).await.context("filling the disk")?;
-    let writers = writers::Writers::start(plan, &guest, &model);
+    let load = Load {
+        seed: plan.seed,
+        queue_depth: plan.queue_depth,
+        flushes: false,
+        pause: Duration::ZERO,
+    };
+    let writers = writers::Writers::start(load, &guest, &model);
     writers.let_run(200).await?;
     let drains = plan.drains.then(|| daemon.drain_all_the_time());
     let incremental_sectors = if plan.chain {
@@ -149,14 +159,14 @@ pub async fn run(plan: &Plan) -> Result<Outcome> {
         0
     };
 
-    model.begin_point_in_time();
+    let moment = model.begin_point_in_time();
     let request = SetupRequest {
         buffer_size_bytes: Some(plan.buffer_bytes),
         timeout_s: plan.fault.is_some_and(Fault::breaks).then_some(BREAKS_AFTER_S),
         ..SetupRequest::new(TARGET, vec![Device::new("disk")])
     };
     let infos = backup::setup(daemon.session(), &request).await.context("setup")?;
-    model.end_point_in_time();
+    model.end_point_in_time(&moment);
     ensure!(infos[0].size_bytes == plan.size_bytes, "setup reports {} bytes", infos[0].size_bytes);
     daemon.export(&infos[0].node_name, "snapshot", None).await?;
 
@@ -171,8 +181,9 @@ pub async fn run(plan: &Plan) -> Result<Outcome> {
         daemon.faults.begin().await.context("beginning the fault")?;
         writers.let_run(20).await.context("under the fault")?;
     }
+    let reading = reading(plan, model.sectors());
     let read = tokio::select! {
-        read = reader::check(plan, &snapshot, &model) => read,
+        read = reader::check(&reading, &snapshot, &moment) => read,
         // What hangs in the image cannot be called back: it moves on once that broke the snapshot.
         Err(error) = move_on(plan, &mut daemon) => Err(error),
     };
@@ -208,6 +219,15 @@ pub async fn run(plan: &Plan) -> Result<Outcome> {
     let disk = daemon.quit().await.context("quitting the storage daemon")?;
     model.check_ended_disk(&disk).context("comparing the disk after the end")?;
     Ok(outcome)
+}
+
+/// What the backup client does.
+fn reading(plan: &Plan, sectors: u64) -> Reading {
+    let mut reading = Reading { trims: plan.trims, ..Reading::whole(plan.seed, sectors) };
+    if plan.fault.is_some_and(Fault::loses) {
+        reading.tolerated.errnos = &[Errno::EIO];
+    }
+    reading
 }
 
 /// Ends a stall as soon as it broke the snapshot; then, or in a run without one, waits forever.

@@ -14,7 +14,6 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::task::JoinSet;
 
-use super::Plan;
 use super::model::{Effect, Model, SECTOR, Ticket, encode};
 
 /// Sectors of a 4 KiB granule.
@@ -23,7 +22,19 @@ const GRANULE: u64 = 8;
 const LONGEST: u64 = 2048;
 const PROGRESS_WITHIN: Duration = Duration::from_secs(120);
 
-pub(super) struct Writers {
+/// How much the guest does.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Load {
+    pub(crate) seed: u64,
+    /// Requests in flight.
+    pub(crate) queue_depth: usize,
+    /// Whether it also flushes.
+    pub(crate) flushes: bool,
+    /// Longest pause between two requests of one of them.
+    pub(crate) pause: Duration,
+}
+
+pub(crate) struct Writers {
     tasks: JoinSet<Result<()>>,
     stop: Arc<AtomicBool>,
     requests: Arc<AtomicU64>,
@@ -48,14 +59,14 @@ impl Kind {
 }
 
 impl Writers {
-    /// Starts as many as the plan's queue depth.
-    pub(super) fn start(plan: &Plan, guest: &Client, model: &Arc<Model>) -> Self {
+    /// Starts as many as the load's queue depth.
+    pub(crate) fn start(load: Load, guest: &Client, model: &Arc<Model>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let requests = Arc::new(AtomicU64::new(0));
         let large = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
-        for index in 0..plan.queue_depth as u64 {
-            let mut rng = StdRng::seed_from_u64(plan.seed.wrapping_mul(1000) + index);
+        for index in 0..load.queue_depth as u64 {
+            let mut rng = StdRng::seed_from_u64(load.seed.wrapping_mul(1000).wrapping_add(index));
             let (guest, model) = (guest.clone(), Arc::clone(model));
             let (stop, requests) = (Arc::clone(&stop), Arc::clone(&requests));
             let large = Arc::clone(&large);
@@ -64,8 +75,14 @@ impl Writers {
                     if large.load(Ordering::Relaxed) && rng.random_ratio(1, 150) {
                         large_request(&mut rng, &guest, &model).await?;
                     }
+                    if load.flushes && rng.random_ratio(1, 40) {
+                        flush(&guest, &model).await?;
+                    }
                     if one_request(&mut rng, &guest, &model).await? {
                         requests.fetch_add(1, Ordering::Relaxed);
+                    }
+                    if !load.pause.is_zero() {
+                        tokio::time::sleep(load.pause.mul_f64(rng.random())).await;
                     }
                 }
                 Ok(())
@@ -74,18 +91,18 @@ impl Writers {
         Self { tasks, stop, requests, large }
     }
 
-    pub(super) fn requests(&self) -> u64 {
+    pub(crate) fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
     }
 
     /// From now on some requests are of up to the whole disk. Not earlier, or there would be little
     /// to save.
-    pub(super) fn allow_large(&self) {
+    pub(crate) fn allow_large(&self) {
         self.large.store(true, Ordering::Relaxed);
     }
 
     /// Waits until so many more requests are done.
-    pub(super) async fn let_run(&self, more: u64) -> Result<()> {
+    pub(crate) async fn let_run(&self, more: u64) -> Result<()> {
         let goal = self.requests() + more;
         let deadline = Instant::now() + PROGRESS_WITHIN;
         while self.requests() < goal {
@@ -96,12 +113,12 @@ impl Writers {
     }
 
     /// The daemon is gone: waits until all have failed. What was in flight stays so in the model.
-    pub(super) async fn abandon(mut self) {
+    pub(crate) async fn abandon(mut self) {
         self.stop.store(true, Ordering::Relaxed);
         while self.tasks.join_next().await.is_some() {}
     }
 
-    pub(super) async fn stop(mut self) -> Result<()> {
+    pub(crate) async fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         while let Some(task) = self.tasks.join_next().await {
             task??;
@@ -111,7 +128,7 @@ impl Writers {
 }
 
 /// Writes the whole disk once, but for some holes.
-pub(super) async fn fill(guest: &Client, model: &Model) -> Result<()> {
+pub(crate) async fn fill(guest: &Client, model: &Model) -> Result<()> {
     let sectors = model.sectors();
     for (index, start) in (0..sectors).step_by(LONGEST as usize).enumerate() {
         if index % 5 == 3 {
@@ -122,6 +139,13 @@ pub(super) async fn fill(guest: &Client, model: &Model) -> Result<()> {
         carry_out(guest, &ticket, Kind::Write).await?;
         model.complete(&ticket);
     }
+    Ok(())
+}
+
+async fn flush(guest: &Client, model: &Model) -> Result<()> {
+    let flush = model.begin_flush();
+    guest.flush().await.context("guest's flush")?;
+    model.end_flush(flush);
     Ok(())
 }
 
