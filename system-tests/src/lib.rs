@@ -2,6 +2,7 @@
 //! What the demo and the end-to-end tests are made of.
 //!
 //! * [`stress`]: the snapshot of a disk under random writes, sector by sector.
+//! * [`soak`]: random accesses, faults and deaths for as long as it is asked for.
 //! * [`storage`]: a storage daemon with the nodes that a test adds.
 //! * [`disk_form`]: how a disk and its bitmaps are stored.
 //! * [`records`]: numbered, self-checking records that a guest writes to two disks.
@@ -28,6 +29,7 @@ pub mod loopfs;
 pub mod process;
 pub mod qemu;
 pub mod records;
+pub mod soak;
 pub mod storage;
 pub mod story;
 pub mod stress;

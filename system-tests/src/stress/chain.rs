@@ -45,7 +45,9 @@ pub(super) async fn check(
         let wanted = if number == 0 { BitmapAction::New } else { BitmapAction::Used };
         ensure!(info.bitmap_action == wanted, "backup {number}: bitmap {}", info.bitmap_action);
         let count = take(daemon, &info, number, &mut copy.values).await?;
-        moment.check_values(&copy.values).with_context(|| format!("the copy of backup {number}"))?;
+        moment
+            .check_values(&copy.values)
+            .with_context(|| format!("the copy of backup {number}"))?;
         if number > 0 {
             read += count;
         }
