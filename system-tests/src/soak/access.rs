@@ -90,6 +90,7 @@ impl<'a> Access<'a> {
         let request = plan.request(machine, &nodes);
         places.at(plan.target(), format!("setup {request}"));
         let quiet = machine.quiet().await;
+        machine.forget_events(plan.target());
         let moments: Vec<Moment> = plan
             .devices
             .iter()
@@ -117,7 +118,6 @@ impl<'a> Access<'a> {
             let disk = &machine.disks[device.disk];
             ensure!(info["size"] == disk.size_bytes, "the size of {}: {info}", disk.name);
             let snapshot = Snapshot::new(info, moment, disk.sectors(), plan.setup_dies.is_some())?;
-            machine.forget_events(&snapshot.node);
             snapshots.push(snapshot);
         }
         let copies = plan.devices.iter().map(|_| None).collect();
@@ -265,7 +265,8 @@ impl<'a> Access<'a> {
             _ => bail!("the snapshot is {state}: {status}"),
         }
         ensure!(status["error"].is_string(), "no reason: {status}");
-        until("an event tells of it", async || Ok(machine.was_reported(&snapshot.node))).await
+        let (target, name) = (self.plan.target(), machine.disks[device.disk].name);
+        until("an event tells of it", async || Ok(machine.was_reported(target, name))).await
     }
 
     async fn end(&mut self) -> Result<()> {

@@ -96,7 +96,8 @@ impl Image {
         let qcow2 = flaw == Flaw::Full || rng.random_ratio(1, 4);
         let size_bytes = match flaw {
             Flaw::Small => rng.random_range(1..=disk.size_bytes / MIB / 2) * MIB,
-            _ => disk.size_bytes,
+            // Direct I/O may demand whole blocks of the host's disk.
+            _ => disk.size_bytes.next_multiple_of(4096),
         };
         let file = storage.path(&name);
         if qcow2 {

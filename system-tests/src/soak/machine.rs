@@ -3,10 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use provider_nbd::Client;
+use qmp_client::backup::BrokenEvent;
 use qmp_client::{EventItem, Session};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -256,7 +258,7 @@ impl Machine {
         let mut turns = Vec::new();
         if !self.features.several_targets {
             for &disk in disks {
-                turns.push(std::sync::Arc::clone(&self.disks[disk].turn).lock_owned().await);
+                turns.push(Arc::clone(&self.disks[disk].turn).lock_owned().await);
             }
         }
         turns
@@ -283,9 +285,14 @@ impl Machine {
         }
     }
 
-    /// Whether an event said that this snapshot became worse.
-    pub(super) fn was_reported(&self, node: &str) -> bool {
-        self.events.nodes().contains(node)
+    /// Whether an event said that a snapshot became worse.
+    pub(super) fn was_reported(&self, target: &str, device: &str) -> bool {
+        self.events.seen().contains(&(target.to_owned(), device.to_owned()))
+    }
+
+    /// A new access is set up: what events told of an earlier one is not about it.
+    pub(super) fn forget_events(&self, target: &str) {
+        self.events.seen().retain(|(other, _)| other != target);
     }
 
     /// What it is like now.
@@ -387,47 +394,40 @@ impl Machine {
     }
 }
 
+/// Targets and devices.
+type Seen = std::sync::Mutex<BTreeSet<(String, String)>>;
+
 /// Collects which snapshots events told of.
 #[derive(Debug)]
 struct Events {
-    nodes: std::sync::Arc<std::sync::Mutex<BTreeSet<String>>>,
+    seen: Arc<Seen>,
     task: JoinHandle<()>,
 }
 
 impl Events {
     fn collect(session: &Session) -> Self {
         let mut events = session.events();
-        let nodes = std::sync::Arc::<std::sync::Mutex<BTreeSet<String>>>::default();
-        let collected = std::sync::Arc::clone(&nodes);
+        let seen = Arc::<Seen>::default();
+        let collected = Arc::clone(&seen);
         let task = tokio::spawn(async move {
             while let Some(item) = events.next().await {
                 let EventItem::Event(event) = item else { continue };
-                if event.name == "BACKUP_ACCESS_BROKEN"
-                    && let Some(node) = event.data["node-name"].as_str()
-                {
-                    let mut nodes =
-                        collected.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    nodes.insert(node.to_owned());
+                if let Ok(Some(broken)) = BrokenEvent::from_event(&event) {
+                    let mut seen = collected.lock().unwrap_or_else(PoisonError::into_inner);
+                    seen.insert((broken.target_id, broken.device));
                 }
             }
         });
-        Self { nodes, task }
+        Self { seen, task }
     }
 
-    fn nodes(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
-        self.nodes.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn seen(&self) -> std::sync::MutexGuard<'_, BTreeSet<(String, String)>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Events {
     fn drop(&mut self) {
         self.task.abort();
-    }
-}
-
-impl Machine {
-    /// A new access: what events told of its node before is not about it.
-    pub(super) fn forget_events(&self, node: &str) {
-        self.events.nodes().remove(node);
     }
 }

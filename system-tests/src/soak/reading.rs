@@ -12,6 +12,7 @@ use provider_nbd::{Client, Errno, context};
 use rand::Rng as _;
 use rand::rngs::StdRng;
 use serde_json::Value;
+use tokio::sync::OnceCell;
 
 use super::machine::Machine;
 use super::plan::Reader;
@@ -33,6 +34,7 @@ pub(super) struct Snapshot {
     pub(super) bitmap_unknown: bool,
     sectors: u64,
     info: Value,
+    export: OnceCell<String>,
 }
 
 impl Snapshot {
@@ -52,6 +54,7 @@ impl Snapshot {
             bitmap_unknown,
             sectors,
             info,
+            export: OnceCell::new(),
         })
     }
 
@@ -61,12 +64,16 @@ impl Snapshot {
         let dirty = self.info["bitmap-name"].as_str().map(context::dirty_bitmap);
         let contexts: Vec<&str> =
             std::iter::once(context::BASE_ALLOCATION).chain(dirty.as_deref()).collect();
-        Ok((machine.connect(&name, &contexts).await?, dirty))
+        Ok((machine.connect(name, &contexts).await?, dirty))
     }
 
-    async fn export(&self, machine: &Machine) -> Result<String> {
-        let _quiet = machine.quiet().await;
-        machine.storage.export_snapshot(&self.info).await
+    /// The name of its export. There is one: a bitmap cannot be exported twice.
+    async fn export(&self, machine: &Machine) -> Result<&str> {
+        let export = async || {
+            let _quiet = machine.quiet().await;
+            machine.storage.export_snapshot(&self.info).await
+        };
+        self.export.get_or_try_init(export).await.map(String::as_str)
     }
 
     /// The sectors that can be read.

@@ -99,6 +99,10 @@ impl Faults {
         let Some(fault) = self.fault else { anyhow::bail!("nothing is served in this run") };
         let socket = storage.path(&format!("{name}.nbd"));
         let control = storage.path(&format!("{name}.control"));
+        for path in [&socket, &control] {
+            // An earlier server may have left it.
+            drop(std::fs::remove_file(path));
+        }
         let options = if disk { fault.disk_options() } else { fault.image_options() };
         let mut command = Command::new("nbdkit");
         command
