@@ -126,6 +126,9 @@ async fn read_greeting(reader: &mut LineReader<'_>, peer: &str) -> Result<Option
     loop {
         match reader.framer.next_frame() {
             Some(Frame::Line(line)) if line.trim_ascii().is_empty() => {}
+            // A monitor sends to the next client what an earlier one did not wait for, even before it
+            // greets.
+            Some(Frame::Line(line)) if is_for_another_client(&line) => {}
             Some(Frame::Line(line)) => {
                 return parse_greeting(&line).map(Some).map_err(not_qemu);
             }
@@ -154,6 +157,13 @@ async fn read_greeting(reader: &mut LineReader<'_>, peer: &str) -> Result<Option
             }
         }
     }
+}
+
+fn is_for_another_client(line: &[u8]) -> bool {
+    matches!(
+        codec::parse(line),
+        Ok(Message::Return { .. } | Message::Error { .. } | Message::Event(_))
+    )
 }
 
 fn parse_greeting(line: &[u8]) -> std::result::Result<Greeting, String> {

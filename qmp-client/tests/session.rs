@@ -40,9 +40,11 @@ async fn the_greeting_tells_the_version_whatever_else_it_holds() {
     message["future"] = json!([]);
     let script = async {
         peer.send_raw(b"\r\n").await;
+        // A monitor sends to the next client what an earlier one did not wait for.
+        peer.send(json!({"return": {"existed": true}, "id": "qc-0000000000000000-7"})).await;
+        peer.send(json!({"error": {"class": "GenericError", "desc": "no"}})).await;
         peer.send(message).await;
         let command = peer.read().await;
-        // A monitor sends to the next client what an earlier one did not wait for.
         peer.send(json!({"return": {}, "id": 0})).await;
         peer.send(json!({"return": {}, "id": "qc-0000000000000000-0"})).await;
         peer.send(json!({"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 2}})).await;

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use qmp_client::{Options, Session};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
@@ -32,14 +33,17 @@ impl Death {
     }
 }
 
-/// A monitor's greeting, which it gives when the client before has been forgotten.
+/// The line with which the second monitor greets a client, once it has forgotten the one before. What
+/// that one did not wait for may come first.
 async fn connect(machine: &Machine) -> Result<BufReader<UnixStream>> {
     let greeting = async {
         let stream = UnixStream::connect(machine.storage.path(SECOND_MONITOR)).await?;
         let mut stream = BufReader::new(stream);
         let mut line = String::new();
-        stream.read_line(&mut line).await?;
-        ensure!(line.contains("QMP"), "no greeting: {line:?}");
+        while !line.contains("\"QMP\"") {
+            line.clear();
+            ensure!(stream.read_line(&mut line).await? > 0, "the second monitor hangs up");
+        }
         Ok(stream)
     };
     timeout(LIMIT, greeting).await.context("no greeting of the second monitor in time")?
@@ -71,7 +75,9 @@ pub(super) async fn killed(
     machine.tally.add(CLIENTS_KILLED, 1);
     // QEMU has seen the end of the client when it greets the next one, and executes the commands
     // of all monitors one after the other.
-    drop(connect(machine).await?);
+    let options = Options { greeting_timeout: LIMIT, ..Options::default() };
+    let next = Session::connect(machine.storage.path(SECOND_MONITOR), options).await;
+    drop(next.context("the client after the one that died")?);
     machine.storage.run("query-backup-access", json!({})).await?;
     Ok(())
 }

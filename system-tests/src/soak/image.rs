@@ -21,7 +21,7 @@ const MIB: u64 = 1 << 20;
 /// What a full image has room for, its own tables included.
 const ROOM_BYTES: u64 = 3 * MIB;
 const SLOW_BYTES_PER_S: u64 = 400_000;
-const LONGEST_STALL: Duration = Duration::from_secs(3);
+const LONGEST_STALL: Duration = Duration::from_secs(4);
 
 /// What is wrong with an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

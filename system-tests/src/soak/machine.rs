@@ -370,7 +370,11 @@ impl Machine {
         };
         let mut now = 0;
         let few = until("only the threads of the start are left", async || {
-            now = threads(pid)?;
+            let n = threads(pid)?;
+            if n != now {
+                eprintln!("DEBUG {n} threads wanted {wanted} {:?}", std::time::Instant::now());
+            }
+            now = n;
             Ok(now <= wanted)
         });
         few.await.with_context(|| format!("{now} threads, {wanted} at the start"))

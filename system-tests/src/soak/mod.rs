@@ -40,8 +40,8 @@ use tally::{EPISODES, KILLS, Places, QUITS, Tally};
 
 /// No episode may take longer, whatever hangs: all its waits are shorter.
 const EPISODE_LIMIT: Duration = Duration::from_secs(300);
-/// Between two looks at the lasting process's idle threads, which take their time to end.
-const THREADS_EVERY: u64 = 25;
+/// Its episodes between two looks at the lasting process's idle threads, which take their time to end.
+const THREADS_EVERY: usize = 25;
 
 /// What to do.
 #[derive(Debug, Clone)]
@@ -79,7 +79,7 @@ pub async fn run(options: &Options) -> Result<Summary> {
         let plan = Plan::from_seed(options.seed.wrapping_add(number));
         number += 1;
         let began = Instant::now();
-        let look_at_threads = number % THREADS_EVERY == 1 && options.episodes > THREADS_EVERY;
+        let look_at_threads = options.episodes > THREADS_EVERY as u64;
         soak.episode(&plan, look_at_threads)
             .await
             .with_context(|| format!("episode {number}, seed {}: {plan:?}", plan.seed))?;
@@ -111,7 +111,7 @@ impl Soak {
             && !plan.mortal
             && let Some(machine) = &mut self.lasting
         {
-            if look_at_threads {
+            if look_at_threads && self.memory.len().is_multiple_of(THREADS_EVERY) {
                 result = machine.check_threads(&self.places).await;
             }
             self.memory.push(proc::memory(machine.storage.pid())?);

@@ -97,7 +97,10 @@ impl AccessPlan {
             .collect();
         devices.shuffle(rng);
         let leases = machine.features.leases();
+        let stuck = devices.iter().any(|device| device.flaw == Flaw::Stuck);
         let end = match rng.random_range(0..100) {
+            // A teardown that may have to be given again.
+            0..60 if stuck => End::UnderReaders,
             0..15 => End::UnderReaders,
             15..27 => End::Killed(Death::random(rng)),
             27..37 if leases => End::Expires,

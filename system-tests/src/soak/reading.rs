@@ -159,13 +159,23 @@ impl Visit<'_> {
     async fn whole(
         &self,
         machine: &Machine,
-        mut reading: Reading,
+        reading: Reading,
         at: &(dyn Fn(&str) + Sync),
     ) -> Result<bool> {
         at("opening the snapshot");
-        let (client, dirty) = self.snapshot.open(machine).await?;
-        reading.areas = self.snapshot.areas(&client, dirty.as_deref()).await?;
+        let opened = self.snapshot.open(machine).await?;
         at("reading all of the snapshot");
+        self.all(machine, reading, opened).await
+    }
+
+    /// Whether all was read that can be read.
+    async fn all(
+        &self,
+        machine: &Machine,
+        mut reading: Reading,
+        (client, dirty): (Client, Option<String>),
+    ) -> Result<bool> {
+        reading.areas = self.snapshot.areas(&client, dirty.as_deref()).await?;
         let read = check(&reading, &client, &self.snapshot.moment).await?;
         machine.tally.add(COMPARED, read * SECTOR);
         if reading.trims {
@@ -199,8 +209,10 @@ impl Visit<'_> {
         let time = LONGEST_VISIT.mul_f64(rng.random());
         let reading =
             Reading { trims: rng.random(), ..self.reading(rng.random(), self.tolerated.errnos) };
-        let visit = tokio::time::timeout(time, Box::pin(self.whole(machine, reading, at)));
+        at("opening the snapshot");
+        let opened = self.snapshot.open(machine).await?;
         at("leaving");
+        let visit = tokio::time::timeout(time, Box::pin(self.all(machine, reading, opened)));
         machine.tally.add(READERS_KILLED, 1);
         visit.await.map_or(Ok(()), |read| read.map(drop))
     }
