@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::future::try_join_all;
@@ -18,11 +18,15 @@ use super::image::{Flaw, Image};
 use super::machine::Machine;
 use super::plan::{AccessPlan, DevicePlan, End, Mode, Reader};
 use super::reading::{Snapshot, Visit};
-use super::tally::{AGAIN, BROKEN, COPIES, DEGRADED, EXPIRED, Places, SETUPS, TEARDOWNS, USED};
-use crate::storage::until;
+use super::tally::{
+    AGAIN, BROKEN, COPIES, DEGRADED, ENDS, EXPIRED, HELD_UP, Places, REMOVED, RENEWED, SETUPS, USED,
+};
+use crate::storage::{LIMIT, until};
 use crate::stress::model::{Moment, ZERO};
 use crate::stress::reader::Tolerated;
 
+const TORN_DOWN: &str = "BACKUP_ACCESS_TORN_DOWN";
+const REMOVE: &str = "backup-access-bitmap-remove";
 const RENEW_EVERY: Duration = Duration::from_millis(300);
 
 /// What the actors of an episode share.
@@ -45,11 +49,30 @@ pub(super) async fn take(
     for _ in 0..rounds {
         stage.places.at(who, "resting");
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..200))).await;
+        if stage.machine.features.has(REMOVE) && rng.random_ratio(1, 10) {
+            remove_bitmaps(stage.machine, target, &mut rng).await?;
+        }
         let plan = AccessPlan::random(stage.machine, target, &mut rng);
         let what = format!("{plan:?}");
         Box::pin(one(stage, plan, &mut rng)).await.with_context(|| format!("access: {what}"))?;
     }
     stage.places.at(who, "done");
+    Ok(())
+}
+
+/// Has the bitmaps of one or all disks removed.
+async fn remove_bitmaps(machine: &Machine, target: usize, rng: &mut StdRng) -> Result<()> {
+    let mut arguments = json!({ "target-id": TARGETS[target] });
+    let one = rng.random::<bool>().then(|| rng.random_range(0..machine.disks.len()));
+    if let Some(disk) = one {
+        arguments["device"] = json!(machine.disks[disk].name);
+    }
+    machine.change(REMOVE, arguments).await?;
+    let disks = machine.disks.iter().enumerate();
+    for (_, disk) in disks.filter(|&(index, _)| one.is_none_or(|one| one == index)) {
+        disk.kept(target).bitmap = Bitmap::None;
+    }
+    machine.tally.add(REMOVED, 1);
     Ok(())
 }
 
@@ -76,10 +99,10 @@ struct Access<'a> {
     stage: Stage<'a>,
     plan: AccessPlan,
     snapshots: Vec<Snapshot>,
-    /// Complete copies, by device.
-    copies: Vec<Option<Copy>>,
     /// It is being torn down: readers may fail in any way.
     closing: Arc<AtomicBool>,
+    /// The lease is not renewed any more.
+    given_up: AtomicBool,
 }
 
 impl<'a> Access<'a> {
@@ -89,26 +112,9 @@ impl<'a> Access<'a> {
         let nodes: Vec<&str> = images.iter().map(Image::node).collect();
         let request = plan.request(machine, &nodes);
         places.at(plan.target(), format!("setup {request}"));
-        let quiet = machine.quiet().await;
-        machine.forget_events(plan.target());
-        let moments: Vec<Moment> = plan
-            .devices
-            .iter()
-            .map(|device| machine.disks[device.disk].model.begin_point_in_time())
-            .collect();
-        let infos = match plan.setup_dies {
-            None => Some(machine.storage.run("backup-access-setup", request).await?),
-            Some(death) => {
-                client::killed(machine, "backup-access-setup", request, death).await?;
-                // An access that an earlier process has left.
-                client::find(machine, plan.target()).await?.map(|access| access["devices"].clone())
-            }
+        let Some((infos, moments)) = try_set_up(machine, &plan, &request).await? else {
+            return Ok(None);
         };
-        drop(quiet);
-        for (device, moment) in plan.devices.iter().zip(&moments) {
-            machine.disks[device.disk].model.end_point_in_time(moment);
-        }
-        let Some(infos) = infos else { return Ok(None) };
         machine.tally.add(SETUPS, 1);
         let infos = infos.as_array().cloned().context("no list of devices")?;
         ensure!(infos.len() == plan.devices.len(), "{infos:?}");
@@ -117,18 +123,18 @@ impl<'a> Access<'a> {
             check_action(machine, &plan, device, &info)?;
             let disk = &machine.disks[device.disk];
             ensure!(info["size"] == disk.size_bytes, "the size of {}: {info}", disk.name);
-            let snapshot = Snapshot::new(info, moment, disk.sectors(), plan.setup_dies.is_some())?;
+            let snapshot = Snapshot::new(info, moment, disk.sectors(), &plan, device)?;
             snapshots.push(snapshot);
         }
-        let copies = plan.devices.iter().map(|_| None).collect();
-        Ok(Some(Self { stage, plan, snapshots, copies, closing: Arc::default() }))
+        let (closing, given_up) = (Arc::default(), AtomicBool::new(false));
+        Ok(Some(Self { stage, plan, snapshots, closing, given_up }))
     }
 
     fn at(&self, what: impl Into<String>) {
         self.stage.places.at(self.plan.target(), what);
     }
 
-    async fn run(mut self, images: &[Image], rng: &mut StdRng) -> Result<()> {
+    async fn run(self, images: &[Image], rng: &mut StdRng) -> Result<()> {
         let machine = self.stage.machine;
         let mut child = || StdRng::seed_from_u64(rng.random());
         let mut stall_rngs: Vec<_> = images.iter().map(|_| child()).collect();
@@ -136,46 +142,38 @@ impl<'a> Access<'a> {
         let stalls = try_join_all(stalls);
         let mut own = child();
         let read_rngs: Vec<_> = images.iter().map(|_| child()).collect();
-        tokio::try_join!(Box::pin(self.read_and_end(read_rngs, &mut own)), Box::pin(stalls))
-            .map(drop)
+        let work = Box::pin(self.read_and_end(read_rngs, &mut own));
+        tokio::try_join!(work, Box::pin(stalls), self.renew()).map(drop)
     }
 
-    /// Renews the lease, if there is one, until told to stop.
-    async fn renew(&self, stop: &AtomicBool) -> Result<()> {
-        while self.plan.lease && !stop.load(Ordering::Relaxed) {
+    /// Renews the lease, if there is one, until that is given up.
+    async fn renew(&self) -> Result<()> {
+        let machine = self.stage.machine;
+        while self.plan.lease && !self.given_up.load(Ordering::Relaxed) {
             let arguments = json!({ "target-id": self.plan.target() });
-            let renewed = self.stage.machine.storage.run("backup-access-renew", arguments).await;
-            if !stop.load(Ordering::Relaxed) {
+            let renewed = machine.storage.run("backup-access-renew", arguments).await;
+            if !self.given_up.load(Ordering::Relaxed) {
                 renewed?;
+                machine.tally.add(RENEWED, 1);
             }
             tokio::time::sleep(RENEW_EVERY).await;
         }
         Ok(())
     }
 
-    async fn read_and_end(&mut self, rngs: Vec<StdRng>, rng: &mut StdRng) -> Result<()> {
-        let read = AtomicBool::new(false);
+    async fn read_and_end(&self, rngs: Vec<StdRng>, rng: &mut StdRng) -> Result<()> {
         if matches!(self.plan.end, End::UnderReaders) {
             let time = Duration::from_millis(rng.random_range(0..400));
             let end = async {
                 tokio::time::sleep(time).await;
                 self.closing.store(true, Ordering::Relaxed);
-                read.store(true, Ordering::Relaxed);
                 self.tear_down(false).await
             };
             let readers = Box::pin(self.read_all(rngs));
-            tokio::try_join!(readers, Box::pin(end), self.renew(&read))?;
-            self.settle();
-            return Ok(());
+            return tokio::try_join!(readers, Box::pin(end)).map(drop);
         }
-        let reading = async {
-            let copies = self.read_all(rngs).await;
-            read.store(true, Ordering::Relaxed);
-            copies
-        };
-        let (copies, ()) = tokio::try_join!(Box::pin(reading), self.renew(&read))?;
-        self.copies = copies;
-        self.end().await
+        let copies = Box::pin(self.read_all(rngs)).await?;
+        Box::pin(self.end(copies)).await
     }
 
     /// Reads all snapshots; the copies that are complete.
@@ -269,85 +267,132 @@ impl<'a> Access<'a> {
         until("an event tells of it", async || Ok(machine.was_reported(target, name))).await
     }
 
-    async fn end(&mut self) -> Result<()> {
+    async fn end(&self, copies: Vec<Option<Copy>>) -> Result<()> {
         let machine = self.stage.machine;
         let with_bitmap = self.snapshots.iter().map(|snapshot| snapshot.generation.is_some());
-        let complete =
-            with_bitmap.zip(&self.copies).all(|(bitmap, copy)| copy.is_some() || !bitmap);
+        let complete = with_bitmap.zip(&copies).all(|(bitmap, copy)| copy.is_some() || !bitmap);
         // The backup is committed before QEMU is told: it may be told that it was not.
-        self.commit();
+        for (device, copy) in self.plan.devices.iter().zip(copies) {
+            if let Some(copy) = copy {
+                machine.disks[device.disk].kept(self.plan.target).copy = Some(copy);
+            }
+        }
         let success = complete && self.plan.success;
         match self.plan.end {
-            End::Expires => {
-                self.at("its lease is not renewed");
-                let _quiet = machine.quiet().await;
-                let gone = async || Ok(client::find(machine, self.plan.target()).await?.is_none());
-                until("the lease ends the access", gone).await?;
-                machine.tally.add(EXPIRED, 1);
-                self.settle();
-                return Ok(());
+            End::UnderReaders => bail!("it has ended already"),
+            End::Teardown { twice: false } => self.tear_down(success).await,
+            End::Teardown { twice: true } => {
+                self.tear_down(success).await?;
+                self.at("a second teardown");
+                let arguments = json!({ "target-id": self.plan.target(), "success": false });
+                let result = machine.change("backup-access-teardown", arguments).await?;
+                ensure!(result["existed"] == false, "a second teardown: {result}");
+                Ok(())
             }
             End::Killed(death) => {
                 self.at("a client dies in the teardown");
-                let _quiet = machine.quiet().await;
+                let quiet = machine.quiet().await;
+                self.given_up.store(true, Ordering::Relaxed);
                 let arguments = json!({ "target-id": self.plan.target(), "success": success });
                 client::killed(machine, "backup-access-teardown", arguments, death).await?;
-                let again =
-                    client::tear_down(machine, self.plan.target(), success, self.plan.hangs());
-                let (count, _) = again.await?;
-                machine.tally.add(TEARDOWNS, 1);
+                drop(quiet);
+                // Whether that one was executed or not.
+                let (count, _) = client::tear_down(machine, self.plan.target(), success).await?;
                 machine.tally.add(AGAIN, count - 1);
+                self.ended(success).await
             }
-            End::Teardown { twice } => {
-                self.tear_down(success).await?;
-                if twice {
-                    self.at("a second teardown");
-                    let arguments = json!({ "target-id": self.plan.target(), "success": false });
-                    let result = machine.change("backup-access-teardown", arguments).await?;
-                    ensure!(result["existed"] == false, "a second teardown: {result}");
-                }
+            End::Expires => {
+                self.at("its lease is not renewed");
+                self.given_up.store(true, Ordering::Relaxed);
+                let gone = async || Ok(client::find(machine, self.plan.target()).await?.is_none());
+                until("the lease ends the access", gone).await?;
+                machine.tally.add(EXPIRED, 1);
+                self.ended(false).await
             }
-            End::UnderReaders => bail!("it has ended already"),
         }
-        self.settle();
-        Ok(())
     }
 
     async fn tear_down(&self, success: bool) -> Result<()> {
         let machine = self.stage.machine;
         self.at(format!("teardown, success {success}"));
-        let _quiet = machine.quiet().await;
-        let hangs = self.plan.hangs();
-        let (count, result) =
-            client::tear_down(machine, self.plan.target(), success, hangs).await?;
-        ensure!(result["existed"] == true, "the access was gone before its teardown: {result}");
+        self.given_up.store(true, Ordering::Relaxed);
+        let (count, result) = client::tear_down(machine, self.plan.target(), success).await?;
+        // Its lease ends it too after a teardown that gave up.
+        let ended_already = self.plan.lease && count > 1;
+        ensure!(
+            result["existed"] == true || ended_already,
+            "the access was gone before its teardown: {result}"
+        );
         let may_fail = |device: &DevicePlan| device.may_break() || device.flaw.loses();
         let spotless = !self.stage.read_errors && !self.plan.devices.iter().any(may_fail);
-        ensure!(!spotless || result.get("reason").is_none(), "the teardown says {result}");
-        machine.tally.add(TEARDOWNS, 1);
+        let reason = result.get("reason").is_some();
+        ensure!(!(spotless && reason) || ended_already, "the teardown says {result}");
         machine.tally.add(AGAIN, count - 1);
-        Ok(())
+        self.ended(success).await
     }
 
-    fn commit(&mut self) {
-        for (device, copy) in self.plan.devices.iter().zip(&mut self.copies) {
-            if let Some(copy) = copy.take() {
-                let disk = &self.stage.machine.disks[device.disk];
-                disk.kept(self.plan.target).copy = Some(copy);
-            }
+    /// It has ended: an event says so, once, and the bitmaps are known.
+    async fn ended(&self, success: bool) -> Result<()> {
+        let machine = self.stage.machine;
+        self.at("an event tells of its end");
+        machine.tally.add(ENDS, 1);
+        if machine.features.has(TORN_DOWN) {
+            let target = self.plan.target();
+            let told = async || Ok(!machine.ends_reported(target).is_empty());
+            until("an event tells of the end of the access", told).await?;
+            let ends = machine.ends_reported(target);
+            ensure!(ends == [success], "it ended with {success}, events say {ends:?}");
         }
-    }
-
-    /// What is left of the bitmaps.
-    fn settle(&self) {
         for device in &self.plan.devices {
-            let disk = &self.stage.machine.disks[device.disk];
+            let disk = &machine.disks[device.disk];
             let mut kept = disk.kept(self.plan.target);
             match device.mode {
                 Mode::Omitted => {}
                 Mode::None => kept.bitmap = Bitmap::None,
                 Mode::New | Mode::Use => kept.bitmap = Bitmap::One,
             }
+        }
+        Ok(())
+    }
+}
+
+/// Gives the setup until it succeeds, or has a client that dies give it. The devices' infos and the
+/// points in time; none if there is no access afterwards.
+async fn try_set_up(
+    machine: &Machine,
+    plan: &AccessPlan,
+    request: &Value,
+) -> Result<Option<(Value, Vec<Moment>)>> {
+    let start = Instant::now();
+    loop {
+        let _quiet = machine.quiet().await;
+        let hangs = machine.hangs();
+        machine.forget_events(plan.target());
+        let moments: Vec<Moment> = plan
+            .devices
+            .iter()
+            .map(|device| machine.disks[device.disk].model.begin_point_in_time())
+            .collect();
+        let infos = match plan.setup_dies {
+            None => machine.storage.try_run("backup-access-setup", request.clone()).await,
+            Some(death) => {
+                client::killed(machine, "backup-access-setup", request.clone(), death).await?;
+                // An access that an earlier process has left.
+                let access = client::find(machine, plan.target()).await?;
+                Ok(access.map_or(Value::Null, |access| access["devices"].clone()))
+            }
+        };
+        for (device, moment) in plan.devices.iter().zip(&moments) {
+            machine.disks[device.disk].model.end_point_in_time(moment);
+        }
+        match infos {
+            Ok(Value::Null) => return Ok(None),
+            Ok(infos) => return Ok(Some((infos, moments))),
+            // It would have to wait for another target's image.
+            Err(error) if hangs && client::is_held_up(&error) && start.elapsed() < 2 * LIMIT => {
+                machine.tally.add(HELD_UP, 1);
+            }
+            Err(error) => return Err(error).with_context(|| format!("setup {request}")),
         }
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! QMP clients that are gone before QEMU has answered, and the setups and teardowns of all others.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use qmp_client::{Options, Session};
@@ -89,28 +89,33 @@ pub(super) async fn find(machine: &Machine, target: &str) -> Result<Option<Value
     Ok(all.iter().find(|access| access["target-id"] == target).cloned())
 }
 
-/// Gives a teardown until it succeeds; how often, and the result. Only if the images may hang it
+/// Whether a command was refused because of a fleecing image that does not move.
+pub(super) fn is_held_up(error: &qmp_client::Error) -> bool {
+    error.to_string().contains(" in flight")
+}
+
+/// Gives a teardown until it succeeds; how often, and the result. Only as long as an image hangs it
 /// may be necessary to give it again.
 pub(super) async fn tear_down(
     machine: &Machine,
     target: &str,
     success: bool,
-    hangs: bool,
 ) -> Result<(u64, Value)> {
     let arguments = json!({ "target-id": target, "success": success });
-    let end = tokio::time::Instant::now() + 2 * LIMIT;
-    let mut count = 0;
-    loop {
-        count += 1;
+    let start = Instant::now();
+    for count in 1.. {
+        let quiet = machine.quiet().await;
+        let hangs = machine.hangs();
         let tried = machine.storage.try_run("backup-access-teardown", arguments.clone()).await;
-        let error = match tried {
+        // Whoever else has to end something gets a turn.
+        drop(quiet);
+        match tried {
             Ok(result) => return Ok((count, result)),
-            Err(error) => error,
-        };
-        let text = error.to_string();
-        if !hangs || !text.contains("in flight") {
-            bail!("teardown of {target}: {text}");
+            Err(error) if hangs && is_held_up(&error) && start.elapsed() < 2 * LIMIT => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("teardown {count} of {target}"));
+            }
         }
-        ensure!(tokio::time::Instant::now() < end, "{text}");
     }
+    bail!("too many teardowns of {target}")
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -108,6 +109,9 @@ impl Image {
         if flaw == Flaw::Full {
             File::options().write(true).open(&file)?.set_len(ROOM_BYTES)?;
         }
+        if flaw.hangs() {
+            machine.hanging.fetch_add(1, Ordering::Relaxed);
+        }
         let mut this = Self { flaw, nodes: Vec::new(), group: None, file, server: None };
         let mut lowest = storage.file_node(&format!("{name}-file"), &name);
         if flaw == Flaw::Stuck {
@@ -184,6 +188,9 @@ impl Image {
     pub(super) async fn remove(self, machine: &Machine) -> Result<()> {
         for node in &self.nodes {
             machine.change("blockdev-del", json!({ "node-name": node })).await?;
+        }
+        if self.flaw.hangs() {
+            machine.hanging.fetch_sub(1, Ordering::Relaxed);
         }
         if let Some(group) = &self.group {
             machine.change("object-del", json!({ "id": group })).await?;

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A process with its disks, their guests, and what must be true of it whenever nothing goes on.
 
-use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use provider_nbd::Client;
-use qmp_client::backup::BrokenEvent;
-use qmp_client::{EventItem, Session};
+use qmp_client::{Event, EventItem, Session};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::{Mutex, MutexGuard, OwnedMutexGuard};
@@ -17,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use super::disk::{Bitmap, Disk, Form, TARGETS};
 use super::proc::{descriptors, threads};
-use super::tally::{COMPARED, Places, Tally};
+use super::tally::{COMPARED, EXPIRED, HELD_UP, Places, REMOVED, RENEWED, Tally};
 use crate::storage::{Connection, LIMIT, Launch, STDERR, Storage, until};
 use crate::stress::faults::{Fault, Faults};
 use crate::stress::reader::{check_disk, resume_disk};
@@ -58,6 +57,21 @@ impl Features {
     pub(super) fn leases(&self) -> bool {
         self.has("backup-access-renew")
     }
+
+    /// What cannot come to pass.
+    pub(super) fn missing(&self) -> Vec<&'static str> {
+        let mut missing = Vec::new();
+        if !self.leases() {
+            missing.extend([RENEWED, EXPIRED]);
+        }
+        if !self.has("backup-access-bitmap-remove") {
+            missing.push(REMOVED);
+        }
+        if !self.several_targets {
+            missing.push(HELD_UP);
+        }
+        missing
+    }
 }
 
 /// A running process.
@@ -74,6 +88,8 @@ pub(super) struct Machine {
     served: Mutex<Option<Faults>>,
     rest: Rest,
     numbers: AtomicU64,
+    /// Fleecing images that may not move.
+    pub(super) hanging: AtomicUsize,
     events: Events,
     pub(super) tally: Tally,
 }
@@ -122,6 +138,7 @@ impl Machine {
             served: Mutex::default(),
             rest: Rest::default(),
             numbers: AtomicU64::new(0),
+            hanging: AtomicUsize::new(0),
             events,
             tally: tally.clone(),
         };
@@ -287,12 +304,24 @@ impl Machine {
 
     /// Whether an event said that a snapshot became worse.
     pub(super) fn was_reported(&self, target: &str, device: &str) -> bool {
-        self.events.seen().contains(&(target.to_owned(), device.to_owned()))
+        self.events.seen().broken.contains(&(target.to_owned(), device.to_owned()))
+    }
+
+    /// With which success an access of a target ended, as often as events told of it.
+    pub(super) fn ends_reported(&self, target: &str) -> Vec<bool> {
+        self.events.seen().ended.get(target).cloned().unwrap_or_default()
     }
 
     /// A new access is set up: what events told of an earlier one is not about it.
     pub(super) fn forget_events(&self, target: &str) {
-        self.events.seen().retain(|(other, _)| other != target);
+        let mut seen = self.events.seen();
+        seen.broken.retain(|(other, _)| other != target);
+        seen.ended.remove(target);
+    }
+
+    /// Whether there are fleecing images that may not move.
+    pub(super) fn hangs(&self) -> bool {
+        self.hanging.load(Ordering::Relaxed) > 0
     }
 
     /// What it is like now.
@@ -382,7 +411,11 @@ impl Machine {
 
     async fn check_bitmaps(&self) -> Result<()> {
         for disk in &self.disks {
-            let found = self.storage.bitmaps(disk.name).await?;
+            let mut found = self.storage.bitmaps(disk.name).await?;
+            // Beside each bitmap is one that records nothing.
+            let all = found.len();
+            found.retain(|name| !name.ends_with("-guard"));
+            ensure!(all - found.len() <= found.len(), "guards without bitmaps: {found:?}");
             ensure!(found.iter().all(|name| name.starts_with(BITMAP_PREFIX)), "{found:?}");
             let count = |wanted: Bitmap| {
                 (0..TARGETS.len()).filter(|&target| disk.kept(target).bitmap == wanted).count()
@@ -398,34 +431,54 @@ impl Machine {
     }
 }
 
-/// Targets and devices.
-type Seen = std::sync::Mutex<BTreeSet<(String, String)>>;
+/// What events told of.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Snapshots that became worse, by target and device.
+    broken: BTreeSet<(String, String)>,
+    /// Ends of accesses, with their success, by target.
+    ended: BTreeMap<String, Vec<bool>>,
+}
 
-/// Collects which snapshots events told of.
+impl Seen {
+    fn note(&mut self, event: &Event) {
+        let target = event.data["target-id"].as_str().unwrap_or_default().to_owned();
+        match event.name.as_str() {
+            "BACKUP_ACCESS_BROKEN" => {
+                let device = event.data["device"].as_str().unwrap_or_default();
+                self.broken.insert((target, device.to_owned()));
+            }
+            "BACKUP_ACCESS_TORN_DOWN" => {
+                self.ended.entry(target).or_default().push(event.data["success"] == true);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Collects what events tell of.
 #[derive(Debug)]
 struct Events {
-    seen: Arc<Seen>,
+    seen: Arc<std::sync::Mutex<Seen>>,
     task: JoinHandle<()>,
 }
 
 impl Events {
     fn collect(session: &Session) -> Self {
         let mut events = session.events();
-        let seen = Arc::<Seen>::default();
+        let seen = Arc::<std::sync::Mutex<Seen>>::default();
         let collected = Arc::clone(&seen);
         let task = tokio::spawn(async move {
             while let Some(item) = events.next().await {
-                let EventItem::Event(event) = item else { continue };
-                if let Ok(Some(broken)) = BrokenEvent::from_event(&event) {
-                    let mut seen = collected.lock().unwrap_or_else(PoisonError::into_inner);
-                    seen.insert((broken.target_id, broken.device));
+                if let EventItem::Event(event) = item {
+                    collected.lock().unwrap_or_else(PoisonError::into_inner).note(&event);
                 }
             }
         });
         Self { seen, task }
     }
 
-    fn seen(&self) -> std::sync::MutexGuard<'_, BTreeSet<(String, String)>> {
+    fn seen(&self) -> std::sync::MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -96,9 +96,9 @@ pub async fn run(options: &Options) -> Result<Summary> {
         }
     }
     let machine = soak.lasting.as_ref().or(soak.mortal.as_ref());
-    let leases = machine.is_some_and(|machine| machine.features.leases());
+    let optional = machine.map_or_else(Vec::new, |machine| machine.features.missing());
     soak.end().await?;
-    Ok(Summary::new(soak.tally, start.elapsed(), soak.memory, leases))
+    Ok(Summary::new(soak.tally, start.elapsed(), soak.memory, optional))
 }
 
 impl Soak {

@@ -7,7 +7,7 @@ use rand::seq::SliceRandom as _;
 use serde_json::{Value, json};
 
 use super::client::Death;
-use super::disk::TARGETS;
+use super::disk::{Form, TARGETS};
 use super::image::Flaw;
 use super::machine::Machine;
 
@@ -61,6 +61,8 @@ pub(super) struct DevicePlan {
     /// Whether the generation is told.
     pub(super) tells_generation: bool,
     pub(super) reader: Reader,
+    /// Clean areas can be read too.
+    pub(super) readable: bool,
     options: Value,
 }
 
@@ -92,7 +94,7 @@ impl AccessPlan {
             .enumerate()
             .map(|(index, &disk)| {
                 let flaw = if index == faulty { Flaw::random(rng) } else { Flaw::Nothing };
-                DevicePlan::random(disk, flaw, rng)
+                DevicePlan::random(machine, disk, flaw, rng)
             })
             .collect();
         devices.shuffle(rng);
@@ -139,11 +141,6 @@ impl AccessPlan {
         disks
     }
 
-    /// Whether requests of a fleecing image may take long.
-    pub(super) fn hangs(&self) -> bool {
-        self.devices.iter().any(|device| device.flaw.hangs())
-    }
-
     /// The arguments of the setup; `images` are the fleecing images' nodes.
     pub(super) fn request(&self, machine: &Machine, images: &[&str]) -> Value {
         let devices: Vec<Value> = self
@@ -157,7 +154,7 @@ impl AccessPlan {
 }
 
 impl DevicePlan {
-    fn random(disk: usize, flaw: Flaw, rng: &mut StdRng) -> Self {
+    fn random(machine: &Machine, disk: usize, flaw: Flaw, rng: &mut StdRng) -> Self {
         let mut options = json!({});
         let buffers = [0, 0, 64 << 10, 512 << 10, 2 * MIB, 64 * MIB];
         // What never gets to the image meets no error of it.
@@ -171,13 +168,18 @@ impl DevicePlan {
         }
         if flaw.may_break() {
             options["timeout"] = json!(rng.random_range(1..=2));
-        } else if rng.random_ratio(1, 4) {
+        } else if rng.random_ratio(1, 4) && machine.disks[disk].form != Form::Served {
             // The guest's requests never fail: nothing is wrong here.
             options["on-error"] = json!("break-guest-write");
+        }
+        let readable = machine.features.has("readable") && rng.random_ratio(1, 5);
+        if readable {
+            options["readable"] = json!("all");
         }
         Self {
             disk,
             flaw,
+            readable,
             mode: match rng.random_range(0..10) {
                 0..2 => Mode::Omitted,
                 2 => Mode::None,

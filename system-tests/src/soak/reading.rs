@@ -15,7 +15,7 @@ use serde_json::Value;
 use tokio::sync::OnceCell;
 
 use super::machine::Machine;
-use super::plan::Reader;
+use super::plan::{AccessPlan, DevicePlan, Reader};
 use super::tally::{COMPARED, READERS_KILLED, RELEASED};
 use crate::qemu::bin_dir;
 use crate::stress::model::{Moment, SECTOR};
@@ -32,6 +32,8 @@ pub(super) struct Snapshot {
     pub(super) is_increment: bool,
     /// Nobody told what the bitmap is: any area may be clean.
     pub(super) bitmap_unknown: bool,
+    /// Clean areas can be read too.
+    all_readable: bool,
     sectors: u64,
     info: Value,
     export: OnceCell<String>,
@@ -43,15 +45,19 @@ impl Snapshot {
         info: Value,
         moment: Moment,
         sectors: u64,
-        bitmap_unknown: bool,
+        plan: &AccessPlan,
+        device: &DevicePlan,
     ) -> Result<Self> {
+        // Nobody has seen what the setup said.
+        let bitmap_unknown = plan.setup_dies.is_some();
         let text = |member: &str| info[member].as_str().map(str::to_owned);
         Ok(Self {
             node: text("node-name").context("no node name")?,
             moment,
             generation: text("generation"),
             is_increment: info["bitmap-action"] == "used" && !bitmap_unknown,
-            bitmap_unknown,
+            bitmap_unknown: bitmap_unknown && !device.readable,
+            all_readable: device.readable,
             sectors,
             info,
             export: OnceCell::new(),
@@ -91,6 +97,9 @@ impl Snapshot {
             }
         }
         ensure!(self.info["dirty"] == bytes, "{bytes} dirty bytes, but {}", self.info);
+        if self.all_readable {
+            return Ok(std::iter::once(0..self.sectors).collect());
+        }
         Ok(areas)
     }
 

@@ -6,53 +6,41 @@ use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// What is counted, in the order of the closing table.
-pub(super) const COUNTED: [&str; 22] = [
-    EPISODES,
-    SETUPS,
-    USED,
-    REFUSED,
-    TEARDOWNS,
-    AGAIN,
-    UNKNOWN,
-    EXPIRED,
-    BROKEN,
-    DEGRADED,
-    CLIENTS_KILLED,
-    READERS_KILLED,
-    STALLS,
-    JOBS,
-    DRAINS,
-    QUERIES,
-    COPIES,
-    QUITS,
-    KILLS,
-    REQUESTS,
-    COMPARED,
-    RELEASED,
-];
-pub(super) const EPISODES: &str = "episodes";
-pub(super) const SETUPS: &str = "setups";
-pub(super) const USED: &str = "increments (bitmap used)";
-pub(super) const REFUSED: &str = "setups refused as they must be";
-pub(super) const TEARDOWNS: &str = "teardowns";
-pub(super) const AGAIN: &str = "teardowns given again (in flight)";
-pub(super) const UNKNOWN: &str = "teardowns of no access";
-pub(super) const EXPIRED: &str = "leases that ended an access";
-pub(super) const BROKEN: &str = "snapshots broken as expected";
-pub(super) const DEGRADED: &str = "snapshots degraded as expected";
-pub(super) const CLIENTS_KILLED: &str = "QMP clients killed in a command";
-pub(super) const READERS_KILLED: &str = "readers killed in a request";
-pub(super) const STALLS: &str = "stalls of fleecing images";
-pub(super) const JOBS: &str = "block jobs";
-pub(super) const DRAINS: &str = "drained sections of the monitor";
-pub(super) const QUERIES: &str = "queries";
-pub(super) const COPIES: &str = "copies of whole disks compared";
-pub(super) const QUITS: &str = "processes quit during accesses";
-pub(super) const KILLS: &str = "processes killed during accesses";
-pub(super) const REQUESTS: &str = "guest requests";
-pub(super) const COMPARED: &str = "bytes compared";
-pub(super) const RELEASED: &str = "bytes released by readers";
+/// Names what is counted, in the order of the closing table.
+macro_rules! counted {
+    ($($name:ident = $text:literal,)*) => {
+        $(pub(super) const $name: &str = $text;)*
+        pub(super) const COUNTED: &[&str] = &[$($name),*];
+    };
+}
+
+counted! {
+    EPISODES = "episodes",
+    SETUPS = "setups",
+    USED = "increments (bitmap used)",
+    HELD_UP = "setups given again (in flight)",
+    REFUSED = "setups refused as they must be",
+    ENDS = "accesses that ended",
+    AGAIN = "teardowns given again (in flight)",
+    UNKNOWN = "teardowns of no access",
+    RENEWED = "leases renewed",
+    EXPIRED = "leases that ended an access",
+    REMOVED = "removals of bitmaps",
+    BROKEN = "snapshots broken as expected",
+    DEGRADED = "snapshots degraded as expected",
+    CLIENTS_KILLED = "QMP clients killed in a command",
+    READERS_KILLED = "readers killed in a request",
+    STALLS = "stalls of fleecing images",
+    JOBS = "block jobs",
+    DRAINS = "drained sections of the monitor",
+    QUERIES = "queries",
+    COPIES = "copies of whole disks compared",
+    QUITS = "processes quit during accesses",
+    KILLS = "processes killed during accesses",
+    REQUESTS = "guest requests",
+    COMPARED = "bytes compared",
+    RELEASED = "bytes released by readers",
+}
 
 /// Counts by name; clones share them.
 #[derive(Debug, Clone, Default)]
