@@ -103,7 +103,11 @@ impl Storage {
             command.stderr(file);
         }
         let mut process = Guarded::spawn(&mut command)?;
-        let session = connect(&qmp, &mut process).await?;
+        let connected = connect(&qmp, &mut process).await;
+        let session = connected.with_context(|| {
+            let said = std::fs::read_to_string(folder.path().join(STDERR)).unwrap_or_default();
+            format!("it said: {}", crate::process::tail(&said))
+        })?;
         let this = Self { process, session, folder, numbers: AtomicU32::new(0) };
         if how.emulator.is_some() {
             let address = json!({ "type": "unix", "data": { "path": nbd } });

@@ -11,6 +11,7 @@ mod paths;
 mod qemu;
 mod run;
 mod setup;
+mod soak;
 mod test;
 mod tidy;
 
@@ -43,10 +44,13 @@ enum Command {
     Test(test::Options),
     /// The same as `test`, as the gate runs it
     Ci(test::Options),
-    /// `test` with the long suites: more stress seeds, the fuzz targets, the tests marked ignored
+    /// `test` with the long suites: more stress seeds, the soak, the fuzz targets, the tests marked
+    /// ignored
     Full(test::Options),
     /// Run the fuzz targets of the QMP and NBD clients for a bounded time
     Fuzz(fuzz::Options),
+    /// Random backup accesses with faults, kills and guest I/O, for as long as asked for
+    Soak(soak::Options),
     /// Check the repository's own rules: dependencies, unsafe, licence headers, file sizes
     Tidy,
 }
@@ -76,6 +80,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Test(options) | Command::Ci(options) => return test::run(&paths, &options),
         Command::Full(options) => return test::run(&paths, &options.full()),
         Command::Fuzz(options) => return fuzz::run(&paths, &options),
+        Command::Soak(options) => return soak::run(&paths, options),
         Command::Tidy => return tidy::run(&paths),
     }
     Ok(ExitCode::SUCCESS)

@@ -11,7 +11,7 @@ use crate::cargo::{QEMU_BIN_ENV, cargo, ensure_components, has_subcommand};
 use crate::paths::Paths;
 use crate::qemu::Suite;
 use crate::run::{Show, Step};
-use crate::{fuzz, qemu, setup, tidy};
+use crate::{fuzz, qemu, setup, soak, tidy};
 
 /// The crates that only build against a QEMU build tree.
 const NEEDS_QEMU: &[&str] = &["qemu-ext", "qemu-ext-sys"];
@@ -40,6 +40,9 @@ pub(crate) struct Options {
     /// Also the fuzz targets, each for so many seconds
     #[arg(long, value_name = "N")]
     fuzz_seconds: Option<u32>,
+    /// Also the soak, for so many minutes; `full` does so for 20 unless told otherwise
+    #[arg(long, value_name = "N", conflicts_with = "no_qemu")]
+    soak_minutes: Option<u32>,
     /// Also the tests marked ignored
     #[arg(long)]
     ignored: bool,
@@ -53,9 +56,11 @@ impl Options {
     /// The long suites.
     pub(crate) fn full(self) -> Self {
         let second = (!self.no_qemu).then(Suite::second);
+        let soak_minutes = (!self.no_qemu).then_some(soak::DEFAULT_MINUTES);
         Self {
             stress_seeds: self.stress_seeds.or(Some(FULL_SEEDS)),
             fuzz_seconds: self.fuzz_seconds.or(Some(FULL_FUZZ_SECONDS)),
+            soak_minutes: self.soak_minutes.or(soak_minutes),
             ignored: true,
             suite: self.suite.or(second),
             ..self
@@ -159,6 +164,12 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     }
     if qemu {
         report.check("system tests", || gate.system_tests());
+        if let Some(minutes) = options.soak_minutes {
+            report.check("soak", || {
+                let right = soak::check(paths, soak::Options::for_minutes(minutes))?;
+                Ok(if right { Totals::PASSED } else { Totals::FAILED })
+            });
+        }
         if let Some(suite) = &options.suite {
             second_qemu(&gate, &mut report, suite);
         }
@@ -394,6 +405,10 @@ mod tests {
         let asked = Options { stress_seeds: Some(7), ..Options::default() }.full();
         assert_eq!((asked.stress_seeds, asked.ignored), (Some(7), true));
         assert_eq!(asked.suite, Some(Suite::second()));
+        assert_eq!(asked.soak_minutes, Some(soak::DEFAULT_MINUTES));
+        let shorter = Options { soak_minutes: Some(3), ..Options::default() }.full();
+        assert_eq!(shorter.soak_minutes, Some(3));
+        assert_eq!(Options { no_qemu: true, ..Options::default() }.full().soak_minutes, None);
         assert_eq!(Options { no_qemu: true, ..Options::default() }.full().suite, None);
         let full = Options::default().full();
         assert_eq!(full.stress_seeds, Some(FULL_SEEDS));

@@ -269,7 +269,8 @@ impl<'a> Access<'a> {
 
     async fn end(&self, copies: Vec<Option<Copy>>) -> Result<()> {
         let machine = self.stage.machine;
-        let with_bitmap = self.snapshots.iter().map(|snapshot| snapshot.generation.is_some());
+        let with_bitmap =
+            self.plan.devices.iter().map(|device| matches!(device.mode, Mode::New | Mode::Use));
         let complete = with_bitmap.zip(&copies).all(|(bitmap, copy)| copy.is_some() || !bitmap);
         // The backup is committed before QEMU is told: it may be told that it was not.
         for (device, copy) in self.plan.devices.iter().zip(copies) {

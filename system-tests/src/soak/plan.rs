@@ -100,6 +100,10 @@ impl AccessPlan {
         devices.shuffle(rng);
         let leases = machine.features.leases();
         let stuck = devices.iter().any(|device| device.flaw == Flaw::Stuck);
+        if stuck && rng.random() {
+            // A teardown waits for the longest of all timeouts.
+            devices.iter_mut().for_each(|device| device.options["timeout"] = json!(1));
+        }
         let end = match rng.random_range(0..100) {
             // A teardown that may have to be given again.
             0..60 if stuck => End::UnderReaders,
@@ -200,7 +204,8 @@ impl DevicePlan {
 
     /// Whether the snapshot may break.
     pub(super) fn may_break(&self) -> bool {
-        self.flaw.may_break() || self.options.get("fleecing-limit").is_some()
+        let options = ["fleecing-limit", "timeout"];
+        self.flaw.may_break() || options.iter().any(|name| self.options.get(name).is_some())
     }
 
     /// Whether old data goes to the image at once.
