@@ -218,8 +218,8 @@ impl Machine {
         };
         setup(0).await?;
         let second = setup(1).await;
-        for number in 0..2 {
-            let request = json!({ "target-id": TARGETS[number], "success": false });
+        for (number, target) in TARGETS.iter().enumerate().take(2) {
+            let request = json!({ "target-id": target, "success": false });
             self.storage.run("backup-access-teardown", request).await?;
             for node in [format!("probe{number}"), format!("probe{number}-file")] {
                 self.storage.run("blockdev-del", json!({ "node-name": node })).await?;

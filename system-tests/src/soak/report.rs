@@ -119,12 +119,12 @@ impl fmt::Display for Summary {
             };
             writeln!(f, "{what:<40} {shown:>12}")?;
         }
-        let rows: [(&str, fn(&Memory) -> u64); 2] = [
-            ("RSS, first to last third", |memory| memory.resident_bytes),
-            ("of it anonymous", |memory| memory.anonymous_bytes),
+        let rows = [
+            ("RSS, first to last third", self.trend(|memory| memory.resident_bytes)),
+            ("of it anonymous", self.trend(|memory| memory.anonymous_bytes)),
         ];
-        for (name, part) in rows {
-            match self.trend(part) {
+        for (name, trend) in rows {
+            match trend {
                 Some(trend) => writeln!(f, "{name:<28} {trend}")?,
                 None => writeln!(f, "{name:<28} too few samples: {}", self.memory.len())?,
             }
