@@ -15,6 +15,13 @@ pub enum Kind {
     NoSpace,
     /// The call was cancelled or its deadline passed.
     Cancelled,
+    /// The archive is protected: take the protection away first.
+    Protected,
+    /// The archive is being read, or a backup builds upon it: the same call works later.
+    InUse,
+    /// Other archives need this one, and it cannot be merged into them:
+    /// [`Error::dependents`] names them.
+    HasDependents,
     /// Input or output failed.
     Io,
     /// Anything else.
@@ -32,6 +39,8 @@ pub struct Error {
     /// What caused it.
     #[source]
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    /// For [`Kind::HasDependents`] the archives that need the one named by the call; else empty.
+    pub dependents: Vec<String>,
 }
 
 /// Result of a call of the contract.
@@ -40,7 +49,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error without a cause.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self { kind, message: message.into(), source: None, dependents: Vec::new() }
     }
 
     /// An I/O error with the sentence that says what was being done. `ENOSPC` becomes
@@ -51,7 +60,7 @@ impl Error {
             std::io::ErrorKind::NotFound => Kind::NotFound,
             _ => Kind::Io,
         };
-        Self { kind, message: message.into(), source: Some(Box::new(source)) }
+        Self { source: Some(Box::new(source)), ..Self::new(kind, message) }
     }
 
     /// An error with a cause.
@@ -60,6 +69,15 @@ impl Error {
         message: impl Into<String>,
         source: impl std::error::Error + Send + Sync + 'static,
     ) -> Self {
-        Self { kind, message: message.into(), source: Some(Box::new(source)) }
+        Self { source: Some(Box::new(source)), ..Self::new(kind, message) }
+    }
+
+    /// The removal of an archive that others need; the sentence names them.
+    pub fn has_dependents(archive: &str, dependents: Vec<String>) -> Self {
+        let names = dependents.join(", ");
+        let message = format!(
+            "Archive {archive} is needed by {names}; remove these first, or keep it as well."
+        );
+        Self { dependents, ..Self::new(Kind::HasDependents, message) }
     }
 }

@@ -14,6 +14,9 @@
 //! [`Provider::commit_outcome`] tells it. QEMU forgets the changes a backup covers only after the
 //! outcome is `Committed`.
 //!
+//! The storage side, [`Provider::list`] to [`Provider::remove`], needs no job. Which archives are
+//! removed is decided by the host alone; a provider only removes what it is told to.
+//!
 //! All calls are object-safe and cancellable: a [`Call`] carries a token and a deadline. Futures
 //! may be dropped at any await point; what a call has begun must then be undone by `abort`, or by
 //! the provider itself the next time it is activated.
@@ -40,9 +43,19 @@ pub use tokio_util::sync::CancellationToken;
 pub use uuid::Uuid;
 
 /// Version of this contract. A provider states the version it was written for.
+///
+/// Until the first release it stays 1 whatever changes. From then on a change that a provider of
+/// the version before need not know (a new method with a default, a new capability, a new field that
+/// may be missing) raises it together with [`API_AGE`]; any other change raises it and sets
+/// [`API_AGE`] to 0.
 pub const API_VERSION: u32 = 1;
 /// How many versions back a host still accepts: `API_VERSION - API_AGE ..= API_VERSION`.
 pub const API_AGE: u32 = 0;
+
+/// Longest notes of an archive, in bytes.
+pub const NOTES_BYTES_MAX: usize = 64 << 10;
+/// What [`Archive::notes`] shows of their first line at most, in bytes.
+pub const NOTES_LINE_BYTES_MAX: usize = 512;
 
 /// A future that a trait object can return.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -76,6 +89,15 @@ pub struct Capabilities {
     pub vm_restore: bool,
     /// Makes incremental backups of virtual machines from dirty bitmaps.
     pub vm_incremental: bool,
+    /// Keeps notes: [`Provider::notes`], [`Provider::set_notes`].
+    #[serde(default)]
+    pub notes: bool,
+    /// Protects archives: [`Provider::set_protected`].
+    #[serde(default)]
+    pub protect: bool,
+    /// Removes archives: [`Provider::remove`].
+    #[serde(default)]
+    pub remove: bool,
 }
 
 /// Space of the storage behind a provider.
@@ -104,6 +126,13 @@ pub struct Archive {
     pub base: Option<String>,
     /// The commit id it was committed with.
     pub commit_id: Option<Uuid>,
+    /// Whether [`Provider::remove`] refuses to remove it.
+    #[serde(default)]
+    pub protected: bool,
+    /// The first line of its notes, see [`notes_line`]; none without notes. A list may be long, so
+    /// the rest is only in [`Provider::notes`].
+    #[serde(default)]
+    pub notes: Option<String>,
 }
 
 /// What became of a commit.
@@ -148,6 +177,68 @@ pub trait Provider: Send + Sync {
     /// All committed archives, in no particular order. Unfinished ones are never listed.
     fn list<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Vec<Archive>>>;
 
+    /// All notes of an archive; empty without any. At any time, also while the archive is being
+    /// read or built upon. [`Kind::NotFound`] without such an archive.
+    ///
+    /// Only called with [`Capabilities::notes`].
+    fn notes<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<String>> {
+        let _ = call;
+        unsupported(archive, "has no notes")
+    }
+
+    /// Replaces the notes of an archive, in one step that a crash cannot split; empty ones are
+    /// removed. Called after the commit when a job was asked for notes, and whenever somebody
+    /// changes them, also while the archive is protected, read or built upon. The host has checked
+    /// them by [`check_notes`]. After an error the notes are the old ones or the new ones.
+    ///
+    /// Only called with [`Capabilities::notes`].
+    fn set_notes<'a>(
+        &'a self,
+        archive: &'a str,
+        notes: &'a str,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        let _ = (notes, call);
+        unsupported(archive, "cannot have notes")
+    }
+
+    /// Protects an archive from [`Provider::remove`], or no longer; durable when it returns. Called
+    /// after the commit when a job was asked for it, and whenever somebody changes it. Asking for
+    /// what is so already is no error. How many archives may be protected is the host's to count.
+    ///
+    /// Only called with [`Capabilities::protect`].
+    fn set_protected<'a>(
+        &'a self,
+        archive: &'a str,
+        protected: bool,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        let _ = (protected, call);
+        unsupported(archive, "cannot be protected")
+    }
+
+    /// Removes one archive, with its notes, and gives its space back. Other archives give the same
+    /// bytes before, during and after it, whatever fails or crashes meanwhile: if others need this one
+    /// (increments), what they need is kept for them (the provider merges it into them), or nothing
+    /// is changed and the error is [`Kind::HasDependents`].
+    ///
+    /// Called when somebody removes an archive, and by the host's pruning: one call at a time for one
+    /// guest, those archives first that were made last, so that a chain is merged from its small end.
+    /// May take as long as copying the archive; the host's deadline is hours. When it is cancelled,
+    /// runs into its deadline or fails, the archive is still there, or it is gone: never anything
+    /// between. What a crash leaves is cleaned up by the next [`Provider::activate`].
+    ///
+    /// Refused with [`Kind::Protected`] for a protected archive (the host asks first, but somebody
+    /// else may be faster), [`Kind::InUse`] while it is restored or built upon, [`Kind::NotFound`]
+    /// for one that is not there. The next backup of the guest must not be an increment on what is
+    /// gone: a provider asks for the generation of an archive that it has, else for a new bitmap.
+    ///
+    /// Only called with [`Capabilities::remove`].
+    fn remove<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<()>> {
+        let _ = call;
+        unsupported(archive, "cannot be removed by this provider")
+    }
+
     /// The configuration files in an archive.
     fn guest_config<'a>(
         &'a self,
@@ -177,6 +268,38 @@ pub trait Provider: Send + Sync {
     ) -> BoxFuture<'a, Result<Box<dyn VmRestore>>>;
 }
 
+fn unsupported<'a, T: Send + 'a>(archive: &str, what: &str) -> BoxFuture<'a, Result<T>> {
+    let error = Error::new(Kind::Invalid, format!("Archive {archive} {what}."));
+    Box::pin(std::future::ready(Err(error)))
+}
+
+/// Checks notes: at most [`NOTES_BYTES_MAX`] bytes, no control characters but line breaks and tabs.
+///
+/// # Errors
+/// A sentence that names the fault.
+pub fn check_notes(notes: &str) -> std::result::Result<(), String> {
+    if notes.len() > NOTES_BYTES_MAX {
+        return Err(format!(
+            "The notes have {} bytes; at most {NOTES_BYTES_MAX} are allowed.",
+            notes.len()
+        ));
+    }
+    match notes.chars().find(|c| c.is_control() && !"\n\t".contains(*c)) {
+        Some(bad) => {
+            Err(format!("The notes have the character {bad:?}, which cannot be in notes."))
+        }
+        None => Ok(()),
+    }
+}
+
+/// What a list shows of notes: the first line that is not blank, at most [`NOTES_LINE_BYTES_MAX`]
+/// bytes of it; none without such a line.
+#[must_use]
+pub fn notes_line(notes: &str) -> Option<String> {
+    let line = notes.lines().map(str::trim).find(|line| !line.is_empty())?;
+    Some(line[..line.floor_char_boundary(NOTES_LINE_BYTES_MAX)].to_owned())
+}
+
 /// Checks an archive name as a provider chose it: `[A-Za-z0-9.+=_/:-]{1,200}`, no empty, `.` or
 /// `..` part.
 ///
@@ -200,7 +323,9 @@ pub fn check_archive_name(name: &str) -> std::result::Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use super::check_archive_name;
+    use super::{
+        NOTES_BYTES_MAX, NOTES_LINE_BYTES_MAX, check_archive_name, check_notes, notes_line,
+    };
 
     #[test]
     fn archive_names_are_checked() {
@@ -210,5 +335,17 @@ mod tests {
             assert!(check_archive_name(bad).is_err(), "{bad:?}");
         }
         assert!(check_archive_name(&"x".repeat(201)).is_err());
+    }
+
+    #[test]
+    fn notes_are_checked_and_their_first_line_is_shown() {
+        assert!(check_notes("before the update\n\tby \u{e9}\n").is_ok());
+        assert!(check_notes("\u{1b}[2J").is_err());
+        assert!(check_notes(&"x".repeat(NOTES_BYTES_MAX + 1)).is_err());
+        assert_eq!(notes_line("\n  one \ntwo"), Some("one".to_owned()));
+        assert_eq!(notes_line(" \n"), None);
+        // Never in the middle of a character.
+        let long = notes_line(&"\u{20ac}".repeat(NOTES_LINE_BYTES_MAX)).unwrap();
+        assert!(long.len() <= NOTES_LINE_BYTES_MAX && long.len() > NOTES_LINE_BYTES_MAX - 4);
     }
 }

@@ -71,6 +71,12 @@ impl Chain {
         &self.links
     }
 
+    /// What lies below the topmost image; none below a full one.
+    pub(crate) fn below(&self) -> Option<Self> {
+        let links = self.links.get(1..)?.to_vec();
+        (!links.is_empty()).then_some(Self { links, size_bytes: self.size_bytes })
+    }
+
     /// Name of the archive whose image is on top.
     pub(crate) fn top_archive(&self) -> &str {
         self.links.first().map_or("", |link| &link.archive)
@@ -87,7 +93,7 @@ fn load_base(storage: &Storage, above: &Manifest, base: &str) -> Result<Manifest
         let kind = if e.kind == Kind::NotFound { Kind::Corrupt } else { e.kind };
         let text =
             format!("Archive {} builds upon {base}, which cannot be used: {e}", above.archive);
-        Error { kind, message: text, source: e.source }
+        Error { kind, message: text, ..e }
     })?;
     // The order also rules out circles.
     if manifest.guest_id != above.guest_id

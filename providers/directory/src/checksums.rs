@@ -11,18 +11,21 @@
 //! ```
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::path::Path;
 
 use provider_api::{Error, Result};
 
-use crate::call::blocking;
+use crate::areas::Area;
+use crate::call::{blocking, corrupt};
 use crate::files;
 use crate::limits::BLOCK_BYTES;
 use crate::manifest::Checksums;
 
-/// Text held back before it is written.
+/// Text held back before it is written, or read at once.
 const BUFFER_BYTES: usize = 256 << 10;
+/// More than the longest line: two numbers and a hash.
+const LINE_BYTES_MAX: u64 = 128;
 
 /// Checksum of one area; no hash for zeroes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +33,12 @@ pub(crate) struct Line {
     pub(crate) offset: u64,
     pub(crate) length_bytes: u64,
     pub(crate) hash: Option<blake3::Hash>,
+}
+
+impl Line {
+    pub(crate) fn area(&self) -> Area {
+        Area::new(self.offset, self.offset + self.length_bytes)
+    }
 }
 
 /// Writes the file.
@@ -70,6 +79,12 @@ impl ChecksumWriter {
             Ok(self)
         })
         .await
+    }
+
+    /// As [`ChecksumWriter::add`], on a blocking thread.
+    pub(crate) fn add_blocking(&mut self, line: Line) -> Result<()> {
+        self.add_one(line);
+        if self.text.len() < BUFFER_BYTES { Ok(()) } else { self.write_text() }
     }
 
     fn add_one(&mut self, line: Line) {
@@ -124,5 +139,137 @@ impl ChecksumWriter {
             file_size_bytes: self.written_bytes,
             blake3: self.hasher.finalize().to_hex().to_string(),
         })
+    }
+}
+
+/// Reads the file, line by line; each line is checked.
+#[derive(Debug)]
+pub(crate) struct ChecksumReader {
+    text: BufReader<File>,
+    path: String,
+    size_bytes: u64,
+    /// Where the last area ended.
+    end: u64,
+}
+
+impl ChecksumReader {
+    /// Opens the file of a disk with `size_bytes` bytes; refused unless it is what the manifest says.
+    pub(crate) fn open(path: &Path, expected: &Checksums, size_bytes: u64) -> Result<Self> {
+        let shown = path.display().to_string();
+        let failed = |e| Error::io(format!("Cannot read {shown}."), e);
+        let file = files::open_regular(path)?;
+        let mut hasher = blake3::Hasher::new();
+        let mut text = BufReader::with_capacity(BUFFER_BYTES, file);
+        let length_bytes = std::io::copy(
+            &mut (&mut text).take(expected.file_size_bytes.saturating_add(1)),
+            &mut hasher,
+        )
+        .map_err(failed)?;
+        if length_bytes != expected.file_size_bytes
+            || hasher.finalize().to_hex().as_str() != expected.blake3
+        {
+            return Err(corrupt(format!("{shown} does not match its checksum.")));
+        }
+        text.rewind().map_err(failed)?;
+        Ok(Self { text, path: shown, size_bytes, end: 0 })
+    }
+
+    /// The next line.
+    pub(crate) fn next(&mut self) -> Result<Option<Line>> {
+        let mut text = String::new();
+        (&mut self.text)
+            .take(LINE_BYTES_MAX)
+            .read_line(&mut text)
+            .map_err(|e| Error::io(format!("Cannot read {}.", self.path), e))?;
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let line = parse(&text).filter(|line| self.fits(line));
+        let line = line.ok_or_else(|| {
+            corrupt(format!("{} has a wrong line behind {}.", self.path, self.end))
+        })?;
+        self.end = line.area().end;
+        Ok(Some(line))
+    }
+
+    fn fits(&self, line: &Line) -> bool {
+        let Some(end) = line.offset.checked_add(line.length_bytes) else { return false };
+        let is_whole = |line: &Line| {
+            line.hash.is_none() || line.offset / BLOCK_BYTES == (end - 1) / BLOCK_BYTES
+        };
+        line.length_bytes > 0 && line.offset >= self.end && end <= self.size_bytes && is_whole(line)
+    }
+}
+
+fn parse(text: &str) -> Option<Line> {
+    let mut words = text.strip_suffix('\n')?.split(' ');
+    let (offset, length_bytes) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let hash = match words.next()? {
+        "zero" => None,
+        hash => Some(blake3::Hash::from_hex(hash).ok()?),
+    };
+    words.next().is_none().then_some(Line { offset, length_bytes, hash })
+}
+
+#[cfg(test)]
+mod tests {
+    use provider_api::Kind;
+
+    use super::{ChecksumReader, ChecksumWriter, Line};
+    use crate::limits::BLOCK_BYTES;
+
+    #[test]
+    fn what_is_written_is_read_and_damage_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("scsi0.blake3");
+        let mut writer = ChecksumWriter::create(&path).unwrap();
+        let line = |offset, length_bytes, hash| Line { offset, length_bytes, hash };
+        let hash = Some(blake3::hash(b"x"));
+        let lines = [line(512, 1024, hash), line(BLOCK_BYTES, 9 * BLOCK_BYTES, None)];
+        lines.iter().for_each(|line| writer.add_blocking(line.clone()).unwrap());
+        let sums = writer.finish().unwrap();
+        let size_bytes = 10 * BLOCK_BYTES;
+        let mut reader = ChecksumReader::open(&path, &sums, size_bytes).unwrap();
+        assert_eq!(reader.next().unwrap().as_ref(), Some(&lines[0]));
+        assert_eq!(reader.next().unwrap().as_ref(), Some(&lines[1]));
+        assert_eq!(reader.next().unwrap(), None);
+        // Beyond the end of a smaller disk.
+        let mut reader = ChecksumReader::open(&path, &sums, size_bytes - 512).unwrap();
+        reader.next().unwrap();
+        assert_eq!(reader.next().unwrap_err().kind, Kind::Corrupt);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[0] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(ChecksumReader::open(&path, &sums, size_bytes).is_err());
+    }
+
+    #[test]
+    fn lines_that_cannot_be_are_refused() {
+        let hash = blake3::hash(b"x").to_hex();
+        let crossing = format!("{} 1024 {hash}\n", BLOCK_BYTES - 512);
+        for text in [
+            "",
+            "0 1024",
+            "0 1024 zero",
+            "0 0 zero\n",
+            "0 1024 zero x\n",
+            "0 1024 beef\n",
+            "-1 1024 zero\n",
+            "18446744073709551615 1024 zero\n",
+            &crossing,
+            "0 1024 zero\n512 1024 zero\n",
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("x");
+            std::fs::write(&path, text).unwrap();
+            let sums = super::Checksums {
+                block_size_bytes: BLOCK_BYTES,
+                file_size_bytes: text.len() as u64,
+                blake3: blake3::hash(text.as_bytes()).to_hex().to_string(),
+            };
+            let mut reader = ChecksumReader::open(&path, &sums, 1 << 40).unwrap();
+            let all: Result<Vec<_>, _> = std::iter::from_fn(|| reader.next().transpose()).collect();
+            assert_eq!(all.is_ok(), text.is_empty(), "{text:?}");
+        }
     }
 }

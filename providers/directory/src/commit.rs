@@ -241,6 +241,7 @@ pub(crate) fn take_dead_runs(storage: &Storage, lock: &StorageLock) -> Result<Ve
     let mut leftovers = storage.leftovers(lock)?;
     for archive in storage.under_way()? {
         if let Some(Claim::Dead(run)) = storage.claim(&archive, lock)? {
+            storage.end_replacement(&run, lock)?;
             // First the record, as above.
             record_death(storage, &run)?;
             leftovers.extend(run.retire(lock)?);

@@ -6,14 +6,16 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-use provider_api::{Error, Result};
-use rustix::fs::OFlags;
+use provider_api::{Error, Kind, Result};
+use rustix::fs::{OFlags, ioctl_ficlone};
 
 use crate::call::corrupt;
 
 /// Archives hold guests' data: only their owner may look.
 const DIRECTORY_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
+/// Copied between two looks whether to go on.
+const COPY_BYTES: u64 = 64 << 20;
 
 fn no_follow() -> i32 {
     // The bits of open flags fit: the C interface takes an int.
@@ -101,7 +103,7 @@ pub(crate) fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
 pub(crate) fn read_if_exists(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
     match read(path, max_bytes) {
         Ok(content) => Ok(Some(content)),
-        Err(error) if error.kind == provider_api::Kind::NotFound => Ok(None),
+        Err(error) if error.kind == Kind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -126,6 +128,68 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
     fs::rename(&next, path)
         .map_err(|e| Error::io(format!("Cannot replace {}.", path.display()), e))?;
     sync_directory(parent)
+}
+
+/// Copies a file of an archive to a new one, sharing its blocks where the file system can. `check`
+/// ends it between two pieces. Not synced.
+pub(crate) fn copy(from: &Path, to: &Path, check: impl Fn() -> Result<()>) -> Result<()> {
+    let failed = |e| Error::io(format!("Cannot copy {} to {}.", from.display(), to.display()), e);
+    let source = open_regular(from)?;
+    let mut target = create(to)?;
+    if ioctl_ficlone(&target, &source).is_ok() {
+        return Ok(());
+    }
+    let size_bytes = source.metadata().map_err(failed)?.len();
+    let free_bytes = free_bytes(to)?;
+    if free_bytes < size_bytes {
+        return Err(Error::new(
+            Kind::NoSpace,
+            format!(
+                "Copying {} needs {size_bytes} bytes, of which {free_bytes} are free.",
+                from.display()
+            ),
+        ));
+    }
+    let mut left = size_bytes;
+    while left > 0 {
+        check()?;
+        // The standard library uses copy_file_range(2) for this, and copes with its gaps.
+        let copied = std::io::copy(&mut (&source).take(left.min(COPY_BYTES)), &mut target)
+            .map_err(failed)?;
+        if copied == 0 {
+            return Err(corrupt(format!("{} became shorter while it was copied.", from.display())));
+        }
+        left -= copied;
+    }
+    Ok(())
+}
+
+/// Gives a file of an archive a second name, or copies it where that cannot be.
+pub(crate) fn link_or_copy(from: &Path, to: &Path, check: impl Fn() -> Result<()>) -> Result<()> {
+    // Nothing else than a regular file, and no symbolic link.
+    drop(open_regular(from)?);
+    match fs::hard_link(from, to) {
+        Ok(()) => Ok(()),
+        Err(_) => {
+            copy(from, to, check)?;
+            sync(to)
+        }
+    }
+}
+
+/// Makes a file's content durable.
+pub(crate) fn sync(path: &Path) -> Result<()> {
+    open_regular(path)?
+        .sync_all()
+        .map_err(|e| Error::io(format!("Cannot sync {}.", path.display()), e))
+}
+
+/// Bytes that can be written to the file system that a file is in.
+fn free_bytes(path: &Path) -> Result<u64> {
+    let stat = rustix::fs::statvfs(path).map_err(|e| {
+        Error::io(format!("Cannot ask for the space of {}.", path.display()), e.into())
+    })?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// Makes a directory's entries durable.

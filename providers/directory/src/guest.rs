@@ -19,6 +19,7 @@ use crate::files;
 use crate::limits::{CHAIN_ARCHIVES_MAX, CONFIG_BYTES_MAX, DISK_BYTES_MAX, DISKS_MAX, LOCK_WAIT};
 use crate::manifest::{CONFIG_FILE, Disk, FIREWALL_FILE, Manifest, SmallFile, check_device};
 use crate::storage::{RunDirectory, Storage, StorageLock};
+use crate::usage::{Guest, GuestLock};
 
 /// One job.
 #[derive(Debug)]
@@ -56,6 +57,7 @@ async fn start_guest(
         return Err(invalid("The directory provider stores virtual machines only."));
     }
     let wanted = archive_name(&guest)?;
+    let held = Guest::new(storage, guest.kind, guest.id).begin_use(call, LOCK_WAIT).await?;
     let lock = storage.must_lock(call, LOCK_WAIT).await?;
     let shared = storage.clone();
     let run = blocking(move || shared.begin(&wanted, &lock)).await?;
@@ -66,6 +68,7 @@ async fn start_guest(
         guest,
         plans: HashMap::new(),
         manifest: None,
+        _use: held,
     };
     Ok(Box::new(backup))
 }
@@ -87,6 +90,8 @@ struct DirectoryBackup {
     plans: HashMap<String, Chain>,
     /// Set once all data is durable.
     manifest: Option<Manifest>,
+    /// Keeps what increments build upon where it is, up to the commit.
+    _use: GuestLock,
 }
 
 impl DirectoryBackup {

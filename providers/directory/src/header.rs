@@ -101,6 +101,12 @@ impl Header {
         None
     }
 
+    /// Whether the backing file is in the directory of this archive.
+    pub(crate) fn builds_upon(&self, archive: &str) -> bool {
+        let prefix = format!("../{archive}/");
+        self.backing_name.as_ref().is_some_and(|name| name.starts_with(prefix.as_bytes()))
+    }
+
     /// Checks the header against what the manifest says.
     pub(crate) fn check(&self, size_bytes: u64, backing_name: Option<&str>) -> Result<(), String> {
         if self.size_bytes != size_bytes {

@@ -68,6 +68,26 @@ impl Image {
         })
     }
 
+    /// Opens a copy of a checked chain's topmost image, to change it; what lies below is the same.
+    pub(crate) fn reopen(path: &Path, original: &Chain) -> Result<Self> {
+        let shown = path.display().to_string();
+        let failed = |e| Error::io(format!("Cannot open image {shown}."), e);
+        let handle =
+            std::fs::OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+        let backing = original.below().as_ref().map(open_chain).transpose()?;
+        let is_increment = backing.is_some();
+        let options = StorageOpenOptions::new().write(true).filename(path);
+        let storage =
+            File::from_open_file(handle.try_clone().map_err(failed)?, options).map_err(failed)?;
+        let image = Qcow2::<File>::builder(storage)
+            .backing(backing)
+            .data_file(None)
+            .write(true)
+            .open(DenyImplicitOpenGate::default())
+            .map_err(failed)?;
+        Ok(Self { access: FormatAccess::new(image), file: handle, path: shown, is_increment })
+    }
+
     /// Writes data. Two threads must not write into the same cluster at the same time.
     pub(crate) fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.access.write(data, offset).map_err(|e| self.write_failed(offset, e))
@@ -80,6 +100,12 @@ impl Image {
             return Ok(());
         }
         self.access.write_zeroes(offset, length_bytes).map_err(|e| self.write_failed(offset, e))
+    }
+
+    /// Makes an area read as zeroes that may have data, and gives the space of that back.
+    pub(crate) fn discard_to_zero(&mut self, offset: u64, length_bytes: u64) -> Result<()> {
+        let discarded = self.access.discard_to_zero(offset, length_bytes);
+        discarded.map_err(|e| self.write_failed(offset, e))
     }
 
     fn write_failed(&self, offset: u64, error: std::io::Error) -> Error {
@@ -99,6 +125,21 @@ impl Image {
 
 fn cluster_size() -> usize {
     usize::try_from(CLUSTER_BYTES).expect("64 KiB fit in any usize")
+}
+
+/// A checked chain, open for reading.
+pub(crate) struct ImageReader(FormatAccess<File>);
+
+impl ImageReader {
+    pub(crate) fn open(chain: &Chain) -> Result<Self> {
+        open_chain(chain).map(Self)
+    }
+
+    /// Reads what the disk holds at `offset`.
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> Result<()> {
+        let read = self.0.read(data, offset);
+        read.map_err(|e| Error::io(format!("Cannot read an archive's image at {offset}."), e))
+    }
 }
 
 /// Opens a checked chain for reading, base first; needed for areas smaller than a cluster, whose

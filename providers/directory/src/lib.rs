@@ -7,7 +7,8 @@
 //! <path>/vzdump-qemu-100-2026_01_03-03_04_05/    increment: images backed by ../vzdump-…-02-…/
 //! <path>/.tmp-vzdump-qemu-100-…/                 a backup under way, never listed
 //! <path>/.tmp-dead-…/                            what an unfinished backup left, being removed
-//! <path>/.vzdump/                                lock and commit records
+//! <path>/.tmp-merge-…/                           what will replace an archive whose base is removed
+//! <path>/.vzdump/                                locks and commit records
 //! ```
 //!
 //! An archive needs nothing but `qemu-img` to be read: its images form an ordinary backing chain.
@@ -17,6 +18,8 @@
 //! |---|---|
 //! | an archive is listed only when all of it is durable | `commit` |
 //! | whether a commit happened can be told from any process | `commit` |
+//! | a removal changes no byte of what other archives give, wherever it ends | `remove`, `merge` |
+//! | what is read or built upon is not removed | `usage` |
 //! | what dead runs left goes away, what live runs make does not | `storage` |
 //! | an increment covers exactly what its bitmap marks | `copy` |
 //! | zeroes of an increment hide the base's data | `image`, `store` |
@@ -28,6 +31,7 @@
 #![forbid(unsafe_code)]
 
 mod areas;
+mod attributes;
 mod call;
 mod chain;
 mod checksums;
@@ -37,13 +41,27 @@ mod files;
 mod guest;
 mod header;
 mod image;
+#[cfg(debug_assertions)]
+mod kill_point;
 mod limits;
 mod manifest;
+mod merge;
+mod remove;
 mod restore;
 mod server;
 mod source;
 mod storage;
 mod store;
+mod usage;
+
+/// Tests alone can stop a removal half way, see the module of debug builds.
+#[cfg(not(debug_assertions))]
+mod kill_point {
+    pub(crate) fn step() {}
+    pub(crate) fn is_without_exchange() -> bool {
+        false
+    }
+}
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -58,7 +76,7 @@ use guest::DirectoryJob;
 use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, RECORD_KEEP, STATUS_WAIT};
 use manifest::{CONFIG_FILE, FIREWALL_FILE, Manifest, SmallFile};
 use restore::DirectoryRestore;
-use storage::Storage;
+use storage::{Storage, StorageLock};
 
 /// QEMU's tools.
 #[derive(Debug, Clone)]
@@ -124,6 +142,17 @@ impl DirectoryProvider {
         .await
     }
 
+    /// Does something short under the storage's lock.
+    async fn locked<T: Send + 'static>(
+        &self,
+        call: &Call,
+        work: impl FnOnce(&Storage, &StorageLock) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let lock = self.storage.must_lock(call, LOCK_WAIT).await?;
+        let storage = self.storage.clone();
+        blocking(move || work(&storage, &lock)).await
+    }
+
     async fn outcome(&self, id: Uuid, call: &Call) -> Result<CommitOutcome> {
         // Nothing is made here: in a mount point without its file system the answer would be wrong.
         // "Pending" is an answer; running into the deadline is none.
@@ -148,7 +177,7 @@ impl DirectoryProvider {
     }
 }
 
-fn archive_of(manifest: &Manifest) -> Archive {
+fn archive_of(storage: &Storage, manifest: &Manifest) -> Archive {
     Archive {
         name: manifest.archive.clone(),
         subtype: manifest.subtype,
@@ -157,6 +186,8 @@ fn archive_of(manifest: &Manifest) -> Archive {
         size_bytes: manifest.size_bytes(),
         base: manifest.base().cloned(),
         commit_id: Some(manifest.commit_id),
+        protected: attributes::is_protected(storage, &manifest.archive),
+        notes: attributes::shown_notes(storage, &manifest.archive),
     }
 }
 
@@ -193,7 +224,14 @@ impl Provider for DirectoryProvider {
         Description {
             name: "directory".to_owned(),
             api_version: API_VERSION,
-            capabilities: Capabilities { vm_nbd: true, vm_restore: true, vm_incremental: true },
+            capabilities: Capabilities {
+                vm_nbd: true,
+                vm_restore: true,
+                vm_incremental: true,
+                notes: true,
+                protect: true,
+                remove: true,
+            },
         }
     }
 
@@ -214,9 +252,51 @@ impl Provider for DirectoryProvider {
 
     fn list<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Vec<Archive>>> {
         let storage = self.storage.clone();
-        let list =
-            blocking(move || Ok(storage.manifests()?.iter().map(archive_of).collect::<Vec<_>>()));
+        let list = blocking(move || {
+            let manifests = storage.manifests()?;
+            Ok(manifests.iter().map(|m| archive_of(&storage, m)).collect::<Vec<_>>())
+        });
         Box::pin(limited(call, "Listing archives", list))
+    }
+
+    fn notes<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<String>> {
+        let storage = self.storage.clone();
+        let archive = archive.to_owned();
+        let read = blocking(move || {
+            storage.manifest(&archive)?;
+            attributes::notes(&storage, &archive)
+        });
+        Box::pin(limited(call, "Reading notes", read))
+    }
+
+    fn set_notes<'a>(
+        &'a self,
+        archive: &'a str,
+        notes: &'a str,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        let (archive, notes) = (archive.to_owned(), notes.to_owned());
+        let set = self.locked(call, move |storage, lock| {
+            attributes::set_notes(storage, &archive, &notes, lock)
+        });
+        Box::pin(limited(call, "Changing notes", set))
+    }
+
+    fn set_protected<'a>(
+        &'a self,
+        archive: &'a str,
+        protected: bool,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        let archive = archive.to_owned();
+        let set = self.locked(call, move |storage, lock| {
+            attributes::set_protected(storage, &archive, protected, lock)
+        });
+        Box::pin(limited(call, "Changing an archive's protection", set))
+    }
+
+    fn remove<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<()>> {
+        Box::pin(remove::remove(self.storage.clone(), archive.to_owned(), call))
     }
 
     fn guest_config<'a>(
@@ -255,8 +335,9 @@ impl Provider for DirectoryProvider {
         let storage = self.storage.clone();
         let archive = archive.to_owned();
         let qemu_nbd = self.tools.qemu_nbd.clone();
+        let limits = call.clone();
         let begin = blocking(move || {
-            let restore = DirectoryRestore::begin(&storage, &archive, qemu_nbd)?;
+            let restore = DirectoryRestore::begin(&storage, &archive, qemu_nbd, &limits)?;
             let restore: Box<dyn VmRestore> = Box::new(restore);
             Ok(restore)
         });

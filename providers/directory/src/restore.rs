@@ -8,8 +8,11 @@ use provider_api::{BoxFuture, Call, Error, Kind, RestoreDevice, Result, VmRestor
 
 use crate::call::{blocking, invalid, limited};
 use crate::chain::Chain;
+use crate::limits::LOCK_WAIT;
+use crate::manifest::Manifest;
 use crate::server::Server;
 use crate::storage::Storage;
+use crate::usage::{Guest, GuestLock};
 
 /// The restore of one archive.
 #[derive(Debug)]
@@ -19,11 +22,21 @@ pub(crate) struct DirectoryRestore {
     chains: HashMap<String, Chain>,
     servers: HashMap<String, Server>,
     qemu_nbd: PathBuf,
+    /// Keeps all that is read where it is.
+    _use: GuestLock,
 }
 
 impl DirectoryRestore {
     /// Reads the manifest and checks the chains of all disks.
-    pub(crate) fn begin(storage: &Storage, archive: &str, qemu_nbd: PathBuf) -> Result<Self> {
+    pub(crate) fn begin(
+        storage: &Storage,
+        archive: &str,
+        qemu_nbd: PathBuf,
+        call: &Call,
+    ) -> Result<Self> {
+        let Manifest { subtype, guest_id, .. } = storage.manifest(archive)?;
+        let held = Guest::new(storage, subtype, guest_id).begin_use_blocking(call, LOCK_WAIT)?;
+        // Again: before the lock a removal may have replaced it.
         let manifest = storage.manifest(archive)?;
         let mut devices = Vec::new();
         let mut chains = HashMap::new();
@@ -35,7 +48,14 @@ impl DirectoryRestore {
             });
             chains.insert(disk.device.clone(), chain);
         }
-        Ok(Self { archive: archive.to_owned(), devices, chains, servers: HashMap::new(), qemu_nbd })
+        Ok(Self {
+            archive: archive.to_owned(),
+            devices,
+            chains,
+            servers: HashMap::new(),
+            qemu_nbd,
+            _use: held,
+        })
     }
 
     async fn serve(&mut self, device: &str, private_dir: &Path) -> Result<VolumeSource> {

@@ -5,7 +5,9 @@
 //! <storage>/
 //!     .vzdump/lock             flock: short steps that must not interleave
 //!     .vzdump/commits/<id>     what is known of a commit, see `commit`
+//!     .vzdump/guests/          locks of guests, see `usage`
 //!     .tmp-<archive>/          a backup under way; its file `lock` is held by the run it belongs to
+//!     .tmp-merge-<uuid>/       as such one: what will replace an archive, see `remove`
 //!     .tmp-dead-<uuid>/        what a run left, being removed
 //!     <archive>/               a committed archive
 //! ```
@@ -25,10 +27,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use provider_api::{Call, Error, Kind, Result, Uuid};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use tracing::warn;
 
 use crate::call::{check, corrupt};
 use crate::files;
+use crate::kill_point::{is_without_exchange, step};
 use crate::limits::{LOCK_RETRY, MANIFEST_BYTES_MAX, NAME_TRIES, RECORD_BYTES_MAX};
 use crate::manifest::{MANIFEST_FILE, Manifest, check_name};
 
@@ -40,6 +45,8 @@ const LOCK_FILE: &str = "lock";
 /// In a directory of a backup under way: the id of its commit, once that has begun. It stays until
 /// the directory has its final name: it leads from a dead run to the record of its commit.
 const COMMITTING_FILE: &str = "committing";
+/// In a directory that is about to replace an archive in two steps: the archive's name.
+const REPLACES_FILE: &str = "replaces";
 
 /// The storage's directory.
 #[derive(Debug, Clone)]
@@ -102,6 +109,11 @@ impl Storage {
         self.path.join(OWN_DIRECTORY).join("commits")
     }
 
+    /// Directory of the guests' locks.
+    pub(crate) fn guests_path(&self) -> PathBuf {
+        self.path.join(OWN_DIRECTORY).join("guests")
+    }
+
     /// Makes the directories this provider needs.
     pub(crate) fn prepare(&self) -> Result<()> {
         let is_new = !files::is_directory(&self.commits_path());
@@ -136,15 +148,32 @@ impl Storage {
 
     /// As [`Storage::lock`]; an error if it stays taken.
     pub(crate) async fn must_lock(&self, call: &Call, wait: Duration) -> Result<StorageLock> {
-        self.lock(call, wait).await?.ok_or_else(|| {
-            Error::new(
-                Kind::Io,
-                format!(
-                    "Directory storage {} stays locked by another process; try again later.",
-                    self.path.display()
-                ),
-            )
-        })
+        self.lock(call, wait).await?.ok_or_else(|| self.locked())
+    }
+
+    /// As [`Storage::must_lock`], on a blocking thread.
+    pub(crate) fn must_lock_blocking(&self, call: &Call, wait: Duration) -> Result<StorageLock> {
+        let until = Instant::now() + wait;
+        loop {
+            check(call, "Waiting for the lock of the directory storage")?;
+            if let Some(lock) = self.try_lock()? {
+                return Ok(lock);
+            }
+            if Instant::now() >= until {
+                return Err(self.locked());
+            }
+            std::thread::sleep(LOCK_RETRY);
+        }
+    }
+
+    fn locked(&self) -> Error {
+        Error::new(
+            Kind::Io,
+            format!(
+                "Directory storage {} stays locked by another process; try again later.",
+                self.path.display()
+            ),
+        )
     }
 
     pub(crate) fn try_lock(&self) -> Result<Option<StorageLock>> {
@@ -235,7 +264,33 @@ impl Storage {
     pub(crate) fn remove_notes(&self, archive: &str, _lock: &StorageLock) -> Result<()> {
         let path = self.archive_path(archive);
         files::remove_if_exists(&path.join(COMMITTING_FILE))?;
+        files::remove_if_exists(&path.join(REPLACES_FILE))?;
         files::remove_if_exists(&path.join(LOCK_FILE))
+    }
+
+    /// Takes a committed archive away, for a removal without the storage's lock; `None` if it is
+    /// gone.
+    pub(crate) fn take_away(&self, archive: &str, _lock: &StorageLock) -> Result<Option<Leftover>> {
+        let taken = move_away(&self.archive_path(archive), false)?;
+        Ok(taken.map(|path| Leftover { path, _lock: None }))
+    }
+
+    /// Ends what a process began that died while it replaced an archive in two steps, see
+    /// [`RunDirectory::replace`]. A run that did so is complete; others are left alone.
+    pub(crate) fn end_replacement(&self, run: &RunDirectory, lock: &StorageLock) -> Result<()> {
+        let note = run.path.join(REPLACES_FILE);
+        let Some(text) = files::read_if_exists(&note, RECORD_BYTES_MAX)? else { return Ok(()) };
+        let archive = String::from_utf8(text).unwrap_or_default();
+        // A half-written note comes from before the first step.
+        if check_name(&archive).is_err()
+            || fs::symlink_metadata(self.archive_path(&archive)).is_ok()
+        {
+            return Ok(());
+        }
+        fs::rename(&run.path, self.archive_path(&archive))
+            .map_err(|e| Error::io(format!("Cannot put archive {archive} back."), e))?;
+        files::sync_directory(&self.path)?;
+        self.remove_notes(&archive, lock)
     }
 
     /// The commit id of the archive being made, once its commit has begun.
@@ -267,19 +322,37 @@ impl Storage {
     /// The manifests of all committed archives. One that cannot be read is left out with a
     /// warning: it must not hide the others.
     pub(crate) fn manifests(&self) -> Result<Vec<Manifest>> {
-        let mut found = Vec::new();
+        let read = self.read_manifests()?.into_iter();
+        Ok(read
+            .filter_map(|(name, manifest)| match manifest {
+                Ok(manifest) => Some(manifest),
+                Err(error) => {
+                    warn!("Archive {name} is left out: {error}");
+                    None
+                }
+            })
+            .collect())
+    }
+
+    /// Names of the archives whose manifests cannot be read.
+    pub(crate) fn unreadable(&self) -> Result<Vec<String>> {
+        let read = self.read_manifests()?.into_iter();
+        Ok(read.filter(|(_, manifest)| manifest.is_err()).map(|(name, _)| name).collect())
+    }
+
+    fn read_manifests(&self) -> Result<Vec<(String, Result<Manifest>)>> {
+        let mut read = Vec::new();
         for name in self.entries()? {
             if check_name(&name).is_err() || !self.exists(&name) {
                 continue;
             }
             match self.manifest(&name) {
-                Ok(manifest) => found.push(manifest),
                 // Somebody's own directory, or an archive removed just now.
                 Err(error) if error.kind == Kind::NotFound => {}
-                Err(error) => warn!("Archive {name} is left out: {error}"),
+                manifest => read.push((name, manifest)),
             }
         }
-        Ok(found)
+        Ok(read)
     }
 
     fn entries(&self) -> Result<Vec<String>> {
@@ -313,12 +386,57 @@ impl RunDirectory {
     /// Gives the directory of a dead run a name of its own, for a removal without the storage's
     /// lock; `None` if it is gone. The outcome of its commit must have been recorded before.
     pub(crate) fn retire(self, _lock: &StorageLock) -> Result<Option<Leftover>> {
-        Ok(move_away(&self.path)?.map(|path| Leftover { path, _lock: self._lock }))
+        Ok(move_away(&self.path, true)?.map(|path| Leftover { path, _lock: self._lock }))
+    }
+
+    /// Replaces a committed archive by this directory, which must be complete and durable. What it
+    /// was before is in this directory afterwards, or in a leftover, and no longer needed.
+    ///
+    /// In one step where the file system can exchange two names. Else (NFS) in two, so that a moment
+    /// without the archive passes; if this process dies in it, the note that is written first lets
+    /// the next activation take the second step.
+    pub(crate) fn replace(
+        &self,
+        storage: &Storage,
+        archive: &str,
+        lock: &StorageLock,
+    ) -> Result<Option<Leftover>> {
+        let target = storage.archive_path(archive);
+        let failed = |e| Error::io(format!("Cannot replace archive {archive}."), e);
+        let exchanged = if is_without_exchange() {
+            Err(Errno::INVAL)
+        } else {
+            renameat_with(CWD, &self.path, CWD, &target, RenameFlags::EXCHANGE)
+        };
+        let old = match exchanged {
+            Ok(()) => None,
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+                files::write_new(&self.path.join(REPLACES_FILE), archive.as_bytes())?;
+                files::sync_directory(&self.path)?;
+                step();
+                let old = storage.take_away(archive, lock)?.ok_or_else(|| {
+                    Error::new(Kind::NotFound, format!("There is no archive {archive}."))
+                })?;
+                step();
+                if let Err(e) = fs::rename(&self.path, &target) {
+                    // If this fails too, the next activation does the one or the other.
+                    fs::rename(&old.path, &target).map_err(failed)?;
+                    return Err(failed(e));
+                }
+                Some(old)
+            }
+            Err(e) => return Err(failed(e.into())),
+        };
+        step();
+        files::sync_directory(storage.path())?;
+        step();
+        storage.remove_notes(archive, lock)?;
+        Ok(old)
     }
 
     /// Removes the directory of a living run, if it is still there. Its lock is held to the end.
     pub(crate) fn remove(&self) -> Result<()> {
-        match move_away(&self.path)? {
+        match move_away(&self.path, true)? {
             Some(path) => files::remove_tree(&path),
             None => Ok(()),
         }
@@ -340,12 +458,14 @@ fn is_dead_name(name: &str) -> bool {
     name.strip_prefix(DEAD_PREFIX).is_some_and(|id| id.parse::<Uuid>().is_ok())
 }
 
-/// Renames a directory `.tmp-<archive>` to a name that is never used again; `None` if it is gone.
-fn move_away(path: &Path) -> Result<Option<PathBuf>> {
+/// Renames a directory to a name that is never used again; `None` if it is gone. If there is no
+/// space for that, its files are removed first if that `may_be_emptied`.
+fn move_away(path: &Path, may_be_emptied: bool) -> Result<Option<PathBuf>> {
     let name = format!("{TEMPORARY_PREFIX}{DEAD_PREFIX}{}", Uuid::new_v4().simple());
     let target = path.with_file_name(name);
     let mut result = fs::rename(path, &target);
     if let Err(e) = &result
+        && may_be_emptied
         && matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
     {
         // Some file systems need space for a rename, and a full one is a usual reason to be here.
@@ -469,7 +589,7 @@ mod tests {
         let Some(Claim::Dead(run)) = storage.claim(NAME, &lock).unwrap() else {
             panic!("nobody holds its lock");
         };
-        super::move_away(run.path()).unwrap().expect("it was there");
+        super::move_away(run.path(), true).unwrap().expect("it was there");
         assert!(run.retire(&lock).unwrap().is_none());
     }
 }

@@ -121,7 +121,7 @@ fn store_chunk(image: &Image, offset: u64, data: &[u8], stored: &mut Stored) -> 
 
 /// Whether all bytes are zero. Folding whole chunks lets the compiler use vector instructions,
 /// stopping between them ends the common non-zero case early.
-fn is_zero(data: &[u8]) -> bool {
+pub(crate) fn is_zero(data: &[u8]) -> bool {
     let mut chunks = data.chunks_exact(256);
     let remainder = chunks.remainder();
     chunks.all(|chunk| chunk.iter().fold(0, |seen, byte| seen | byte) == 0)

@@ -288,34 +288,43 @@ impl Bench {
         archives.into_iter().map(|archive| archive.name).collect()
     }
 
-    /// Restores a disk over the contract and compares each byte.
     pub(crate) async fn check_restore(&self, archive: &str, device: &str, reference: &Path) {
-        let private = tempfile::Builder::new().prefix("dr").tempdir().unwrap();
-        let mut restore = self.provider.restore_vm_init(archive, &self.call).await.unwrap();
-        let source = restore.volume_init(device, private.path(), &self.call).await.unwrap();
-        let VolumeSource::NbdUnix { socket, export } = source else { panic!("not NBD") };
-        let client = connect(&socket, &export, Vec::new()).await;
-        let truth = std::fs::read(reference).unwrap();
-        assert_eq!(client.size_bytes(), truth.len() as u64);
-        assert!(client.flags().read_only);
-        let content = client.read(0, truth.len()).await.unwrap();
-        if content[..] != truth[..] {
-            let position = (0..truth.len()).find(|i| content[*i] != truth[*i]);
-            panic!("{archive} {device} differs from {} at {position:?}", reference.display());
-        }
-        client.disconnect().await.unwrap();
-        restore.volume_cleanup(device, &self.call).await.unwrap();
-        assert!(!socket.exists());
-        restore.cleanup(&self.call).await.unwrap();
+        check_restore(&self.storage(), archive, device, reference).await;
     }
 
-    /// Lets QEMU's own tool judge an image of the archive, and its way to the base.
     pub(crate) fn check_image(&self, archive: &str, device: &str, reference: &Path) {
-        let image = self.storage().join(archive).join(format!("{device}.qcow2"));
-        let output = run("qemu-img", &["check", "--output=json", "-f", "qcow2", text(&image)]);
-        assert!(!output.contains("leaks") && !output.contains("corruptions"), "{output}");
-        run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(&image), text(reference)]);
+        check_image(&self.storage(), archive, device, reference);
     }
+}
+
+/// Restores a disk over the contract and compares each byte.
+pub(crate) async fn check_restore(storage: &Path, archive: &str, device: &str, reference: &Path) {
+    let call = Call::default();
+    let private = tempfile::Builder::new().prefix("dr").tempdir().unwrap();
+    let mut restore = provider(storage).restore_vm_init(archive, &call).await.unwrap();
+    let source = restore.volume_init(device, private.path(), &call).await.unwrap();
+    let VolumeSource::NbdUnix { socket, export } = source else { panic!("not NBD") };
+    let client = connect(&socket, &export, Vec::new()).await;
+    let truth = std::fs::read(reference).unwrap();
+    assert_eq!(client.size_bytes(), truth.len() as u64);
+    assert!(client.flags().read_only);
+    let content = client.read(0, truth.len()).await.unwrap();
+    if content[..] != truth[..] {
+        let position = (0..truth.len()).find(|i| content[*i] != truth[*i]);
+        panic!("{archive} {device} differs from {} at {position:?}", reference.display());
+    }
+    client.disconnect().await.unwrap();
+    restore.volume_cleanup(device, &call).await.unwrap();
+    assert!(!socket.exists());
+    restore.cleanup(&call).await.unwrap();
+}
+
+/// Lets QEMU's own tool judge an image of the archive, and its way to the base.
+pub(crate) fn check_image(storage: &Path, archive: &str, device: &str, reference: &Path) {
+    let image = storage.join(archive).join(format!("{device}.qcow2"));
+    let output = run("qemu-img", &["check", "--output=json", "-f", "qcow2", text(&image)]);
+    assert!(!output.contains("leaks") && !output.contains("corruptions"), "{output}");
+    run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", text(&image), text(reference)]);
 }
 
 pub(crate) fn provider(path: &Path) -> DirectoryProvider {

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The removal of one archive. Archives that build upon it are replaced first by ones that do not.
+//!
+//! ```text
+//! full ◄── B ◄── S ◄── T        remove B
+//!   1. .tmp-merge-…/ = S with B merged into its disks, complete and durable     (long; any disk of S
+//!      that does not build upon B is linked)
+//!   2. .tmp-merge-… and S exchange their names                                  (one step)
+//!   3. B is renamed to .tmp-dead-…, and removed
+//! full ◄── S' ◄── T
+//! ```
+//!
+//! Nothing that an archive gives is ever written to. Before step 2 the chain is the old one, after it
+//! S' gives the same bytes as S and B is needed by nobody; with several archives on top of B the first
+//! two steps are repeated. So a crash needs no repair: a dead `.tmp-` directory is removed by the next
+//! activation, and the removal may be asked for again. T names S by its name, which stays.
+//!
+//! The price: B's images are copied, by sharing their blocks on btrfs and XFS, else as bytes, and both
+//! are there at once for a while.
+
+use std::fs;
+use std::path::Path;
+
+use provider_api::{Call, Error, Kind, Result, Uuid};
+use tracing::{info, warn};
+
+use crate::attributes;
+use crate::call::{blocking, check, corrupt};
+use crate::files;
+use crate::header::Header;
+use crate::kill_point::step;
+use crate::limits::{LOCK_WAIT, MERGE_ROUNDS, USE_WAIT};
+use crate::manifest::{
+    CONFIG_FILE, Disk, FIREWALL_FILE, MANIFEST_FILE, Manifest, checksums_file, image_file,
+};
+use crate::merge::merge_disk;
+use crate::storage::{Leftover, RunDirectory, Storage};
+use crate::usage::Guest;
+
+/// Begins the name of a directory that will replace an archive.
+const MERGE_PREFIX: &str = "merge-";
+
+/// Removes an archive. Cancelling the call, or dropping the future, ends it between two steps.
+pub(crate) async fn remove(storage: Storage, archive: String, call: &Call) -> Result<()> {
+    let call = Call { cancel: call.cancel.child_token(), deadline: call.deadline };
+    let _end = call.cancel.clone().drop_guard();
+    // Awaited also when it is cancelled: afterwards it is known whether the archive is there.
+    blocking(move || Removal::begin(&storage, &archive, &call)?.run()).await
+}
+
+struct Removal<'a> {
+    storage: &'a Storage,
+    archive: &'a str,
+    guest: Guest,
+    call: &'a Call,
+}
+
+impl<'a> Removal<'a> {
+    fn begin(storage: &'a Storage, archive: &'a str, call: &'a Call) -> Result<Self> {
+        let manifest = storage.manifest(archive)?;
+        let guest = Guest::new(storage, manifest.subtype, manifest.guest_id);
+        Ok(Self { storage, archive, guest, call })
+    }
+
+    fn run(&self) -> Result<()> {
+        let _change = self.guest.begin_change(self.call, LOCK_WAIT)?;
+        // Before anything is copied in vain.
+        self.check_removable()?;
+        drop(self.guest.exclusive(self.call, USE_WAIT)?);
+        for _ in 0..MERGE_ROUNDS {
+            for above in self.dependents()? {
+                self.merge_into(&above)?;
+            }
+            if let Some(leftover) = self.take_away()? {
+                discard(&leftover);
+                return Ok(());
+            }
+        }
+        Err(Error::has_dependents(
+            self.archive,
+            self.dependents()?.into_iter().map(|above| above.archive).collect(),
+        ))
+    }
+
+    fn check_removable(&self) -> Result<Manifest> {
+        let manifest = self.storage.manifest(self.archive)?;
+        if attributes::is_protected(self.storage, self.archive) {
+            return Err(Error::new(
+                Kind::Protected,
+                format!("Archive {} is protected.", self.archive),
+            ));
+        }
+        Ok(manifest)
+    }
+
+    /// The archives that build upon this one.
+    fn dependents(&self) -> Result<Vec<Manifest>> {
+        let mut found = self.storage.manifests()?;
+        found.retain(|above| above.disks.iter().any(|disk| self.is_below(disk)));
+        Ok(found)
+    }
+
+    fn is_below(&self, disk: &Disk) -> bool {
+        disk.base.as_deref() == Some(self.archive)
+    }
+
+    /// Takes the archive away if nothing builds upon it any more.
+    fn take_away(&self) -> Result<Option<Leftover>> {
+        let _exclusive = self.guest.exclusive(self.call, USE_WAIT)?;
+        let lock = self.storage.must_lock_blocking(self.call, LOCK_WAIT)?;
+        self.check_removable()?;
+        self.check_unreadable()?;
+        if !self.dependents()?.is_empty() {
+            return Ok(None);
+        }
+        step();
+        let leftover = self.storage.take_away(self.archive, &lock)?.ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("There is no archive {}.", self.archive))
+        })?;
+        step();
+        files::sync_directory(self.storage.path())?;
+        step();
+        Ok(Some(leftover))
+    }
+
+    /// An archive whose manifest cannot be read is not merged into; if its images build upon this
+    /// one, it can only be repaired as long as this one is there.
+    fn check_unreadable(&self) -> Result<()> {
+        for name in self.storage.unreadable()? {
+            if images_build_upon(&self.storage.archive_path(&name), self.archive)? {
+                return Err(corrupt(format!(
+                    "Archive {} is kept: {name} builds upon it, but its manifest cannot be read. \
+                     Repair or remove the directory of {name} first.",
+                    self.archive
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces an archive by one that holds what it had of this one.
+    fn merge_into(&self, above: &Manifest) -> Result<()> {
+        info!("Archive {} is merged into {}.", self.archive, above.archive);
+        let run = {
+            let lock = self.storage.must_lock_blocking(self.call, LOCK_WAIT)?;
+            let name = format!("{MERGE_PREFIX}{}", Uuid::new_v4().simple());
+            self.storage.begin(&name, &lock)?
+        };
+        step();
+        let result = self.build(above, &run).and_then(|()| self.replace(above, &run));
+        // What it was going to be, or what it was: unless it is the only one that is left, after two
+        // renames have failed. The next activation then puts it in its place.
+        if self.storage.exists(&above.archive)
+            && let Err(error) = run.remove()
+        {
+            warn!("What a removal left is removed by the next activation: {error}");
+        }
+        result
+    }
+
+    fn build(&self, above: &Manifest, run: &RunDirectory) -> Result<()> {
+        let below = self.check_removable()?;
+        let from = self.storage.archive_path(&above.archive);
+        let link = |file: &str| {
+            let check = || check(self.call, "The removal");
+            files::link_or_copy(&from.join(file), &run.path().join(file), check)
+        };
+        link(CONFIG_FILE)?;
+        if above.firewall.is_some() {
+            link(FIREWALL_FILE)?;
+        }
+        let mut manifest = above.clone();
+        for disk in &mut manifest.disks {
+            if self.is_below(disk) {
+                let (storage, path) = (self.storage, run.path());
+                *disk = merge_disk(storage, &below, above, &disk.device, path, self.call)?;
+            } else {
+                link(&image_file(&disk.device))?;
+                link(&checksums_file(&disk.device))?;
+            }
+            step();
+        }
+        let text = serde_json::to_vec_pretty(&manifest)
+            .map_err(|e| Error::with_source(Kind::Other, "Cannot write a manifest.", e))?;
+        files::write_new(&run.path().join(MANIFEST_FILE), &text)?;
+        files::sync_directory(run.path())?;
+        step();
+        Ok(())
+    }
+
+    fn replace(&self, above: &Manifest, run: &RunDirectory) -> Result<()> {
+        let _exclusive = self.guest.exclusive(self.call, USE_WAIT)?;
+        let lock = self.storage.must_lock_blocking(self.call, LOCK_WAIT)?;
+        // Somebody may have protected the archive that goes; then this was in vain, but right.
+        self.check_removable()?;
+        attributes::copy(self.storage, &above.archive, run.path(), &lock)?;
+        files::sync_directory(run.path())?;
+        files::sync_directory(self.storage.path())?;
+        step();
+        let old = run.replace(self.storage, &above.archive, &lock)?;
+        step();
+        // Removing takes long.
+        drop(lock);
+        if let Some(old) = old {
+            discard(&old);
+        }
+        Ok(())
+    }
+}
+
+/// Removes what nobody needs any more. It has succeeded already: what stays is removed by the next
+/// activation.
+fn discard(leftover: &Leftover) {
+    if let Err(error) = leftover.remove() {
+        warn!("{error}");
+    }
+}
+
+/// Whether the header of an image in `directory` names one of `archive` as its backing file.
+fn images_build_upon(directory: &Path, archive: &str) -> Result<bool> {
+    let failed = |e| Error::io(format!("Cannot list {}.", directory.display()), e);
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.extension().is_none_or(|extension| extension != "qcow2") {
+            continue;
+        }
+        // What is no image, or cannot be read, builds upon nothing that could be found.
+        let Ok(mut file) = files::open_regular(&path) else { continue };
+        if let Ok(Ok(header)) = Header::read(&mut file)
+            && header.builds_upon(archive)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
