@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vzdump_host::parse_size;
+use vzdump_host::{KeepCounts, Retention, parse_size};
 
 /// Backups of virtual machines through pluggable providers
 #[derive(Debug, Parser)]
@@ -60,6 +60,30 @@ pub(crate) enum Command {
     },
     /// Restore an archive as a new guest
     Restore(RestoreArgs),
+    /// Remove the archives that no rule keeps
+    Prune(PruneArgs),
+    /// Remove an archive; increments that build upon it keep what they need
+    Remove {
+        /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
+        archive: String,
+    },
+    /// Print the notes of an archive, or replace them
+    Notes {
+        /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
+        archive: String,
+        /// The new notes; empty ones remove what is there
+        text: Option<String>,
+    },
+    /// Protect an archive from removal
+    Protect {
+        /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
+        archive: String,
+    },
+    /// Let an archive be removed again
+    Unprotect {
+        /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
+        archive: String,
+    },
     /// Check programs and storages, and what dead tasks left behind
     Doctor {
         /// Clean up after dead tasks
@@ -186,6 +210,96 @@ pub(crate) struct BackupArgs {
     /// How many minutes a guest is waited for that another task is working on
     #[arg(long, value_name = "MINUTES", default_value_t = 180, value_parser = clap::value_parser!(u32).range(0..=10080))]
     pub(crate) lockwait: u32,
+    /// Which archives of each guest stay afterwards, such as keep-last=3,keep-daily=7; by default
+    /// what storage.cfg says of the storage, else vzdump.conf, else all
+    #[arg(long, value_name = "RULES")]
+    pub(crate) prune_backups: Option<Retention>,
+    /// Notes of the archives; {{guestname}}, {{vmid}}, {{node}}, {{cluster}}, \n and \\ are replaced
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) notes_template: Option<String>,
+    /// Protect the archives from removal
+    #[arg(long)]
+    pub(crate) protected: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// Numbers of the guests; by default all of the storage
+    pub(crate) ids: Vec<u32>,
+    /// Storage to prune; by default `storage` of vzdump.conf, else the only one for backups
+    #[arg(long)]
+    pub(crate) storage: Option<String>,
+    /// Only guests of this kind
+    #[arg(long = "type", value_enum)]
+    pub(crate) kind: Option<Kind>,
+    /// Only say what would be kept and removed
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) keep: KeepArgs,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Kind {
+    /// Virtual machines
+    Qemu,
+    /// Containers
+    Lxc,
+}
+
+/// Without any of them storage.cfg decides, else vzdump.conf.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct KeepArgs {
+    /// Keep everything
+    #[arg(long, conflicts_with_all = ["keep_last", "keep_hourly", "keep_daily", "keep_weekly", "keep_monthly", "keep_yearly"])]
+    pub(crate) keep_all: bool,
+    /// Keep the N newest archives
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_last: Option<u32>,
+    /// Keep the newest archive of each of N hours
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_hourly: Option<u32>,
+    /// Keep the newest archive of each of N days
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_daily: Option<u32>,
+    /// Keep the newest archive of each of N weeks
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_weekly: Option<u32>,
+    /// Keep the newest archive of each of N months
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_monthly: Option<u32>,
+    /// Keep the newest archive of each of N years
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_yearly: Option<u32>,
+}
+
+impl KeepArgs {
+    /// What was asked for; none if nothing was.
+    pub(crate) fn retention(&self) -> Option<Retention> {
+        let Self {
+            keep_all,
+            keep_last,
+            keep_hourly,
+            keep_daily,
+            keep_weekly,
+            keep_monthly,
+            keep_yearly,
+        } = *self;
+        let all = [keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly];
+        if keep_all {
+            return Some(Retention::All);
+        }
+        all.iter().any(Option::is_some).then(|| {
+            Retention::from(KeepCounts {
+                last: keep_last.unwrap_or(0),
+                hourly: keep_hourly.unwrap_or(0),
+                daily: keep_daily.unwrap_or(0),
+                weekly: keep_weekly.unwrap_or(0),
+                monthly: keep_monthly.unwrap_or(0),
+                yearly: keep_yearly.unwrap_or(0),
+            })
+        })
+    }
 }
 
 #[derive(Debug, Args)]
@@ -229,5 +343,23 @@ mod tests {
         assert_eq!((cli.global.root, cli.global.output), (Some("/r".into()), Format::Json));
         assert!(Cli::try_parse_from(["vzdump", "backup"]).is_err());
         assert!(Cli::try_parse_from(["vzdump", "vm", "create", "100", "--disk", "1X"]).is_err());
+    }
+
+    #[test]
+    fn what_is_kept_is_read_from_the_options() {
+        let keep = |options: &[&str]| {
+            let words = [&["vzdump", "prune", "100"], options].concat();
+            let Command::Prune(args) = Cli::try_parse_from(words)?.command else { panic!() };
+            Ok::<_, clap::Error>(args.keep.retention().map(|retention| retention.to_string()))
+        };
+        assert_eq!(keep(&[]).unwrap(), None);
+        let some = keep(&["--keep-daily", "7", "--keep-last", "3"]).unwrap();
+        assert_eq!(some.as_deref(), Some("keep-last=3,keep-daily=7"));
+        // Never "remove everything".
+        assert_eq!(keep(&["--keep-last", "0"]).unwrap().as_deref(), Some("keep-all=1"));
+        assert!(keep(&["--keep-all", "--keep-last", "1"]).is_err());
+        let wrong = ["vzdump", "backup", "100", "--prune-backups", "keep-lost=1"];
+        let error = Cli::try_parse_from(wrong).unwrap_err().to_string();
+        assert!(error.contains("'keep-lost' is no retention rule"), "{error}");
     }
 }

@@ -21,7 +21,7 @@ use crate::task::{Notices, Screen};
 /// A guest's backup failed; the program's own exit code of -1.
 const GUEST_FAILED: u8 = 255;
 
-type CommandResult = Result<ExitCode, Failure>;
+pub(crate) type CommandResult = Result<ExitCode, Failure>;
 
 pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
     let cancel = cancel_on_signal().context("cannot watch for signals")?;
@@ -40,20 +40,28 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
         Command::List { storage } => run.list(storage.as_deref()).await,
         Command::ShowConfig { archive, firewall } => run.show_config(&archive, firewall).await,
         Command::Restore(args) => run.restore(args).await,
+        Command::Prune(args) => run.prune(args).await,
+        Command::Remove { archive } => run.remove(&archive).await,
+        Command::Notes { archive, text } => run.notes(&archive, text.as_deref()).await,
+        Command::Protect { archive } => run.protect(&archive, true).await,
+        Command::Unprotect { archive } => run.protect(&archive, false).await,
         Command::Doctor { fix } => run.doctor(fix).await,
     }
 }
 
 /// What all commands need.
-struct Run<'a> {
-    host: &'a Host,
-    output: Output,
-    cancel: &'a CancellationToken,
+pub(crate) struct Run<'a> {
+    pub(crate) host: &'a Host,
+    pub(crate) output: Output,
+    pub(crate) cancel: &'a CancellationToken,
 }
 
 impl Run<'_> {
     /// Waits for something that undoes itself when it is dropped.
-    async fn or_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, Failure> {
+    pub(crate) async fn or_cancelled<T>(
+        &self,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Failure> {
         let cancelled = || Failure::from(anyhow!("Interrupted; what had been begun was undone."));
         self.cancel.run_until_cancelled(work).await.ok_or_else(cancelled)
     }
@@ -131,6 +139,9 @@ impl Run<'_> {
             buffer_size_bytes: args.buffer_size,
             granularity_bytes: args.granularity,
             lock_wait: Duration::from_secs(u64::from(args.lockwait) * 60),
+            notes_template: args.notes_template,
+            protected: args.protected,
+            prune: args.prune_backups,
         };
         let screen = Screen::new(self.output);
         let report = self.host.backup(request, &screen, self.cancel).await?;
@@ -173,9 +184,12 @@ impl Run<'_> {
                     archive.time.clone(),
                     size(archive.size_bytes),
                     archive.base.clone().unwrap_or_else(|| "-".to_owned()),
+                    if archive.protected { "yes" } else { "-" }.to_owned(),
+                    printable(archive.notes.as_deref().unwrap_or("-")),
                 ]
             });
-            table(&["VOLID", "SUBTYPE", "VMID", "TIME", "SIZE", "BASE"], rows.collect())
+            let header = ["VOLID", "SUBTYPE", "VMID", "TIME", "SIZE", "BASE", "PROTECTED", "NOTES"];
+            table(&header, rows.collect())
         });
         Ok(if list.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
@@ -208,7 +222,7 @@ impl Run<'_> {
 }
 
 /// The last line of a task's JSON.
-fn task_result(mut report: Value, success: bool) -> Value {
+pub(crate) fn task_result(mut report: Value, success: bool) -> Value {
     report["event"] = json!("result");
     report["success"] = json!(success);
     report

@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+mod archives;
 mod args;
 mod commands;
 mod output;

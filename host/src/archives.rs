@@ -5,11 +5,11 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use provider_api::{Archive, Call, GuestConfig, GuestKind, check_archive_name};
+use provider_api::{Archive, Call, GuestConfig, GuestKind, check_archive_name, notes_line};
 use serde::Serialize;
 use vzdump_core::config::storage::is_storage_id;
 
-use crate::{CancellationToken, Host, HostError};
+use crate::{CancellationToken, Host, HostError, clean};
 
 /// Reading a list or a configuration must not take longer, whatever the storage does.
 const READ_TIMEOUT: Duration = Duration::from_secs(120);
@@ -61,6 +61,10 @@ pub struct ArchiveInfo {
     pub size_bytes: u64,
     /// The archive it builds upon.
     pub base: Option<String>,
+    /// Whether it is protected from removal.
+    pub protected: bool,
+    /// The first line of its notes.
+    pub notes: Option<String>,
 }
 
 /// A storage that could not be listed, or an archive that is not shown.
@@ -175,6 +179,9 @@ fn info(storage: &str, archive: Archive) -> Result<ArchiveInfo, String> {
         time: time.to_string(),
         size_bytes: archive.size_bytes,
         base,
+        protected: archive.protected,
+        // Cut here as well: who sends more than a line could send anything.
+        notes: archive.notes.as_deref().and_then(notes_line).map(|line| clean(&line)),
     })
 }
 
@@ -202,11 +209,16 @@ mod tests {
             size_bytes: 1,
             base: None,
             commit_id: None,
+            protected: true,
+            notes: Some("one\u{1b}\ntwo".to_owned()),
         };
         let good = info("store", archive("a", 0)).unwrap();
         assert_eq!(
             (good.volid.as_str(), good.time.as_str()),
             ("store:backup/a", "1970-01-01T00:00:00Z")
+        );
+        assert!(
+            good.protected && good.notes.is_some_and(|notes| !notes.contains(char::is_control))
         );
         assert!(info("store", archive("\u{1b}[2J", 0)).is_err());
         assert!(info("store", archive("a", i64::MAX)).is_err());

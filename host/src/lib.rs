@@ -17,6 +17,7 @@
 mod archives;
 mod doctor;
 mod providers;
+mod retention;
 mod tasks;
 
 use std::path::{Path, PathBuf};
@@ -35,12 +36,16 @@ use vzdump_core::vm::runner::{self, RunnerError};
 
 pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem};
 pub use doctor::{Check, DoctorReport, Pending};
+pub use provider_api::GuestKind;
 pub use providers::{StorageInfo, StorageUse};
+pub use retention::{PruneReport, PruneRequest, PrunedArchive};
 pub use tasks::{BackupRequest, RestoreRequest};
 pub use tokio_util::sync::CancellationToken;
 pub use vzdump_core::job::chain;
 pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
+pub use vzdump_core::prune::Fate;
 pub use vzdump_core::restore::{RestoreReport, RestoredVolume};
+pub use vzdump_core::retention::{KeepCounts, Retention};
 pub use vzdump_core::storage::ImageFormat;
 pub use vzdump_core::task_log::{Level, Progress, TaskSink, clean, duration, size};
 pub use vzdump_core::vm::create::{CreateOptions, Created, DiskContent, parse_size};
@@ -78,6 +83,9 @@ pub enum HostError {
     /// The journals of earlier tasks.
     #[error(transparent)]
     Journal(#[from] vzdump_core::journal::JournalError),
+    /// The guest is being worked on.
+    #[error(transparent)]
+    Lock(#[from] vzdump_core::lock::LockError),
     /// The program does not know its own path.
     #[error("Cannot find out where this program is.")]
     OwnProgram(#[source] std::io::Error),

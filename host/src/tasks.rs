@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use vzdump_core::job::{self, BackupOptions};
 use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
+use vzdump_core::retention::Retention;
 use vzdump_core::storage::ImageFormat;
 
 use crate::{CancellationToken, Host, HostError, JobReport, TaskSink};
@@ -26,6 +27,13 @@ pub struct BackupRequest {
     pub granularity_bytes: Option<u64>,
     /// How long a busy guest is waited for.
     pub lock_wait: Duration,
+    /// Template of the archives' notes.
+    pub notes_template: Option<String>,
+    /// Whether the archives are protected from removal.
+    pub protected: bool,
+    /// Which archives of each guest stay afterwards; by default what `storage.cfg`, else
+    /// `vzdump.conf` says, else all.
+    pub prune: Option<Retention>,
 }
 
 /// What to restore, and how.
@@ -52,7 +60,8 @@ impl Host {
     /// cancel it by the token.
     ///
     /// # Errors
-    /// [`HostError::Storage`] when there is nowhere to store anything.
+    /// [`HostError::Storage`] when there is nowhere to store anything, or a setting of the storage
+    /// makes no sense.
     pub async fn backup(
         &self,
         request: BackupRequest,
@@ -65,6 +74,10 @@ impl Host {
         };
         let provider = self.providers.get(&storage).map_err(HostError::Storage)?;
         let options = BackupOptions {
+            prune: self.retention(&storage, request.prune)?,
+            max_protected: self.max_protected(&storage)?,
+            notes: request.notes_template,
+            protected: request.protected,
             storage,
             fleecing_storage: request.fleecing_storage,
             freeze: request.freeze,
@@ -110,7 +123,7 @@ impl Host {
         Ok(Box::pin(job).await)
     }
 
-    fn default_backup_storage(&self) -> Result<String, HostError> {
+    pub(crate) fn default_backup_storage(&self) -> Result<String, HostError> {
         if let Some(storage) = &self.default_storage {
             return Ok(storage.clone());
         }

@@ -82,3 +82,46 @@ async fn a_vm_is_made_and_listed() {
     let error = host.vm_start(100, StartOptions::default()).await.unwrap_err();
     assert!(error.to_string().contains("cargo xtask qemu"), "{error}");
 }
+
+#[tokio::test]
+async fn what_is_kept_is_said_by_the_task_then_the_storage_then_the_program() {
+    let storages = "directory: backups\n\tpath ROOT/backups\n\tprune-backups keep-last=3\n\t\
+                    max-protected-backups 5\n\ndirectory: plain\n\tpath ROOT/plain\n\n\
+                    directory: wrong\n\tpath ROOT/wrong\n\tprune-backups keep-lost=3\n\t\
+                    max-protected-backups -2\n";
+    let (dir, host) = host(storages);
+    let kept = |storage: &str, asked: Option<&str>| {
+        let asked = asked.map(|text| text.parse().unwrap());
+        host.retention(storage, asked).map(|kept| kept.map(|kept| kept.to_string()))
+    };
+    assert_eq!(kept("backups", Some("keep-daily=1")).unwrap().as_deref(), Some("keep-daily=1"));
+    assert_eq!(kept("backups", None).unwrap().as_deref(), Some("keep-last=3"));
+    assert_eq!(kept("plain", None).unwrap(), None);
+    let error = kept("wrong", None).unwrap_err().to_string();
+    assert!(error.contains("storage.cfg, storage 'wrong', prune-backups: 'keep-lost'"), "{error}");
+    assert_eq!(host.max_protected("backups").unwrap(), Some(5));
+    assert_eq!(host.max_protected("plain").unwrap(), None);
+    assert!(host.max_protected("wrong").is_err());
+
+    // Nobody says anything: nothing is removed, and that is said.
+    let (sink, cancel) = (vzdump_core::task_log::NoLog, CancellationToken::new());
+    let request = PruneRequest { storage: Some("plain".into()), ..PruneRequest::default() };
+    let error = host.prune(request.clone(), &sink, &cancel).await.unwrap_err().to_string();
+    assert!(error.contains("Nothing says what to keep in the storage 'plain'"), "{error}");
+    fs::write(dir.path().join("etc/vzdump.conf"), "prune-backups: keep-weekly=2\n").unwrap();
+    assert_eq!(kept("plain", None).unwrap().as_deref(), Some("keep-weekly=2"));
+    let report = host.prune(request, &sink, &cancel).await.unwrap();
+    assert_eq!((report.retention.as_str(), report.archives.len()), ("keep-weekly=2", 0));
+    assert!(report.is_success());
+}
+
+#[tokio::test]
+async fn archives_that_are_not_there_are_not_changed() {
+    let (_dir, host) = host(STORAGES);
+    let cancel = CancellationToken::new();
+    let name = "backups:backup/vzdump-qemu-100-2026_01_02-03_04_05";
+    assert!(host.remove_archive(name, &cancel).await.unwrap_err().to_string().contains(name));
+    assert!(host.notes(name).await.is_err());
+    assert!(host.set_notes(name, "x").await.is_err());
+    assert!(host.set_protected(name, true).await.is_err());
+}

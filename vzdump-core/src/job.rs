@@ -5,6 +5,7 @@
 //! earlier task left behind, and one report per guest. `run` drives the backup of one guest in
 //! the order that `state` keeps. One guest's failure does not stop the others.
 
+mod aftermath;
 pub(crate) mod commit;
 #[cfg(debug_assertions)]
 mod kill_point;
@@ -24,6 +25,7 @@ use crate::guest::GuestDriver;
 use crate::journal::recover::{self, Leftover};
 use crate::layout::Layout;
 use crate::lock::FileLock;
+use crate::retention::Retention;
 use crate::storage::StorageSet;
 use crate::task_log::{FileLog, TaskSink, Tee, clean};
 use crate::tools::Tools;
@@ -66,6 +68,8 @@ pub struct Limits {
     pub outcome_delay: Duration,
     /// For one step of undoing.
     pub undo: Duration,
+    /// For the removal of one archive, which may have to be copied into another one.
+    pub removal: Duration,
 }
 
 impl Default for Limits {
@@ -81,6 +85,7 @@ impl Default for Limits {
             outcome_attempts: 6,
             outcome_delay: Duration::from_secs(2),
             undo: Duration::from_secs(180),
+            removal: Duration::from_secs(12 * 3600),
         }
     }
 }
@@ -117,6 +122,14 @@ pub struct BackupOptions {
     pub granularity_bytes: Option<u64>,
     /// How long a busy guest is waited for.
     pub lock_wait: Duration,
+    /// Template of the archive's notes, see [`crate::notes_template`].
+    pub notes: Option<String>,
+    /// Whether the archive is protected from removal.
+    pub protected: bool,
+    /// How many protected archives of one guest the storage may hold; by default any number.
+    pub max_protected: Option<u32>,
+    /// Which archives of the guest stay after its backup; by default all.
+    pub prune: Option<Retention>,
 }
 
 impl BackupOptions {
@@ -129,6 +142,10 @@ impl BackupOptions {
             buffer_size_bytes: None,
             granularity_bytes: None,
             lock_wait: LOCK_WAIT,
+            notes: None,
+            protected: false,
+            max_protected: None,
+            prune: None,
         }
     }
 }
@@ -169,7 +186,11 @@ pub async fn run_backup(
         options.storage
     ));
     let mut report = JobReport::new(&options.storage);
-    match start_job(ctx, provider, cancel).await {
+    let begin = async {
+        aftermath::check_options(options, provider)?;
+        start_job(ctx, provider, cancel).await
+    };
+    match begin.await {
         Ok(mut job) => {
             for &id in guests {
                 let guest = run_guest(ctx, id, provider, job.as_mut(), options, sink, cancel).await;
@@ -294,11 +315,18 @@ async fn run_guest(
             sink
         }
     };
-    match unless_cancelled(cancel, ready(ctx, id, options, sink)).await {
+    let begin = async {
+        let driver = ready(ctx, id, options, sink).await?;
+        aftermath::check_protected(ctx, provider, options, &report, cancel).await?;
+        Ok(driver)
+    };
+    match unless_cancelled(cancel, begin).await {
         Ok(mut driver) => {
             let run =
                 run::Run::new(ctx, provider, job, &mut driver, options, sink, cancel, &mut report);
             Box::pin(run.finish()).await;
+            let aftermath = aftermath::Aftermath { ctx, provider, options, sink, cancel };
+            Box::pin(aftermath.run(&mut report)).await;
         }
         Err(error) => report.error = Some(error),
     }
@@ -337,6 +365,12 @@ pub fn backup_lock_path(layout: &Layout, kind: GuestKind, id: u32) -> PathBuf {
     layout.lock_dir().join(format!("backup-{kind}-{id}.lock"))
 }
 
+/// The path of the lock that all work on one guest's archives in one storage shares: its backups, and
+/// the removal of its archives.
+pub fn target_lock_path(layout: &Layout, kind: GuestKind, id: u32, storage: &str) -> PathBuf {
+    layout.lock_dir().join(format!("backup-{kind}-{id}-{storage}.lock"))
+}
+
 async fn lock_guest(
     ctx: &JobContext,
     id: u32,
@@ -344,8 +378,7 @@ async fn lock_guest(
 ) -> Result<[FileLock; 2], String> {
     let deadline = Instant::now() + options.lock_wait;
     let what = format!("VM {id}");
-    let name = format!("backup-qemu-{id}-{}.lock", options.storage);
-    let target = ctx.layout.lock_dir().join(name);
+    let target = target_lock_path(&ctx.layout, GuestKind::Qemu, id, &options.storage);
     let guest = backup_lock_path(&ctx.layout, GuestKind::Qemu, id);
     let mut held = Vec::new();
     for path in [&target, &guest] {

@@ -10,6 +10,8 @@
 //! vm::{qemu_cmdline,runner}  a VM's process
 //! guest, vm::backup      the driver of one guest's backup
 //! job, task_log, journal jobs, their log lines, and what a crash leaves behind
+//! retention, prune       which archives are kept, and the removal of the others
+//! notes_template         the text that archives are described with
 //! restore                archives back to guests
 //! ```
 
@@ -22,7 +24,10 @@ pub mod job;
 pub mod journal;
 pub mod layout;
 pub mod lock;
+pub mod notes_template;
+pub mod prune;
 pub mod restore;
+pub mod retention;
 pub mod storage;
 pub mod task_log;
 pub mod tools;

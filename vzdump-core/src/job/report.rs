@@ -100,6 +100,8 @@ pub struct GuestReport {
     pub volumes: Vec<VolumeReport>,
     /// The log file.
     pub log_path: Option<PathBuf>,
+    /// Names of the archives that were removed afterwards, because no retention rule keeps them.
+    pub pruned: Vec<String>,
 }
 
 impl GuestReport {
@@ -121,6 +123,7 @@ impl GuestReport {
             access: None,
             volumes: Vec::new(),
             log_path: None,
+            pruned: Vec::new(),
         }
     }
 

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![allow(unreachable_pub, reason = "modules of one test program")]
 
+mod aftermath;
 mod agent;
 mod crash;
 mod faults;

@@ -45,6 +45,11 @@ pub struct Script {
     pub hold: Option<Arc<(Notify, Notify)>>,
     pub requests: Vec<BitmapRequest>,
     pub archive_name: Option<String>,
+    /// What the storage holds, and what its removal says of what others need.
+    pub archives: Vec<Archive>,
+    pub needed: Vec<String>,
+    /// Looks at each change to the storage's archives.
+    pub on_change: Option<Arc<dyn Fn() + Send + Sync>>,
     /// For restores: configuration, firewall rules and disks with their files.
     pub restore: Option<Stored>,
 }
@@ -70,6 +75,17 @@ impl Inner {
         if self.script.lock().unwrap().fail == Some(name) {
             return Err(Error::new(Kind::Other, format!("scripted failure of {name}")));
         }
+        Ok(())
+    }
+
+    /// A call that changes an archive.
+    fn change(&self, name: &'static str, what: &str) -> Result<()> {
+        let on_change = self.script.lock().unwrap().on_change.clone();
+        if let Some(look) = on_change {
+            look();
+        }
+        self.call(name)?;
+        self.calls.lock().unwrap().push(what.to_owned());
         Ok(())
     }
 
@@ -109,7 +125,8 @@ fn ready<'a, T: Send + 'a>(value: T) -> BoxFuture<'a, T> {
 impl Provider for FakeProvider {
     fn describe(&self) -> Description {
         let api_version = provider_api::API_VERSION;
-        let capabilities = Capabilities::default();
+        let capabilities =
+            Capabilities { notes: true, protect: true, remove: true, ..Capabilities::default() };
         Description { name: "fake".into(), api_version, capabilities }
     }
 
@@ -126,7 +143,37 @@ impl Provider for FakeProvider {
     }
 
     fn list<'a>(&'a self, _call: &'a Call) -> BoxFuture<'a, Result<Vec<Archive>>> {
-        ready(Ok(Vec::new()))
+        let archives = self.0.script.lock().unwrap().archives.clone();
+        ready(self.0.call("list").map(|()| archives))
+    }
+
+    fn set_notes<'a>(
+        &'a self,
+        archive: &'a str,
+        notes: &'a str,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        ready(self.0.change("set_notes", &format!("{archive}: {notes}")))
+    }
+
+    fn set_protected<'a>(
+        &'a self,
+        archive: &'a str,
+        protected: bool,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        ready(self.0.change("set_protected", &format!("{archive}: {protected}")))
+    }
+
+    fn remove<'a>(&'a self, archive: &'a str, _call: &'a Call) -> BoxFuture<'a, Result<()>> {
+        let needed = self.0.script.lock().unwrap().needed.contains(&archive.to_owned());
+        ready(self.0.change("remove", archive).and_then(|()| {
+            if needed {
+                return Err(Error::has_dependents(archive, vec![ARCHIVE.to_owned()]));
+            }
+            self.0.script.lock().unwrap().archives.retain(|a| a.name != archive);
+            Ok(())
+        }))
     }
 
     fn guest_config<'a>(

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The commands that change archives: prune, remove, notes, protect, unprotect.
+
+use std::process::ExitCode;
+
+use serde_json::json;
+use vzdump_host::{Fate, GuestKind, PruneReport, PruneRequest, PrunedArchive};
+
+use crate::args::{Kind, PruneArgs};
+use crate::commands::{CommandResult, Run, task_result};
+use crate::output::{self, printable, table};
+use crate::task::Screen;
+
+impl Run<'_> {
+    pub(crate) async fn prune(&self, args: PruneArgs) -> CommandResult {
+        let request = PruneRequest {
+            ids: args.ids,
+            kind: args.kind.map(Into::into),
+            storage: args.storage,
+            retention: args.keep.retention(),
+            dry_run: args.dry_run,
+        };
+        let screen = Screen::new(self.output);
+        let report = self.host.prune(request, &screen, self.cancel).await?;
+        drop(screen);
+        for problem in &report.problems {
+            output::warning(&printable(problem));
+        }
+        let success = report.is_success();
+        self.output.result(&task_result(json!(report), success), || prune_text(&report));
+        Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    pub(crate) async fn remove(&self, archive: &str) -> CommandResult {
+        let removed = self.host.remove_archive(archive, self.cancel).await?.to_string();
+        self.output.result(&json!({ "volid": removed, "removed": true }), || {
+            format!("removed '{removed}'\n")
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+
+    pub(crate) async fn notes(&self, archive: &str, text: Option<&str>) -> CommandResult {
+        let Some(text) = text else {
+            let notes = self.or_cancelled(self.host.notes(archive)).await??;
+            self.output.result(&json!({ "notes": notes }), || {
+                let end = if notes.is_empty() || notes.ends_with('\n') { "" } else { "\n" };
+                format!("{}{end}", printable(&notes))
+            });
+            return Ok(ExitCode::SUCCESS);
+        };
+        let changed = self.host.set_notes(archive, text).await?.to_string();
+        self.output.result(&json!({ "volid": changed, "notes": text }), || {
+            format!("changed the notes of '{changed}'\n")
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+
+    pub(crate) async fn protect(&self, archive: &str, protected: bool) -> CommandResult {
+        let changed = self.host.set_protected(archive, protected).await?.to_string();
+        self.output.result(&json!({ "volid": changed, "protected": protected }), || {
+            let now = if protected { "protected" } else { "no longer protected" };
+            format!("'{changed}' is {now}\n")
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn prune_text(report: &PruneReport) -> String {
+    let rows = report.archives.iter().map(|archive| {
+        vec![
+            archive.volid.clone(),
+            archive.subtype.to_string(),
+            archive.vmid.to_string(),
+            archive.time.clone(),
+            mark(archive, report.dry_run),
+        ]
+    });
+    let mut text = table(&["VOLID", "SUBTYPE", "VMID", "TIME", "RESULT"], rows.collect());
+    let goes = |archive: &&PrunedArchive| matches!(archive.fate, Fate::Remove | Fate::Removed);
+    let gone = report.archives.iter().filter(goes).count();
+    let (storage, rules) = (&report.storage, &report.retention);
+    let verb = if report.dry_run { "would be removed" } else { "removed" };
+    text.push_str(&format!("{gone} archives of '{storage}' {verb} ({rules})\n"));
+    text
+}
+
+fn mark(archive: &PrunedArchive, dry_run: bool) -> String {
+    match &archive.fate {
+        Fate::Keep { rule } => format!("keep ({rule})"),
+        Fate::Protected => "protected".to_owned(),
+        Fate::Undated => "keep (its time is impossible)".to_owned(),
+        Fate::New => "keep (new)".to_owned(),
+        Fate::Remove if dry_run => "remove".to_owned(),
+        Fate::Remove => "to be removed".to_owned(),
+        Fate::Removed => "removed".to_owned(),
+        Fate::Needed { by } => format!("keep (needed by {})", printable(&by.join(", "))),
+        Fate::Failed { error } => format!("FAILED: {}", printable(error)),
+    }
+}
+
+impl From<Kind> for GuestKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Qemu => Self::Qemu,
+            Kind::Lxc => Self::Lxc,
+        }
+    }
+}

@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Archives after their backup: which are kept, notes, protection, removal.
+
+use std::time::{Duration, Instant};
+
+use jiff::tz::TimeZone;
+use provider_api::{Archive, Call, GuestKind, Provider, check_notes};
+use serde::Serialize;
+use vzdump_core::config::guest::VmConfig;
+use vzdump_core::config::read_text;
+use vzdump_core::job::{Limits, target_lock_path};
+use vzdump_core::lock::FileLock;
+use vzdump_core::prune::{self, Fate, PruneEntry, Pruner};
+use vzdump_core::retention::Retention;
+
+use crate::{ArchiveName, CancellationToken, Host, HostError, TaskSink};
+
+/// The property of `storage.cfg` and `vzdump.conf` that says what is kept.
+const PRUNE_KEY: &str = "prune-backups";
+/// The property of `storage.cfg` that limits the protected archives of a guest.
+const MAX_PROTECTED_KEY: &str = "max-protected-backups";
+/// A guest that is being backed up is not waited for.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
+/// Changing or reading notes and protection must not take longer.
+const CALL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// What to prune.
+#[derive(Debug, Clone, Default)]
+pub struct PruneRequest {
+    /// The guests; none means all.
+    pub ids: Vec<u32>,
+    /// Only guests of this kind.
+    pub kind: Option<GuestKind>,
+    /// The storage; by default as for a backup.
+    pub storage: Option<String>,
+    /// What is kept; by default what `storage.cfg`, else `vzdump.conf` says.
+    pub retention: Option<Retention>,
+    /// Only say what would be done.
+    pub dry_run: bool,
+}
+
+/// One archive and what became of it.
+#[derive(Debug, Clone, Serialize)]
+pub struct PrunedArchive {
+    /// Its volume id.
+    pub volid: String,
+    /// Kind of the guest.
+    pub subtype: GuestKind,
+    /// Number of the guest.
+    pub vmid: u32,
+    /// Start of the backup, seconds since the epoch.
+    pub time_s: i64,
+    /// The same in words, UTC; empty for a time that cannot be.
+    pub time: String,
+    /// What became of it.
+    #[serde(flatten)]
+    pub fate: Fate,
+}
+
+/// What a prune did.
+#[derive(Debug, Clone, Serialize)]
+pub struct PruneReport {
+    /// The storage.
+    pub storage: String,
+    /// What is kept, as a property string.
+    pub retention: String,
+    /// Whether nothing was to be done.
+    pub dry_run: bool,
+    /// All archives of the guests, by guest and time.
+    pub archives: Vec<PrunedArchive>,
+    /// Guests whose archives were left alone, and why.
+    pub problems: Vec<String>,
+}
+
+impl PruneReport {
+    /// Whether everything that had to go is gone.
+    #[must_use]
+    pub fn is_success(&self) -> bool {
+        let failed = |archive: &PrunedArchive| matches!(archive.fate, Fate::Failed { .. });
+        self.problems.is_empty() && !self.archives.iter().any(failed)
+    }
+}
+
+impl Host {
+    /// What a backup to this storage keeps of a guest's archives: what was asked for, else what
+    /// `storage.cfg` says of the storage, else what `vzdump.conf` says; none if nobody says anything.
+    ///
+    /// # Errors
+    /// [`HostError::Storage`] names the setting that makes no sense.
+    pub fn retention(
+        &self,
+        storage: &str,
+        asked: Option<Retention>,
+    ) -> Result<Option<Retention>, HostError> {
+        if asked.is_some() {
+            return Ok(asked);
+        }
+        let (place, text) = match self.storage_property(storage, PRUNE_KEY) {
+            Some(text) => (format!("storage.cfg, storage '{storage}'"), text),
+            None => {
+                let settings = read_text(&self.layout.settings_path())?.unwrap_or_default();
+                let Some(text) = VmConfig::parse(&settings).get(PRUNE_KEY).map(str::to_owned)
+                else {
+                    return Ok(None);
+                };
+                ("vzdump.conf".to_owned(), text)
+            }
+        };
+        let retention = text.parse();
+        retention
+            .map(Some)
+            .map_err(|fault| HostError::Storage(format!("{place}, {PRUNE_KEY}: {fault}")))
+    }
+
+    /// How many protected archives of one guest a storage may hold; none means any number.
+    ///
+    /// # Errors
+    /// [`HostError::Storage`] for a setting that makes no sense.
+    pub fn max_protected(&self, storage: &str) -> Result<Option<u32>, HostError> {
+        let Some(text) = self.storage_property(storage, MAX_PROTECTED_KEY) else { return Ok(None) };
+        match text.parse::<i64>() {
+            Ok(-1) => Ok(None),
+            Ok(limit) if u32::try_from(limit).is_ok() => Ok(u32::try_from(limit).ok()),
+            _ => Err(HostError::Storage(format!(
+                "storage.cfg, storage '{storage}', {MAX_PROTECTED_KEY}: '{text}' is neither a number \
+                 of archives nor -1."
+            ))),
+        }
+    }
+
+    fn storage_property(&self, storage: &str, key: &str) -> Option<String> {
+        let section = self.storages.sections().iter().find(|section| section.id == storage)?;
+        section.get(key).map(str::to_owned)
+    }
+
+    /// Removes the archives that no rule keeps, guest by guest. Must be awaited to its end; cancel
+    /// it by the token.
+    ///
+    /// # Errors
+    /// [`HostError::Storage`] without a storage or a retention, [`HostError::Provider`],
+    /// [`HostError::Archive`] when the storage cannot be listed. What goes wrong with a guest or an
+    /// archive is in the report.
+    pub async fn prune(
+        &self,
+        request: PruneRequest,
+        sink: &dyn TaskSink,
+        cancel: &CancellationToken,
+    ) -> Result<PruneReport, HostError> {
+        let storage = match request.storage {
+            Some(storage) => storage,
+            None => self.default_backup_storage()?,
+        };
+        let provider = self.providers.get(&storage).map_err(HostError::Storage)?;
+        let retention = self.retention(&storage, request.retention)?.ok_or_else(|| {
+            HostError::Storage(format!(
+                "Nothing says what to keep in the storage '{storage}': use --keep-last and the like, \
+                 or set '{PRUNE_KEY}' in storage.cfg."
+            ))
+        })?;
+        activate(provider.as_ref(), &storage, cancel).await?;
+        let pruner = Pruner {
+            provider: provider.as_ref(),
+            storage: &storage,
+            retention,
+            zone: TimeZone::system(),
+            limits: &Limits::default(),
+            sink,
+            cancel,
+        };
+        let unlisted =
+            |why| HostError::Storage(format!("The storage '{storage}' cannot be listed: {why}"));
+        let mut entries = pruner.plan().await.map_err(unlisted)?;
+        entries.retain(|entry| {
+            (request.ids.is_empty() || request.ids.contains(&entry.vmid))
+                && request.kind.is_none_or(|kind| kind == entry.subtype)
+        });
+        let mut problems = Vec::new();
+        if !request.dry_run {
+            entries = self.prune_guests(&pruner, entries, &mut problems).await;
+        }
+        let archives = entries.into_iter().map(|entry| PrunedArchive {
+            volid: ArchiveName { storage: storage.clone(), name: entry.archive }.to_string(),
+            subtype: entry.subtype,
+            vmid: entry.vmid,
+            time_s: entry.time_s,
+            time: jiff::Timestamp::from_second(entry.time_s)
+                .map_or_else(|_| String::new(), |time| time.to_string()),
+            fate: entry.fate,
+        });
+        Ok(PruneReport {
+            archives: archives.collect(),
+            retention: retention.to_string(),
+            dry_run: request.dry_run,
+            storage,
+            problems,
+        })
+    }
+
+    /// Prunes each guest of which something has to go, under its lock and by a new list.
+    async fn prune_guests(
+        &self,
+        pruner: &Pruner<'_>,
+        planned: Vec<PruneEntry>,
+        problems: &mut Vec<String>,
+    ) -> Vec<PruneEntry> {
+        let mut done: Vec<PruneEntry> = Vec::new();
+        let same = |a: &PruneEntry, b: &PruneEntry| (a.vmid, a.subtype) == (b.vmid, b.subtype);
+        for group in planned.chunk_by(same) {
+            let (kind, id) = (group[0].subtype, group[0].vmid);
+            if !group.iter().any(|entry| entry.fate == Fate::Remove) {
+                done.extend_from_slice(group);
+                continue;
+            }
+            let pruned = match self.lock_target(kind, id, pruner.storage).await {
+                Ok(_lock) => pruner.prune_guest(kind, id, None).await,
+                Err(error) => Err(crate::chain(&error)),
+            };
+            match pruned {
+                Ok(entries) => done.extend(entries),
+                Err(problem) => {
+                    problems.push(format!("{kind} {id}: {problem}"));
+                    done.extend_from_slice(group);
+                }
+            }
+        }
+        done
+    }
+
+    async fn lock_target(
+        &self,
+        kind: GuestKind,
+        id: u32,
+        storage: &str,
+    ) -> Result<FileLock, HostError> {
+        let path = target_lock_path(&self.layout, kind, id, storage);
+        Ok(FileLock::acquire(&path, &format!("The guest {id}"), LOCK_WAIT).await?)
+    }
+
+    /// Removes an archive. Must be awaited to its end; cancel it by the token.
+    ///
+    /// # Errors
+    /// [`HostError::Archive`] for one that is not there or is protected, [`HostError::Storage`],
+    /// [`HostError::Lock`] while its guest is backed up, [`HostError::Provider`].
+    pub async fn remove_archive(
+        &self,
+        archive: &str,
+        cancel: &CancellationToken,
+    ) -> Result<ArchiveName, HostError> {
+        let (name, provider) = self.open_archive(archive).await?;
+        activate(provider.as_ref(), &name.storage, cancel).await?;
+        let found = find(provider.as_ref(), &name).await?;
+        if found.protected {
+            return Err(HostError::Archive(format!(
+                "The archive '{name}' is protected; `vzdump unprotect {name}` ends that."
+            )));
+        }
+        let _lock = self.lock_target(found.subtype, found.guest_id, &name.storage).await?;
+        let limit = Limits::default().removal;
+        let removed = prune::remove(provider.as_ref(), &name.name, limit, cancel).await;
+        removed.map_err(fault(&name.storage))?;
+        Ok(name)
+    }
+
+    /// All notes of an archive.
+    ///
+    /// # Errors
+    /// [`HostError::Archive`], [`HostError::Storage`], [`HostError::Provider`].
+    pub async fn notes(&self, archive: &str) -> Result<String, HostError> {
+        let (name, provider) = self.open_archive(archive).await?;
+        let notes = in_time(provider.notes(&name.name, &call())).await;
+        notes.map_err(fault(&name.storage))
+    }
+
+    /// Replaces the notes of an archive; empty ones are removed.
+    ///
+    /// # Errors
+    /// As [`Host::notes`], and [`HostError::Archive`] for text that cannot be notes.
+    pub async fn set_notes(&self, archive: &str, notes: &str) -> Result<ArchiveName, HostError> {
+        check_notes(notes).map_err(HostError::Archive)?;
+        let (name, provider) = self.open_archive(archive).await?;
+        let set = in_time(provider.set_notes(&name.name, notes, &call())).await;
+        set.map_err(fault(&name.storage))?;
+        Ok(name)
+    }
+
+    /// Protects an archive from removal, or no longer.
+    ///
+    /// # Errors
+    /// As [`Host::notes`], and [`HostError::Archive`] when the storage holds as many protected
+    /// archives of the guest as it may.
+    pub async fn set_protected(
+        &self,
+        archive: &str,
+        protected: bool,
+    ) -> Result<ArchiveName, HostError> {
+        let (name, provider) = self.open_archive(archive).await?;
+        if protected && let Some(limit) = self.max_protected(&name.storage)? {
+            let archives = in_time(provider.list(&call())).await.map_err(fault(&name.storage))?;
+            let found = in_list(&archives, &name)?;
+            let of_guest = archives
+                .iter()
+                .filter(|other| other.subtype == found.subtype && other.guest_id == found.guest_id);
+            let others = of_guest.filter(|other| other.protected && other.name != name.name);
+            if others.count() as u64 >= u64::from(limit) {
+                return Err(HostError::Archive(format!(
+                    "The storage '{}' may hold {limit} protected archives of a guest; unprotect \
+                     another one of guest {}, or raise '{MAX_PROTECTED_KEY}'.",
+                    name.storage, found.guest_id
+                )));
+            }
+        }
+        let set = in_time(provider.set_protected(&name.name, protected, &call())).await;
+        set.map_err(fault(&name.storage))?;
+        Ok(name)
+    }
+
+    async fn open_archive(
+        &self,
+        archive: &str,
+    ) -> Result<(ArchiveName, std::sync::Arc<dyn Provider>), HostError> {
+        let name = self.resolve_archive(archive).await?;
+        let provider = self.providers.get(&name.storage).map_err(HostError::Storage)?;
+        Ok((name, provider))
+    }
+}
+
+fn call() -> Call {
+    Call { cancel: CancellationToken::new(), deadline: Instant::now().checked_add(CALL_TIMEOUT) }
+}
+
+fn fault(storage: &str) -> impl FnOnce(provider_api::Error) -> HostError {
+    let storage = storage.to_owned();
+    move |source| HostError::Provider { storage, source }
+}
+
+/// For a provider that does not obey its deadline.
+async fn in_time<T>(
+    work: impl Future<Output = provider_api::Result<T>>,
+) -> provider_api::Result<T> {
+    match tokio::time::timeout(CALL_TIMEOUT, work).await {
+        Ok(result) => result,
+        Err(_) => Err(provider_api::Error::new(
+            provider_api::Kind::Cancelled,
+            format!("It does not answer within {} s.", CALL_TIMEOUT.as_secs()),
+        )),
+    }
+}
+
+/// Lets the provider clean up first, so that nothing is removed or merged on top of a half removal.
+async fn activate(
+    provider: &dyn Provider,
+    storage: &str,
+    cancel: &CancellationToken,
+) -> Result<(), HostError> {
+    let limit = Limits::default().activate;
+    let call = Call { cancel: cancel.child_token(), deadline: Instant::now().checked_add(limit) };
+    let activated = tokio::time::timeout(limit, provider.activate(&call)).await;
+    match activated {
+        Ok(result) => result.map_err(fault(storage)),
+        Err(_) => Err(HostError::Storage(format!(
+            "The storage '{storage}' did not become ready in time."
+        ))),
+    }
+}
+
+async fn find(provider: &dyn Provider, name: &ArchiveName) -> Result<Archive, HostError> {
+    let archives = in_time(provider.list(&call())).await.map_err(fault(&name.storage))?;
+    in_list(&archives, name).cloned()
+}
+
+fn in_list<'a>(archives: &'a [Archive], name: &ArchiveName) -> Result<&'a Archive, HostError> {
+    let found = archives.iter().find(|archive| archive.name == name.name);
+    found.ok_or_else(|| HostError::Archive(format!("There is no archive '{name}'.")))
+}

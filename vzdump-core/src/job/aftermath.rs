@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is done to the archive of a guest once its backup is durable and QEMU knows it: notes,
+//! protection, and the removal of older ones. It can only warn: the backup has succeeded.
+
+use provider_api::{CancellationToken, GuestKind, Provider};
+
+use super::{BackupOptions, GuestReport, JobContext, call_within, chain};
+use crate::notes_template::{NotesTemplate, Variables};
+use crate::prune::{Fate, Pruner, list};
+use crate::task_log::TaskSink;
+
+/// What the cluster's name is on a host that belongs to none.
+const NO_CLUSTER: &str = "standalone node";
+
+/// Checks what can be known before any guest is touched.
+///
+/// # Errors
+/// What cannot work, in words.
+pub(super) fn check_options(
+    options: &BackupOptions,
+    provider: &dyn Provider,
+) -> Result<(), String> {
+    if let Some(template) = &options.notes {
+        NotesTemplate::parse(template)?;
+    }
+    if options.protected && !provider.describe().capabilities.protect {
+        return Err(format!(
+            "the provider of the storage '{}' cannot protect archives",
+            options.storage
+        ));
+    }
+    Ok(())
+}
+
+/// Checks before the backup of a guest that it may have one more protected archive.
+///
+/// # Errors
+/// The limit is reached, or cannot be checked, in words.
+pub(super) async fn check_protected(
+    ctx: &JobContext,
+    provider: &dyn Provider,
+    options: &BackupOptions,
+    report: &GuestReport,
+    cancel: &CancellationToken,
+) -> Result<(), String> {
+    let Some(limit) = options.max_protected.filter(|_| options.protected) else { return Ok(()) };
+    let archives = list(provider, &ctx.limits, cancel).await?;
+    let of_guest = archives.iter().filter(|a| a.subtype == report.kind && a.guest_id == report.id);
+    let protected = of_guest.filter(|archive| archive.protected).count();
+    if protected as u64 >= u64::from(limit) {
+        return Err(format!(
+            "the storage '{}' may hold {limit} protected archives of a guest and has {protected} of \
+             this one; unprotect one, or raise 'max-protected-backups'",
+            options.storage
+        ));
+    }
+    Ok(())
+}
+
+/// A guest's committed archive.
+pub(super) struct Aftermath<'a> {
+    pub(super) ctx: &'a JobContext,
+    pub(super) provider: &'a dyn Provider,
+    pub(super) options: &'a BackupOptions,
+    pub(super) sink: &'a dyn TaskSink,
+    pub(super) cancel: &'a CancellationToken,
+}
+
+impl Aftermath<'_> {
+    /// Does what was asked for, if the backup is durable.
+    pub(super) async fn run(&self, report: &mut GuestReport) {
+        let Some(archive) = report.archive.clone().filter(|_| report.is_success()) else { return };
+        if let Err(error) = self.set_notes(&archive, report).await {
+            self.warn(report, format!("the archive has no notes: {error}"));
+        }
+        if let Err(error) = self.protect(&archive).await {
+            self.warn(report, format!("the archive is not protected: {error}"));
+        }
+        if let Err(error) = self.prune(&archive, report).await {
+            self.warn(report, format!("older archives are not pruned: {error}"));
+        }
+    }
+
+    fn warn(&self, report: &mut GuestReport, text: String) {
+        self.sink.warn(&text);
+        report.warnings.push(text);
+    }
+
+    async fn set_notes(&self, archive: &str, report: &GuestReport) -> Result<(), String> {
+        let Some(template) = &self.options.notes else { return Ok(()) };
+        let words = match report.kind {
+            GuestKind::Qemu => format!("VM {}", report.id),
+            GuestKind::Lxc => format!("CT {}", report.id),
+        };
+        let notes = NotesTemplate::parse(template)?.expand(&Variables {
+            guestname: report.name.as_deref().unwrap_or(&words),
+            vmid: report.id,
+            node: &host_name(),
+            cluster: NO_CLUSTER,
+        });
+        if notes.is_empty() {
+            return Ok(());
+        }
+        self.sink.info("adding notes to backup");
+        let limit = self.ctx.limits.provider_call;
+        let call = call_within(self.cancel, limit);
+        let set = self.provider.set_notes(archive, &notes, &call);
+        in_time(tokio::time::timeout(limit, set).await)
+    }
+
+    async fn protect(&self, archive: &str) -> Result<(), String> {
+        if !self.options.protected {
+            return Ok(());
+        }
+        self.sink.info("marking backup as protected");
+        let limit = self.ctx.limits.provider_call;
+        // Not cancelled: unprotected it could be pruned by the next job.
+        let call = call_within(&CancellationToken::new(), limit);
+        let set = self.provider.set_protected(archive, true, &call);
+        in_time(tokio::time::timeout(limit, set).await)
+    }
+
+    async fn prune(&self, archive: &str, report: &mut GuestReport) -> Result<(), String> {
+        let Some(retention) = self.options.prune else { return Ok(()) };
+        if retention == crate::retention::Retention::All {
+            return Ok(());
+        }
+        self.sink.info(&format!("prune older backups with retention: {retention}"));
+        let pruner = Pruner {
+            provider: self.provider,
+            storage: &self.options.storage,
+            retention,
+            zone: jiff::tz::TimeZone::system(),
+            limits: &self.ctx.limits,
+            sink: self.sink,
+            cancel: self.cancel,
+        };
+        let entries = pruner.prune_guest(report.kind, report.id, Some(archive)).await?;
+        for entry in entries {
+            match entry.fate {
+                Fate::Removed => report.pruned.push(entry.archive),
+                // The sink has it already.
+                Fate::Failed { error } => {
+                    report.warnings.push(format!("'{}' was not removed: {error}", entry.archive));
+                }
+                _ => {}
+            }
+        }
+        let count = report.pruned.len();
+        self.sink.info(&format!("pruned {count} backup(s) not covered by keep-retention policy"));
+        Ok(())
+    }
+}
+
+type InTime = Result<provider_api::Result<()>, tokio::time::error::Elapsed>;
+
+fn in_time(result: InTime) -> Result<(), String> {
+    match result {
+        Ok(result) => result.map_err(|error| chain(&error)),
+        Err(_) => Err("the provider did not answer in time".to_owned()),
+    }
+}
+
+fn host_name() -> String {
+    // Only fails without /proc; notes can do without it.
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().to_owned()
+}
