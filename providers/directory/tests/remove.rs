@@ -407,3 +407,63 @@ async fn what_an_unreadable_archive_builds_upon_is_kept() {
     assert!(error.message.contains(&case.made[1].name), "{error}");
     assert!(case.storage.join(base).exists());
 }
+
+/// A file system in RAM; unmounted with the test.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(path: &Path, size_bytes: u64) -> Option<Self> {
+        std::fs::create_dir_all(path).unwrap();
+        let options = format!("size={size_bytes}");
+        let mut mount = std::process::Command::new("mount");
+        let status = mount.args(["-t", "tmpfs", "-o", &options, "none"]).arg(path).status();
+        status.is_ok_and(|status| status.success()).then(|| Self(path.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// Needs root, to mount a small file system.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_storage_that_becomes_full_changes_nothing() {
+    let guest = Guest::new(13, 3).await;
+    let used_bytes = |path: &Path| {
+        let output = run("du", &["-sB1", text(path)]);
+        output.split('\t').next().unwrap().parse::<u64>().unwrap()
+    };
+    let used = used_bytes(&guest.bench.storage());
+    let base = used_bytes(&guest.bench.storage().join(&guest.made[0].name));
+    let (mut before_copy, mut after_copy) = (0, 0);
+    // First too small for the copy of the base, then for what is written over it.
+    for step in 0..32 {
+        let more = (1 + step) * (base / 16);
+        let path = guest.bench.path().join(format!("small-{more}"));
+        let Some(_mounted) = Mounted::new(&path, used + more) else {
+            eprintln!("skipped: mounting a tmpfs needs root");
+            return;
+        };
+        let source = format!("{}/.", text(&guest.bench.storage()));
+        run("cp", &["-a", &source, text(&path)]);
+        let mut case = Case { storage: path, made: guest.made.clone() };
+        let gone = case.made[0].name.clone();
+        let removed = provider(&case.storage).remove(&gone, &Call::default()).await;
+        let what = format!("{more} bytes were free: {removed:?}");
+        let Err(error) = removed else {
+            case.made.remove(0);
+            case.check(&what).await;
+            break;
+        };
+        assert_eq!(error.kind, Kind::NoSpace, "{error}");
+        let counter =
+            if error.message.contains("needs") { &mut before_copy } else { &mut after_copy };
+        *counter += 1;
+        if *counter == 1 {
+            case.check(&what).await;
+        }
+    }
+    assert!(before_copy > 0 && after_copy > 0, "{before_copy} and {after_copy} had too little");
+}
