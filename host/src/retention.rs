@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Archives after their backup: which are kept, notes, protection, removal.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
-use provider_api::{Archive, Call, GuestKind, Provider, check_notes};
+use provider_api::{Archive, Call, Capabilities, GuestKind, Provider, check_notes};
 use serde::Serialize;
 use vzdump_core::config::guest::VmConfig;
 use vzdump_core::config::read_text;
@@ -23,6 +24,12 @@ const MAX_PROTECTED_KEY: &str = "max-protected-backups";
 const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// Changing or reading notes and protection must not take longer.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// What a provider may be unable to do, and its name in words.
+type Ability = (fn(&Capabilities) -> bool, &'static str);
+const NOTES: Ability = (|abilities| abilities.notes, "keep notes");
+const PROTECT: Ability = (|abilities| abilities.protect, "protect archives");
+const REMOVE: Ability = (|abilities| abilities.remove, "remove archives");
 
 /// What to prune.
 #[derive(Debug, Clone, Default)]
@@ -246,7 +253,7 @@ impl Host {
         archive: &str,
         cancel: &CancellationToken,
     ) -> Result<ArchiveName, HostError> {
-        let (name, provider) = self.open_archive(archive).await?;
+        let (name, provider) = self.open_archive(archive, REMOVE).await?;
         activate(provider.as_ref(), &name.storage, cancel).await?;
         let found = find(provider.as_ref(), &name).await?;
         if found.protected {
@@ -266,7 +273,7 @@ impl Host {
     /// # Errors
     /// [`HostError::Archive`], [`HostError::Storage`], [`HostError::Provider`].
     pub async fn notes(&self, archive: &str) -> Result<String, HostError> {
-        let (name, provider) = self.open_archive(archive).await?;
+        let (name, provider) = self.open_archive(archive, NOTES).await?;
         let notes = in_time(provider.notes(&name.name, &call())).await;
         notes.map_err(fault(&name.storage))
     }
@@ -277,7 +284,7 @@ impl Host {
     /// As [`Host::notes`], and [`HostError::Archive`] for text that cannot be notes.
     pub async fn set_notes(&self, archive: &str, notes: &str) -> Result<ArchiveName, HostError> {
         check_notes(notes).map_err(HostError::Archive)?;
-        let (name, provider) = self.open_archive(archive).await?;
+        let (name, provider) = self.open_archive(archive, NOTES).await?;
         let set = in_time(provider.set_notes(&name.name, notes, &call())).await;
         set.map_err(fault(&name.storage))?;
         Ok(name)
@@ -293,7 +300,7 @@ impl Host {
         archive: &str,
         protected: bool,
     ) -> Result<ArchiveName, HostError> {
-        let (name, provider) = self.open_archive(archive).await?;
+        let (name, provider) = self.open_archive(archive, PROTECT).await?;
         if protected && let Some(limit) = self.max_protected(&name.storage)? {
             let archives = in_time(provider.list(&call())).await.map_err(fault(&name.storage))?;
             let found = in_list(&archives, &name)?;
@@ -314,13 +321,21 @@ impl Host {
         Ok(name)
     }
 
+    /// An archive and its provider, if that can do what is wanted.
     async fn open_archive(
         &self,
         archive: &str,
-    ) -> Result<(ArchiveName, std::sync::Arc<dyn Provider>), HostError> {
+        (is_able, what): Ability,
+    ) -> Result<(ArchiveName, Arc<dyn Provider>), HostError> {
         let name = self.resolve_archive(archive).await?;
         let provider = self.providers.get(&name.storage).map_err(HostError::Storage)?;
-        Ok((name, provider))
+        if is_able(&provider.describe().capabilities) {
+            return Ok((name, provider));
+        }
+        Err(HostError::Storage(format!(
+            "The provider of the storage '{}' cannot {what}.",
+            name.storage
+        )))
     }
 }
 

@@ -239,6 +239,9 @@ fn not_committed_unless_alive(
 /// lock. Their commits are recorded as not having happened.
 pub(crate) fn take_dead_runs(storage: &Storage, lock: &StorageLock) -> Result<Vec<Leftover>> {
     let mut leftovers = storage.leftovers(lock)?;
+    for leftover in &leftovers {
+        storage.tidy_after(leftover, lock)?;
+    }
     for archive in storage.under_way()? {
         if let Some(Claim::Dead(run)) = storage.claim(&archive, lock)? {
             storage.end_replacement(&run, lock)?;

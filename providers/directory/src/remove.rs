@@ -21,7 +21,7 @@
 use std::fs;
 use std::path::Path;
 
-use provider_api::{Call, Error, Kind, Result, Uuid};
+use provider_api::{Call, Error, Kind, Result};
 use tracing::{info, warn};
 
 use crate::attributes;
@@ -36,9 +36,6 @@ use crate::manifest::{
 use crate::merge::merge_disk;
 use crate::storage::{Leftover, RunDirectory, Storage};
 use crate::usage::Guest;
-
-/// Begins the name of a directory that will replace an archive.
-const MERGE_PREFIX: &str = "merge-";
 
 /// Removes an archive. Cancelling the call, or dropping the future, ends it between two steps.
 pub(crate) async fn remove(storage: Storage, archive: String, call: &Call) -> Result<()> {
@@ -143,8 +140,7 @@ impl<'a> Removal<'a> {
         info!("Archive {} is merged into {}.", self.archive, above.archive);
         let run = {
             let lock = self.storage.must_lock_blocking(self.call, LOCK_WAIT)?;
-            let name = format!("{MERGE_PREFIX}{}", Uuid::new_v4().simple());
-            self.storage.begin(&name, &lock)?
+            self.storage.begin_merge(&lock)?
         };
         step();
         let result = self.build(above, &run).and_then(|()| self.replace(above, &run));

@@ -45,7 +45,9 @@ const LOCK_FILE: &str = "lock";
 /// In a directory of a backup under way: the id of its commit, once that has begun. It stays until
 /// the directory has its final name: it leads from a dead run to the record of its commit.
 const COMMITTING_FILE: &str = "committing";
-/// In a directory that is about to replace an archive in two steps: the archive's name.
+/// Begins the name of a run that will replace an archive by one with the same name.
+const MERGE_PREFIX: &str = "merge-";
+/// In such a directory: it is complete, and its archive is replaced in two steps.
 const REPLACES_FILE: &str = "replaces";
 
 /// The storage's directory.
@@ -214,6 +216,11 @@ impl Storage {
         ))
     }
 
+    /// Makes the directory of what will replace an archive.
+    pub(crate) fn begin_merge(&self, lock: &StorageLock) -> Result<RunDirectory> {
+        self.begin(&format!("{MERGE_PREFIX}{}", Uuid::new_v4().simple()), lock)
+    }
+
     /// Finds out whether the run that makes `archive` lives; `None` if there is no such run.
     ///
     /// A dead run's directory is ours for as long as the storage's lock is held.
@@ -275,21 +282,35 @@ impl Storage {
         Ok(taken.map(|path| Leftover { path, _lock: None }))
     }
 
-    /// Ends what a process began that died while it replaced an archive in two steps, see
-    /// [`RunDirectory::replace`]. A run that did so is complete; others are left alone.
+    /// Removes from a committed archive what a process left there that died right after it had
+    /// replaced what is now `leftover`.
+    pub(crate) fn tidy_after(&self, leftover: &Leftover, lock: &StorageLock) -> Result<()> {
+        let manifest = files::read(&leftover.path.join(MANIFEST_FILE), MANIFEST_BYTES_MAX);
+        match manifest.ok().and_then(|text| archive_in(&text)) {
+            Some(archive) => self.remove_notes(&archive, lock),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends what a process began that died while it replaced an archive by a merged one, see
+    /// [`RunDirectory::replace`]; other dead runs are left alone.
     pub(crate) fn end_replacement(&self, run: &RunDirectory, lock: &StorageLock) -> Result<()> {
-        let note = run.path.join(REPLACES_FILE);
-        let Some(text) = files::read_if_exists(&note, RECORD_BYTES_MAX)? else { return Ok(()) };
-        let archive = String::from_utf8(text).unwrap_or_default();
-        // A half-written note comes from before the first step.
-        if check_name(&archive).is_err()
-            || fs::symlink_metadata(self.archive_path(&archive)).is_ok()
-        {
+        if !run.archive.starts_with(MERGE_PREFIX) {
             return Ok(());
         }
-        fs::rename(&run.path, self.archive_path(&archive))
-            .map_err(|e| Error::io(format!("Cannot put archive {archive} back."), e))?;
-        files::sync_directory(&self.path)?;
+        // Before and after an exchange both manifests name the archive.
+        let Ok(text) = files::read(&run.path.join(MANIFEST_FILE), MANIFEST_BYTES_MAX) else {
+            return Ok(());
+        };
+        let Some(archive) = archive_in(&text) else { return Ok(()) };
+        let target = self.archive_path(&archive);
+        if fs::symlink_metadata(run.path.join(REPLACES_FILE)).is_ok()
+            && fs::symlink_metadata(&target).is_err()
+        {
+            fs::rename(&run.path, &target)
+                .map_err(|e| Error::io(format!("Cannot put archive {archive} back."), e))?;
+            files::sync_directory(&self.path)?;
+        }
         self.remove_notes(&archive, lock)
     }
 
@@ -411,7 +432,7 @@ impl RunDirectory {
         let old = match exchanged {
             Ok(()) => None,
             Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
-                files::write_new(&self.path.join(REPLACES_FILE), archive.as_bytes())?;
+                files::write_new(&self.path.join(REPLACES_FILE), b"")?;
                 files::sync_directory(&self.path)?;
                 step();
                 let old = storage.take_away(archive, lock)?.ok_or_else(|| {
@@ -452,6 +473,16 @@ impl Leftover {
     pub(crate) fn remove(&self) -> Result<()> {
         files::remove_tree(&self.path)
     }
+}
+
+/// The archive's name in a manifest.
+fn archive_in(manifest: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Named {
+        archive: String,
+    }
+    let Named { archive } = serde_json::from_slice(manifest).ok()?;
+    check_name(&archive).is_ok().then_some(archive)
 }
 
 fn is_dead_name(name: &str) -> bool {

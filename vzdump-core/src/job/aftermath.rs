@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is done to the archive of a guest once its backup is durable and QEMU knows it: notes,
-//! protection, and the removal of older ones. It can only warn: the backup has succeeded.
+//! protection, and the removal of older ones. It can only warn: the backup has succeeded. If the process
+//! dies meanwhile, nothing is done later: the backup is the next archive without notes and protection.
 
 use provider_api::{CancellationToken, GuestKind, Provider};
 
@@ -100,6 +101,12 @@ impl Aftermath<'_> {
         });
         if notes.is_empty() {
             return Ok(());
+        }
+        if !self.provider.describe().capabilities.notes {
+            return Err(format!(
+                "the provider of the storage '{}' cannot keep notes",
+                self.options.storage
+            ));
         }
         self.sink.info("adding notes to backup");
         let limit = self.ctx.limits.provider_call;
