@@ -167,14 +167,18 @@ pub trait Provider: Send + Sync {
     /// Says what this provider is. Called often; must not block or do I/O.
     fn describe(&self) -> Description;
 
-    /// Makes the storage ready. Called once per job before anything else; must be idempotent.
-    /// An error fails the job before any guest is touched.
+    /// Makes the storage ready, and removes what dead jobs and removals left in it. Called once per job,
+    /// restore, prune or removal before anything else, also while others are under way; must be
+    /// idempotent. An error fails that task before any guest or archive is touched. May take minutes.
     fn activate<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<()>>;
 
     /// Space of the storage. Polled; must answer within a second.
     fn status<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Status>>;
 
-    /// All committed archives, in no particular order. Unfinished ones are never listed.
+    /// All committed archives, in no particular order. Unfinished ones are never listed, an archive
+    /// that is being removed is until it is gone. Called often, at any time, also while jobs and
+    /// removals run, and always before a prune decides. An error means that nothing is known: the host
+    /// then removes nothing.
     fn list<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Vec<Archive>>>;
 
     /// All notes of an archive; empty without any. At any time, also while the archive is being
@@ -239,7 +243,7 @@ pub trait Provider: Send + Sync {
         unsupported(archive, "cannot be removed by this provider")
     }
 
-    /// The configuration files in an archive.
+    /// The configuration files in an archive. At any time; [`Kind::NotFound`] without such an archive.
     fn guest_config<'a>(
         &'a self,
         archive: &'a str,

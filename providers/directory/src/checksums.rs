@@ -24,6 +24,8 @@ use crate::manifest::Checksums;
 
 /// Text held back before it is written, or read at once.
 const BUFFER_BYTES: usize = 256 << 10;
+/// What areas begin and end at, unless it is the end of the disk.
+const SECTOR_BYTES: u64 = 512;
 /// More than the longest line: two numbers and a hash.
 const LINE_BYTES_MAX: u64 = 128;
 
@@ -197,7 +199,14 @@ impl ChecksumReader {
         let is_whole = |line: &Line| {
             line.hash.is_none() || line.offset / BLOCK_BYTES == (end - 1) / BLOCK_BYTES
         };
-        line.length_bytes > 0 && line.offset >= self.end && end <= self.size_bytes && is_whole(line)
+        // Else a block could have millions of them.
+        let is_aligned = line.offset.is_multiple_of(SECTOR_BYTES)
+            && (end.is_multiple_of(SECTOR_BYTES) || end == self.size_bytes);
+        line.length_bytes > 0
+            && line.offset >= self.end
+            && end <= self.size_bytes
+            && is_aligned
+            && is_whole(line)
     }
 }
 
@@ -258,6 +267,8 @@ mod tests {
             "18446744073709551615 1024 zero\n",
             &crossing,
             "0 1024 zero\n512 1024 zero\n",
+            "0 100 zero\n",
+            "1 511 zero\n",
         ] {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("x");

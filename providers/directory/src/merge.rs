@@ -22,7 +22,7 @@ use crate::checksums::{ChecksumReader, ChecksumWriter, Line};
 use crate::files;
 use crate::image::{Image, ImageReader};
 use crate::kill_point::step;
-use crate::limits::BLOCK_BYTES;
+use crate::limits::{BLOCK_BYTES, WINDOW_BYTES};
 use crate::manifest::{Disk, Manifest, checksums_file, image_file};
 use crate::storage::Storage;
 use crate::store::is_zero;
@@ -167,7 +167,10 @@ impl Merge<'_> {
         self.keep_lower(start)?;
         while self.lower.lines.before(end)?.is_some() {}
         let Some(line) = self.upper.lines.before(end)? else { return Ok(()) };
-        self.merged.discard_to_zero(line.offset, line.length_bytes)?;
+        for part in line.area().split(WINDOW_BYTES) {
+            check(self.call, "The removal")?;
+            self.merged.discard_to_zero(part.start, part.length_bytes())?;
+        }
         self.checksums.add_blocking(line)
     }
 
@@ -182,10 +185,10 @@ impl Merge<'_> {
             length(Area::new(block.start, area.start))..length(Area::new(block.start, area.end))
         };
         for line in lower.iter().filter(|line| line.hash.is_some()) {
-            let hidden =
-                |above: &Line| above.offset <= line.offset && line.area().end <= above.area().end;
+            let above = upper.partition_point(|above| above.offset <= line.offset).checked_sub(1);
+            let is_hidden = above.is_some_and(|at| line.area().end <= upper[at].area().end);
             // What nobody can read any more need not be whole.
-            if !upper.iter().any(hidden) {
+            if !is_hidden {
                 self.lower.read(line, self.device, &mut data[slice(line.area())])?;
             }
         }

@@ -26,6 +26,7 @@ use tracing::{info, warn};
 
 use crate::attributes;
 use crate::call::{blocking, check, corrupt};
+use crate::commit::take_dead_runs;
 use crate::files;
 use crate::header::Header;
 use crate::kill_point::step;
@@ -54,6 +55,11 @@ struct Removal<'a> {
 
 impl<'a> Removal<'a> {
     fn begin(storage: &'a Storage, archive: &'a str, call: &'a Call) -> Result<Self> {
+        // What a dead removal was about to put in its place must not come back later.
+        let lock = storage.must_lock_blocking(call, LOCK_WAIT)?;
+        let leftovers = take_dead_runs(storage, &lock)?;
+        drop(lock);
+        leftovers.iter().for_each(discard);
         let manifest = storage.manifest(archive)?;
         let guest = Guest::new(storage, manifest.subtype, manifest.guest_id);
         Ok(Self { storage, archive, guest, call })

@@ -109,6 +109,16 @@ impl Case {
 
     /// What is listed gives the right bytes, its checksums fit, and nothing else is there.
     async fn check(&self, what: &str) {
+        self.check_quickly(what).await;
+        for made in &self.made {
+            for (device, reference) in &made.disks {
+                common::check_image(&self.storage, &made.name, device, reference);
+            }
+        }
+    }
+
+    /// The same without the judgement of QEMU's tools.
+    async fn check_quickly(&self, what: &str) {
         let names: Vec<_> = self.list().await.into_iter().map(|archive| archive.name).collect();
         let expected: Vec<_> = self.made.iter().map(|made| made.name.clone()).collect();
         assert_eq!(names, expected, "{what}");
@@ -127,7 +137,6 @@ impl Case {
         for (device, reference) in &made.disks {
             println!("{what}: {} {device}", made.name);
             common::check_restore(&self.storage, &made.name, device, reference).await;
-            common::check_image(&self.storage, &made.name, device, reference);
             check_sums(&self.storage.join(&made.name), device, reference);
         }
     }
@@ -246,10 +255,10 @@ async fn is_killed_at_every_step(guest: &Guest, at: usize, exchange: bool) {
         if is_gone {
             case.made.remove(at);
         }
-        case.check(&what).await;
+        case.check_quickly(&what).await;
         if !is_gone {
             case.remove(at).await;
-            case.check(&format!("{what}, then removed")).await;
+            case.check_quickly(&format!("{what}, then removed")).await;
         }
     }
     let expected = if at + 1 == guest.made.len() { 3 } else { 12 };
