@@ -125,3 +125,81 @@ async fn archives_that_are_not_there_are_not_changed() {
     assert!(host.set_notes(name, "x").await.is_err());
     assert!(host.set_protected(name, true).await.is_err());
 }
+
+/// Stores archives without disks, a day apart.
+async fn store(host: &Host, id: u32, days: &[i64]) -> Vec<String> {
+    use provider_api::{Call, GuestInfo, JobInfo, Uuid, VmBackup};
+    struct Quiet;
+    impl provider_api::Progress for Quiet {
+        fn report(&self, _device: &str, _done: u64, _total: u64, _zero: u64) {}
+        fn log(&self, _line: &str) {}
+    }
+    let (provider, call) = (host.providers.get("backups").unwrap(), Call::default());
+    provider.activate(&call).await.unwrap();
+    let mut volids = Vec::new();
+    for day in days {
+        let start_time_s = 1_767_322_984 + day * 86_400;
+        let mut job = provider.start_job(JobInfo { start_time_s }, &call).await.unwrap();
+        let info = GuestInfo { kind: GuestKind::Qemu, id, name: None, start_time_s };
+        let mut backup = job.start_guest(info, &call).await.unwrap();
+        let vm = VmBackup { config: b"name: a\n".to_vec(), firewall: None, volumes: Vec::new() };
+        backup.backup_vm(vm, &Quiet, &call).await.unwrap();
+        let committed = backup.commit(Uuid::new_v4(), &call).await.unwrap();
+        volids.push(format!("backups:backup/{}", committed.archive));
+        job.finish(&call).await.unwrap();
+    }
+    volids
+}
+
+fn fates(report: &PruneReport) -> Vec<(u32, Fate)> {
+    report.archives.iter().map(|archive| (archive.vmid, archive.fate.clone())).collect()
+}
+
+#[tokio::test]
+async fn a_prune_leaves_alone_what_is_busy_protected_or_not_meant() {
+    use vzdump_core::lock::FileLock;
+    use vzdump_core::retention::Rule;
+    let (_dir, host) = host(STORAGES);
+    let (sink, cancel) = (vzdump_core::task_log::NoLog, CancellationToken::new());
+    let web = store(&host, 100, &[0, 1, 2]).await;
+    store(&host, 101, &[0, 1]).await;
+    let keep = Fate::Keep { rule: Rule::Last };
+    let mut request = PruneRequest {
+        retention: Some("keep-last=1".parse().unwrap()),
+        dry_run: true,
+        ..PruneRequest::default()
+    };
+    let report = host.prune(request.clone(), &sink, &cancel).await.unwrap();
+    let planned = fates(&report);
+    assert_eq!(planned.iter().filter(|(_, fate)| *fate == Fate::Remove).count(), 3);
+    assert_eq!(host.list(None).await.unwrap().archives.len(), 5, "a dry run removes nothing");
+
+    // The guest is being backed up.
+    request.dry_run = false;
+    request.ids = vec![100];
+    let path = vzdump_core::job::target_lock_path(&host.layout, GuestKind::Qemu, 100, "backups");
+    let held = FileLock::try_acquire(&path, "it").unwrap();
+    let report = host.prune(request.clone(), &sink, &cancel).await.unwrap();
+    assert!(!report.is_success() && report.problems[0].contains("in use"), "{report:?}");
+    let error = host.remove_archive(&web[0], &cancel).await.unwrap_err();
+    assert!(matches!(error, HostError::Lock(_)), "{error}");
+    drop(held);
+
+    host.set_protected(&web[0], true).await.unwrap();
+    let error = host.remove_archive(&web[0], &cancel).await.unwrap_err().to_string();
+    assert!(error.contains("is protected; `vzdump unprotect"), "{error}");
+    let report = host.prune(request.clone(), &sink, &cancel).await.unwrap();
+    assert!(report.is_success());
+    assert_eq!(fates(&report), [(100, Fate::Protected), (100, Fate::Removed), (100, keep.clone())]);
+    let left = host.list(None).await.unwrap().archives;
+    let left: Vec<_> = left.iter().map(|archive| (archive.vmid, archive.protected)).collect();
+    assert_eq!(left, [(100, true), (100, false), (101, false), (101, false)]);
+
+    // Containers only: there are none.
+    request.kind = Some(GuestKind::Lxc);
+    request.ids = Vec::new();
+    let report = host.prune(request, &sink, &cancel).await.unwrap();
+    assert!(report.archives.is_empty() && report.is_success());
+    host.set_protected(&web[0], false).await.unwrap();
+    host.remove_archive(&web[0], &cancel).await.unwrap();
+}
