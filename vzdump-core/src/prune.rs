@@ -143,7 +143,9 @@ impl Pruner<'_> {
         match remove(self.provider, archive, self.limits.removal, self.cancel).await {
             Ok(()) => Fate::Removed,
             // Somebody else was faster.
-            Err(error) if error.kind == Kind::NotFound => Fate::Removed,
+            Err(error) if error.kind == Kind::NotFound && self.is_gone(archive).await => {
+                Fate::Removed
+            }
             Err(error) if error.kind == Kind::Protected => Fate::Protected,
             Err(error) if error.kind == Kind::HasDependents => {
                 let by: Vec<String> = error.dependents.iter().map(|name| clean(name)).collect();
@@ -156,6 +158,12 @@ impl Pruner<'_> {
                 Fate::Failed { error }
             }
         }
+    }
+
+    /// Whether an archive is listed no more: something else than the archive may be missing.
+    async fn is_gone(&self, archive: &str) -> bool {
+        let list = list(self.provider, self.limits, self.cancel).await;
+        list.is_ok_and(|archives| archives.iter().all(|other| other.name != archive))
     }
 
     /// Lists what a rule can speak about: a bad name becomes part of no command.

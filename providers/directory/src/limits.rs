@@ -44,9 +44,10 @@ pub(crate) const NAME_TRIES: u32 = 100;
 
 /// Wait for the storage's lock. Its holders rename and sync small files.
 pub(crate) const LOCK_WAIT: Duration = Duration::from_secs(60);
-/// Wait of a removal for restores and backups that have the guest's archives open. They take minutes
-/// to hours, so this only covers their ends.
-pub(crate) const USE_WAIT: Duration = Duration::from_secs(10);
+/// How long a removal waits at its beginning for restores and backups that have the guest's archives
+/// open. They take minutes to hours, so this only covers their ends. Later, when something may have
+/// been copied already, it waits as for the storage's lock.
+pub(crate) const USE_WAIT: Duration = Duration::from_secs(2);
 /// Times a removal looks for archives that build upon the one that goes. New ones are committed
 /// meanwhile only by backups that had begun before.
 pub(crate) const MERGE_ROUNDS: u32 = 4;

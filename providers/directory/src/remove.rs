@@ -43,7 +43,15 @@ pub(crate) async fn remove(storage: Storage, archive: String, call: &Call) -> Re
     let call = Call { cancel: call.cancel.child_token(), deadline: call.deadline };
     let _end = call.cancel.clone().drop_guard();
     // Awaited also when it is cancelled: afterwards it is known whether the archive is there.
-    blocking(move || Removal::begin(&storage, &archive, &call)?.run()).await
+    blocking(move || {
+        let result = Removal::begin(&storage, &archive, &call).and_then(|removal| removal.run());
+        result.map_err(|error| {
+            // A file that is missing is not the archive that is missing.
+            let is_there = error.kind == Kind::NotFound && storage.exists(&archive);
+            if is_there { Error { kind: Kind::Corrupt, ..error } } else { error }
+        })
+    })
+    .await
 }
 
 struct Removal<'a> {
@@ -109,7 +117,7 @@ impl<'a> Removal<'a> {
 
     /// Takes the archive away if nothing builds upon it any more.
     fn take_away(&self) -> Result<Option<Leftover>> {
-        let _exclusive = self.guest.exclusive(self.call, USE_WAIT)?;
+        let _exclusive = self.guest.exclusive(self.call, LOCK_WAIT)?;
         let lock = self.storage.must_lock_blocking(self.call, LOCK_WAIT)?;
         self.check_removable()?;
         self.check_unreadable()?;
@@ -191,7 +199,7 @@ impl<'a> Removal<'a> {
     }
 
     fn replace(&self, above: &Manifest, run: &RunDirectory) -> Result<()> {
-        let _exclusive = self.guest.exclusive(self.call, USE_WAIT)?;
+        let _exclusive = self.guest.exclusive(self.call, LOCK_WAIT)?;
         let lock = self.storage.must_lock_blocking(self.call, LOCK_WAIT)?;
         // Somebody may have protected the archive that goes; then this was in vain, but right.
         self.check_removable()?;

@@ -143,6 +143,15 @@ async fn what_others_need_stays_without_a_warning() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn only_what_is_listed_no_more_counts_as_gone() {
+    let not_found = vec![("old-1".to_owned(), false), ("old-2".to_owned(), true)];
+    let world = world(Script { not_found, ..Script::default() });
+    let report = world.backup().await;
+    assert_eq!(report.pruned, ["old-2"]);
+    assert_warned(&report, "'old-1' was not removed: scripted: something is missing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_new_archive_stays_even_if_the_others_are_from_the_future() {
     let world = world(Script::default());
     for archive in &mut world.provider.0.script.lock().unwrap().archives {

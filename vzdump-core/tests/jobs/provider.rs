@@ -48,6 +48,8 @@ pub struct Script {
     /// What the storage holds, and what its removal says of what others need.
     pub archives: Vec<Archive>,
     pub needed: Vec<String>,
+    /// Archives whose removal says that they are not there; these are gone in truth.
+    pub not_found: Vec<(String, bool)>,
     /// Looks at each change to the storage's archives.
     pub on_change: Option<Arc<dyn Fn() + Send + Sync>>,
     /// For restores: configuration, firewall rules and disks with their files.
@@ -171,8 +173,15 @@ impl Provider for FakeProvider {
             if needed {
                 return Err(Error::has_dependents(archive, vec![ARCHIVE.to_owned()]));
             }
-            self.0.script.lock().unwrap().archives.retain(|a| a.name != archive);
-            Ok(())
+            let mut script = self.0.script.lock().unwrap();
+            let not_found = script.not_found.iter().find(|(name, _)| name == archive).cloned();
+            if not_found.as_ref().is_none_or(|(_, is_gone)| *is_gone) {
+                script.archives.retain(|a| a.name != archive);
+            }
+            match not_found {
+                Some(_) => Err(Error::new(Kind::NotFound, "scripted: something is missing")),
+                None => Ok(()),
+            }
         }))
     }
 
