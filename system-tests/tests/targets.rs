@@ -306,15 +306,16 @@ async fn a_late_discard_of_an_older_target_is_postponed_by_a_newer_one() {
 #[tokio::test]
 async fn a_failure_of_a_second_setup_leaves_the_first_access_as_it_was() {
     // What happens at each point for the first target is over before; the second one's first and
-    // second device are the third and fourth pass.
+    // second device are the third and fourth pass. A setup of two devices has 26 steps: 16 to
+    // prepare them, 8 to switch them, 2 to tell of them.
     for (faults, reason) in [
         ("panic:filter_open:3", "device 'disk0': Could not open"),
         ("panic:filter_open:4", "device 'disk1': Could not open"),
         ("panic:snapshot_open:4", "device 'disk1': Could not open"),
-        ("panic:setup_prepared:2", "internal error"),
-        ("panic:setup_inserted:3", "internal error"),
-        ("panic:setup_inserted:4", "internal error"),
-        ("panic:setup_switched:2", "internal error"),
+        ("error:setup_step:42", "device 'disk1': injected"),
+        ("panic:setup_step:45", "internal error"),
+        ("error:setup_step:49", "device 'disk1': injected"),
+        ("panic:setup_step:51", "internal error"),
     ] {
         let lab = Lab::start(Setup { faults, ..Setup::default() }).await;
         add_images(&lab).await;
