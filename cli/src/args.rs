@@ -42,7 +42,7 @@ pub(crate) enum Command {
     /// Make, start and stop virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
-    /// Back up guests, one after the other
+    /// Back up guests
     Backup(BackupArgs),
     /// List archives
     List {
@@ -186,6 +186,9 @@ pub(crate) struct BackupArgs {
     /// How many minutes a guest is waited for that another task is working on
     #[arg(long, value_name = "MINUTES", default_value_t = 180, value_parser = clap::value_parser!(u32).range(0..=10080))]
     pub(crate) lockwait: u32,
+    /// How many guests are backed up at the same time
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=vzdump_host::JOBS_MAX as i64))]
+    pub(crate) jobs: u8,
 }
 
 #[derive(Debug, Args)]

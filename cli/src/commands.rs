@@ -131,6 +131,7 @@ impl Run<'_> {
             buffer_size_bytes: args.buffer_size,
             granularity_bytes: args.granularity,
             lock_wait: Duration::from_secs(u64::from(args.lockwait) * 60),
+            jobs: args.jobs.into(),
         };
         let screen = Screen::new(self.output);
         let report = self.host.backup(request, &screen, self.cancel).await?;

@@ -12,7 +12,7 @@ use crate::{CancellationToken, Host, HostError, JobReport, TaskSink};
 /// What to back up, and how.
 #[derive(Debug, Clone)]
 pub struct BackupRequest {
-    /// The guests, one after the other.
+    /// The guests, in the order in which they are begun.
     pub ids: Vec<u32>,
     /// The storage; by default `storage` of `vzdump.conf`, else the only one for backups.
     pub storage: Option<String>,
@@ -26,6 +26,8 @@ pub struct BackupRequest {
     pub granularity_bytes: Option<u64>,
     /// How long a busy guest is waited for.
     pub lock_wait: Duration,
+    /// How many guests are worked on at the same time.
+    pub jobs: usize,
 }
 
 /// What to restore, and how.
@@ -71,6 +73,7 @@ impl Host {
             buffer_size_bytes: request.buffer_size_bytes,
             granularity_bytes: request.granularity_bytes,
             lock_wait: request.lock_wait,
+            jobs: request.jobs,
         };
         let mut ids = Vec::new();
         for id in request.ids {

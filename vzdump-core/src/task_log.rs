@@ -87,6 +87,10 @@ pub trait TaskSink: Send + Sync {
     fn line(&self, level: Level, text: &str);
     /// Progress of the transfer; called about once a second, and is not a line.
     fn progress(&self, progress: &Progress);
+    /// One line about one of several guests that are worked on at the same time.
+    fn guest_line(&self, guest_id: u32, level: Level, text: &str) {
+        self.line(level, &format!("{guest_id}: {text}"));
+    }
 
     /// A line of weight [`Level::Info`].
     fn info(&self, text: &str) {
@@ -109,6 +113,28 @@ pub struct NoLog;
 impl TaskSink for NoLog {
     fn line(&self, _level: Level, _text: &str) {}
     fn progress(&self, _progress: &Progress) {}
+}
+
+/// Says of every line which guest it is about, because those of several guests mix.
+pub struct GuestLines<'a> {
+    sink: &'a dyn TaskSink,
+    guest_id: u32,
+}
+
+impl<'a> GuestLines<'a> {
+    /// Lines about this guest, for a sink of several guests.
+    pub fn new(sink: &'a dyn TaskSink, guest_id: u32) -> Self {
+        Self { sink, guest_id }
+    }
+}
+
+impl TaskSink for GuestLines<'_> {
+    fn line(&self, level: Level, text: &str) {
+        self.sink.guest_line(self.guest_id, level, text);
+    }
+    fn progress(&self, progress: &Progress) {
+        self.sink.progress(progress);
+    }
 }
 
 /// Gives everything to two sinks.

@@ -6,12 +6,13 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use provider_api::{
-    BitmapRequest, CancellationToken, GuestBackup, GuestInfo, Job, Provider, Uuid, VolumeInfo,
+    BitmapRequest, CancellationToken, GuestBackup, GuestInfo, Provider, Uuid, VolumeInfo,
     check_archive_name,
 };
 
 #[cfg(debug_assertions)]
 use super::kill_point;
+use super::one_guest::{Shared, SharedJob};
 use super::progress::Meter;
 use super::report::{GuestReport, millis};
 use super::state::{Action, Event, Machine, Outcome};
@@ -29,7 +30,7 @@ const GENERATION_BYTES_MAX: usize = 255;
 pub(super) struct Run<'a> {
     pub(super) ctx: &'a JobContext,
     pub(super) provider: &'a dyn Provider,
-    job: &'a mut dyn Job,
+    job: &'a SharedJob,
     driver: &'a mut dyn GuestDriver,
     options: &'a BackupOptions,
     pub(super) sink: &'a dyn TaskSink,
@@ -53,25 +54,20 @@ fn words(error: impl std::error::Error + 'static) -> String {
 }
 
 impl<'a> Run<'a> {
-    #[expect(clippy::too_many_arguments, reason = "the one place where all of a run meets")]
     pub(super) fn new(
-        ctx: &'a JobContext,
-        provider: &'a dyn Provider,
-        job: &'a mut dyn Job,
+        shared: &Shared<'a>,
         driver: &'a mut dyn GuestDriver,
-        options: &'a BackupOptions,
         sink: &'a dyn TaskSink,
-        cancel: &'a CancellationToken,
         report: &'a mut GuestReport,
     ) -> Self {
         Self {
-            ctx,
-            provider,
-            job,
+            ctx: shared.ctx,
+            provider: shared.provider,
+            job: shared.job,
             driver,
-            options,
+            options: shared.options,
             sink,
-            cancel,
+            cancel: shared.cancel,
             report,
             journal: None,
             backup: None,
@@ -214,8 +210,13 @@ impl<'a> Run<'a> {
             name: self.driver.name(),
             start_time_s: super::now_s(),
         };
-        let call = call_within(self.cancel, self.ctx.limits.provider_call);
-        let backup = self.job.start_guest(info, &call).await.map_err(words)?;
+        // Other guests of the job may be before this one; each of them is bounded.
+        let mut job = self.job.lock().await;
+        let limit = self.ctx.limits.provider_call;
+        let call = call_within(self.cancel, limit);
+        let start = async { job.start_guest(info, &call).await.map_err(words) };
+        let backup = within(Some(limit), Action::StartGuest, start).await?;
+        drop(job);
         let name = backup.archive_name().to_owned();
         // Kept before it is checked: a backup with a bad name must be aborted too.
         self.backup = Some(backup);
@@ -358,7 +359,6 @@ fn check_requests(requests: &[BitmapRequest], disks: usize) -> Result<(), String
 fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
     match action {
         Action::OpenJournal
-        | Action::StartGuest
         | Action::Prepare
         | Action::PlanVolumes
         | Action::OpenSource
@@ -366,7 +366,11 @@ fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
         Action::Acquire => Some(limits.acquire),
         Action::PointInTime => Some(limits.point_in_time),
         // These bound themselves, by progress or by their own limits.
-        Action::Transfer | Action::Commit | Action::AskOutcome | Action::Finish(_) => None,
+        Action::StartGuest
+        | Action::Transfer
+        | Action::Commit
+        | Action::AskOutcome
+        | Action::Finish(_) => None,
         _ => Some(limits.undo),
     }
 }

@@ -14,6 +14,7 @@ mod guard;
 mod peer;
 mod provider;
 mod restore;
+mod several;
 mod world;
 
 /// Not a test: the freeze guard, when this program is started as one.
