@@ -3,8 +3,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use vzdump_host::parse_size;
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use vzdump_host::{IONICE_MAX, WAIT_MAX_MINUTES, parse_size};
 
 /// Backups of virtual machines through pluggable providers
 #[derive(Debug, Parser)]
@@ -164,10 +164,23 @@ pub(crate) enum Bus {
 }
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("guests").required(true).multiple(true)
+    .args(["ids", "all", "exclude", "pool", "job"])))]
 pub(crate) struct BackupArgs {
     /// Numbers of the guests
-    #[arg(required = true)]
     pub(crate) ids: Vec<u32>,
+    /// Back up all guests
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Back up all guests, or those of the pool, but these
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub(crate) exclude: Vec<u32>,
+    /// Back up the guests of a pool of user.cfg
+    #[arg(long)]
+    pub(crate) pool: Option<String>,
+    /// Do what a job of jobs.cfg says; options given here go before its own
+    #[arg(long)]
+    pub(crate) job: Option<String>,
     /// Storage to back up to; by default `storage` of vzdump.conf, else the only one for backups
     #[arg(long)]
     pub(crate) storage: Option<String>,
@@ -183,12 +196,30 @@ pub(crate) struct BackupArgs {
     /// Granularity of new change tracking, such as 64K
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) granularity: Option<u64>,
-    /// How many minutes a guest is waited for that another task is working on
-    #[arg(long, value_name = "MINUTES", default_value_t = 180, value_parser = clap::value_parser!(u32).range(0..=10080))]
-    pub(crate) lockwait: u32,
-    /// How many guests are backed up at the same time
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=vzdump_host::JOBS_MAX as i64))]
-    pub(crate) jobs: u8,
+    /// How many minutes a guest is waited for that another task is working on [default: 180]
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u32).range(0..=i64::from(WAIT_MAX_MINUTES)))]
+    pub(crate) lockwait: Option<u32>,
+    /// How many guests are backed up at the same time [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=vzdump_host::JOBS_MAX as i64))]
+    pub(crate) jobs: Option<u8>,
+    /// How much may be read from all disks together, in KiB per second; 0 is no limit [default: 0]
+    #[arg(long, value_name = "KIB_PER_S")]
+    pub(crate) bwlimit: Option<u64>,
+    /// Priority of this program's disk access: 0 is high, 7 low, 8 what others leave [default: 7]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=i64::from(IONICE_MAX)))]
+    pub(crate) ionice: Option<u8>,
+    /// Hook script, called as vzdump calls it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) script: Option<PathBuf>,
+    /// Notes of the archives; may contain {{cluster}}, {{guestname}}, {{node}}, {{vmid}}, \n and \\
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) notes_template: Option<String>,
+    /// Protect the archives from removal
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) protected: Option<bool>,
+    /// Print warnings and errors only
+    #[arg(long)]
+    pub(crate) quiet: bool,
 }
 
 #[derive(Debug, Args)]

@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use serde_json::{Value, json};
 use vzdump_host::{
-    BackupRequest, CancellationToken, CreateOptions, DiskContent, DoctorReport, Host, ImageFormat,
-    Overrides, RestoreRequest, StartOptions, StopOptions, Stopped, VmStatus, size,
+    BackupRequest, BackupSettings, CancellationToken, CreateOptions, DiskContent, DoctorReport,
+    Host, ImageFormat, Overrides, RestoreRequest, Selection, StartOptions, StopOptions, Stopped,
+    VmStatus, size,
 };
 
 use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, RestoreArgs, VmCommand};
@@ -123,18 +124,9 @@ impl Run<'_> {
     }
 
     async fn backup(&self, args: BackupArgs) -> CommandResult {
-        let request = BackupRequest {
-            ids: args.ids,
-            storage: args.storage,
-            fleecing_storage: args.fleecing_storage,
-            freeze: !args.no_freeze,
-            buffer_size_bytes: args.buffer_size,
-            granularity_bytes: args.granularity,
-            lock_wait: Duration::from_secs(u64::from(args.lockwait) * 60),
-            jobs: args.jobs.into(),
-        };
-        let screen = Screen::new(self.output);
-        let report = self.host.backup(request, &screen, self.cancel).await?;
+        let plan = self.host.plan_backup(backup_request(args)?)?;
+        let screen = Screen::new(self.output, plan.quiet);
+        let report = self.host.backup(&plan, &screen, self.cancel).await?;
         drop(screen);
         let success = report.is_success();
         // The lines have said it all to people.
@@ -152,7 +144,7 @@ impl Run<'_> {
             allow_raw_config: args.allow_raw_config,
             overcommit: args.overcommit,
         };
-        let screen = Screen::new(self.output);
+        let screen = Screen::new(self.output, false);
         let report = self.host.restore(request, &screen, self.cancel).await?;
         drop(screen);
         let success = report.is_success();
@@ -199,13 +191,38 @@ impl Run<'_> {
     }
 
     async fn doctor(&self, fix: bool) -> CommandResult {
-        let screen = Screen::new(self.output);
+        let screen = Screen::new(self.output, false);
         let report = self.host.doctor(fix, &screen).await?;
         drop(screen);
         let healthy = report.is_healthy();
         self.output.result(&task_result(json!(report), healthy), || doctor_text(&report));
         Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
+}
+
+fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
+    let selection = Selection::of(args.ids, args.all, args.exclude, args.pool);
+    let settings = BackupSettings {
+        selection: selection.map_err(|why| anyhow!(why))?,
+        storage: args.storage,
+        jobs: args.jobs,
+        bwlimit_kib_per_s: args.bwlimit,
+        ionice: args.ionice,
+        lockwait_minutes: args.lockwait,
+        script: args.script,
+        notes_template: args.notes_template,
+        protected: args.protected,
+        quiet: args.quiet.then_some(true),
+        ..BackupSettings::default()
+    };
+    Ok(BackupRequest {
+        settings,
+        job: args.job,
+        fleecing_storage: args.fleecing_storage,
+        freeze: !args.no_freeze,
+        buffer_size_bytes: args.buffer_size,
+        granularity_bytes: args.granularity,
+    })
 }
 
 /// The last line of a task's JSON.

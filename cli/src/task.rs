@@ -14,15 +14,22 @@ use crate::output::{self, Output};
 pub(crate) struct Screen {
     is_json: bool,
     on_terminal: bool,
+    /// Only warnings and errors are shown.
+    is_quiet: bool,
     /// There while a transfer runs.
     bar: Mutex<Option<ProgressBar>>,
 }
 
 impl Screen {
-    pub(crate) fn new(output: Output) -> Self {
+    pub(crate) fn new(output: Output, is_quiet: bool) -> Self {
         let is_json = output.is_json();
         let on_terminal = std::io::stderr().is_terminal() && std::io::stdout().is_terminal();
-        Self { is_json, on_terminal: !is_json && on_terminal, bar: Mutex::default() }
+        Self {
+            is_json,
+            on_terminal: !is_json && !is_quiet && on_terminal,
+            is_quiet,
+            bar: Mutex::default(),
+        }
     }
 
     fn bar(&self) -> MutexGuard<'_, Option<ProgressBar>> {
@@ -61,6 +68,9 @@ fn is_percent_line(text: &str) -> bool {
 
 impl TaskSink for Screen {
     fn line(&self, level: Level, text: &str) {
+        if self.is_quiet && level == Level::Info {
+            return;
+        }
         let text = clean(text);
         if self.is_json {
             let event = json!({ "event": "log", "level": level, "message": text });
@@ -75,6 +85,9 @@ impl TaskSink for Screen {
     }
 
     fn progress(&self, progress: &Progress) {
+        if self.is_quiet {
+            return;
+        }
         if self.is_json {
             let mut event = json!(progress);
             event["event"] = json!("progress");

@@ -13,6 +13,7 @@
 
 use provider_api::{BitmapRequest, BoxFuture, GuestKind, VmBackup, VolumeInfo};
 
+use crate::job::hooks::GuestHooks;
 use crate::journal::{Journal, JournalError};
 use crate::task_log::TaskSink;
 
@@ -70,6 +71,8 @@ pub struct Task<'a> {
     pub journal: &'a Journal,
     /// The task's log.
     pub sink: &'a dyn TaskSink,
+    /// The hook script, for a driver that stops its guest.
+    pub hooks: &'a GuestHooks<'a>,
 }
 
 /// What the point in time cost the guest, as measured.

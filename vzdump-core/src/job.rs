@@ -7,8 +7,10 @@
 //! guest's failure does not stop the others.
 
 pub(crate) mod commit;
+pub mod hooks;
 #[cfg(debug_assertions)]
 mod kill_point;
+pub mod notes;
 mod one_guest;
 mod progress;
 pub mod report;
@@ -23,7 +25,9 @@ use std::time::{Duration, Instant};
 use futures_util::stream::{self, StreamExt as _};
 use provider_api::{BoxFuture, Call, CancellationToken, GuestKind, Job, JobInfo, Provider};
 
-use self::one_guest::Shared;
+use self::hooks::{Hooks, Phase};
+use self::one_guest::{Shared, SharedJob};
+use crate::bandwidth::Budget;
 use crate::guest::GuestDriver;
 use crate::layout::Layout;
 use crate::storage::StorageSet;
@@ -70,6 +74,11 @@ pub struct Limits {
     pub outcome_delay: Duration,
     /// For one step of undoing.
     pub undo: Duration,
+    /// For one call of the hook script.
+    pub hook: Duration,
+    /// What a call of the hook script that belongs to ending in order gets after the job was
+    /// cancelled; others are ended at once.
+    pub hook_grace: Duration,
 }
 
 impl Default for Limits {
@@ -85,6 +94,8 @@ impl Default for Limits {
             outcome_attempts: 6,
             outcome_delay: Duration::from_secs(2),
             undo: Duration::from_secs(180),
+            hook: Duration::from_secs(4 * 3600),
+            hook_grace: Duration::from_secs(60),
         }
     }
 }
@@ -123,6 +134,14 @@ pub struct BackupOptions {
     pub lock_wait: Duration,
     /// How many guests are worked on at the same time, 1 to [`JOBS_MAX`].
     pub jobs: usize,
+    /// What all disks together may read; by default as much as they can.
+    pub bandwidth: Option<Budget>,
+    /// The hook script.
+    pub script: Option<PathBuf>,
+    /// Template of the archives' notes, see [`notes`].
+    pub notes_template: Option<String>,
+    /// Whether the archives are protected from removal.
+    pub protected: bool,
 }
 
 impl BackupOptions {
@@ -136,6 +155,10 @@ impl BackupOptions {
             granularity_bytes: None,
             lock_wait: LOCK_WAIT,
             jobs: 1,
+            bandwidth: None,
+            script: None,
+            notes_template: None,
+            protected: false,
         }
     }
 }
@@ -171,12 +194,12 @@ pub async fn run_backup(
     let started = Instant::now();
     sink.info(&format!("starting new backup job: {}", command_line(guests, options)));
     let mut report = JobReport::new(&options.storage);
-    match start_job(ctx, provider, cancel).await {
-        Ok(job) => {
-            let job = tokio::sync::Mutex::new(job);
-            let shared = Shared { ctx, provider, job: &job, options, sink, cancel };
-            report.guests = run_guests(&shared, guests).await;
-            finish_job(ctx, job.into_inner(), sink).await;
+    let hooks = Hooks::new(ctx, options.script.as_deref(), &options.storage, cancel);
+    let shared = Shared { ctx, provider, hooks, options, sink, cancel };
+    match init_job(&shared).await {
+        Ok(()) => {
+            (report.guests, report.error) = run_job(&shared, guests).await;
+            end_job(&shared, &mut report).await;
         }
         Err(error) => report.error = Some(error),
     }
@@ -201,13 +224,52 @@ fn command_line(guests: &[u32], options: &BackupOptions) -> String {
     words.join(" ")
 }
 
+/// What must hold before anything is begun.
+async fn init_job(shared: &Shared<'_>) -> Result<(), String> {
+    if let Some(script) = &shared.options.script {
+        hooks::check_script(script)?;
+    }
+    if let Some(template) = &shared.options.notes_template {
+        notes::check_notes_template(template)?;
+    }
+    shared.hooks.job(Phase::JobInit, shared.sink).await
+}
+
+/// The provider's job from its begin to its end: the guests' reports, and what went wrong with the
+/// job itself.
+async fn run_job(shared: &Shared<'_>, guests: &[u32]) -> (Vec<GuestReport>, Option<String>) {
+    let job = match start_job(shared.ctx, shared.provider, shared.cancel).await {
+        Ok(job) => tokio::sync::Mutex::new(job),
+        Err(error) => return (Vec::new(), Some(error)),
+    };
+    let (reports, error) = match shared.hooks.job(Phase::JobStart, shared.sink).await {
+        Ok(()) => (run_guests(shared, &job, guests).await, None),
+        Err(error) => (Vec::new(), Some(error)),
+    };
+    finish_job(shared.ctx, job.into_inner(), shared.sink).await;
+    (reports, error)
+}
+
+/// Tells the hook script how the job ended: also one with guests that failed has come to its end.
+async fn end_job(shared: &Shared<'_>, report: &mut JobReport) {
+    if report.error.is_none() && !shared.cancel.is_cancelled() {
+        report.error = shared.hooks.job(Phase::JobEnd, shared.sink).await.err();
+        if report.error.is_none() {
+            return;
+        }
+    }
+    if let Err(error) = shared.hooks.job(Phase::JobAbort, shared.sink).await {
+        shared.sink.warn(&error);
+    }
+}
+
 /// Works on all guests, some at a time; the reports are in the order of the guests.
-async fn run_guests(shared: &Shared<'_>, guests: &[u32]) -> Vec<GuestReport> {
+async fn run_guests(shared: &Shared<'_>, job: &SharedJob, guests: &[u32]) -> Vec<GuestReport> {
     let runs: Vec<BoxFuture<'_, (usize, GuestReport)>> = guests
         .iter()
         .enumerate()
         .map(|(index, &id)| -> BoxFuture<'_, _> {
-            Box::pin(async move { (index, shared.run_guest(id).await) })
+            Box::pin(async move { (index, shared.run_guest(job, id).await) })
         })
         .collect();
     let at_once = shared.options.jobs.clamp(1, JOBS_MAX);

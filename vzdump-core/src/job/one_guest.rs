@@ -5,14 +5,19 @@ use std::time::{Duration, Instant};
 
 use provider_api::{CancellationToken, GuestKind, Job, Provider};
 
+use super::hooks::{GuestHooks, Hooks, Phase};
 use super::run::Run;
 use super::{
     BackupOptions, GuestReport, JobContext, backup_lock_path, chain, report, unless_cancelled,
 };
+use crate::guest::GuestDriver as _;
 use crate::journal::recover::{self, Leftover};
 use crate::lock::{FileLock, LockError};
 use crate::task_log::{FileLog, GuestLines, TaskSink, Tee, duration};
 use crate::vm::backup::VmDriver;
+
+/// What the hook script is told of the backup.
+const MODE: &str = "snapshot";
 
 /// The provider's job; its guests are begun one after the other.
 pub(super) type SharedJob = tokio::sync::Mutex<Box<dyn Job>>;
@@ -22,15 +27,15 @@ pub(super) type SharedJob = tokio::sync::Mutex<Box<dyn Job>>;
 pub(super) struct Shared<'a> {
     pub(super) ctx: &'a JobContext,
     pub(super) provider: &'a dyn Provider,
-    pub(super) job: &'a SharedJob,
+    pub(super) hooks: Hooks<'a>,
     pub(super) options: &'a BackupOptions,
     pub(super) sink: &'a dyn TaskSink,
     pub(super) cancel: &'a CancellationToken,
 }
 
-impl Shared<'_> {
+impl<'a> Shared<'a> {
     /// Backs up one guest; the result is in the report.
-    pub(super) async fn run_guest(&self, id: u32) -> GuestReport {
+    pub(super) async fn run_guest(&self, job: &SharedJob, id: u32) -> GuestReport {
         let mut report = GuestReport::new(GuestKind::Qemu, id);
         if self.cancel.is_cancelled() {
             // Not begun: there is nothing to tell about it but this.
@@ -38,25 +43,26 @@ impl Shared<'_> {
             return report;
         }
         if self.options.jobs > 1 {
-            self.run_with(id, &GuestLines::new(self.sink, id), &mut report).await;
+            self.run_with(job, &GuestLines::new(self.sink, id), &mut report).await;
         } else {
-            self.run_with(id, self.sink, &mut report).await;
+            self.run_with(job, self.sink, &mut report).await;
         }
         report
     }
 
-    async fn run_with(&self, id: u32, sink: &dyn TaskSink, report: &mut GuestReport) {
-        let started = Instant::now();
+    async fn run_with(&self, job: &SharedJob, sink: &dyn TaskSink, report: &mut GuestReport) {
+        let id = report.id;
         let start = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S");
         let begin =
             [format!("Starting Backup of VM {id} (qemu)"), format!("Backup started at {start}")];
         begin.iter().for_each(|line| sink.info(line));
+        let started = Instant::now();
+        let mut hooks = self.hooks.guest(GuestKind::Qemu, id, MODE);
         let locks = match unless_cancelled(self.cancel, self.lock_guest(id, sink)).await {
             Ok(locks) => locks,
             Err(error) => {
                 report.error = Some(error);
-                report.duration_ms = report::millis(started.elapsed());
-                report.log_end(sink);
+                end_guest(&hooks, sink, started, report).await;
                 return;
             }
         };
@@ -76,15 +82,47 @@ impl Shared<'_> {
                 sink
             }
         };
-        match unless_cancelled(self.cancel, self.ready(id, sink)).await {
-            Ok(mut driver) => {
-                Box::pin(Run::new(self, &mut driver, sink, report).finish()).await;
-            }
-            Err(error) => report.error = Some(error),
+        if let Err(error) = self.run_locked(job, &mut hooks, sink, report).await {
+            report.error = Some(error);
         }
-        report.duration_ms = report::millis(started.elapsed());
-        report.log_end(sink);
+        self.tell_end(&hooks, sink, report).await;
+        end_guest(&hooks, sink, started, report).await;
         drop(locks);
+    }
+
+    async fn run_locked(
+        &self,
+        job: &SharedJob,
+        hooks: &mut GuestHooks<'a>,
+        sink: &dyn TaskSink,
+        report: &mut GuestReport,
+    ) -> Result<(), String> {
+        let id = report.id;
+        let mut driver = unless_cancelled(self.cancel, self.ready(id, sink)).await?;
+        hooks.set_name(driver.name());
+        hooks.call(Phase::BackupStart, Vec::new(), sink).await?;
+        Box::pin(Run::new(self, job, hooks, &mut driver, sink, report).finish()).await;
+        Ok(())
+    }
+
+    /// Tells the hook script that the archive is there. That it then fails is an error, but one that
+    /// does not take the archive away.
+    async fn tell_end(
+        &self,
+        hooks: &GuestHooks<'_>,
+        sink: &dyn TaskSink,
+        report: &mut GuestReport,
+    ) {
+        if !report.is_success() {
+            return;
+        }
+        let archive = report.archive.as_deref().unwrap_or_default();
+        let target = format!("{}:backup/{archive}", self.options.storage);
+        if let Err(error) =
+            hooks.call(Phase::BackupEnd, vec![("TARGET", target.into())], sink).await
+        {
+            report.error = Some(format!("{error}; the archive is complete and stays"));
+        }
     }
 
     /// Cleans up after earlier tasks of a guest that is locked, and opens its driver.
@@ -118,6 +156,30 @@ impl Shared<'_> {
             held.push(lock.map_err(|error| busy_words(&error, wait))?);
         }
         Ok(held.try_into().expect("two paths give two locks"))
+    }
+}
+
+/// The last lines of the log and the last calls of the hook script.
+async fn end_guest(
+    hooks: &GuestHooks<'_>,
+    sink: &dyn TaskSink,
+    started: Instant,
+    report: &mut GuestReport,
+) {
+    report.duration_ms = report::millis(started.elapsed());
+    report.log_end(sink);
+    if !report.is_success() {
+        warn_of(hooks.call(Phase::BackupAbort, Vec::new(), sink).await, sink, report);
+    }
+    let log = report.log_path.iter().map(|path| ("LOGFILE", path.into())).collect();
+    warn_of(hooks.call(Phase::LogEnd, log, sink).await, sink, report);
+}
+
+/// A script that fails when all else is over changes nothing.
+fn warn_of(result: Result<(), String>, sink: &dyn TaskSink, report: &mut GuestReport) {
+    if let Err(error) = result {
+        sink.warn(&error);
+        report.warnings.push(error);
     }
 }
 

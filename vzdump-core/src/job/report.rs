@@ -37,7 +37,7 @@ impl JobReport {
         }
     }
 
-    /// Whether every guest's backup is durable.
+    /// Whether every guest's backup is durable, and nothing else failed.
     pub fn is_success(&self) -> bool {
         self.error.is_none() && self.guests.iter().all(GuestReport::is_success)
     }
@@ -124,9 +124,9 @@ impl GuestReport {
         }
     }
 
-    /// Whether the archive is durable.
+    /// Whether the archive is durable and nothing that came after it failed.
     pub fn is_success(&self) -> bool {
-        self.result == GuestResult::Committed
+        self.result == GuestResult::Committed && self.error.is_none()
     }
 
     /// The last lines of the guest's log.

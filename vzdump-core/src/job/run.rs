@@ -10,6 +10,7 @@ use provider_api::{
     check_archive_name,
 };
 
+use super::hooks::GuestHooks;
 #[cfg(debug_assertions)]
 use super::kill_point;
 use super::one_guest::{Shared, SharedJob};
@@ -31,6 +32,7 @@ pub(super) struct Run<'a> {
     pub(super) ctx: &'a JobContext,
     pub(super) provider: &'a dyn Provider,
     job: &'a SharedJob,
+    hooks: &'a GuestHooks<'a>,
     driver: &'a mut dyn GuestDriver,
     options: &'a BackupOptions,
     pub(super) sink: &'a dyn TaskSink,
@@ -56,6 +58,8 @@ fn words(error: impl std::error::Error + 'static) -> String {
 impl<'a> Run<'a> {
     pub(super) fn new(
         shared: &Shared<'a>,
+        job: &'a SharedJob,
+        hooks: &'a GuestHooks<'a>,
         driver: &'a mut dyn GuestDriver,
         sink: &'a dyn TaskSink,
         report: &'a mut GuestReport,
@@ -63,7 +67,8 @@ impl<'a> Run<'a> {
         Self {
             ctx: shared.ctx,
             provider: shared.provider,
-            job: shared.job,
+            job,
+            hooks,
             driver,
             options: shared.options,
             sink,
@@ -180,7 +185,7 @@ impl<'a> Run<'a> {
         let Some(journal) = &self.journal else {
             return Ok(());
         };
-        let task = Task { journal, sink: self.sink };
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
         match action {
             Action::Acquire => self.driver.acquire(task).await,
             Action::OpenSource => self.driver.open_source(task).await,
@@ -230,7 +235,7 @@ impl<'a> Run<'a> {
 
     async fn prepare(&mut self) -> StepResult {
         let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink };
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
         self.volumes = self.driver.prepare(task).await.map_err(words)?;
         self.report.disks_size_bytes =
             self.volumes.iter().fold(0, |sum, volume| sum.saturating_add(volume.size_bytes));
@@ -248,7 +253,7 @@ impl<'a> Run<'a> {
 
     async fn point_in_time(&mut self) -> StepResult<()> {
         let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink };
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
         let result = self.driver.point_in_time(&self.requests, task).await;
         self.report.point_in_time = result.map_err(words)?;
         Ok(())
@@ -258,7 +263,7 @@ impl<'a> Run<'a> {
         let source = self.driver.source();
         let backup = self.backup.as_mut().ok_or("the provider's backup is not begun")?;
         let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink };
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
         let meter = Meter::new(self.driver.id(), self.sink);
         let stall = self.ctx.limits.transfer_stall;
         // Cancelled with the job, and when the snapshot is lost; it has no deadline of its own.

@@ -14,6 +14,7 @@
 //! only files are left to be removed.
 
 mod disks;
+mod limited;
 pub(crate) mod ops;
 mod source;
 mod watch;
@@ -29,6 +30,7 @@ use qmp_client::commands::{QueryStatus, RunState};
 use qmp_client::{Error, EventStream, Session};
 
 use self::disks::Disk;
+use self::limited::LimitedDisk;
 use super::freeze_guard::{self, Frozen, GuardCommand};
 use super::runner;
 use crate::config::guest::VmConfig;
@@ -94,6 +96,8 @@ pub struct VmDriver {
     server: Option<Server>,
     /// Exports and server are ready.
     is_open: bool,
+    /// With a bandwidth limit: the way to each disk's export.
+    limited: Vec<LimitedDisk>,
     stats: Option<AccessStats>,
 }
 
@@ -132,6 +136,7 @@ impl VmDriver {
             run_dir: None,
             server: None,
             is_open: false,
+            limited: Vec::new(),
             stats: None,
         })
     }

@@ -11,6 +11,7 @@ mod crash;
 mod faults;
 mod good;
 mod guard;
+mod hooks;
 mod peer;
 mod provider;
 mod restore;
