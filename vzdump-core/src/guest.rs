@@ -93,6 +93,10 @@ pub struct AccessStats {
     pub writes_delayed: u64,
     /// The longest such wait in nanoseconds.
     pub delay_max_ns: u64,
+    /// The wait that half of them did not exceed, over all disks, in nanoseconds.
+    pub delay_p50_ns: u64,
+    /// The wait that 99 percent of them did not exceed, over all disks, in nanoseconds.
+    pub delay_p99_ns: u64,
     /// Bytes of old data saved.
     pub captured_bytes: u64,
     /// Bytes released by the provider.

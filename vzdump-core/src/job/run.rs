@@ -18,12 +18,14 @@ use super::progress::Meter;
 use super::report::{GuestReport, millis};
 use super::state::{Action, Event, Machine, Outcome};
 use super::{BackupOptions, JobContext, Limits, call_within, chain, guest_words};
-use crate::guest::{GuestDriver, GuestError, Task};
+use crate::guest::{GuestDriver, GuestError, Task, VolumeReport};
 use crate::journal::{Begin, Entry, Journal, TaskKind};
 use crate::task_log::{TaskSink, size, transferred};
 
 /// How long the reason of a broken snapshot is waited for after the provider failed.
 const REASON_WAIT: Duration = Duration::from_millis(500);
+/// QEMU's word for a bitmap that says what changed.
+const BITMAP_USED: &str = "used";
 /// Longest generation a provider may ask for.
 const GENERATION_BYTES_MAX: usize = 255;
 
@@ -264,7 +266,8 @@ impl<'a> Run<'a> {
         let backup = self.backup.as_mut().ok_or("the provider's backup is not begun")?;
         let journal = self.journal.as_ref().ok_or("the journal is not open")?;
         let task = Task { journal, sink: self.sink, hooks: self.hooks };
-        let meter = Meter::new(self.driver.id(), self.sink);
+        self.report.reused_bytes = reused_bytes(&self.driver.volumes());
+        let meter = Meter::new(self.driver.id(), self.report.reused_bytes, self.sink);
         let stall = self.ctx.limits.transfer_stall;
         // Cancelled with the job, and when the snapshot is lost; it has no deadline of its own.
         let call = provider_api::Call { cancel: self.cancel.child_token(), deadline: None };
@@ -289,7 +292,7 @@ impl<'a> Run<'a> {
         let moved = result?;
         meter.end();
         self.report.transferred = moved;
-        log_moved(self.sink, &moved, meter.elapsed());
+        self.log_moved(meter.elapsed());
         Ok(())
     }
 
@@ -319,27 +322,46 @@ impl<'a> Run<'a> {
         journal.remove().await.map_err(words)
     }
 
+    fn log_moved(&self, elapsed: Duration) {
+        let (moved, reused) = (&self.report.transferred, self.report.reused_bytes);
+        let part = |bytes, of| {
+            let percent = (u128::from(bytes) * 100).checked_div(u128::from(of)).unwrap_or(0);
+            format!("{} ({percent}%)", size(bytes))
+        };
+        if moved.zero_bytes > 0 {
+            let zero = part(moved.zero_bytes, moved.total_bytes);
+            self.sink.info(&format!("backup is sparse: {zero} total zero data"));
+        }
+        if reused > 0 {
+            let reused = part(reused, self.report.disks_size_bytes);
+            self.sink.info(&format!("backup was done incrementally, reused {reused}"));
+        }
+        self.sink.info(&transferred(moved.total_bytes, elapsed));
+    }
+
     fn log_costs(&self) {
         if let Some(stats) = &self.report.access {
+            let ms = |ns: u64| format!("{:.1} ms", ns as f64 / 1e6);
             self.sink.info(&format!(
-                "guest writes that had to wait: {}, longest {:.1} ms; old data saved: {}",
+                "guest writes that had to wait: {} (half of them up to {}, 99% up to {}, longest {}); \
+                 old data saved: {}",
                 stats.writes_delayed,
-                stats.delay_max_ns as f64 / 1e6,
+                ms(stats.delay_p50_ns),
+                ms(stats.delay_p99_ns),
+                ms(stats.delay_max_ns),
                 size(stats.captured_bytes),
             ));
         }
     }
 }
 
-fn log_moved(sink: &dyn TaskSink, moved: &provider_api::Transferred, elapsed: Duration) {
-    if moved.zero_bytes > 0 && moved.total_bytes > 0 {
-        let percent = u128::from(moved.zero_bytes) * 100 / u128::from(moved.total_bytes);
-        sink.info(&format!(
-            "backup is sparse: {} ({percent}%) total zero data",
-            size(moved.zero_bytes)
-        ));
-    }
-    sink.info(&transferred(moved.total_bytes, elapsed));
+/// What the used bitmaps say did not change.
+fn reused_bytes(volumes: &[VolumeReport]) -> u64 {
+    let used = volumes.iter().filter(|volume| volume.bitmap_action == BITMAP_USED);
+    used.fold(0, |sum: u64, volume| {
+        let dirty = volume.dirty_bytes.unwrap_or(volume.size_bytes);
+        sum.saturating_add(volume.size_bytes.saturating_sub(dirty))
+    })
 }
 
 /// A provider's answer is untrusted input.

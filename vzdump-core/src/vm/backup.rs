@@ -17,15 +17,14 @@ mod disks;
 mod limited;
 pub(crate) mod ops;
 mod source;
+mod stats;
 mod watch;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use provider_api::{BitmapRequest, BoxFuture, GuestKind, Uuid, VmBackup, VolumeInfo};
-use qmp_client::backup::{
-    self, AccessInfo, AccessStatus, BackupAccess, BitmapMode, Device, SetupRequest,
-};
+use qmp_client::backup::{self, AccessInfo, BackupAccess, BitmapMode, Device, SetupRequest};
 use qmp_client::commands::{QueryStatus, RunState};
 use qmp_client::{Error, EventStream, Session};
 
@@ -391,7 +390,7 @@ impl VmDriver {
         match backup::query(&session).await {
             Ok(all) => {
                 let ours = all.iter().find(|status| status.target_id == target);
-                self.stats = ours.map(stats_of);
+                self.stats = ours.map(stats::stats_of);
             }
             Err(error) => {
                 let error = chain(&error);
@@ -462,15 +461,6 @@ pub(crate) async fn free_volume(
         Err(error) => Err(error),
     };
     freed.map(|_| ()).map_err(GuestError::at(format!("remove the volume '{volume}'")))
-}
-
-fn stats_of(status: &AccessStatus) -> AccessStats {
-    status.devices.iter().fold(AccessStats::default(), |sum, device| AccessStats {
-        writes_delayed: sum.writes_delayed.saturating_add(device.writes_delayed),
-        delay_max_ns: sum.delay_max_ns.max(device.delay_max_ns),
-        captured_bytes: sum.captured_bytes.saturating_add(device.captured_bytes),
-        released_bytes: sum.released_bytes.saturating_add(device.released_bytes),
-    })
 }
 
 /// Eight random hexadecimal digits.
