@@ -4,11 +4,24 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use vzdump_host::{IONICE_MAX, WAIT_MAX_MINUTES, parse_size};
+
+/// Printed after the help, and a part of the manual page.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; warnings may have been printed
+  1    not done, the reason is printed
+  2    the command line makes no sense
+  255  the backup or restore of a guest failed, or the job as a whole
+
+Signals: SIGINT, SIGTERM, SIGHUP and SIGQUIT end a task in order; further ones change nothing. What was
+begun is undone, each step of that within three minutes; a commit under way gets a minute to end, a hook
+script a minute. After SIGKILL or a crash the next task of the guest cleans up, or `vzdump doctor --fix`.";
 
 /// Backups of virtual machines through pluggable providers
 #[derive(Debug, Parser)]
-#[command(name = "vzdump", version, about, max_term_width = 100)]
+#[command(name = "vzdump", version, about, max_term_width = 100, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -65,6 +78,16 @@ pub(crate) enum Command {
         /// Clean up after dead tasks
         #[arg(long)]
         fix: bool,
+    },
+    /// Print what makes a shell complete this program's options
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages
+    Man {
+        /// An existing directory, such as /usr/local/share/man/man1
+        dir: PathBuf,
     },
 }
 

@@ -16,6 +16,7 @@ use vzdump_host::{
 
 use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, RestoreArgs, VmCommand};
 use crate::output::{self, Failure, Output, printable, table};
+use crate::pages;
 use crate::signals::cancel_on_signal;
 use crate::task::{Notices, Screen};
 
@@ -25,6 +26,12 @@ const GUEST_FAILED: u8 = 255;
 type CommandResult = Result<ExitCode, Failure>;
 
 pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
+    // These need no host, so a broken configuration must not keep them from working.
+    match cli.command {
+        Command::Completion { shell } => return Ok(pages::completion(shell)),
+        Command::Man { dir } => return Ok(pages::manual(&dir)?),
+        _ => {}
+    }
     let cancel = cancel_on_signal().context("cannot watch for signals")?;
     let overrides = Overrides { qemu_bin: cli.global.qemu_bin };
     let host = Host::open(cli.global.root, &overrides)?;
@@ -42,6 +49,7 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
         Command::ShowConfig { archive, firewall } => run.show_config(&archive, firewall).await,
         Command::Restore(args) => run.restore(args).await,
         Command::Doctor { fix } => run.doctor(fix).await,
+        Command::Completion { .. } | Command::Man { .. } => Ok(ExitCode::SUCCESS),
     }
 }
 

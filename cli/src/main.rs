@@ -8,13 +8,14 @@
 //! | 0 | done |
 //! | 1 | not done; the reason is printed |
 //! | 2 | the command line makes no sense |
-//! | 255 | the backup of a guest failed |
+//! | 255 | the backup or restore of a guest failed, or the job as a whole |
 
 #![forbid(unsafe_code)]
 
 mod args;
 mod commands;
 mod output;
+mod pages;
 mod signals;
 mod task;
 
