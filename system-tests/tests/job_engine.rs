@@ -3,6 +3,7 @@
 //! step. The numbers are those of the scenarios that the project was made for.
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ const SECOND_VM: u32 = 200;
 const SOON: Duration = Duration::from_secs(120);
 /// Has `vzdump` asked to end, twice, when its job reaches this action.
 const TERM_AT: &str = "VZDUMP_TEST_TERM_AT";
+/// Ends `vzdump` by SIGKILL when its job reaches this action.
+const KILL_AT: &str = "VZDUMP_TEST_KILL_AT";
 
 struct Scene {
     lab: Lab,
@@ -38,10 +41,14 @@ impl Scene {
         Self { lab, _dir: dir, _turn: turn }
     }
 
-    fn backup(&self, arguments: &[&str], environment: &[(&str, &str)]) -> (Finished, Value) {
+    fn run(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Finished {
         let arguments = [&["backup", "--storage", BACKUPS], arguments].concat();
         let backup = self.lab.vzdump.spawn_with(&arguments, environment).unwrap();
-        let finished = backup.finish(SOON, &self.lab.stop).unwrap();
+        backup.finish(SOON, &self.lab.stop).unwrap()
+    }
+
+    fn backup(&self, arguments: &[&str], environment: &[(&str, &str)]) -> (Finished, Value) {
+        let finished = self.run(arguments, environment);
         let report = last_json(&finished.stdout).unwrap();
         (finished, report)
     }
@@ -174,4 +181,31 @@ fn scenario_58_signals_at_each_step_end_the_job_in_order_and_leave_the_guest_run
     assert!(last.status.success(), "{}", last.stdout);
     assert_eq!(report["guests"][0]["volumes"][0]["bitmap_action"], "used");
     scene.assert_restores(&report, 0, 300);
+}
+
+/// What is undone when a transfer is cancelled.
+const UNDO: [&str; 6] = ["Teardown", "CloseSource", "Release", "Cleanup", "Abort", "CloseJournal"];
+
+#[test]
+fn a_kill_at_each_step_of_an_abort_is_cleaned_up_by_the_next_run() {
+    let mut scene = Scene::new(32, "raw", PLAIN_VIRTIO);
+    let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
+    let vm = SOURCE_VM.to_string();
+    let (first, _) = scene.backup(&[&vm], &[]);
+    assert!(first.status.success(), "{}", first.stdout);
+    for (archives, step) in (1..).zip(UNDO) {
+        println!("cancelled, then killed at {step}");
+        // The limit has the signals meet a transfer under way.
+        let limited = [vm.as_str(), "--bwlimit", "512"];
+        let killed = scene.run(&limited, &[(TERM_AT, "Transfer"), (KILL_AT, step)]);
+        assert_eq!(killed.status.signal(), Some(9), "{step}: {}", killed.stdout);
+        assert_eq!(scene.lab.archives().unwrap().len(), archives, "{step}");
+        scene.assert_guest_writes(&mut console);
+        let (next, report) = scene.backup(&[&vm], &[]);
+        assert!(next.status.success(), "{step}: {}", next.stdout);
+        assert_eq!(report["guests"][0]["volumes"][0]["bitmap_action"], "used", "{step}");
+        scene.assert_tidy(step);
+    }
+    let (_, last) = scene.backup(&[&vm], &[]);
+    scene.assert_restores(&last, 0, 300);
 }

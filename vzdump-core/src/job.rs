@@ -221,6 +221,9 @@ fn command_line(guests: &[u32], options: &BackupOptions) -> String {
     if options.jobs > 1 {
         words.push(format!("--jobs {}", options.jobs));
     }
+    if let Some(budget) = &options.bandwidth {
+        words.push(format!("--bwlimit {}", budget.rate_bytes_per_s() >> 10));
+    }
     words.join(" ")
 }
 

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One guest of a job, from its locks to its report.
 
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use provider_api::{CancellationToken, GuestKind, Job, Provider};
 
 use super::hooks::{GuestHooks, Hooks, Phase};
+use super::report::GuestResult;
 use super::run::Run;
 use super::{
     BackupOptions, GuestReport, JobContext, backup_lock_path, chain, report, unless_cancelled,
@@ -101,8 +104,19 @@ impl<'a> Shared<'a> {
         let mut driver = unless_cancelled(self.cancel, self.ready(id, sink)).await?;
         hooks.set_name(driver.name());
         hooks.call(Phase::BackupStart, Vec::new(), sink).await?;
-        Box::pin(Run::new(self, job, hooks, &mut driver, sink, report).finish()).await;
-        Ok(())
+        let run = Box::pin(Run::new(self, job, hooks, &mut driver, sink, report).finish());
+        // A provider is the work of others, and its faults are not those of the other guests.
+        let Err(panic) = AssertUnwindSafe(run).catch_unwind().await else {
+            return Ok(());
+        };
+        // Whether it had committed is what the recovery finds out.
+        report.result = GuestResult::Unknown;
+        let what = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or("no reason is known");
+        Err(format!("internal error: {what}; the next backup of VM {id} cleans up"))
     }
 
     /// Tells the hook script that the archive is there. That it then fails is an error, but one that

@@ -47,6 +47,8 @@ pub struct Script {
     pub copy_for: std::time::Duration,
     /// The call that fails for this guest alone.
     pub fail_guest: Option<(u32, &'static str)>,
+    /// The call that panics for this guest.
+    pub panic_guest: Option<(u32, &'static str)>,
     pub requests: Vec<BitmapRequest>,
     pub archive_name: Option<String>,
     /// For restores: configuration, firewall rules and disks with their files.
@@ -83,6 +85,8 @@ impl Inner {
 
     fn guest_call(&self, guest: u32, name: &'static str) -> Result<()> {
         self.call(name)?;
+        let panic_guest = self.script.lock().unwrap().panic_guest;
+        assert!(panic_guest != Some((guest, name)), "scripted panic of {name} of {guest}");
         if self.script.lock().unwrap().fail_guest == Some((guest, name)) {
             let text = format!("scripted failure of {name} of {guest}");
             return Err(Error::new(Kind::Other, text));

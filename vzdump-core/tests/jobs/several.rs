@@ -150,6 +150,28 @@ async fn a_cancelled_job_of_several_guests_ends_all_and_begins_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_provider_that_panics_for_one_guest_does_not_stop_the_others() {
+    for (call, jobs) in [("backup_vm", 1), ("backup_vm", 3), ("commit", 1)] {
+        let panic_guest = Some((101, call));
+        let mut three = Three::with(Script { panic_guest, ..Script::default() });
+        three.world.options.jobs = jobs;
+        let report = three.backup().await;
+        let expected = [GuestResult::Committed, GuestResult::Unknown, GuestResult::Committed];
+        assert_eq!(results(&report), IDS.into_iter().zip(expected).collect::<Vec<_>>(), "{call}");
+        let error = report.guests[1].error.as_ref().unwrap();
+        let why = format!("internal error: scripted panic of {call} of 101; the next backup");
+        assert!(error.starts_with(&why), "{error}");
+        assert_eq!(three.world.provider.count("finish"), 1);
+        // Its locks are free and its journal is there, so the next backup cleans up.
+        assert_eq!(three.world.journals().len(), 1);
+        three.world.provider.0.script.lock().unwrap().panic_guest = None;
+        let next = three.backup().await;
+        assert!(next.is_success(), "{}", three.world.sink.text());
+        three.assert_clean(call);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn scenario_83_a_second_job_waits_and_times_out_with_a_clear_error() {
     let copy_for = Duration::from_millis(1500);
     let mut world = World::with("", Script { copy_for, ..Script::default() });
