@@ -56,7 +56,7 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Vm(VmCommand),
     /// Back up guests
-    Backup(BackupArgs),
+    Backup(Box<BackupArgs>),
     /// List archives
     List {
         /// Only this storage
@@ -216,6 +216,9 @@ pub(crate) struct BackupArgs {
     /// RAM for old data of each disk, such as 64M; 0 keeps none
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) buffer_size: Option<u64>,
+    /// RAM for old data of all guests together, such as 1G; each of --jobs gets an equal part
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) buffer_total: Option<u64>,
     /// Granularity of new change tracking, such as 64K
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) granularity: Option<u64>,

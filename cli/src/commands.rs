@@ -44,7 +44,7 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
             run.stop(id, Duration::from_secs(timeout_s.into())).await
         }
         Command::Vm(VmCommand::Status { id }) => run.status(id).await,
-        Command::Backup(args) => run.backup(args).await,
+        Command::Backup(args) => run.backup(*args).await,
         Command::List { storage } => run.list(storage.as_deref()).await,
         Command::ShowConfig { archive, firewall } => run.show_config(&archive, firewall).await,
         Command::Restore(args) => run.restore(args).await,
@@ -230,6 +230,7 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
         freeze: !args.no_freeze,
         buffer_size_bytes: args.buffer_size,
         granularity_bytes: args.granularity,
+        buffer_total_bytes: args.buffer_total,
     })
 }
 

@@ -108,12 +108,9 @@ impl TaskSink for Screen {
         }
         let mut bars = self.bars();
         if progress.done_bytes >= progress.total_bytes {
-            // Another disk or guest may follow; until then there is nothing to show.
-            if let Some(bar) = bars.remove(&progress.guest_id) {
-                bar.finish_and_clear();
-                self.screen.remove(&bar);
-            }
-            return;
+            // Another disk may follow; until then there is nothing to show.
+            drop(bars);
+            return self.transfer_ended(progress.guest_id);
         }
         let bar = bars.entry(progress.guest_id).or_insert_with(|| {
             let bar = self.screen.add(ProgressBar::new(0).with_style(style()));
@@ -123,6 +120,13 @@ impl TaskSink for Screen {
         bar.set_length(progress.total_bytes);
         bar.set_message(bar_message(progress));
         bar.set_position(progress.done_bytes);
+    }
+
+    fn transfer_ended(&self, guest_id: u32) {
+        if let Some(bar) = self.bars().remove(&guest_id) {
+            bar.finish_and_clear();
+            self.screen.remove(&bar);
+        }
     }
 }
 

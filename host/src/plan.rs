@@ -35,6 +35,8 @@ pub struct BackupRequest {
     pub buffer_size_bytes: Option<u64>,
     /// Granularity of new bitmaps in bytes; by default QEMU's.
     pub granularity_bytes: Option<u64>,
+    /// RAM for old data of all guests together in bytes; by default only that of a disk is bounded.
+    pub buffer_total_bytes: Option<u64>,
 }
 
 /// A backup job that is ready to be run.
@@ -74,14 +76,16 @@ impl Host {
                 fleecing.map(|text| fleecing_storage(text, &mut notices)).transpose()?.flatten()
             }
         };
-        let jobs = usize::from(settings.jobs.unwrap_or(1));
-        let bandwidth = bandwidth(settings.bwlimit_kib_per_s.unwrap_or(0), jobs.min(ids.len()))?;
+        // More than there are guests would only make each one's part of the RAM smaller.
+        let jobs = usize::from(settings.jobs.unwrap_or(1)).min(ids.len()).max(1);
+        let bandwidth = bandwidth(settings.bwlimit_kib_per_s.unwrap_or(0), jobs)?;
         let minutes = settings.lockwait_minutes.unwrap_or(LOCKWAIT_MINUTES);
         let options = BackupOptions {
             fleecing_storage,
             freeze: request.freeze,
             buffer_size_bytes: request.buffer_size_bytes,
             granularity_bytes: request.granularity_bytes,
+            buffer_total_bytes: request.buffer_total_bytes,
             lock_wait: Duration::from_secs(u64::from(minutes) * 60),
             jobs,
             bandwidth,
@@ -186,12 +190,12 @@ fn bandwidth(kib_per_s: u64, guests: usize) -> Result<Option<Budget>, HostError>
     }
     let too_much = || HostError::Settings(format!("'bwlimit': {kib_per_s} KiB/s is too much."));
     let rate = kib_per_s.checked_mul(1024).ok_or_else(too_much)?;
-    let least = MIN_BYTES_PER_S.saturating_mul(guests.max(1) as u64);
+    let least = MIN_BYTES_PER_S.saturating_mul(guests as u64);
     if rate < least {
         return Err(HostError::Settings(format!(
             "'bwlimit': {kib_per_s} KiB/s is too little for {} guests at the same time; at least {} \
              KiB/s are needed, or 0 for no limit.",
-            guests.max(1),
+            guests,
             least >> 10
         )));
     }

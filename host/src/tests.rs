@@ -91,6 +91,7 @@ fn request(settings: BackupSettings) -> BackupRequest {
         freeze: true,
         buffer_size_bytes: None,
         granularity_bytes: None,
+        buffer_total_bytes: None,
     }
 }
 
@@ -140,7 +141,7 @@ fn guests_are_chosen_by_number_all_exclude_and_pool() {
 fn the_command_line_goes_before_the_job_and_the_job_before_vzdump_conf() {
     let (_dir, host) = host_with_guests();
     let mut plan = host.plan_backup(request(guests(&[100]))).unwrap();
-    assert_eq!((plan.options.storage.as_str(), plan.options.jobs), ("backups", 2));
+    assert_eq!((plan.options.storage.as_str(), plan.options.jobs), ("backups", 1));
     assert_eq!(plan.options.lock_wait.as_secs(), 180);
     assert_eq!(plan.options.fleecing_storage.as_deref(), Some("fast"));
     assert_eq!(plan.ionice, 7);

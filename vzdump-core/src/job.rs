@@ -136,6 +136,9 @@ pub struct BackupOptions {
     pub jobs: usize,
     /// What all disks together may read; by default as much as they can.
     pub bandwidth: Option<Budget>,
+    /// RAM for old data of all disks of all guests that are worked on at the same time, in bytes;
+    /// by default only that of each disk is bounded.
+    pub buffer_total_bytes: Option<u64>,
     /// The hook script.
     pub script: Option<PathBuf>,
     /// Template of the archives' notes, see [`notes`].
@@ -156,6 +159,7 @@ impl BackupOptions {
             lock_wait: LOCK_WAIT,
             jobs: 1,
             bandwidth: None,
+            buffer_total_bytes: None,
             script: None,
             notes_template: None,
             protected: false,

@@ -115,6 +115,8 @@ pub trait TaskSink: Send + Sync {
     fn line(&self, level: Level, text: &str);
     /// Progress of the transfer; called about once a second, and is not a line.
     fn progress(&self, progress: &Progress);
+    /// No more progress of this guest's transfer is to come, whether it succeeded or not.
+    fn transfer_ended(&self, _guest_id: u32) {}
     /// One line about one of several guests that are worked on at the same time.
     fn guest_line(&self, guest_id: u32, level: Level, text: &str) {
         self.line(level, &format!("{guest_id}: {text}"));
@@ -163,6 +165,9 @@ impl TaskSink for GuestLines<'_> {
     fn progress(&self, progress: &Progress) {
         self.sink.progress(progress);
     }
+    fn transfer_ended(&self, guest_id: u32) {
+        self.sink.transfer_ended(guest_id);
+    }
 }
 
 /// Gives everything to two sinks.
@@ -181,6 +186,10 @@ impl TaskSink for Tee<'_> {
     fn progress(&self, progress: &Progress) {
         self.0.progress(progress);
         self.1.progress(progress);
+    }
+    fn transfer_ended(&self, guest_id: u32) {
+        self.0.transfer_ended(guest_id);
+        self.1.transfer_ended(guest_id);
     }
 }
 

@@ -69,6 +69,12 @@ impl Report for Meter<'_> {
     }
 }
 
+impl Drop for Meter<'_> {
+    fn drop(&mut self) {
+        self.sink.transfer_ended(self.guest_id);
+    }
+}
+
 impl<'a> Meter<'a> {
     pub(super) fn new(guest_id: u32, reused_bytes: u64, sink: &'a dyn TaskSink) -> Self {
         Self {

@@ -299,6 +299,9 @@ impl VmDriver {
         });
         let mut setup = SetupRequest::new(target_id, devices.collect());
         setup.buffer_size_bytes = self.options.buffer_size_bytes;
+        // Guests that run at the same time cannot lend each other RAM, so each has its part.
+        let guests = self.options.jobs.max(1) as u64;
+        setup.buffer_total_bytes = self.options.buffer_total_bytes.map(|total| total / guests);
         setup.granularity_bytes = self.options.granularity_bytes;
         setup.lease_s = Some(LEASE_S);
         setup

@@ -89,6 +89,25 @@ async fn guests_are_worked_on_at_the_same_time_but_no_more_than_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_ram_for_old_data_is_split_among_guests_at_the_same_time() {
+    for (jobs, part) in [(1, 64 << 20), (2, 32 << 20)] {
+        let copy_for = Duration::from_millis(300);
+        let mut three = Three::with(Script { copy_for, ..Script::default() });
+        three.world.options.jobs = jobs;
+        three.world.options.buffer_total_bytes = Some(64 << 20);
+        let look = async {
+            while three.world.provider.0.copies.lock().unwrap().0 == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            three.world.peer.state().access.as_ref().and_then(|access| access.buffer_total)
+        };
+        let (report, buffer_total) = tokio::join!(three.backup(), look);
+        assert!(report.is_success(), "{}", three.world.sink.text());
+        assert_eq!(buffer_total, Some(part), "of {jobs}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn lines_say_which_guest_they_are_of_only_if_several_are_worked_on() {
     for jobs in [1, 3] {
         let mut three = Three::with(Script::default());
