@@ -237,12 +237,6 @@ pub(crate) struct BackupArgs {
     /// Hook script, called as vzdump calls it
     #[arg(long, value_name = "FILE")]
     pub(crate) script: Option<PathBuf>,
-    /// Notes of the archives; may contain {{cluster}}, {{guestname}}, {{node}}, {{vmid}}, \n and \\
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) notes_template: Option<String>,
-    /// Protect the archives from removal
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub(crate) protected: Option<bool>,
     /// Print warnings and errors only
     #[arg(long)]
     pub(crate) quiet: bool,

@@ -218,8 +218,6 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
         ionice: args.ionice,
         lockwait_minutes: args.lockwait,
         script: args.script,
-        notes_template: args.notes_template,
-        protected: args.protected,
         quiet: args.quiet.then_some(true),
         ..BackupSettings::default()
     };

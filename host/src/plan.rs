@@ -62,13 +62,11 @@ impl Host {
         let (settings, mut notices) = self.settings(request.settings, request.job.as_deref())?;
         check_node(settings.node.as_deref())?;
         let ids = self.select(settings.selection.as_ref(), &mut notices)?;
+        check_supported(&settings)?;
         let storage = match settings.storage {
             Some(storage) => storage,
             None => self.default_backup_storage()?,
         };
-        if let Some(mode) = settings.mode.filter(|mode| mode != "snapshot") {
-            return Err(HostError::Settings(format!("The mode '{mode}' is not supported.")));
-        }
         let fleecing = settings.fleecing.as_deref();
         let fleecing_storage = match request.fleecing_storage {
             Some(storage) => Some(storage),
@@ -90,8 +88,6 @@ impl Host {
             jobs,
             bandwidth,
             script: settings.script.map(absolute),
-            notes_template: settings.notes_template,
-            protected: settings.protected.unwrap_or(false),
             ..BackupOptions::new(storage)
         };
         let quiet = settings.quiet.unwrap_or(false);
@@ -159,6 +155,19 @@ impl Host {
         }
         Ok(ids)
     }
+}
+
+/// Options that can be given, but not yet be met: leaving them out in silence would not do what was
+/// asked for.
+fn check_supported(settings: &BackupSettings) -> Result<(), HostError> {
+    let mode = settings.mode.as_deref().filter(|mode| *mode != "snapshot");
+    let what = match (mode, &settings.notes_template, settings.protected) {
+        (Some(mode), ..) => format!("mode {mode}"),
+        (None, Some(_), _) => "notes-template".to_owned(),
+        (None, None, Some(true)) => "protected".to_owned(),
+        _ => return Ok(()),
+    };
+    Err(HostError::Settings(format!("'{what}' is not supported.")))
 }
 
 fn check_node(node: Option<&str>) -> Result<(), HostError> {

@@ -10,7 +10,6 @@ pub(crate) mod commit;
 pub mod hooks;
 #[cfg(debug_assertions)]
 mod kill_point;
-pub mod notes;
 mod one_guest;
 mod progress;
 pub mod report;
@@ -141,10 +140,6 @@ pub struct BackupOptions {
     pub buffer_total_bytes: Option<u64>,
     /// The hook script.
     pub script: Option<PathBuf>,
-    /// Template of the archives' notes, see [`notes`].
-    pub notes_template: Option<String>,
-    /// Whether the archives are protected from removal.
-    pub protected: bool,
 }
 
 impl BackupOptions {
@@ -161,8 +156,6 @@ impl BackupOptions {
             bandwidth: None,
             buffer_total_bytes: None,
             script: None,
-            notes_template: None,
-            protected: false,
         }
     }
 }
@@ -235,9 +228,6 @@ fn command_line(guests: &[u32], options: &BackupOptions) -> String {
 async fn init_job(shared: &Shared<'_>) -> Result<(), String> {
     if let Some(script) = &shared.options.script {
         hooks::check_script(script)?;
-    }
-    if let Some(template) = &shared.options.notes_template {
-        notes::check_notes_template(template)?;
     }
     shared.hooks.job(Phase::JobInit, shared.sink).await
 }
