@@ -428,6 +428,34 @@ mod tests {
         assert_eq!(text.lines().count(), LINES_MAX + 1);
     }
 
+    #[tokio::test]
+    async fn the_calls_around_a_stop_have_mode_and_guest_and_their_failure_is_an_error() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let script = dir.path().join("hook");
+        std::fs::write(&script, "#!/bin/sh\necho $* $HOSTNAME; [ $1 != post-restart ]\n").unwrap();
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let (limits, cancel) = (Limits::default(), CancellationToken::new());
+        let hooks =
+            Hooks { script: Some(&script), storage: "store", limits: &limits, cancel: &cancel };
+        let mut guest = hooks.guest(GuestKind::Qemu, 100, "stop");
+        guest.set_name(Some("web".to_owned()));
+        let sink = MemoryLog::default();
+        guest.pre_stop(&sink).await.unwrap();
+        guest.pre_restart(&sink).await.unwrap();
+        let error = guest.post_restart(&sink).await.unwrap_err().to_string();
+        assert!(error.ends_with("failed in phase post-restart: exit status: 1"), "{error}");
+        assert_eq!(
+            sink.text(),
+            "INFO: pre-stop stop 100 web\nINFO: pre-restart stop 100 web\n\
+             INFO: post-restart stop 100 web"
+        );
+        // A guest that was stopped is started again also when the job is cancelled.
+        cancel.cancel();
+        guest.pre_restart(&sink).await.unwrap();
+        assert!(guest.pre_stop(&sink).await.is_err());
+    }
+
     #[test]
     fn a_script_that_cannot_be_called_is_refused() {
         let dir = tempfile::tempdir().unwrap();
