@@ -247,9 +247,12 @@ async fn run_job(shared: &Shared<'_>, guests: &[u32]) -> (Vec<GuestReport>, Opti
     (reports, error)
 }
 
-/// Tells the hook script how the job ended: also one with guests that failed has come to its end.
+/// Tells the hook script how the job ended. One with guests that failed has come to its end too, and
+/// so has one that was cancelled when nothing was left to be given up.
 async fn end_job(shared: &Shared<'_>, report: &mut JobReport) {
-    if report.error.is_none() && !shared.cancel.is_cancelled() {
+    let is_interrupted =
+        shared.cancel.is_cancelled() && !report.guests.iter().all(GuestReport::is_success);
+    if report.error.is_none() && !is_interrupted {
         report.error = shared.hooks.job(Phase::JobEnd, shared.sink).await.err();
         if report.error.is_none() {
             return;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use vzdump_core::job::report::GuestResult;
 use vzdump_core::job::{GuestReport, JobReport};
 
+use crate::peer::Reaction;
 use crate::provider::Script;
 use crate::several::Three;
 use crate::world::World;
@@ -168,6 +169,23 @@ async fn a_cancelled_job_ends_its_script_and_calls_it_for_the_abort() {
     );
     assert_eq!(world.provider.count("start_guest"), 0);
     assert_eq!(world.provider.count("finish"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_cancelled_too_late_has_come_to_its_end() {
+    let mut world = World::new();
+    world.options.script = Some(write_script(&world, ""));
+    let cancel = world.cancel.clone();
+    world.peer.script(move |_, name| {
+        if name == "backup-access-teardown" {
+            cancel.cancel();
+        }
+        Reaction::Answer
+    });
+    let report = world.backup().await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    let phases = phases(&world);
+    assert_eq!(&phases[3..], ["backup-end", "log-end", "job-end"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
