@@ -1,32 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Backups and restores.
 
-use std::time::Duration;
-
-use vzdump_core::job::{self, BackupOptions};
+use vzdump_core::job;
 use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
 use vzdump_core::storage::ImageFormat;
 
-use crate::{CancellationToken, Host, HostError, JobReport, TaskSink};
-
-/// What to back up, and how.
-#[derive(Debug, Clone)]
-pub struct BackupRequest {
-    /// The guests, one after the other.
-    pub ids: Vec<u32>,
-    /// The storage; by default `storage` of `vzdump.conf`, else the only one for backups.
-    pub storage: Option<String>,
-    /// Storage of the fleecing images; by default that of the disk.
-    pub fleecing_storage: Option<String>,
-    /// Whether the guest agent freezes the file systems.
-    pub freeze: bool,
-    /// RAM for old data per disk in bytes; by default QEMU's.
-    pub buffer_size_bytes: Option<u64>,
-    /// Granularity of new bitmaps in bytes; by default QEMU's.
-    pub granularity_bytes: Option<u64>,
-    /// How long a busy guest is waited for.
-    pub lock_wait: Duration,
-}
+use crate::{BackupPlan, CancellationToken, Host, HostError, JobReport, TaskSink, ionice};
 
 /// What to restore, and how.
 #[derive(Debug, Clone)]
@@ -48,38 +27,25 @@ pub struct RestoreRequest {
 }
 
 impl Host {
-    /// Backs up guests. What goes wrong with a guest is in the report. Must be awaited to its end;
+    /// Runs a backup job. What goes wrong with a guest is in the report. Must be awaited to its end;
     /// cancel it by the token.
     ///
     /// # Errors
     /// [`HostError::Storage`] when there is nowhere to store anything.
     pub async fn backup(
         &self,
-        request: BackupRequest,
+        plan: &BackupPlan,
         sink: &dyn TaskSink,
         cancel: &CancellationToken,
     ) -> Result<JobReport, HostError> {
-        let storage = match request.storage {
-            Some(storage) => storage,
-            None => self.default_backup_storage()?,
-        };
-        let provider = self.providers.get(&storage).map_err(HostError::Storage)?;
-        let options = BackupOptions {
-            storage,
-            fleecing_storage: request.fleecing_storage,
-            freeze: request.freeze,
-            buffer_size_bytes: request.buffer_size_bytes,
-            granularity_bytes: request.granularity_bytes,
-            lock_wait: request.lock_wait,
-        };
-        let mut ids = Vec::new();
-        for id in request.ids {
-            if !ids.contains(&id) {
-                ids.push(id);
-            }
-        }
+        let BackupPlan { ids, notices, options, ionice, .. } = plan;
+        let provider = self.providers.get(&options.storage).map_err(HostError::Storage)?;
         let ctx = self.context()?;
-        let job = job::run_backup(&ctx, &ids, provider.as_ref(), &options, sink, cancel);
+        notices.iter().for_each(|notice| sink.warn(notice));
+        if let Err(why) = ionice::set(*ionice).await {
+            sink.warn(&why);
+        }
+        let job = job::run_backup(&ctx, ids, provider.as_ref(), options, sink, cancel);
         Ok(Box::pin(job).await)
     }
 
@@ -110,10 +76,7 @@ impl Host {
         Ok(Box::pin(job).await)
     }
 
-    fn default_backup_storage(&self) -> Result<String, HostError> {
-        if let Some(storage) = &self.default_storage {
-            return Ok(storage.clone());
-        }
+    pub(crate) fn default_backup_storage(&self) -> Result<String, HostError> {
         match self.providers.backup_ids().as_slice() {
             [storage] => Ok(storage.clone()),
             [] => Err(HostError::Storage(

@@ -9,12 +9,14 @@
 //! config, storage        Proxmox VE's files and the images they name
 //! vm::{qemu_cmdline,runner}  a VM's process
 //! guest, vm::backup      the driver of one guest's backup
+//! bandwidth              what all guests of a host may read together
 //! job, task_log, journal jobs, their log lines, and what a crash leaves behind
 //! restore                archives back to guests
 //! ```
 
 #![forbid(unsafe_code)]
 
+pub mod bandwidth;
 mod blocking;
 pub mod config;
 pub mod guest;
