@@ -166,16 +166,24 @@ fn occupied(path: &Path) -> Result<u64> {
 /// # Errors
 /// It cannot.
 pub fn check_space(folder: &Path, disk_bytes: u64) -> Result<()> {
-    let space = rustix::fs::statvfs(folder)?;
-    let free = space.f_bavail * space.f_frsize;
     let have = folder.join(format!("disk-{}m.raw", disk_bytes >> 20)).exists();
     let needed = if have { disk_bytes } else { disk_bytes * 2 } + (1 << 30);
+    check_free(folder, needed, "--disk-size makes it smaller")
+}
+
+/// Checks that a folder has so much free space; `advice` says what else can be done.
+///
+/// # Errors
+/// It has less.
+pub fn check_free(folder: &Path, needed_bytes: u64, advice: &str) -> Result<()> {
+    let space = rustix::fs::statvfs(folder)?;
+    let free = space.f_bavail * space.f_frsize;
     ensure!(
-        free >= needed,
-        "{}: {} MiB free, the benchmark needs {} MiB; --disk-size makes it smaller",
+        free >= needed_bytes,
+        "{}: {} MiB free, the benchmark needs {} MiB; {advice}",
         folder.display(),
         free >> 20,
-        needed >> 20
+        needed_bytes >> 20
     );
     Ok(())
 }

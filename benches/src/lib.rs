@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a backup costs the guest: measurements of the fleecing path, side by side in one run.
+//! What a backup costs the guest and how fast it is: measurements side by side in one run.
 //!
 //! * [`cases`]: what is measured, and which part of it in a short run.
 //! * [`run`]: one measurement of one case in one mode.
@@ -9,6 +9,7 @@
 //! * [`setup_time`]: how long all guest I/O is held; [`timeline`]: latency while a backup begins.
 //! * [`stats`]: medians and their confidence; [`goals`]: what is to be reached.
 //! * [`report`], [`svg`]: tables and plots.
+//! * [`vm`]: backups of a VM, beside plain copying tools.
 //! * [`procfs`], [`child`]: what a process used, and its end.
 
 #![forbid(unsafe_code)]
@@ -32,3 +33,4 @@ pub mod setup_time;
 pub mod stats;
 pub mod svg;
 pub mod timeline;
+pub mod vm;

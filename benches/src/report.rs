@@ -73,12 +73,15 @@ impl CaseResult {
 
 /// A table with aligned columns.
 #[derive(Debug, Default)]
-struct Table {
-    rows: Vec<Vec<String>>,
+pub struct Table {
+    /// The first one is the head.
+    pub rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    fn new(head: &[&str]) -> Self {
+    /// Only a head.
+    #[must_use]
+    pub fn new(head: &[&str]) -> Self {
         Self { rows: vec![head.iter().map(ToString::to_string).collect()] }
     }
 
@@ -89,7 +92,8 @@ impl Table {
     }
 
     /// The first column to the left, all others to the right.
-    fn text(&self, markdown: bool) -> String {
+    #[must_use]
+    pub fn text(&self, markdown: bool) -> String {
         let widths = self.widths();
         let (edge, gap) = if markdown { ("| ", " | ") } else { ("", "  ") };
         let mut text = String::new();
@@ -118,7 +122,8 @@ impl Table {
 }
 
 /// A number with three digits that matter.
-fn number(value: Option<f64>) -> String {
+#[must_use]
+pub fn number(value: Option<f64>) -> String {
     match value {
         None => "-".into(),
         Some(value) if value.abs() >= 100.0 => format!("{value:.0}"),
@@ -127,7 +132,9 @@ fn number(value: Option<f64>) -> String {
     }
 }
 
-fn with_range(value: Option<Estimate>) -> String {
+/// A median with its interval.
+#[must_use]
+pub fn with_range(value: Option<Estimate>) -> String {
     value.map_or_else(
         || "-".into(),
         |found| {

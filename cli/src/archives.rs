@@ -20,7 +20,7 @@ impl Run<'_> {
             retention: args.keep.retention(),
             dry_run: args.dry_run,
         };
-        let screen = Screen::new(self.output);
+        let screen = Screen::new(self.output, false);
         let report = self.host.prune(request, &screen, self.cancel).await?;
         drop(screen);
         for problem in &report.problems {

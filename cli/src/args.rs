@@ -3,12 +3,25 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use vzdump_host::{KeepCounts, Retention, parse_size};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use vzdump_host::{IONICE_MAX, KeepCounts, Retention, WAIT_MAX_MINUTES, parse_size};
+
+/// Printed after the help, and a part of the manual page.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; warnings may have been printed
+  1    not done, the reason is printed
+  2    the command line makes no sense
+  255  the backup or restore of a guest failed, or the job as a whole
+
+Signals: SIGINT, SIGTERM, SIGHUP and SIGQUIT end a task in order; further ones change nothing. What was
+begun is undone, each step of that within three minutes; a commit under way gets a minute to end, a hook
+script a minute. After SIGKILL or a crash the next task of the guest cleans up, or `vzdump doctor --fix`.";
 
 /// Backups of virtual machines through pluggable providers
 #[derive(Debug, Parser)]
-#[command(name = "vzdump", version, about, max_term_width = 100)]
+#[command(name = "vzdump", version, about, max_term_width = 100, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -42,8 +55,8 @@ pub(crate) enum Command {
     /// Make, start and stop virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
-    /// Back up guests, one after the other
-    Backup(BackupArgs),
+    /// Back up guests
+    Backup(Box<BackupArgs>),
     /// List archives
     List {
         /// Only this storage
@@ -89,6 +102,16 @@ pub(crate) enum Command {
         /// Clean up after dead tasks
         #[arg(long)]
         fix: bool,
+    },
+    /// Print what makes a shell complete this program's options
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages
+    Man {
+        /// An existing directory, such as /usr/local/share/man/man1
+        dir: PathBuf,
     },
 }
 
@@ -188,10 +211,23 @@ pub(crate) enum Bus {
 }
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("guests").required(true).multiple(true)
+    .args(["ids", "all", "exclude", "pool", "job"])))]
 pub(crate) struct BackupArgs {
     /// Numbers of the guests
-    #[arg(required = true)]
     pub(crate) ids: Vec<u32>,
+    /// Back up all guests
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Back up all guests, or those of the pool, but these
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub(crate) exclude: Vec<u32>,
+    /// Back up the guests of a pool of user.cfg
+    #[arg(long)]
+    pub(crate) pool: Option<String>,
+    /// Do what a job of jobs.cfg says; options given here go before its own
+    #[arg(long)]
+    pub(crate) job: Option<String>,
     /// Storage to back up to; by default `storage` of vzdump.conf, else the only one for backups
     #[arg(long)]
     pub(crate) storage: Option<String>,
@@ -204,12 +240,30 @@ pub(crate) struct BackupArgs {
     /// RAM for old data of each disk, such as 64M; 0 keeps none
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) buffer_size: Option<u64>,
+    /// RAM for old data of all guests together, such as 1G; each of --jobs gets an equal part
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) buffer_total: Option<u64>,
     /// Granularity of new change tracking, such as 64K
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) granularity: Option<u64>,
-    /// How many minutes a guest is waited for that another task is working on
-    #[arg(long, value_name = "MINUTES", default_value_t = 180, value_parser = clap::value_parser!(u32).range(0..=10080))]
-    pub(crate) lockwait: u32,
+    /// How many minutes a guest is waited for that another task is working on [default: 180]
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u32).range(0..=i64::from(WAIT_MAX_MINUTES)))]
+    pub(crate) lockwait: Option<u32>,
+    /// How many guests are backed up at the same time [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=vzdump_host::JOBS_MAX as i64))]
+    pub(crate) jobs: Option<u8>,
+    /// How much may be read from all disks together, in KiB per second; 0 is no limit [default: 0]
+    #[arg(long, value_name = "KIB_PER_S")]
+    pub(crate) bwlimit: Option<u64>,
+    /// Priority of this program's disk access: 0 is high, 7 low, 8 what others leave [default: 7]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=i64::from(IONICE_MAX)))]
+    pub(crate) ionice: Option<u8>,
+    /// Hook script, called as vzdump calls it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) script: Option<PathBuf>,
+    /// Print warnings and errors only
+    #[arg(long)]
+    pub(crate) quiet: bool,
     /// Which archives of each guest stay afterwards, such as keep-last=3,keep-daily=7; by default
     /// what storage.cfg says of the storage, else vzdump.conf, else all
     #[arg(long, value_name = "RULES")]

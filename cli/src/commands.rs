@@ -9,12 +9,14 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use serde_json::{Value, json};
 use vzdump_host::{
-    BackupRequest, CancellationToken, CreateOptions, DiskContent, DoctorReport, Host, ImageFormat,
-    Overrides, RestoreRequest, StartOptions, StopOptions, Stopped, VmStatus, size,
+    BackupRequest, BackupSettings, CancellationToken, CreateOptions, DiskContent, DoctorReport,
+    Host, ImageFormat, Overrides, RestoreRequest, Selection, StartOptions, StopOptions, Stopped,
+    VmStatus, size,
 };
 
 use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, RestoreArgs, VmCommand};
 use crate::output::{self, Failure, Output, printable, table};
+use crate::pages;
 use crate::signals::cancel_on_signal;
 use crate::task::{Notices, Screen};
 
@@ -24,6 +26,12 @@ const GUEST_FAILED: u8 = 255;
 pub(crate) type CommandResult = Result<ExitCode, Failure>;
 
 pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
+    // These need no host, so a broken configuration must not keep them from working.
+    match cli.command {
+        Command::Completion { shell } => return Ok(pages::completion(shell)),
+        Command::Man { dir } => return Ok(pages::manual(&dir)?),
+        _ => {}
+    }
     let cancel = cancel_on_signal().context("cannot watch for signals")?;
     let overrides = Overrides { qemu_bin: cli.global.qemu_bin };
     let host = Host::open(cli.global.root, &overrides)?;
@@ -36,7 +44,7 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
             run.stop(id, Duration::from_secs(timeout_s.into())).await
         }
         Command::Vm(VmCommand::Status { id }) => run.status(id).await,
-        Command::Backup(args) => run.backup(args).await,
+        Command::Backup(args) => run.backup(*args).await,
         Command::List { storage } => run.list(storage.as_deref()).await,
         Command::ShowConfig { archive, firewall } => run.show_config(&archive, firewall).await,
         Command::Restore(args) => run.restore(args).await,
@@ -46,6 +54,7 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
         Command::Protect { archive } => run.protect(&archive, true).await,
         Command::Unprotect { archive } => run.protect(&archive, false).await,
         Command::Doctor { fix } => run.doctor(fix).await,
+        Command::Completion { .. } | Command::Man { .. } => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -131,20 +140,9 @@ impl Run<'_> {
     }
 
     async fn backup(&self, args: BackupArgs) -> CommandResult {
-        let request = BackupRequest {
-            ids: args.ids,
-            storage: args.storage,
-            fleecing_storage: args.fleecing_storage,
-            freeze: !args.no_freeze,
-            buffer_size_bytes: args.buffer_size,
-            granularity_bytes: args.granularity,
-            lock_wait: Duration::from_secs(u64::from(args.lockwait) * 60),
-            notes_template: args.notes_template,
-            protected: args.protected,
-            prune: args.prune_backups,
-        };
-        let screen = Screen::new(self.output);
-        let report = self.host.backup(request, &screen, self.cancel).await?;
+        let plan = self.host.plan_backup(backup_request(args)?)?;
+        let screen = Screen::new(self.output, plan.quiet);
+        let report = self.host.backup(&plan, &screen, self.cancel).await?;
         drop(screen);
         let success = report.is_success();
         // The lines have said it all to people.
@@ -162,7 +160,7 @@ impl Run<'_> {
             allow_raw_config: args.allow_raw_config,
             overcommit: args.overcommit,
         };
-        let screen = Screen::new(self.output);
+        let screen = Screen::new(self.output, false);
         let report = self.host.restore(request, &screen, self.cancel).await?;
         drop(screen);
         let success = report.is_success();
@@ -212,13 +210,40 @@ impl Run<'_> {
     }
 
     async fn doctor(&self, fix: bool) -> CommandResult {
-        let screen = Screen::new(self.output);
+        let screen = Screen::new(self.output, false);
         let report = self.host.doctor(fix, &screen).await?;
         drop(screen);
         let healthy = report.is_healthy();
         self.output.result(&task_result(json!(report), healthy), || doctor_text(&report));
         Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
+}
+
+fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
+    let selection = Selection::of(args.ids, args.all, args.exclude, args.pool);
+    let settings = BackupSettings {
+        selection: selection.map_err(|why| anyhow!(why))?,
+        storage: args.storage,
+        jobs: args.jobs,
+        bwlimit_kib_per_s: args.bwlimit,
+        ionice: args.ionice,
+        lockwait_minutes: args.lockwait,
+        script: args.script,
+        quiet: args.quiet.then_some(true),
+        prune_backups: args.prune_backups,
+        notes_template: args.notes_template,
+        protected: args.protected.then_some(true),
+        ..BackupSettings::default()
+    };
+    Ok(BackupRequest {
+        settings,
+        job: args.job,
+        fleecing_storage: args.fleecing_storage,
+        freeze: !args.no_freeze,
+        buffer_size_bytes: args.buffer_size,
+        granularity_bytes: args.granularity,
+        buffer_total_bytes: args.buffer_total,
+    })
 }
 
 /// The last line of a task's JSON.

@@ -8,7 +8,7 @@
 //! | 0 | done |
 //! | 1 | not done; the reason is printed |
 //! | 2 | the command line makes no sense |
-//! | 255 | the backup of a guest failed |
+//! | 255 | the backup or restore of a guest failed, or the job as a whole |
 
 #![forbid(unsafe_code)]
 
@@ -16,6 +16,7 @@ mod archives;
 mod args;
 mod commands;
 mod output;
+mod pages;
 mod signals;
 mod task;
 
@@ -25,6 +26,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
@@ -62,7 +64,10 @@ async fn run() -> ExitCode {
     if args.get(1).is_some_and(|arg| arg == vzdump_host::GUARD_SUBCOMMAND) {
         return vzdump_host::run_guard(&args[2..]).await;
     }
-    let cli = Cli::parse_from(args);
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let filter = EnvFilter::try_from_env(LOG_ENV).unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -79,6 +84,20 @@ async fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Prints what is wrong with the command line, or the help that was asked for. Options of vzdump that
+/// make no sense here are told from mistakes.
+fn refuse(error: &clap::Error) -> ExitCode {
+    // Nothing is left to be done when even this cannot be written.
+    let _ = error.print();
+    if let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg)
+        && error.kind() == ErrorKind::UnknownArgument
+        && let Some(why) = vzdump_host::without_meaning(argument.trim_start_matches('-'))
+    {
+        output::warning(&format!("'{argument}' is not needed here: {why}"));
+    }
+    u8::try_from(error.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
 #[cfg(test)]

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a task tells while it runs: log lines and a progress bar, or one JSON event per line.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde_json::json;
-use vzdump_host::{Level, Progress, TaskSink, clean};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value, json};
+use vzdump_host::{Level, Progress, TaskSink, clean, duration};
 
 use crate::output::{self, Output};
 
@@ -14,31 +16,59 @@ use crate::output::{self, Output};
 pub(crate) struct Screen {
     is_json: bool,
     on_terminal: bool,
-    /// There while a transfer runs.
-    bar: Mutex<Option<ProgressBar>>,
+    /// Only warnings and errors are shown.
+    is_quiet: bool,
+    screen: MultiProgress,
+    /// Those of the guests whose transfers run.
+    bars: Mutex<BTreeMap<u32, ProgressBar>>,
 }
 
 impl Screen {
-    pub(crate) fn new(output: Output) -> Self {
+    pub(crate) fn new(output: Output, is_quiet: bool) -> Self {
         let is_json = output.is_json();
         let on_terminal = std::io::stderr().is_terminal() && std::io::stdout().is_terminal();
-        Self { is_json, on_terminal: !is_json && on_terminal, bar: Mutex::default() }
+        Self {
+            is_json,
+            on_terminal: !is_json && !is_quiet && on_terminal,
+            is_quiet,
+            screen: MultiProgress::with_draw_target(ProgressDrawTarget::stderr()),
+            bars: Mutex::default(),
+        }
     }
 
-    fn bar(&self) -> MutexGuard<'_, Option<ProgressBar>> {
-        self.bar.lock().unwrap_or_else(PoisonError::into_inner)
+    fn bars(&self) -> MutexGuard<'_, BTreeMap<u32, ProgressBar>> {
+        self.bars.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-fn new_bar() -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-    bar.set_style(style());
-    bar
+    /// Shows a line; `guest_id` is given if lines of several guests mix.
+    fn show(&self, guest_id: Option<u32>, level: Level, text: &str) {
+        if self.is_quiet && level == Level::Info {
+            return;
+        }
+        let text = clean(text);
+        if self.is_json {
+            let mut event = json!({ "event": "log", "level": level, "message": text });
+            if let Some(id) = guest_id {
+                event["guest_id"] = json!(id);
+            }
+            return output::line(&event.to_string());
+        }
+        let bars = self.bars();
+        if !bars.is_empty() && is_percent_line(&text) {
+            return;
+        }
+        let mark = guest_id.map(|id| format!("{id}: ")).unwrap_or_default();
+        let line = format!("{level}: {mark}{text}");
+        if bars.is_empty() {
+            output::line(&line);
+        } else {
+            self.screen.suspend(|| output::line(&line));
+        }
+    }
 }
 
 fn style() -> ProgressStyle {
-    let template =
-        "{percent:>3}% [{bar:30}] {binary_bytes} of {binary_total_bytes} {msg} (left: {eta})";
+    let template = "{prefix}{percent:>3}% [{bar:30}] {binary_bytes} of {binary_total_bytes} {msg}";
     ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("=> ")
@@ -46,9 +76,7 @@ fn style() -> ProgressStyle {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        if let Some(bar) = self.bar().take() {
-            bar.finish_and_clear();
-        }
+        std::mem::take(&mut *self.bars()).values().for_each(ProgressBar::finish_and_clear);
     }
 }
 
@@ -61,42 +89,61 @@ fn is_percent_line(text: &str) -> bool {
 
 impl TaskSink for Screen {
     fn line(&self, level: Level, text: &str) {
-        let text = clean(text);
-        if self.is_json {
-            let event = json!({ "event": "log", "level": level, "message": text });
-            return output::line(&event.to_string());
-        }
-        let line = format!("{level}: {text}");
-        match &*self.bar() {
-            Some(_) if is_percent_line(&text) => {}
-            Some(bar) => bar.suspend(|| output::line(&line)),
-            None => output::line(&line),
-        }
+        self.show(None, level, text);
+    }
+
+    fn guest_line(&self, guest_id: u32, level: Level, text: &str) {
+        self.show(Some(guest_id), level, text);
     }
 
     fn progress(&self, progress: &Progress) {
+        if self.is_quiet {
+            return;
+        }
         if self.is_json {
-            let mut event = json!(progress);
-            event["event"] = json!("progress");
-            event["percent"] = json!(progress.percent());
-            return output::line(&event.to_string());
+            return output::line(&progress_event(progress).to_string());
         }
         if !self.on_terminal {
             return;
         }
-        let mut current = self.bar();
+        let mut bars = self.bars();
         if progress.done_bytes >= progress.total_bytes {
-            // Another disk or guest may follow; until then there is nothing to show.
-            if let Some(bar) = current.take() {
-                bar.finish_and_clear();
-            }
-            return;
+            // Another disk may follow; until then there is nothing to show.
+            drop(bars);
+            return self.transfer_ended(progress.guest_id);
         }
-        let bar = current.get_or_insert_with(new_bar);
+        let bar = bars.entry(progress.guest_id).or_insert_with(|| {
+            let bar = self.screen.add(ProgressBar::new(0).with_style(style()));
+            bar.set_prefix(format!("{}: ", progress.guest_id));
+            bar
+        });
         bar.set_length(progress.total_bytes);
-        bar.set_message(format!("{}/s", vzdump_host::size(progress.read_bytes_per_s)));
+        bar.set_message(bar_message(progress));
         bar.set_position(progress.done_bytes);
     }
+
+    fn transfer_ended(&self, guest_id: u32) {
+        if let Some(bar) = self.bars().remove(&guest_id) {
+            bar.finish_and_clear();
+            self.screen.remove(&bar);
+        }
+    }
+}
+
+fn bar_message(progress: &Progress) -> String {
+    let rate = vzdump_host::size(progress.read_bytes_per_s);
+    match progress.left_ms {
+        Some(ms) => format!("{rate}/s ({} left)", duration(Duration::from_millis(ms))),
+        None => format!("{rate}/s"),
+    }
+}
+
+fn progress_event(progress: &Progress) -> Value {
+    let mut event = json!(progress);
+    event["event"] = json!("progress");
+    event["percent"] = json!(progress.percent());
+    event["sent_bytes"] = json!(progress.sent_bytes());
+    event
 }
 
 /// Shows what is odd about a task that people do not watch.
@@ -115,6 +162,25 @@ impl TaskSink for Notices {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_event_has_what_a_program_needs_to_show() {
+        let progress = Progress {
+            guest_id: 100,
+            done_bytes: 50,
+            total_bytes: 200,
+            zero_bytes: 20,
+            left_ms: Some(63_000),
+            read_bytes_per_s: 2048,
+            ..Progress::default()
+        };
+        let event = progress_event(&progress);
+        let members = ["guest_id", "percent", "sent_bytes", "left_ms", "reused_bytes"];
+        let values: Vec<_> = members.iter().map(|member| event[member].as_u64()).collect();
+        assert_eq!(values, [Some(100), Some(25), Some(30), Some(63_000), Some(0)]);
+        assert!(event["disks"].is_array());
+        assert_eq!(bar_message(&progress), "2.0 KiB/s (1m 3s left)");
+    }
 
     #[test]
     fn percent_lines_are_told_from_others() {

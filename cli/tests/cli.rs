@@ -99,6 +99,34 @@ fn a_guest_that_cannot_be_backed_up_gives_the_guests_exit_code() {
 }
 
 #[test]
+fn options_of_vzdump_without_meaning_are_refused_with_the_reason() {
+    let place = Place::new();
+    for option in ["--dumpdir", "--compress", "--stdexcludes", "--mailto"] {
+        let output = place.run(&["backup", "100", option, "x"]);
+        assert_eq!(output.status.code(), Some(2));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains(&format!("WARN: '{option}' is not needed here: ")), "{text}");
+    }
+    let text = String::from_utf8(place.run(&["backup", "100", "--snurf"]).stderr).unwrap();
+    assert!(!text.contains("is not needed here"), "{text}");
+    let both = place.run(&["backup", "100", "--all"]);
+    assert_eq!(both.status.code(), Some(1));
+    assert!(String::from_utf8(both.stderr).unwrap().contains("Guests are named"));
+}
+
+#[test]
+fn quiet_prints_warnings_and_errors_only() {
+    let place = Place::new();
+    fs::write(place.path("etc/vzdump.conf"), "snurf: 1\n").unwrap();
+    let output = place.run(&["backup", "--quiet", "100"]);
+    assert_eq!(output.status.code(), Some(255));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(!text.contains("INFO"), "{text}");
+    assert!(text.starts_with("WARN: vzdump.conf: the key 'snurf' is unknown"), "{text}");
+    assert!(text.contains("ERROR: Backup of VM 100 failed - VM 100 does not exist."), "{text}");
+}
+
+#[test]
 fn a_created_vm_is_listed_and_not_made_twice() {
     let place = Place::new();
     let created = place.json(&["vm", "create", "100", "--name", "web", "--disk", "1M"]);

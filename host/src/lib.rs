@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! vzdump.conf, storage.cfg ─► Host ─► vm_*      vzdump_core::vm
-//!                              │  ├──► backup    vzdump_core::job
+//! jobs.cfg, user.cfg ──► plan ──┤  ├──► backup    vzdump_core::job
 //!                              │  ├──► restore   vzdump_core::restore
 //!                              │  └──► doctor    vzdump_core::journal
 //!                              └────► providers  one per backup storage
@@ -16,6 +16,8 @@
 
 mod archives;
 mod doctor;
+mod ionice;
+mod plan;
 mod providers;
 mod retention;
 mod tasks;
@@ -36,13 +38,17 @@ use vzdump_core::vm::runner::{self, RunnerError};
 
 pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem};
 pub use doctor::{Check, DoctorReport, Pending};
+pub use plan::{BackupPlan, BackupRequest};
 pub use provider_api::GuestKind;
 pub use providers::{StorageInfo, StorageUse};
 pub use retention::{PruneReport, PruneRequest, PrunedArchive};
-pub use tasks::{BackupRequest, RestoreRequest};
+pub use tasks::RestoreRequest;
 pub use tokio_util::sync::CancellationToken;
-pub use vzdump_core::job::chain;
+pub use vzdump_core::config::backup::{
+    BackupSettings, IONICE_MAX, Selection, WAIT_MAX_MINUTES, without_meaning,
+};
 pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
+pub use vzdump_core::job::{JOBS_MAX, chain};
 pub use vzdump_core::prune::Fate;
 pub use vzdump_core::restore::{RestoreReport, RestoredVolume};
 pub use vzdump_core::retention::{KeepCounts, Retention};
@@ -66,6 +72,9 @@ pub enum HostError {
     /// A VM could not be started, stopped or asked.
     #[error(transparent)]
     Runner(#[from] RunnerError),
+    /// An option of a backup makes no sense.
+    #[error("{0}")]
+    Settings(String),
     /// The storage is none for backups.
     #[error("{0}")]
     Storage(String),
@@ -109,6 +118,15 @@ impl HostError {
     }
 }
 
+/// Key of `vzdump.conf`: the directory of the QEMU programs.
+pub(crate) const QEMU_BIN_KEY: &str = "qemu-bin";
+
+/// The name of this host, without its domain.
+pub(crate) fn own_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    name.split('.').next().unwrap_or_default().to_owned()
+}
+
 /// What overrides the configuration.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
@@ -122,7 +140,6 @@ pub struct Host {
     tools: Tools,
     storages: StorageSet,
     providers: Arc<StorageProviders>,
-    default_storage: Option<String>,
 }
 
 impl Host {
@@ -135,13 +152,12 @@ impl Host {
         let settings = read_text(&layout.settings_path())?.unwrap_or_default();
         // The same form as a guest's configuration: `key: value` lines and comments.
         let settings = VmConfig::parse(&settings);
-        let setting = settings.get("qemu-bin").map(Path::new);
+        let setting = settings.get(QEMU_BIN_KEY).map(Path::new);
         let tools = Tools::find(overrides.qemu_bin.as_deref(), setting);
         let storages = StorageConfig::read(&layout.storage_config_path())?;
         let storages = StorageSet::new(&storages, &layout);
         let providers = Arc::new(StorageProviders::new(&storages, &tools));
-        let default_storage = settings.get("storage").map(str::to_owned);
-        Ok(Self { layout, tools, storages, providers, default_storage })
+        Ok(Self { layout, tools, storages, providers })
     }
 
     /// Where everything is.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use jiff::tz::TimeZone;
 use provider_api::{Archive, Call, Capabilities, GuestKind, Provider, check_notes};
 use serde::Serialize;
+use vzdump_core::config::backup::BackupSettings;
 use vzdump_core::config::guest::VmConfig;
 use vzdump_core::config::read_text;
 use vzdump_core::job::{Limits, target_lock_path};
@@ -155,7 +156,10 @@ impl Host {
     ) -> Result<PruneReport, HostError> {
         let storage = match request.storage {
             Some(storage) => storage,
-            None => self.default_backup_storage()?,
+            None => match self.settings(BackupSettings::default(), None)?.0.storage {
+                Some(storage) => storage,
+                None => self.default_backup_storage()?,
+            },
         };
         let provider = self.providers.get(&storage).map_err(HostError::Storage)?;
         let retention = self.retention(&storage, request.retention)?.ok_or_else(|| {

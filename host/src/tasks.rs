@@ -1,40 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Backups and restores.
 
-use std::time::Duration;
-
-use vzdump_core::job::{self, BackupOptions};
+use vzdump_core::job;
 use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
-use vzdump_core::retention::Retention;
 use vzdump_core::storage::ImageFormat;
 
-use crate::{CancellationToken, Host, HostError, JobReport, TaskSink};
-
-/// What to back up, and how.
-#[derive(Debug, Clone)]
-pub struct BackupRequest {
-    /// The guests, one after the other.
-    pub ids: Vec<u32>,
-    /// The storage; by default `storage` of `vzdump.conf`, else the only one for backups.
-    pub storage: Option<String>,
-    /// Storage of the fleecing images; by default that of the disk.
-    pub fleecing_storage: Option<String>,
-    /// Whether the guest agent freezes the file systems.
-    pub freeze: bool,
-    /// RAM for old data per disk in bytes; by default QEMU's.
-    pub buffer_size_bytes: Option<u64>,
-    /// Granularity of new bitmaps in bytes; by default QEMU's.
-    pub granularity_bytes: Option<u64>,
-    /// How long a busy guest is waited for.
-    pub lock_wait: Duration,
-    /// Template of the archives' notes.
-    pub notes_template: Option<String>,
-    /// Whether the archives are protected from removal.
-    pub protected: bool,
-    /// Which archives of each guest stay afterwards; by default what `storage.cfg`, else
-    /// `vzdump.conf` says, else all.
-    pub prune: Option<Retention>,
-}
+use crate::{BackupPlan, CancellationToken, Host, HostError, JobReport, TaskSink, ionice};
 
 /// What to restore, and how.
 #[derive(Debug, Clone)]
@@ -56,7 +27,7 @@ pub struct RestoreRequest {
 }
 
 impl Host {
-    /// Backs up guests. What goes wrong with a guest is in the report. Must be awaited to its end;
+    /// Runs a backup job. What goes wrong with a guest is in the report. Must be awaited to its end;
     /// cancel it by the token.
     ///
     /// # Errors
@@ -64,35 +35,18 @@ impl Host {
     /// makes no sense.
     pub async fn backup(
         &self,
-        request: BackupRequest,
+        plan: &BackupPlan,
         sink: &dyn TaskSink,
         cancel: &CancellationToken,
     ) -> Result<JobReport, HostError> {
-        let storage = match request.storage {
-            Some(storage) => storage,
-            None => self.default_backup_storage()?,
-        };
-        let provider = self.providers.get(&storage).map_err(HostError::Storage)?;
-        let options = BackupOptions {
-            prune: self.retention(&storage, request.prune)?,
-            max_protected: self.max_protected(&storage)?,
-            notes: request.notes_template,
-            protected: request.protected,
-            storage,
-            fleecing_storage: request.fleecing_storage,
-            freeze: request.freeze,
-            buffer_size_bytes: request.buffer_size_bytes,
-            granularity_bytes: request.granularity_bytes,
-            lock_wait: request.lock_wait,
-        };
-        let mut ids = Vec::new();
-        for id in request.ids {
-            if !ids.contains(&id) {
-                ids.push(id);
-            }
-        }
+        let BackupPlan { ids, notices, options, ionice, .. } = plan;
+        let provider = self.providers.get(&options.storage).map_err(HostError::Storage)?;
         let ctx = self.context()?;
-        let job = job::run_backup(&ctx, &ids, provider.as_ref(), &options, sink, cancel);
+        notices.iter().for_each(|notice| sink.warn(notice));
+        if let Err(why) = ionice::set(*ionice).await {
+            sink.warn(&why);
+        }
+        let job = job::run_backup(&ctx, ids, provider.as_ref(), options, sink, cancel);
         Ok(Box::pin(job).await)
     }
 
@@ -124,9 +78,6 @@ impl Host {
     }
 
     pub(crate) fn default_backup_storage(&self) -> Result<String, HostError> {
-        if let Some(storage) = &self.default_storage {
-            return Ok(storage.clone());
-        }
         match self.providers.backup_ids().as_slice() {
             [storage] => Ok(storage.clone()),
             [] => Err(HostError::Storage(

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Faults for the tests: panics and failed allocations at named points.
+//! Faults for the tests: panics, errors and failed allocations at named points.
 //!
-//! Only with the feature `fault-injection`, which no program for users has; without it both
+//! Only with the feature `fault-injection`, which no program for users has; without it all
 //! functions are empty. The environment variable `BACKUP_ACCESS_FAULTS` names the faults, such as
-//! `panic:before_write:3,alloc:block`: a panic at the third pass of one point, and every allocation
-//! at another one fails. Each fault writes a line to the standard error output, so that a test sees
+//! `panic:before_write:3,alloc:block,error:setup_step:7`: a panic at the third pass of one point,
+//! every allocation at another one fails, and the seventh step of setups fails with an error. Each fault writes a line to the standard error output, so that a test sees
 //! that it happened.
 
 #[cfg(not(feature = "fault-injection"))]
@@ -16,6 +16,12 @@ mod plan {
     /// Whether the allocation that follows fails because a test asked for that.
     #[inline(always)]
     pub(crate) fn alloc_fails(_: &str) -> bool {
+        false
+    }
+
+    /// Whether the step that follows fails, or panics, because a test asked for that.
+    #[inline(always)]
+    pub(crate) fn step_fails(_: &str) -> bool {
         false
     }
 }
@@ -39,7 +45,8 @@ mod plan {
 
     fn parse(text: &str) -> Option<Fault> {
         let mut words = text.split(':');
-        let kind = words.next().filter(|kind| ["panic", "alloc"].contains(kind))?.to_owned();
+        let kind =
+            words.next().filter(|kind| ["panic", "alloc", "error"].contains(kind))?.to_owned();
         let point = words.next()?.to_owned();
         let at = words.next().map(str::parse).transpose().ok()?;
         Some(Fault { kind, point, at, passes: AtomicU64::new(0) })
@@ -77,12 +84,21 @@ mod plan {
 
     /// Whether the allocation that follows fails because a test asked for that.
     pub(crate) fn alloc_fails(name: &str) -> bool {
-        let due = is_due("alloc", name);
+        said(is_due("alloc", name), "allocation failure", name)
+    }
+
+    /// Whether the step that follows fails, or panics, because a test asked for that.
+    pub(crate) fn step_fails(name: &str) -> bool {
+        point(name);
+        said(is_due("error", name), "error", name)
+    }
+
+    fn said(due: bool, what: &str, name: &str) -> bool {
         if due {
-            drop(writeln!(std::io::stderr(), "qemu-ext: allocation failure injected at {name}"));
+            drop(writeln!(std::io::stderr(), "qemu-ext: {what} injected at {name}"));
         }
         due
     }
 }
 
-pub(crate) use plan::{alloc_fails, point};
+pub(crate) use plan::{alloc_fails, point, step_fails};

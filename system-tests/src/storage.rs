@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
-use provider_nbd::{Client, Errno};
+use provider_nbd::{Client, Errno, context};
 use qmp_client::{EventItem, EventStream, Options, Session};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -249,6 +249,26 @@ impl Storage {
         Client::connect_unix(self.path("nbd"), export, options)
             .await
             .with_context(|| format!("connecting to the export {export}"))
+    }
+
+    /// The dirty areas of an access, as offset and length, as a backup client sees them.
+    ///
+    /// # Errors
+    /// The snapshot cannot be exported or asked, or it has no bitmap.
+    pub async fn dirty_areas(&self, info: &Value) -> Result<Vec<(u64, u64)>> {
+        let bitmap = info["bitmap-name"].as_str().context("the access has no bitmap")?;
+        let dirty = context::dirty_bitmap(bitmap);
+        let name = self.export_snapshot(info).await?;
+        let how = Connection { contexts: &[&dirty], timeout: LIMIT };
+        let snapshot = self.client_with(&name, how).await?;
+        let mut extents = snapshot.extents(&dirty, 0, snapshot.size_bytes());
+        let mut areas = Vec::new();
+        while let Some(extent) = extents.next().await? {
+            if extent.flags & context::DIRTY != 0 {
+                areas.push((extent.offset, extent.len));
+            }
+        }
+        Ok(areas)
     }
 
     /// Exports a snapshot and connects to it.

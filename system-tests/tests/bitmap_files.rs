@@ -8,11 +8,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::PathBuf;
 
-use provider_nbd::context;
 use serde_json::{Value, json};
 use system_tests::disk_form::DiskForm;
 use system_tests::loopfs::LoopDevice;
-use system_tests::storage::{Connection, LIMIT, Storage, fill, folder, until};
+use system_tests::storage::{Storage, fill, folder, until};
 use tempfile::TempDir;
 
 const DISK_BYTES: u64 = 4 << 20;
@@ -95,22 +94,6 @@ fn request(generation: Option<&Value>) -> Value {
     json!([device])
 }
 
-/// The dirty areas of an access as a backup client sees them.
-async fn dirty_areas(storage: &Storage, info: &Value) -> Vec<(u64, u64)> {
-    let name = storage.export_snapshot(info).await.unwrap();
-    let dirty = context::dirty_bitmap(info["bitmap-name"].as_str().unwrap());
-    let how = Connection { contexts: &[&dirty], timeout: LIMIT };
-    let snapshot = storage.client_with(&name, how).await.unwrap();
-    let mut extents = snapshot.extents(&dirty, 0, DISK_BYTES);
-    let mut areas = Vec::new();
-    while let Some(extent) = extents.next().await.unwrap() {
-        if extent.flags & context::DIRTY != 0 {
-            areas.push((extent.offset, extent.len));
-        }
-    }
-    areas
-}
-
 /// A folder whose disk has a sealed bitmap file of a full backup with this generation.
 async fn sealed() -> (TempDir, Value) {
     let (storage, _) = start_loaded(new_folder()).await;
@@ -138,7 +121,7 @@ async fn a_bitmap_outlives_every_clean_end() {
         assert_eq!(infos[0]["bitmap-action"], "used");
         let last = if round == 1 { 0 } else { (round - 1) * MIB + 8 * KIB };
         let wanted = [(last, 4096), (round * MIB, 4096)];
-        assert_eq!(dirty_areas(&storage, &infos[0]).await, wanted);
+        assert_eq!(storage.dirty_areas(&infos[0]).await.unwrap(), wanted);
         generation = infos[0]["generation"].clone();
         storage.teardown(true).await.unwrap();
         write(&storage, 0x13, round * MIB + 8 * KIB, 4096).await;
@@ -171,7 +154,7 @@ async fn a_clean_end_during_an_access_keeps_old_and_new_changes() {
         assert!(load(&storage).await, "sealed after the access was settled");
         let infos = storage.setup(request(Some(&generation))).await.unwrap();
         assert_eq!(infos[0]["bitmap-action"], "used");
-        assert_eq!(dirty_areas(&storage, &infos[0]).await, [(0, 4096), (MIB, 4096)]);
+        assert_eq!(storage.dirty_areas(&infos[0]).await.unwrap(), [(0, 4096), (MIB, 4096)]);
         storage.quit().await.unwrap();
     }
 }
@@ -387,7 +370,7 @@ async fn a_loaded_disk_is_deleted_after_unload_only() {
     assert!(load(&storage).await);
     let infos = storage.setup(request(Some(&generation))).await.unwrap();
     assert_eq!(infos[0]["bitmap-action"], "used");
-    assert_eq!(dirty_areas(&storage, &infos[0]).await, [(0, 4096), (MIB, 4096)]);
+    assert_eq!(storage.dirty_areas(&infos[0]).await.unwrap(), [(0, 4096), (MIB, 4096)]);
     storage.quit().await.unwrap();
 }
 

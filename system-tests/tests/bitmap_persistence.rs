@@ -4,10 +4,9 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use provider_nbd::context;
 use serde_json::{Value, json};
 use system_tests::disk_form::DiskForm;
-use system_tests::storage::{Connection, LIMIT, Storage, fill, folder, until};
+use system_tests::storage::{Storage, fill, folder, until};
 use tempfile::TempDir;
 
 const DISK_BYTES: u64 = 4 << 20;
@@ -73,22 +72,6 @@ fn generation(info: &Value) -> String {
     info["generation"].as_str().unwrap().to_owned()
 }
 
-/// The dirty areas as a backup client sees them.
-async fn dirty_areas(storage: &Storage, info: &Value) -> Vec<(u64, u64)> {
-    let name = storage.export_snapshot(info).await.unwrap();
-    let dirty = context::dirty_bitmap(info["bitmap-name"].as_str().unwrap());
-    let how = Connection { contexts: &[&dirty], timeout: LIMIT };
-    let snapshot = storage.client_with(&name, how).await.unwrap();
-    let mut extents = snapshot.extents(&dirty, 0, DISK_BYTES);
-    let mut areas = Vec::new();
-    while let Some(extent) = extents.next().await.unwrap() {
-        if extent.flags & context::DIRTY != 0 {
-            areas.push((extent.offset, extent.len));
-        }
-    }
-    areas
-}
-
 /// One backup, a change, another backup that ends like this, a new start, and the next setup.
 async fn outlives(program: Program, form: DiskForm, end: End) -> (Value, Vec<(u64, u64)>) {
     let folder = folder().unwrap();
@@ -122,7 +105,7 @@ async fn outlives(program: Program, form: DiskForm, end: End) -> (Value, Vec<(u6
     let storage = start(program, form, folder).await;
     write(&storage, 0x24, 3 * MIB, 64 * KIB).await;
     let infos = storage.setup(request(Some(&generation(&kept[0])))).await.unwrap();
-    let areas = dirty_areas(&storage, &infos[0]).await;
+    let areas = storage.dirty_areas(&infos[0]).await.unwrap();
     storage.teardown(true).await.unwrap();
     storage.quit().await.unwrap();
     (infos[0].clone(), areas)
@@ -273,7 +256,7 @@ async fn a_live_migration_takes_the_bitmap_along() {
         let infos = there.setup(request(Some(&generation(&first[0])))).await.unwrap();
         assert_eq!(infos[0]["bitmap-action"], "used", "{form:?}");
         let wanted = [(MIB, 64 * KIB), (2 * MIB, 64 * KIB)];
-        assert_eq!(dirty_areas(&there, &infos[0]).await, wanted, "{form:?}");
+        assert_eq!(there.dirty_areas(&infos[0]).await.unwrap(), wanted, "{form:?}");
         there.teardown(true).await.unwrap();
         there.quit().await.unwrap();
     }

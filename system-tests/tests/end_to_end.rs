@@ -131,11 +131,15 @@ fn a_running_vm_is_backed_up_twice_and_both_backups_boot_elsewhere() {
 }
 
 /// Every step of the job, and whether the archive is there when the next one begins.
-const STEPS: [(&str, bool); 12] = [
+const STEPS: [(&str, bool); 16] = [
+    ("OpenJournal", false),
     ("StartGuest", false),
+    ("Prepare", false),
+    ("PlanVolumes", false),
     ("Acquire", false),
     ("PointInTime", false),
     ("OpenSource", false),
+    ("Transfer", false),
     ("JournalCommit", false),
     ("Commit", false),
     ("RecordOutcome", true),

@@ -22,6 +22,14 @@ const ENOSPC: u64 = 28;
 const OLD: u8 = 0x11;
 const NEW: u8 = 0x22;
 
+/// The guest of a disk, which it has filled with [`OLD`].
+async fn guest_of(storage: &Storage, disk: &str) -> Client {
+    storage.export_disk(disk, None).await.unwrap();
+    let guest = storage.client(disk).await.unwrap();
+    fill(&guest, OLD, 0, DISK_BYTES).await.unwrap();
+    guest
+}
+
 /// A storage daemon whose `disk0` is full of [`OLD`]; `errors` are injected into `bad-image`, its
 /// fleecing image.
 async fn bad_image(errors: Value) -> (Storage, Client) {
@@ -31,9 +39,7 @@ async fn bad_image(errors: Value) -> (Storage, Client) {
     let node = json!({ "driver": "blkdebug", "node-name": "bad-image", "image": "image",
                        "discard": "unmap", "inject-error": errors });
     storage.node(node).await.unwrap();
-    storage.export_disk("disk0", None).await.unwrap();
-    let guest = storage.client("disk0").await.unwrap();
-    fill(&guest, OLD, 0, DISK_BYTES).await.unwrap();
+    let guest = guest_of(&storage, "disk0").await;
     (storage, guest)
 }
 
@@ -142,9 +148,7 @@ async fn bad_disk() -> (Storage, Client) {
     storage.node(node).await.unwrap();
     // Our filter goes below other filters: what it shall meet must be below a format.
     storage.node(raw_node("bad-disk", "faulty")).await.unwrap();
-    storage.export_disk("bad-disk", None).await.unwrap();
-    let guest = storage.client("bad-disk").await.unwrap();
-    fill(&guest, OLD, 0, DISK_BYTES).await.unwrap();
+    let guest = guest_of(&storage, "bad-disk").await;
     (storage, guest)
 }
 
@@ -227,9 +231,7 @@ async fn a_full_image_breaks_the_snapshot_unless_the_reader_keeps_up() {
         let storage = Storage::start().await.unwrap();
         storage.disk("disk0", DISK_BYTES).await.unwrap();
         storage.disk("image", 2 * MIB).await.unwrap();
-        storage.export_disk("disk0", None).await.unwrap();
-        let guest = storage.client("disk0").await.unwrap();
-        fill(&guest, OLD, 0, DISK_BYTES).await.unwrap();
+        let guest = guest_of(&storage, "disk0").await;
         let device = json!({ "device": "disk0", "fleecing": "image", "buffer-size": 0,
                              "fleecing-limit": 2 * MIB, "timeout": 2 });
         let infos = storage.setup(json!([device])).await.unwrap();
@@ -343,9 +345,7 @@ async fn a_stalled_image_breaks_the_snapshot_in_time_and_can_be_torn_down() {
     for (buffer_bytes, moves_on) in [(0, true), (256 * KIB, false)] {
         let storage = Storage::start().await.unwrap();
         storage.disk("disk0", DISK_BYTES).await.unwrap();
-        storage.export_disk("disk0", None).await.unwrap();
-        let guest = storage.client("disk0").await.unwrap();
-        fill(&guest, OLD, 0, DISK_BYTES).await.unwrap();
+        let guest = guest_of(&storage, "disk0").await;
         let before = storage.graph().await.unwrap();
         let mut image = Stallable::start(&storage).await;
         let mut events = storage.session().events();
@@ -399,9 +399,7 @@ async fn a_stalled_image_of_one_target_holds_up_no_command_for_another() {
     for name in ["disk0", "disk1", "own-image", "third-image"] {
         storage.disk(name, DISK_BYTES).await.unwrap();
     }
-    storage.export_disk("disk0", None).await.unwrap();
-    let guest = storage.client("disk0").await.unwrap();
-    fill(&guest, OLD, 0, DISK_BYTES).await.unwrap();
+    let guest = guest_of(&storage, "disk0").await;
     let before = storage.graph().await.unwrap();
     let mut image = Stallable::start(&storage).await;
     let mut events = storage.session().events();

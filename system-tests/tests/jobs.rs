@@ -107,6 +107,12 @@ impl Scene {
         assert_eq!(self.lab.graph().await, before, "after {command} {arguments}");
     }
 
+    /// Waits until the job `j` has copied everything.
+    async fn job_is_ready(&self) {
+        let ready = async || jobs(&self.lab).await[0]["ready"] == true;
+        self.lab.until("the job is ready", ready).await;
+    }
+
     /// Waits for the end of the job `j`; its error.
     async fn job_ends(&mut self) -> Option<String> {
         let data = self.lab.next_event(&mut self.events, "BLOCK_JOB_COMPLETED").await;
@@ -189,6 +195,13 @@ async fn add_qcow2(lab: &Lab, name: &str, backing: Option<&str>) {
         node["backing"] = Value::Null;
     }
     lab.run("blockdev-add", node).await;
+}
+
+/// Takes a node of [`add_qcow2`] away.
+async fn delete_qcow2(lab: &Lab, name: &str) {
+    for node in [name.to_owned(), format!("{name}-file")] {
+        lab.run("blockdev-del", json!({ "node-name": node })).await;
+    }
 }
 
 /// A backup job that copies all: it has a point in time of its own.
@@ -317,11 +330,7 @@ async fn a_mirror_job_works_above_the_filter_and_pivots() {
             scene.lab.run("blockdev-mirror", job).await;
         }
         let mut events = scene.lab.session().events();
-        let ready = async || {
-            let jobs = jobs(&scene.lab).await;
-            jobs[0]["ready"] == true
-        };
-        scene.lab.until("the mirror is ready", ready).await;
+        scene.job_is_ready().await;
         scene.lab.guest_writes("top", SECOND, MIB, MIB).await;
         scene.check_snapshot().await;
         scene.lab.run("block-job-complete", json!({ "device": "j" })).await;
@@ -365,8 +374,7 @@ async fn a_mirror_job_below_the_throttle_is_refused() {
     }
     // The snapshot can be mirrored like any read-only disk.
     scene.lab.run("blockdev-mirror", scene.job(&snapshot, full)).await;
-    let ready = async || jobs(&scene.lab).await[0]["ready"] == true;
-    scene.lab.until("the mirror is ready", ready).await;
+    scene.job_is_ready().await;
     scene.cancel().await;
     scene.tear_down().await;
     scene.end(MIB).await;
@@ -441,15 +449,12 @@ async fn an_active_commit_through_the_filter_is_captured() {
     scene.check_guest(FIRST, SECOND).await;
     let job = scene.job("above", json!({ "base-node": "top" }));
     scene.lab.run("block-commit", job).await;
-    let ready = async || jobs(&scene.lab).await[0]["ready"] == true;
-    scene.lab.until("the commit is ready", ready).await;
+    scene.job_is_ready().await;
     scene.lab.run("block-job-complete", json!({ "device": "j" })).await;
     assert_eq!(scene.job_ends().await, None);
     scene.check_snapshot().await;
     scene.check_guest(FIRST, SECOND).await;
-    for node in ["above", "above-file"] {
-        scene.lab.run("blockdev-del", json!({ "node-name": node })).await;
-    }
+    delete_qcow2(&scene.lab, "above").await;
     scene.tear_down().await;
     scene.end(2 * MIB).await;
 }
@@ -500,9 +505,7 @@ async fn an_overlay_above_the_snapshot_is_a_foreign_user() {
     }
     scene.lab.run("block-export-del", json!({ "id": scene.export })).await;
     wait_for_exports(&scene.lab, &scene.export).await;
-    for node in ["above", "above-file"] {
-        scene.lab.run("blockdev-del", json!({ "node-name": node })).await;
-    }
+    delete_qcow2(&scene.lab, "above").await;
     assert_eq!(scene.lab.run("backup-access-teardown", arguments).await["existed"], true);
     scene.end(MIB).await;
 }

@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use access_lab::{Client, DISK_BYTES, Lab, Setup};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
 
 const MIB: u64 = 1 << 20;
 const KIB: u64 = 1 << 10;
@@ -306,15 +308,16 @@ async fn a_late_discard_of_an_older_target_is_postponed_by_a_newer_one() {
 #[tokio::test]
 async fn a_failure_of_a_second_setup_leaves_the_first_access_as_it_was() {
     // What happens at each point for the first target is over before; the second one's first and
-    // second device are the third and fourth pass.
+    // second device are the third and fourth pass. A setup of two devices has 26 steps: 16 to
+    // prepare them, 8 to switch them, 2 to tell of them.
     for (faults, reason) in [
         ("panic:filter_open:3", "device 'disk0': Could not open"),
         ("panic:filter_open:4", "device 'disk1': Could not open"),
         ("panic:snapshot_open:4", "device 'disk1': Could not open"),
-        ("panic:setup_prepared:2", "internal error"),
-        ("panic:setup_inserted:3", "internal error"),
-        ("panic:setup_inserted:4", "internal error"),
-        ("panic:setup_switched:2", "internal error"),
+        ("error:setup_step:42", "device 'disk1': injected"),
+        ("panic:setup_step:45", "internal error"),
+        ("error:setup_step:49", "device 'disk1': injected"),
+        ("panic:setup_step:51", "internal error"),
     ] {
         let lab = Lab::start(Setup { faults, ..Setup::default() }).await;
         add_images(&lab).await;
@@ -526,6 +529,84 @@ async fn clients_connect_while_another_target_comes_and_goes() {
             assert!(client.await.unwrap() > 0);
         }
         assert!(writer.stop().await > 0);
+        lab.teardown("a", true).await;
+        Arc::into_inner(lab).expect("the writer has ended").quit().await;
+    }
+}
+
+/// A client that has got as far as to ask for an export by its name.
+async fn about_to_ask(socket: PathBuf) -> UnixStream {
+    let mut stream = UnixStream::connect(socket).await.unwrap();
+    // "NBDMAGIC", "IHAVEOPT", flags; the client's flags: fixed newstyle, no zeroes.
+    let mut greeting = [0; 18];
+    stream.read_exact(&mut greeting).await.unwrap();
+    assert_eq!(&greeting[8..16], b"IHAVEOPT");
+    stream.write_all(&3_u32.to_be_bytes()).await.unwrap();
+    stream
+}
+
+/// NBD_OPT_GO, up to the server's last answer; no request comes after that.
+async fn ask_for(stream: &mut UnixStream, export: &str) {
+    let name = u32::try_from(export.len()).unwrap();
+    let option = [&b"IHAVEOPT"[..], &7_u32.to_be_bytes(), &(name + 6).to_be_bytes()].concat();
+    let data = [&name.to_be_bytes()[..], export.as_bytes(), &0_u16.to_be_bytes()].concat();
+    stream.write_all(&[option, data].concat()).await.unwrap();
+    loop {
+        let mut reply = [0; 20];
+        stream.read_exact(&mut reply).await.unwrap();
+        let field = |at: usize| u32::from_be_bytes(reply[at..at + 4].try_into().unwrap());
+        let mut rest = vec![0; field(16) as usize];
+        stream.read_exact(&mut rest).await.unwrap();
+        match field(12) {
+            1 => return,
+            3 => {}
+            error => panic!("the server refuses {export}: {error:#x}"),
+        }
+    }
+}
+
+/// Everything is drained while the client's negotiation ends; QEMU's own server would wait for its
+/// first request then, and the monitor and the guest with it.
+#[tokio::test]
+async fn an_idle_client_that_connects_in_a_drained_section_holds_nothing_up() {
+    for iothread in [false, true] {
+        let lab = Arc::new(Lab::start(Setup { iothread, ..Setup::default() }).await);
+        add_images(&lab).await;
+        let slow = json!({ "driver": "null-co", "node-name": "slow-disk", "size": DISK_BYTES,
+                           "latency-ns": 2_000_000_000_u64, "read-zeroes": true });
+        lab.run("blockdev-add", slow).await;
+        lab.run(
+            "block-export-add",
+            json!({ "type": "nbd", "id": "slow-disk", "name": "slow-disk",
+                                            "node-name": "slow-disk", "writable": true }),
+        )
+        .await;
+        let mut client = about_to_ask(lab.path("nbd")).await;
+        let guest = {
+            let lab = Arc::clone(&lab);
+            tokio::spawn(async move { lab.try_io("slow-disk", &["write 0 4k"]).await })
+        };
+        let later = std::time::Duration::from_millis(700);
+        tokio::time::sleep(later).await;
+        let (infos, ()) = tokio::join!(lab.setup("a", both("a", "new")), async {
+            tokio::time::sleep(later).await;
+            ask_for(&mut client, "disk1").await;
+        });
+        assert_eq!(infos.len(), 2);
+        guest.await.unwrap();
+        // The server listens to it.
+        let read = [
+            &0x2560_9513_u32.to_be_bytes()[..],
+            &[0; 4],
+            &7_u64.to_be_bytes(),
+            &[0; 8],
+            &512_u32.to_be_bytes(),
+        ]
+        .concat();
+        client.write_all(&read).await.unwrap();
+        let mut reply = [0; 16 + 512];
+        client.read_exact(&mut reply).await.unwrap();
+        assert_eq!((&reply[4..8], &reply[8..16]), (&[0; 4][..], &7_u64.to_be_bytes()[..]));
         lab.teardown("a", true).await;
         Arc::into_inner(lab).expect("the writer has ended").quit().await;
     }

@@ -13,6 +13,7 @@
 
 use provider_api::{BitmapRequest, BoxFuture, GuestKind, VmBackup, VolumeInfo};
 
+use crate::job::hooks::GuestHooks;
 use crate::journal::{Journal, JournalError};
 use crate::task_log::TaskSink;
 
@@ -70,6 +71,8 @@ pub struct Task<'a> {
     pub journal: &'a Journal,
     /// The task's log.
     pub sink: &'a dyn TaskSink,
+    /// The hook script, for a driver that stops its guest.
+    pub hooks: &'a GuestHooks<'a>,
 }
 
 /// What the point in time cost the guest, as measured.
@@ -90,6 +93,10 @@ pub struct AccessStats {
     pub writes_delayed: u64,
     /// The longest such wait in nanoseconds.
     pub delay_max_ns: u64,
+    /// The wait that half of them did not exceed, over all disks, in nanoseconds.
+    pub delay_p50_ns: u64,
+    /// The wait that 99 percent of them did not exceed, over all disks, in nanoseconds.
+    pub delay_p99_ns: u64,
     /// Bytes of old data saved.
     pub captured_bytes: u64,
     /// Bytes released by the provider.

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Backup jobs: some guests, one after the other, to one provider.
+//! Backup jobs: some guests, one after the other or several at a time, to one provider.
 //!
-//! [`run_backup`] does what concerns the job: the provider's job, the locks, the recovery of what an
-//! earlier task left behind, and one report per guest. `run` drives the backup of one guest in
-//! the order that `state` keeps. One guest's failure does not stop the others.
+//! [`run_backup`] does what concerns the job: the provider's job, and one report per guest.
+//! `one_guest` does what surrounds the backup of one guest: its locks, its log, the recovery of what
+//! an earlier task left behind. `run` drives the backup itself in the order that `state` keeps. One
+//! guest's failure does not stop the others.
 
 mod aftermath;
 pub(crate) mod commit;
+pub mod hooks;
 #[cfg(debug_assertions)]
 mod kill_point;
+mod one_guest;
 mod progress;
 pub mod report;
 mod run;
@@ -19,17 +22,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::stream::{self, StreamExt as _};
 use provider_api::{BoxFuture, Call, CancellationToken, GuestKind, Job, JobInfo, Provider};
 
+use self::hooks::{Hooks, Phase};
+use self::one_guest::{Shared, SharedJob};
+use crate::bandwidth::Budget;
 use crate::guest::GuestDriver;
-use crate::journal::recover::{self, Leftover};
 use crate::layout::Layout;
-use crate::lock::FileLock;
 use crate::retention::Retention;
 use crate::storage::StorageSet;
-use crate::task_log::{FileLog, TaskSink, Tee, clean};
+use crate::task_log::{TaskSink, clean};
 use crate::tools::Tools;
-use crate::vm::backup::VmDriver;
 use crate::vm::freeze_guard::GuardCommand;
 
 pub use report::{GuestReport, JobReport};
@@ -37,6 +41,9 @@ pub use report::{GuestReport, JobReport};
 /// A busy guest fails its backup, but a lock can outlive its holder for a moment: a program that is
 /// being started by another thread has a copy of it until it is executed.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
+
+/// The most guests that a job works on at the same time.
+pub const JOBS_MAX: usize = 64;
 
 /// Where the provider of a storage is found.
 pub trait Providers: Send + Sync {
@@ -70,6 +77,11 @@ pub struct Limits {
     pub undo: Duration,
     /// For the removal of one archive, which may have to be copied into another one.
     pub removal: Duration,
+    /// For one call of the hook script.
+    pub hook: Duration,
+    /// What a call of the hook script that belongs to ending in order gets after the job was
+    /// cancelled; others are ended at once.
+    pub hook_grace: Duration,
 }
 
 impl Default for Limits {
@@ -86,6 +98,8 @@ impl Default for Limits {
             outcome_delay: Duration::from_secs(2),
             undo: Duration::from_secs(180),
             removal: Duration::from_secs(12 * 3600),
+            hook: Duration::from_secs(4 * 3600),
+            hook_grace: Duration::from_secs(60),
         }
     }
 }
@@ -130,6 +144,15 @@ pub struct BackupOptions {
     pub max_protected: Option<u32>,
     /// Which archives of the guest stay after its backup; by default all.
     pub prune: Option<Retention>,
+    /// How many guests are worked on at the same time, 1 to [`JOBS_MAX`].
+    pub jobs: usize,
+    /// What all disks together may read; by default as much as they can.
+    pub bandwidth: Option<Budget>,
+    /// RAM for old data of all disks of all guests that are worked on at the same time, in bytes;
+    /// by default only that of each disk is bounded.
+    pub buffer_total_bytes: Option<u64>,
+    /// The hook script.
+    pub script: Option<PathBuf>,
 }
 
 impl BackupOptions {
@@ -146,6 +169,10 @@ impl BackupOptions {
             protected: false,
             max_protected: None,
             prune: None,
+            jobs: 1,
+            bandwidth: None,
+            buffer_total_bytes: None,
+            script: None,
         }
     }
 }
@@ -165,11 +192,11 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     clean(&text)
 }
 
-/// Backs up guests, one after the other.
+/// Backs up guests, [`BackupOptions::jobs`] of them at a time.
 ///
-/// Never fails as a whole: what went wrong is in the report, for the job or for each guest. Ends
-/// in bounded time after `cancel`, and must be awaited to its end: dropping the future leaves what
-/// it had acquired to the recovery.
+/// Never fails as a whole: what went wrong is in the report, for the job or for each guest, in the
+/// order of the request. Ends in bounded time after `cancel`, and must be awaited to its end:
+/// dropping the future leaves what it had acquired to the recovery.
 pub async fn run_backup(
     ctx: &JobContext,
     guests: &[u32],
@@ -179,24 +206,14 @@ pub async fn run_backup(
     cancel: &CancellationToken,
 ) -> JobReport {
     let started = Instant::now();
-    let ids: Vec<String> = guests.iter().map(u32::to_string).collect();
-    sink.info(&format!(
-        "starting new backup job: vzdump {} --storage {}",
-        ids.join(" "),
-        options.storage
-    ));
+    sink.info(&format!("starting new backup job: {}", command_line(guests, options)));
     let mut report = JobReport::new(&options.storage);
-    let begin = async {
-        aftermath::check_options(options, provider)?;
-        start_job(ctx, provider, cancel).await
-    };
-    match begin.await {
-        Ok(mut job) => {
-            for &id in guests {
-                let guest = run_guest(ctx, id, provider, job.as_mut(), options, sink, cancel).await;
-                report.guests.push(guest);
-            }
-            finish_job(ctx, job, sink).await;
+    let hooks = Hooks::new(ctx, options.script.as_deref(), &options.storage, cancel);
+    let shared = Shared { ctx, provider, hooks, options, sink, cancel };
+    match init_job(&shared).await {
+        Ok(()) => {
+            (report.guests, report.error) = run_job(&shared, guests).await;
+            end_job(&shared, &mut report).await;
         }
         Err(error) => report.error = Some(error),
     }
@@ -209,6 +226,74 @@ pub async fn run_backup(
     }
     report.duration_ms = report::millis(started.elapsed());
     report
+}
+
+fn command_line(guests: &[u32], options: &BackupOptions) -> String {
+    let mut words = vec!["vzdump".to_owned()];
+    words.extend(guests.iter().map(u32::to_string));
+    words.extend(["--storage".to_owned(), options.storage.clone()]);
+    if options.jobs > 1 {
+        words.push(format!("--jobs {}", options.jobs));
+    }
+    if let Some(budget) = &options.bandwidth {
+        words.push(format!("--bwlimit {}", budget.rate_bytes_per_s() >> 10));
+    }
+    words.join(" ")
+}
+
+/// What must hold before anything is begun.
+async fn init_job(shared: &Shared<'_>) -> Result<(), String> {
+    if let Some(script) = &shared.options.script {
+        hooks::check_script(script)?;
+    }
+    aftermath::check_options(shared.options, shared.provider)?;
+    shared.hooks.job(Phase::JobInit, shared.sink).await
+}
+
+/// The provider's job from its begin to its end: the guests' reports, and what went wrong with the
+/// job itself.
+async fn run_job(shared: &Shared<'_>, guests: &[u32]) -> (Vec<GuestReport>, Option<String>) {
+    let job = match start_job(shared.ctx, shared.provider, shared.cancel).await {
+        Ok(job) => tokio::sync::Mutex::new(job),
+        Err(error) => return (Vec::new(), Some(error)),
+    };
+    let (reports, error) = match shared.hooks.job(Phase::JobStart, shared.sink).await {
+        Ok(()) => (run_guests(shared, &job, guests).await, None),
+        Err(error) => (Vec::new(), Some(error)),
+    };
+    finish_job(shared.ctx, job.into_inner(), shared.sink).await;
+    (reports, error)
+}
+
+/// Tells the hook script how the job ended. One with guests that failed has come to its end too, and
+/// so has one that was cancelled when nothing was left to be given up.
+async fn end_job(shared: &Shared<'_>, report: &mut JobReport) {
+    let is_interrupted =
+        shared.cancel.is_cancelled() && !report.guests.iter().all(GuestReport::is_success);
+    if report.error.is_none() && !is_interrupted {
+        report.error = shared.hooks.job(Phase::JobEnd, shared.sink).await.err();
+        if report.error.is_none() {
+            return;
+        }
+    }
+    if let Err(error) = shared.hooks.job(Phase::JobAbort, shared.sink).await {
+        shared.sink.warn(&error);
+    }
+}
+
+/// Works on all guests, some at a time; the reports are in the order of the guests.
+async fn run_guests(shared: &Shared<'_>, job: &SharedJob, guests: &[u32]) -> Vec<GuestReport> {
+    let runs: Vec<BoxFuture<'_, (usize, GuestReport)>> = guests
+        .iter()
+        .enumerate()
+        .map(|(index, &id)| -> BoxFuture<'_, _> {
+            Box::pin(async move { (index, shared.run_guest(job, id).await) })
+        })
+        .collect();
+    let at_once = shared.options.jobs.clamp(1, JOBS_MAX);
+    let mut reports: Vec<_> = stream::iter(runs).buffer_unordered(at_once).collect().await;
+    reports.sort_by_key(|(index, _)| *index);
+    reports.into_iter().map(|(_, report)| report).collect()
 }
 
 async fn start_job(
@@ -274,90 +359,12 @@ pub(crate) fn now_s() -> i64 {
     jiff::Timestamp::now().as_second()
 }
 
-/// One guest with its log file, from the lock to the report.
-async fn run_guest(
-    ctx: &JobContext,
-    id: u32,
-    provider: &dyn Provider,
-    job: &mut dyn Job,
-    options: &BackupOptions,
-    sink: &dyn TaskSink,
-    cancel: &CancellationToken,
-) -> GuestReport {
-    let started = Instant::now();
-    let mut report = GuestReport::new(GuestKind::Qemu, id);
-    let start = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S");
-    let begin =
-        [format!("Starting Backup of VM {id} (qemu)"), format!("Backup started at {start}")];
-    begin.iter().for_each(|line| sink.info(line));
-    let locks = match unless_cancelled(cancel, lock_guest(ctx, id, options)).await {
-        Ok(locks) => locks,
-        Err(error) => {
-            report.error = Some(error);
-            report.duration_ms = report::millis(started.elapsed());
-            report.log_end(sink);
-            return report;
-        }
-    };
-    // Only now: the file may be that of the guest's running backup.
-    let log_path = ctx.layout.log_dir().join(format!("{}-{id}.log", GuestKind::Qemu));
-    let file = FileLog::create(&log_path);
-    let tee;
-    let sink: &dyn TaskSink = match &file {
-        Ok(file) => {
-            begin.iter().for_each(|line| file.info(line));
-            report.log_path = Some(log_path);
-            tee = Tee(sink, file);
-            &tee
-        }
-        Err(error) => {
-            sink.warn(&format!("no log file '{}': {error}", log_path.display()));
-            sink
-        }
-    };
-    let begin = async {
-        let driver = ready(ctx, id, options, sink).await?;
-        aftermath::check_protected(ctx, provider, options, &report, cancel).await?;
-        Ok(driver)
-    };
-    match unless_cancelled(cancel, begin).await {
-        Ok(mut driver) => {
-            let run =
-                run::Run::new(ctx, provider, job, &mut driver, options, sink, cancel, &mut report);
-            Box::pin(run.finish()).await;
-            let aftermath = aftermath::Aftermath { ctx, provider, options, sink, cancel };
-            Box::pin(aftermath.run(&mut report)).await;
-        }
-        Err(error) => report.error = Some(error),
-    }
-    report.duration_ms = report::millis(started.elapsed());
-    report.log_end(sink);
-    drop(locks);
-    report
-}
-
 async fn unless_cancelled<T>(
     cancel: &CancellationToken,
     step: impl Future<Output = Result<T, String>>,
 ) -> Result<T, String> {
     let step = cancel.run_until_cancelled(step);
     step.await.unwrap_or_else(|| Err("the job was cancelled".to_owned()))
-}
-
-/// Cleans up after earlier tasks of a guest that is locked, and opens its driver.
-async fn ready(
-    ctx: &JobContext,
-    id: u32,
-    options: &BackupOptions,
-    sink: &dyn TaskSink,
-) -> Result<VmDriver, String> {
-    let left = recover::recover_guest(ctx, GuestKind::Qemu, id, sink)
-        .await
-        .map_err(|error| chain(&error))?;
-    if let Some(Leftover { reason, .. }) = left.first() {
-        return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
-    }
-    VmDriver::open(ctx, id, options).map_err(|error| chain(&error))
 }
 
 /// The path of the lock that backups of one guest share.
@@ -369,24 +376,6 @@ pub fn backup_lock_path(layout: &Layout, kind: GuestKind, id: u32) -> PathBuf {
 /// the removal of its archives.
 pub fn target_lock_path(layout: &Layout, kind: GuestKind, id: u32, storage: &str) -> PathBuf {
     layout.lock_dir().join(format!("backup-{kind}-{id}-{storage}.lock"))
-}
-
-async fn lock_guest(
-    ctx: &JobContext,
-    id: u32,
-    options: &BackupOptions,
-) -> Result<[FileLock; 2], String> {
-    let deadline = Instant::now() + options.lock_wait;
-    let what = format!("VM {id}");
-    let target = target_lock_path(&ctx.layout, GuestKind::Qemu, id, &options.storage);
-    let guest = backup_lock_path(&ctx.layout, GuestKind::Qemu, id);
-    let mut held = Vec::new();
-    for path in [&target, &guest] {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let lock = FileLock::acquire(path, &what, left).await.map_err(|error| chain(&error))?;
-        held.push(lock);
-    }
-    Ok(held.try_into().expect("two paths give two locks"))
 }
 
 /// Whether a driver's guest is a VM; for words in log lines.

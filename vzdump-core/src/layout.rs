@@ -125,6 +125,18 @@ impl Layout {
         self.etc.join("vzdump.conf")
     }
 
+    /// The backup jobs.
+    #[must_use]
+    pub fn jobs_config_path(&self) -> PathBuf {
+        self.etc.join("jobs.cfg")
+    }
+
+    /// The users, groups and pools; only the pools are read.
+    #[must_use]
+    pub fn user_config_path(&self) -> PathBuf {
+        self.etc.join("user.cfg")
+    }
+
     /// The list of storages.
     #[must_use]
     pub fn storage_config_path(&self) -> PathBuf {

@@ -39,7 +39,7 @@ impl std::fmt::Display for Level {
 }
 
 /// How far a task's transfer is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Progress {
     /// Number of the guest.
     pub guest_id: u32,
@@ -49,8 +49,31 @@ pub struct Progress {
     pub total_bytes: u64,
     /// Bytes among those done that were zero.
     pub zero_bytes: u64,
+    /// Bytes that need not be dealt with, because an earlier backup has them.
+    pub reused_bytes: u64,
     /// Time since the transfer began, in milliseconds.
     pub elapsed_ms: u64,
+    /// Time until it ends if it goes on as so far, in milliseconds; none if that is not known.
+    pub left_ms: Option<u64>,
+    /// Bytes read per second since the last report.
+    pub read_bytes_per_s: u64,
+    /// Bytes that were not zero, per second since the last report.
+    pub write_bytes_per_s: u64,
+    /// The disks, as far as they are known one by one.
+    pub disks: Vec<DiskProgress>,
+}
+
+/// How far the transfer of one disk is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct DiskProgress {
+    /// Device name.
+    pub device: String,
+    /// Bytes dealt with so far.
+    pub done_bytes: u64,
+    /// Bytes to be dealt with.
+    pub total_bytes: u64,
+    /// Bytes among those done that were zero.
+    pub zero_bytes: u64,
     /// Bytes read per second since the last report.
     pub read_bytes_per_s: u64,
     /// Bytes that were not zero, per second since the last report.
@@ -65,6 +88,11 @@ impl Progress {
         }
         let percent = u128::from(self.done_bytes) * 100 / u128::from(self.total_bytes);
         u8::try_from(percent).unwrap_or(100)
+    }
+
+    /// Bytes among those done that had to be stored.
+    pub fn sent_bytes(&self) -> u64 {
+        self.done_bytes.saturating_sub(self.zero_bytes)
     }
 
     /// The line of this progress: ` 10% (4.6 GiB of 41.8 GiB) in 1m, read: …, write: …`.
@@ -87,6 +115,12 @@ pub trait TaskSink: Send + Sync {
     fn line(&self, level: Level, text: &str);
     /// Progress of the transfer; called about once a second, and is not a line.
     fn progress(&self, progress: &Progress);
+    /// No more progress of this guest's transfer is to come, whether it succeeded or not.
+    fn transfer_ended(&self, _guest_id: u32) {}
+    /// One line about one of several guests that are worked on at the same time.
+    fn guest_line(&self, guest_id: u32, level: Level, text: &str) {
+        self.line(level, &format!("{guest_id}: {text}"));
+    }
 
     /// A line of weight [`Level::Info`].
     fn info(&self, text: &str) {
@@ -111,6 +145,31 @@ impl TaskSink for NoLog {
     fn progress(&self, _progress: &Progress) {}
 }
 
+/// Says of every line which guest it is about, because those of several guests mix.
+pub struct GuestLines<'a> {
+    sink: &'a dyn TaskSink,
+    guest_id: u32,
+}
+
+impl<'a> GuestLines<'a> {
+    /// Lines about this guest, for a sink of several guests.
+    pub fn new(sink: &'a dyn TaskSink, guest_id: u32) -> Self {
+        Self { sink, guest_id }
+    }
+}
+
+impl TaskSink for GuestLines<'_> {
+    fn line(&self, level: Level, text: &str) {
+        self.sink.guest_line(self.guest_id, level, text);
+    }
+    fn progress(&self, progress: &Progress) {
+        self.sink.progress(progress);
+    }
+    fn transfer_ended(&self, guest_id: u32) {
+        self.sink.transfer_ended(guest_id);
+    }
+}
+
 /// Gives everything to two sinks.
 pub struct Tee<'a>(
     /// The first to be told.
@@ -127,6 +186,10 @@ impl TaskSink for Tee<'_> {
     fn progress(&self, progress: &Progress) {
         self.0.progress(progress);
         self.1.progress(progress);
+    }
+    fn transfer_ended(&self, guest_id: u32) {
+        self.0.transfer_ended(guest_id);
+        self.1.transfer_ended(guest_id);
     }
 }
 
@@ -331,6 +394,7 @@ mod tests {
             elapsed_ms: 60_000,
             read_bytes_per_s: 362_073_292,
             write_bytes_per_s: 360_710_144,
+            ..Progress::default()
         };
         assert_eq!(
             progress.line(),
@@ -338,7 +402,8 @@ mod tests {
         );
         // Nothing to do is done; more done than announced is still 100.
         assert_eq!(Progress::default().percent(), 100);
-        assert_eq!(Progress { done_bytes: 9, total_bytes: 3, ..progress }.percent(), 100);
+        let more = Progress { done_bytes: 9, total_bytes: 3, ..progress.clone() };
+        assert_eq!(more.percent(), 100);
         assert_eq!(
             Progress { done_bytes: u64::MAX - 1, total_bytes: u64::MAX, ..progress }.percent(),
             99

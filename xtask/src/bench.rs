@@ -29,23 +29,69 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         args: Vec<String>,
     },
+    /// Backups of a VM beside nbdcopy and qemu-img convert: full, increment, many disks
+    #[command(disable_help_flag = true)]
+    Vm {
+        /// Passed to the program: --rounds N, --data MIB …, see --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
 }
 
 pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
-    let What::Fleecing { args } = &options.what;
-    let asks_only = args.iter().any(|arg| ["--help", "-h", "--list"].contains(&arg.as_str()));
-    if !asks_only {
-        setup::run_for_benchmarks()?;
-        qemu::run(paths, &qemu::Options::default())?;
+    match &options.what {
+        What::Fleecing { args } => fleecing(paths, args),
+        What::Vm { args } => vm(paths, args),
     }
-    let package = ["--release", "--package", "benches", "--bin", "fleecing-bench"];
+}
+
+/// How backups of a VM compare with plain copies.
+fn vm(paths: &Paths, args: &[String]) -> Result<ExitCode> {
+    setup::run()?;
+    qemu::run(paths, &qemu::Options::default())?;
+    let programs = [
+        "--release",
+        "--package",
+        "benches",
+        "--bin",
+        "vm-bench",
+        "--package",
+        "vzdump",
+        "--bin",
+        "vzdump",
+    ];
+    build(paths, &programs)?;
+    let release = paths.root.join("target/release");
+    let status = Command::new(release.join("vm-bench"))
+        .args(["--folder".into(), paths.root.join("target/bench").into_os_string()])
+        .args(["--vzdump".into(), release.join("vzdump").into_os_string()])
+        .env(QEMU_BIN_ENV, paths.qemu_bin())
+        .args(args)
+        .stdin(Stdio::null())
+        .status()
+        .context("vm-bench: cannot start")?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn build(paths: &Paths, programs: &[&str]) -> Result<()> {
     Step {
         name: "build the benchmark",
         log: paths.logs().join("bench-build.log"),
         show: Show::Progress,
         limit: Duration::from_secs(3600),
     }
-    .run(cargo(paths, &[&["build"], &package[..]].concat()))?;
+    .run(cargo(paths, &[&["build"], programs].concat()))
+    .map(drop)
+}
+
+fn fleecing(paths: &Paths, args: &[String]) -> Result<ExitCode> {
+    let asks_only = args.iter().any(|arg| ["--help", "-h", "--list"].contains(&arg.as_str()));
+    if !asks_only {
+        setup::run_for_benchmarks()?;
+        qemu::run(paths, &qemu::Options::default())?;
+    }
+    let package = ["--release", "--package", "benches", "--bin", "fleecing-bench"];
+    build(paths, &package)?;
     let program = [&["run", "--quiet"], &package[..], &["--"]].concat();
     let guest =
         if !asks_only && wants_guest(paths, &program, args)? { guest(paths)? } else { Vec::new() };

@@ -162,10 +162,7 @@ impl Registry {
             device.source_node == source_node
                 && device.bitmaps.as_ref().is_some_and(|bitmaps| bitmaps.uses(bitmap))
         };
-        self.accesses
-            .iter()
-            .find(|access| access.devices.iter().any(uses))
-            .map(|access| access.target_id.as_str())
+        self.find_device(uses).map(|(target_id, _)| target_id)
     }
 
     /// Whether an access of the target still has bitmaps of this node to settle.

@@ -108,9 +108,7 @@ fn prepare_and_switch(
         prepare(main_loop, target_id, plan, prepared)
             .map_err(|error| error.context(&format!("device '{device}'")))?;
     }
-    fault::point("setup_prepared");
     let drained_ns = switch(main_loop, prepared)?;
-    fault::point("setup_switched");
     prepared
         .iter()
         .map(|device| device.info(main_loop, drained_ns).map_err(|e| device.named(e)))
@@ -124,6 +122,7 @@ fn prepare(
     plan: Plan,
     prepared: &mut Vec<Prepared>,
 ) -> Result<(), Error> {
+    step()?;
     let bitmaps = SetupBitmaps::prepare(main_loop, plan.source, plan.bitmaps)?;
     let need = bitmaps.need_map();
     let device_types = request::device_types(main_loop, plan.source);
@@ -148,9 +147,11 @@ fn prepare(
     });
     let this = prepared.last_mut().expect("it was just pushed");
     let rest = &this.plan;
+    step()?;
     this.pin = Some(Holder::new(main_loop, plan.source)?);
     if let Some(fleecing) = Bds::find(main_loop, &rest.fleecing_node) {
         for backend in request::idle_backends(main_loop, fleecing) {
+            step()?;
             this.relaxed.push(Relaxed::new(main_loop, backend)?);
         }
     }
@@ -161,6 +162,7 @@ fn prepare(
         ("file", &rest.source_node),
         ("target", &rest.fleecing_node),
     ];
+    step()?;
     let filter = NodeRef::open(main_loop, &options, plan.source.inherited_flags(main_loop))?;
     let filter_node = filter.node();
     this.filter = Some(filter);
@@ -178,6 +180,7 @@ fn prepare(
         notify: notifier(target_id, &rest.device),
         on_close: on_close(target_id, &rest.device),
     };
+    step()?;
     filter::configure(main_loop, filter_node, settings).map_err(Error::new)?;
 
     let options = [
@@ -185,12 +188,20 @@ fn prepare(
         ("node-name", &rest.snapshot_node),
         ("file", &rest.filter_node),
     ];
+    step()?;
     let snapshot = NodeRef::open(main_loop, &options, SNAPSHOT_FLAGS)?;
+    step()?;
     this.owner = Some(Holder::new(main_loop, snapshot.node())?);
+    step()?;
     if let Some(bitmaps) = &mut this.bitmaps {
         bitmaps.create_copy(main_loop, snapshot.node())?;
     }
-    Ok(())
+    step()
+}
+
+/// Before everything of a setup that can fail, so that the tests make each of it fail.
+fn step() -> Result<(), Error> {
+    if fault::step_fails("setup_step") { Err(Error::new("injected")) } else { Ok(()) }
 }
 
 /// What the filter calls, in any thread, when the snapshot became worse.
@@ -248,18 +259,20 @@ impl Prepared {
 
     /// Puts the filter directly above the source, below those of other targets: what an older one
     /// does late (a guest's postponed discard) is captured for this one like any other request.
-    /// After an error this device is unchanged.
+    /// After an error [`Self::undo`] makes this device what it was.
     fn switch(&mut self, drained: &Drained) -> Result<(), Error> {
         let main_loop = drained.main_loop();
         let filter = self.filter_node().ok_or_else(|| Error::new("the filter is missing"))?;
+        step()?;
         filter::set_active(filter, true).map_err(Error::new)?;
-        if let Err(error) = drained.replace_node(self.source.node(), filter) {
+        let replaced = step().and_then(|()| drained.replace_node(self.source.node(), filter));
+        if let Err(error) = replaced {
             // Stopping cannot fail.
             let _ = filter::set_active(filter, false);
             return Err(error);
         }
         self.inserted = true;
-        fault::point("setup_inserted");
+        step()?;
         if let Some(bitmaps) = &mut self.bitmaps {
             bitmaps.switch();
         }
@@ -270,11 +283,12 @@ impl Prepared {
         if let Some(owner) = &self.owner {
             owner.allow_context_change(main_loop, self.has_device);
         }
-        Ok(())
+        step()
     }
 
     fn info(&self, main_loop: MainLoop, drained_ns: u64) -> Result<DeviceInfo, Error> {
         let bitmaps = self.bitmaps.as_ref().ok_or_else(|| Error::new("the bitmaps are gone"))?;
+        step()?;
         let bitmap: Option<BitmapInfo> = bitmaps.fill_copy(main_loop)?;
         Ok(DeviceInfo {
             node_name: self.plan.snapshot_node.clone(),

@@ -11,8 +11,8 @@ use qemu_ext_sys as sys;
 
 use super::error::Error;
 use super::glib::{self, strdup};
-use super::guard;
 use super::main_loop::MainLoop;
+use super::try_guard;
 use crate::access::{
     self, DeviceInfo, DeviceRequest, DeviceStatus, LoadRequest, Options, Readable, RemovedBitmap,
     SetupRequest, TargetStatus, TeardownOutcome,
@@ -22,6 +22,24 @@ use crate::fault;
 /// What the client gets when our code panicked.
 fn panicked() -> Error {
     Error::new("internal error in the backup access (see QEMU's log)")
+}
+
+/// Runs a command. Its value, or none when its error, or that it panicked, is handed to the caller.
+///
+/// # Safety
+/// `errp` is what a C caller gave for its error.
+unsafe fn answer<T>(
+    errp: *mut *mut sys::Error,
+    run: impl FnOnce() -> Result<T, Error>,
+) -> Option<T> {
+    let error = match try_guard(run) {
+        Some(Ok(value)) => return Some(value),
+        Some(Err(error)) => error,
+        None => panicked(),
+    };
+    // SAFETY: as the caller says.
+    unsafe { error.give(errp) };
+    None
 }
 
 /// A C structure allocated the way QEMU's generated code frees it.
@@ -238,25 +256,20 @@ pub unsafe extern "C" fn qmp_backup_access_setup(
     arguments: *mut sys::BackupAccessSetup,
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessInfoList {
-    let result = guard(Err(panicked()), || {
+    let run = || {
         fault::point("qmp_setup");
         let main_loop = MainLoop::current().ok_or_else(panicked)?;
         // SAFETY: the generated code passes the request it read.
         let request = unsafe { setup_request(&*arguments) };
         access::setup(main_loop, &request)
-    });
-    match result {
-        // SAFETY: plain C structures.
-        Ok(infos) => infos.iter().rev().fold(ptr::null_mut(), |next, info| unsafe {
-            let value = allocate(c_info(info));
-            allocate(sys::BackupAccessInfoList { next, value })
-        }),
-        Err(error) => {
-            // SAFETY: the caller's place for an error.
-            unsafe { error.give(errp) };
-            ptr::null_mut()
-        }
-    }
+    };
+    // SAFETY: the caller's place for an error.
+    let Some(infos) = (unsafe { answer(errp, run) }) else { return ptr::null_mut() };
+    // SAFETY: plain C structures.
+    infos.iter().rev().fold(ptr::null_mut(), |next, info| unsafe {
+        let value = allocate(c_info(info));
+        allocate(sys::BackupAccessInfoList { next, value })
+    })
 }
 
 /// The command `backup-access-teardown`.
@@ -269,24 +282,19 @@ pub unsafe extern "C" fn qmp_backup_access_teardown(
     success: bool,
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessTeardownResult {
-    let result = guard(Err(panicked()), || {
+    let run = || {
         fault::point("qmp_teardown");
         // SAFETY: a mandatory string of the request.
         let target_id = unsafe { glib::text(target_id) };
         access::teardown(&target_id, success)
-    });
-    match result {
-        Ok(TeardownOutcome { existed, reason }) => {
-            let reason = strdup_optional(reason.as_deref());
-            // SAFETY: a plain C structure.
-            unsafe { allocate(sys::BackupAccessTeardownResult { existed, reason }) }
-        }
-        Err(error) => {
-            // SAFETY: the caller's place for an error.
-            unsafe { error.give(errp) };
-            ptr::null_mut()
-        }
-    }
+    };
+    // SAFETY: the caller's place for an error.
+    let Some(TeardownOutcome { existed, reason }) = (unsafe { answer(errp, run) }) else {
+        return ptr::null_mut();
+    };
+    let reason = strdup_optional(reason.as_deref());
+    // SAFETY: a plain C structure.
+    unsafe { allocate(sys::BackupAccessTeardownResult { existed, reason }) }
 }
 
 /// The command `backup-access-renew`.
@@ -298,14 +306,12 @@ pub unsafe extern "C" fn qmp_backup_access_renew(
     target_id: *const c_char,
     errp: *mut *mut sys::Error,
 ) {
-    let result = guard(Err(panicked()), || {
+    let run = || {
         // SAFETY: a mandatory string of the request.
         access::renew(&unsafe { glib::text(target_id) })
-    });
-    if let Err(error) = result {
-        // SAFETY: the caller's place for an error.
-        unsafe { error.give(errp) };
-    }
+    };
+    // SAFETY: the caller's place for an error.
+    let _ = unsafe { answer(errp, run) };
 }
 
 fn c_removed(removed: &[RemovedBitmap]) -> *mut sys::BackupAccessRemovedBitmapList {
@@ -331,25 +337,18 @@ pub unsafe extern "C" fn qmp_backup_access_bitmap_remove(
     device: *const c_char,
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessBitmapRemoveResult {
-    let result = guard(Err(panicked()), || {
+    let run = || {
         fault::point("qmp_bitmap_remove");
         let main_loop = MainLoop::current().ok_or_else(panicked)?;
         // SAFETY: strings of the request; the second one may be null.
         let (target_id, device) = unsafe { (glib::text(target_id), optional(device)) };
         access::remove_bitmaps(main_loop, &target_id, device.as_deref())
-    });
-    match result {
-        Ok(removed) => {
-            let removed = c_removed(&removed);
-            // SAFETY: a plain C structure.
-            unsafe { allocate(sys::BackupAccessBitmapRemoveResult { removed }) }
-        }
-        Err(error) => {
-            // SAFETY: the caller's place for an error.
-            unsafe { error.give(errp) };
-            ptr::null_mut()
-        }
-    }
+    };
+    // SAFETY: the caller's place for an error.
+    let Some(removed) = (unsafe { answer(errp, run) }) else { return ptr::null_mut() };
+    let removed = c_removed(&removed);
+    // SAFETY: a plain C structure.
+    unsafe { allocate(sys::BackupAccessBitmapRemoveResult { removed }) }
 }
 
 /// The command `backup-access-bitmap-load`.
@@ -365,7 +364,7 @@ pub unsafe extern "C" fn qmp_backup_access_bitmap_load(
     trust_unmodified: bool,
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessBitmapLoadResult {
-    let result = guard(Err(panicked()), || {
+    let run = || {
         fault::point("qmp_bitmap_load");
         let main_loop = MainLoop::current().ok_or_else(panicked)?;
         // SAFETY: mandatory strings of the request.
@@ -373,16 +372,11 @@ pub unsafe extern "C" fn qmp_backup_access_bitmap_load(
             unsafe { (glib::text(device), glib::text(target_id), glib::text(file)) };
         let trust_unmodified = has_trust_unmodified && trust_unmodified;
         access::load_bitmap(main_loop, &LoadRequest { device, target_id, file, trust_unmodified })
-    });
-    match result {
-        // SAFETY: a plain C structure.
-        Ok(loaded) => unsafe { allocate(sys::BackupAccessBitmapLoadResult { loaded }) },
-        Err(error) => {
-            // SAFETY: the caller's place for an error.
-            unsafe { error.give(errp) };
-            ptr::null_mut()
-        }
-    }
+    };
+    // SAFETY: the caller's place for an error.
+    let Some(loaded) = (unsafe { answer(errp, run) }) else { return ptr::null_mut() };
+    // SAFETY: a plain C structure.
+    unsafe { allocate(sys::BackupAccessBitmapLoadResult { loaded }) }
 }
 
 /// The command `backup-access-bitmap-unload`.
@@ -395,17 +389,15 @@ pub unsafe extern "C" fn qmp_backup_access_bitmap_unload(
     target_id: *const c_char,
     errp: *mut *mut sys::Error,
 ) {
-    let result = guard(Err(panicked()), || {
+    let run = || {
         fault::point("qmp_bitmap_unload");
         let main_loop = MainLoop::current().ok_or_else(panicked)?;
         // SAFETY: mandatory strings of the request.
         let (device, target_id) = unsafe { (glib::text(device), glib::text(target_id)) };
         access::unload_bitmap(main_loop, &device, &target_id)
-    });
-    if let Err(error) = result {
-        // SAFETY: the caller's place for an error.
-        unsafe { error.give(errp) };
-    }
+    };
+    // SAFETY: the caller's place for an error.
+    let _ = unsafe { answer(errp, run) };
 }
 
 /// The command `query-backup-access`.
@@ -416,18 +408,13 @@ pub unsafe extern "C" fn qmp_backup_access_bitmap_unload(
 pub unsafe extern "C" fn qmp_query_backup_access(
     errp: *mut *mut sys::Error,
 ) -> *mut sys::BackupAccessStatusList {
-    let result = guard(Err(panicked()), || {
+    let run = || {
         fault::point("qmp_query");
         MainLoop::current().map(access::query).ok_or_else(panicked)
-    });
-    match result {
-        Ok(targets) => c_target_list(&targets),
-        Err(error) => {
-            // SAFETY: the caller's place for an error.
-            unsafe { error.give(errp) };
-            ptr::null_mut()
-        }
-    }
+    };
+    // SAFETY: the caller's place for an error.
+    let Some(targets) = (unsafe { answer(errp, run) }) else { return ptr::null_mut() };
+    c_target_list(&targets)
 }
 
 /// What the event `BACKUP_ACCESS_BROKEN` says.

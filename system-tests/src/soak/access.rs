@@ -218,10 +218,12 @@ impl<'a> Access<'a> {
             Visit { reader: device.reader, snapshot, tolerated, values: Arc::clone(&values) };
         let complete = visit.read(machine, rng, &at).await?;
         at("done");
+        let state = self.check_state(device, snapshot).await;
+        // It may have ended in the middle of that.
         if self.closing.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        self.check_state(device, snapshot).await?;
+        state?;
         let Some(generation) = snapshot.generation.clone().filter(|_| complete) else {
             return Ok(None);
         };

@@ -177,12 +177,12 @@ impl Disk {
         storage.export_disk(&self.guest_node(), self.iothread).await
     }
 
-    /// The process has ended: bitmaps in RAM are gone, those in images may be there.
+    /// The process has ended: bitmaps in RAM are gone, those in images may be there. Also that of a
+    /// target that had none: the end of its first access by a quit stores one.
     pub(super) fn process_ended(&self) {
         for target in 0..TARGETS.len() {
-            let mut kept = self.kept(target);
-            kept.bitmap = match self.form {
-                Form::Qcow2 if kept.bitmap != Bitmap::None => Bitmap::Unknown,
+            self.kept(target).bitmap = match self.form {
+                Form::Qcow2 => Bitmap::Unknown,
                 _ => Bitmap::None,
             };
         }

@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use super::disk::{Bitmap, Disk, Form, TARGETS};
 use super::proc::{descriptors, threads};
-use super::tally::{COMPARED, EXPIRED, HELD_UP, Places, REMOVED, RENEWED, Tally};
+use super::tally::{COMPARED, EXPIRED, Places, REMOVED, RENEWED, Tally};
 use crate::storage::{Connection, LIMIT, Launch, STDERR, Storage, until};
 use crate::stress::faults::{Fault, Faults};
 use crate::stress::reader::{check_disk, resume_disk};
@@ -70,9 +70,6 @@ impl Features {
         }
         if !self.has("backup-access-bitmap-remove") {
             missing.push(REMOVED);
-        }
-        if !self.several_targets {
-            missing.push(HELD_UP);
         }
         missing
     }

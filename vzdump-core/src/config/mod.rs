@@ -4,7 +4,9 @@
 //! A file is kept as its lines, each with what it means; what is not understood stays as it is, and
 //! writing gives back every byte that was not changed on purpose.
 
+pub mod backup;
 pub mod guest;
+pub mod jobs;
 pub mod options;
 pub mod storage;
 

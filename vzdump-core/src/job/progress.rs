@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use provider_api::Progress as Report;
 
 use super::report::millis;
-use crate::task_log::{Progress, TaskSink, clean, rate};
+use crate::task_log::{DiskProgress, Progress, TaskSink, clean, rate};
 
 /// How often progress is looked at.
 const TICK: Duration = Duration::from_millis(1000);
@@ -27,12 +27,17 @@ struct Counts {
     zero_bytes: u64,
 }
 
+/// What was counted, by the device's name.
+type Devices = BTreeMap<String, Counts>;
+
 /// Progress of one transfer.
 pub(super) struct Meter<'a> {
     guest_id: u32,
+    /// Bytes that an earlier backup has.
+    reused_bytes: u64,
     sink: &'a dyn TaskSink,
     started: Instant,
-    devices: Mutex<BTreeMap<String, Counts>>,
+    devices: Mutex<Devices>,
     /// Counts signs of life.
     beats: AtomicU64,
     lines: AtomicU64,
@@ -64,10 +69,17 @@ impl Report for Meter<'_> {
     }
 }
 
+impl Drop for Meter<'_> {
+    fn drop(&mut self) {
+        self.sink.transfer_ended(self.guest_id);
+    }
+}
+
 impl<'a> Meter<'a> {
-    pub(super) fn new(guest_id: u32, sink: &'a dyn TaskSink) -> Self {
+    pub(super) fn new(guest_id: u32, reused_bytes: u64, sink: &'a dyn TaskSink) -> Self {
         Self {
             guest_id,
+            reused_bytes,
             sink,
             started: Instant::now(),
             devices: Mutex::default(),
@@ -81,27 +93,42 @@ impl<'a> Meter<'a> {
         self.started.elapsed()
     }
 
-    fn total(&self) -> Counts {
-        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        devices.values().fold(Counts::default(), |sum, counts| Counts {
-            done_bytes: sum.done_bytes.saturating_add(counts.done_bytes),
-            total_bytes: sum.total_bytes.saturating_add(counts.total_bytes),
-            zero_bytes: sum.zero_bytes.saturating_add(counts.zero_bytes),
-        })
+    fn devices(&self) -> Devices {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn progress(&self, before: Counts, since: Duration) -> Progress {
-        let now = self.total();
-        let read = now.done_bytes.saturating_sub(before.done_bytes);
-        let zero = now.zero_bytes.saturating_sub(before.zero_bytes);
+    /// The progress, with the rates since `before`.
+    fn progress(&self, now: &Devices, before: &Devices, since: Duration) -> Progress {
+        let disk = |(device, counts): (&String, &Counts)| {
+            let before = before.get(device).copied().unwrap_or_default();
+            let read = counts.done_bytes.saturating_sub(before.done_bytes);
+            let zero = counts.zero_bytes.saturating_sub(before.zero_bytes);
+            DiskProgress {
+                device: clean(device),
+                done_bytes: counts.done_bytes,
+                total_bytes: counts.total_bytes,
+                zero_bytes: counts.zero_bytes,
+                read_bytes_per_s: rate(read, since),
+                write_bytes_per_s: rate(read.saturating_sub(zero), since),
+            }
+        };
+        let disks: Vec<DiskProgress> = now.iter().map(disk).collect();
+        let sum = |part: fn(&DiskProgress) -> u64| {
+            disks.iter().fold(0, |sum: u64, disk| sum.saturating_add(part(disk)))
+        };
+        let (done_bytes, total_bytes) = (sum(|disk| disk.done_bytes), sum(|disk| disk.total_bytes));
+        let elapsed = self.elapsed();
         Progress {
             guest_id: self.guest_id,
-            done_bytes: now.done_bytes,
-            total_bytes: now.total_bytes,
-            zero_bytes: now.zero_bytes,
-            elapsed_ms: millis(self.elapsed()),
-            read_bytes_per_s: rate(read, since),
-            write_bytes_per_s: rate(read.saturating_sub(zero), since),
+            done_bytes,
+            total_bytes,
+            zero_bytes: sum(|disk| disk.zero_bytes),
+            reused_bytes: self.reused_bytes,
+            elapsed_ms: millis(elapsed),
+            left_ms: left_ms(done_bytes, total_bytes, elapsed),
+            read_bytes_per_s: sum(|disk| disk.read_bytes_per_s),
+            write_bytes_per_s: sum(|disk| disk.write_bytes_per_s),
+            disks,
         }
     }
 
@@ -123,7 +150,7 @@ impl<'a> Meter<'a> {
 
     /// The last line, with the average rates.
     pub(super) fn end(&self) {
-        let progress = self.progress(Counts::default(), self.elapsed());
+        let progress = self.progress(&self.devices(), &Devices::new(), self.elapsed());
         if progress.total_bytes > 0 {
             self.sink.progress(&progress);
             self.sink.info(&progress.line());
@@ -131,36 +158,43 @@ impl<'a> Meter<'a> {
     }
 }
 
+/// The time left if all goes on as it did on average.
+fn left_ms(done_bytes: u64, total_bytes: u64, elapsed: Duration) -> Option<u64> {
+    let left = u128::from(total_bytes.saturating_sub(done_bytes));
+    let ms = (left * u128::from(millis(elapsed))).checked_div(u128::from(done_bytes))?;
+    Some(u64::try_from(ms).unwrap_or(u64::MAX))
+}
+
 struct Reporter {
     /// Counts and time of the last percent line.
-    line: (Counts, Instant),
+    line: (Devices, Instant),
     percent: Option<u8>,
     /// Counts and time of the last progress.
-    tick: (Counts, Instant),
+    tick: (Devices, Instant),
 }
 
 impl Reporter {
     fn new() -> Self {
-        let start = (Counts::default(), Instant::now());
-        Self { line: start, percent: None, tick: start }
+        let start = (Devices::new(), Instant::now());
+        Self { line: start.clone(), percent: None, tick: start }
     }
 
     fn tick(&mut self, meter: &Meter<'_>) {
-        let counts = meter.total();
-        if counts.total_bytes == 0 {
+        let now = meter.devices();
+        let progress = meter.progress(&now, &self.tick.0, self.tick.1.elapsed());
+        if progress.total_bytes == 0 {
             return;
         }
-        let progress = meter.progress(self.tick.0, self.tick.1.elapsed());
         meter.sink.progress(&progress);
-        self.tick = (counts, Instant::now());
+        self.tick = (now.clone(), Instant::now());
         let is_due = self.percent != Some(progress.percent())
             && progress.percent() < 100
             && (self.percent.is_none() || self.line.1.elapsed() >= LINE_INTERVAL);
         if is_due {
-            let line = meter.progress(self.line.0, self.line.1.elapsed());
+            let line = meter.progress(&now, &self.line.0, self.line.1.elapsed());
             meter.sink.info(&line.line());
             self.percent = Some(line.percent());
-            self.line = (counts, Instant::now());
+            self.line = (now, Instant::now());
         }
     }
 }
@@ -173,7 +207,7 @@ mod tests {
     #[test]
     fn devices_are_added_up_and_percent_lines_are_few() {
         let sink = MemoryLog::default();
-        let meter = Meter::new(100, &sink);
+        let meter = Meter::new(100, 7, &sink);
         let mut reporter = Reporter::new();
         reporter.tick(&meter);
         assert_eq!(sink.text(), "", "nothing is known yet");
@@ -189,9 +223,33 @@ mod tests {
     }
 
     #[test]
+    fn each_disk_has_its_rates_and_the_time_left_is_that_of_all() {
+        let sink = MemoryLog::default();
+        let meter = Meter::new(100, 7, &sink);
+        meter.report("scsi0", 100, 1000, 40);
+        let before = meter.devices();
+        meter.report("scsi0", 300, 1000, 40);
+        meter.report("scsi1", 50, 100, 50);
+        let progress = meter.progress(&meter.devices(), &before, Duration::from_secs(2));
+        let rates: Vec<_> = progress
+            .disks
+            .iter()
+            .map(|disk| (disk.device.as_str(), disk.read_bytes_per_s, disk.write_bytes_per_s))
+            .collect();
+        assert_eq!(rates, [("scsi0", 100, 100), ("scsi1", 25, 0)]);
+        assert_eq!((progress.read_bytes_per_s, progress.write_bytes_per_s), (125, 100));
+        assert_eq!((progress.done_bytes, progress.total_bytes), (350, 1100));
+        assert_eq!((progress.sent_bytes(), progress.reused_bytes), (260, 7));
+        assert_eq!(left_ms(250, 1000, Duration::from_secs(1)), Some(3000));
+        assert_eq!(left_ms(0, 1000, Duration::from_secs(1)), None);
+        assert_eq!(left_ms(9, 3, Duration::from_secs(1)), Some(0));
+        assert_eq!(left_ms(1, u64::MAX, Duration::MAX), Some(u64::MAX));
+    }
+
+    #[test]
     fn a_talkative_provider_is_cut_off() {
         let sink = MemoryLog::default();
-        let meter = Meter::new(100, &sink);
+        let meter = Meter::new(100, 7, &sink);
         for _ in 0..PROVIDER_LINES_MAX + 100 {
             meter.log("line\n");
         }
@@ -201,7 +259,7 @@ mod tests {
     #[tokio::test]
     async fn a_transfer_that_stands_still_is_noticed() {
         let sink = MemoryLog::default();
-        let meter = Meter::new(100, &sink);
+        let meter = Meter::new(100, 7, &sink);
         meter.report("scsi0", 1, 2, 0);
         let stall = Duration::from_millis(1);
         // Ends at all.

@@ -37,7 +37,7 @@ impl JobReport {
         }
     }
 
-    /// Whether every guest's backup is durable.
+    /// Whether every guest's backup is durable, and nothing else failed.
     pub fn is_success(&self) -> bool {
         self.error.is_none() && self.guests.iter().all(GuestReport::is_success)
     }
@@ -88,6 +88,8 @@ pub struct GuestReport {
     pub disks_size_bytes: u64,
     /// What was moved.
     pub transferred: Transferred,
+    /// Bytes of the disks that an earlier backup has.
+    pub reused_bytes: u64,
     /// Duration of the whole backup in milliseconds.
     pub duration_ms: u64,
     /// Duration of the copying alone in milliseconds.
@@ -117,6 +119,7 @@ impl GuestReport {
             archive_size_bytes: 0,
             disks_size_bytes: 0,
             transferred: Transferred::default(),
+            reused_bytes: 0,
             duration_ms: 0,
             transfer_ms: 0,
             point_in_time: PointInTime::default(),
@@ -127,9 +130,9 @@ impl GuestReport {
         }
     }
 
-    /// Whether the archive is durable.
+    /// Whether the archive is durable and nothing that came after it failed.
     pub fn is_success(&self) -> bool {
-        self.result == GuestResult::Committed
+        self.result == GuestResult::Committed && self.error.is_none()
     }
 
     /// The last lines of the guest's log.

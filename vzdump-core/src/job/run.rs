@@ -6,22 +6,26 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use provider_api::{
-    BitmapRequest, CancellationToken, GuestBackup, GuestInfo, Job, Provider, Uuid, VolumeInfo,
+    BitmapRequest, CancellationToken, GuestBackup, GuestInfo, Provider, Uuid, VolumeInfo,
     check_archive_name,
 };
 
+use super::hooks::GuestHooks;
 #[cfg(debug_assertions)]
 use super::kill_point;
+use super::one_guest::{Shared, SharedJob};
 use super::progress::Meter;
 use super::report::{GuestReport, millis};
 use super::state::{Action, Event, Machine, Outcome};
 use super::{BackupOptions, JobContext, Limits, call_within, chain, guest_words};
-use crate::guest::{GuestDriver, GuestError, Task};
+use crate::guest::{GuestDriver, GuestError, Task, VolumeReport};
 use crate::journal::{Begin, Entry, Journal, TaskKind};
 use crate::task_log::{TaskSink, size, transferred};
 
 /// How long the reason of a broken snapshot is waited for after the provider failed.
 const REASON_WAIT: Duration = Duration::from_millis(500);
+/// QEMU's word for a bitmap that says what changed.
+const BITMAP_USED: &str = "used";
 /// Longest generation a provider may ask for.
 const GENERATION_BYTES_MAX: usize = 255;
 
@@ -29,7 +33,8 @@ const GENERATION_BYTES_MAX: usize = 255;
 pub(super) struct Run<'a> {
     pub(super) ctx: &'a JobContext,
     pub(super) provider: &'a dyn Provider,
-    job: &'a mut dyn Job,
+    job: &'a SharedJob,
+    hooks: &'a GuestHooks<'a>,
     driver: &'a mut dyn GuestDriver,
     options: &'a BackupOptions,
     pub(super) sink: &'a dyn TaskSink,
@@ -53,25 +58,23 @@ fn words(error: impl std::error::Error + 'static) -> String {
 }
 
 impl<'a> Run<'a> {
-    #[expect(clippy::too_many_arguments, reason = "the one place where all of a run meets")]
     pub(super) fn new(
-        ctx: &'a JobContext,
-        provider: &'a dyn Provider,
-        job: &'a mut dyn Job,
+        shared: &Shared<'a>,
+        job: &'a SharedJob,
+        hooks: &'a GuestHooks<'a>,
         driver: &'a mut dyn GuestDriver,
-        options: &'a BackupOptions,
         sink: &'a dyn TaskSink,
-        cancel: &'a CancellationToken,
         report: &'a mut GuestReport,
     ) -> Self {
         Self {
-            ctx,
-            provider,
+            ctx: shared.ctx,
+            provider: shared.provider,
             job,
+            hooks,
             driver,
-            options,
+            options: shared.options,
             sink,
-            cancel,
+            cancel: shared.cancel,
             report,
             journal: None,
             backup: None,
@@ -184,7 +187,7 @@ impl<'a> Run<'a> {
         let Some(journal) = &self.journal else {
             return Ok(());
         };
-        let task = Task { journal, sink: self.sink };
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
         match action {
             Action::Acquire => self.driver.acquire(task).await,
             Action::OpenSource => self.driver.open_source(task).await,
@@ -214,8 +217,13 @@ impl<'a> Run<'a> {
             name: self.driver.name(),
             start_time_s: super::now_s(),
         };
-        let call = call_within(self.cancel, self.ctx.limits.provider_call);
-        let backup = self.job.start_guest(info, &call).await.map_err(words)?;
+        // Other guests of the job may be before this one; each of them is bounded.
+        let mut job = self.job.lock().await;
+        let limit = self.ctx.limits.provider_call;
+        let call = call_within(self.cancel, limit);
+        let start = async { job.start_guest(info, &call).await.map_err(words) };
+        let backup = within(Some(limit), Action::StartGuest, start).await?;
+        drop(job);
         let name = backup.archive_name().to_owned();
         // Kept before it is checked: a backup with a bad name must be aborted too.
         self.backup = Some(backup);
@@ -229,7 +237,7 @@ impl<'a> Run<'a> {
 
     async fn prepare(&mut self) -> StepResult {
         let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink };
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
         self.volumes = self.driver.prepare(task).await.map_err(words)?;
         self.report.disks_size_bytes =
             self.volumes.iter().fold(0, |sum, volume| sum.saturating_add(volume.size_bytes));
@@ -247,7 +255,7 @@ impl<'a> Run<'a> {
 
     async fn point_in_time(&mut self) -> StepResult<()> {
         let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink };
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
         let result = self.driver.point_in_time(&self.requests, task).await;
         self.report.point_in_time = result.map_err(words)?;
         Ok(())
@@ -257,8 +265,9 @@ impl<'a> Run<'a> {
         let source = self.driver.source();
         let backup = self.backup.as_mut().ok_or("the provider's backup is not begun")?;
         let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink };
-        let meter = Meter::new(self.driver.id(), self.sink);
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
+        self.report.reused_bytes = reused_bytes(&self.driver.volumes());
+        let meter = Meter::new(self.driver.id(), self.report.reused_bytes, self.sink);
         let stall = self.ctx.limits.transfer_stall;
         // Cancelled with the job, and when the snapshot is lost; it has no deadline of its own.
         let call = provider_api::Call { cancel: self.cancel.child_token(), deadline: None };
@@ -283,7 +292,7 @@ impl<'a> Run<'a> {
         let moved = result?;
         meter.end();
         self.report.transferred = moved;
-        log_moved(self.sink, &moved, meter.elapsed());
+        self.log_moved(meter.elapsed());
         Ok(())
     }
 
@@ -313,27 +322,46 @@ impl<'a> Run<'a> {
         journal.remove().await.map_err(words)
     }
 
+    fn log_moved(&self, elapsed: Duration) {
+        let (moved, reused) = (&self.report.transferred, self.report.reused_bytes);
+        let part = |bytes, of| {
+            let percent = (u128::from(bytes) * 100).checked_div(u128::from(of)).unwrap_or(0);
+            format!("{} ({percent}%)", size(bytes))
+        };
+        if moved.zero_bytes > 0 {
+            let zero = part(moved.zero_bytes, moved.total_bytes);
+            self.sink.info(&format!("backup is sparse: {zero} total zero data"));
+        }
+        if reused > 0 {
+            let reused = part(reused, self.report.disks_size_bytes);
+            self.sink.info(&format!("backup was done incrementally, reused {reused}"));
+        }
+        self.sink.info(&transferred(moved.total_bytes, elapsed));
+    }
+
     fn log_costs(&self) {
         if let Some(stats) = &self.report.access {
+            let ms = |ns: u64| format!("{:.1} ms", ns as f64 / 1e6);
             self.sink.info(&format!(
-                "guest writes that had to wait: {}, longest {:.1} ms; old data saved: {}",
+                "guest writes that had to wait: {} (half of them up to {}, 99% up to {}, longest {}); \
+                 old data saved: {}",
                 stats.writes_delayed,
-                stats.delay_max_ns as f64 / 1e6,
+                ms(stats.delay_p50_ns),
+                ms(stats.delay_p99_ns),
+                ms(stats.delay_max_ns),
                 size(stats.captured_bytes),
             ));
         }
     }
 }
 
-fn log_moved(sink: &dyn TaskSink, moved: &provider_api::Transferred, elapsed: Duration) {
-    if moved.zero_bytes > 0 && moved.total_bytes > 0 {
-        let percent = u128::from(moved.zero_bytes) * 100 / u128::from(moved.total_bytes);
-        sink.info(&format!(
-            "backup is sparse: {} ({percent}%) total zero data",
-            size(moved.zero_bytes)
-        ));
-    }
-    sink.info(&transferred(moved.total_bytes, elapsed));
+/// What the used bitmaps say did not change.
+fn reused_bytes(volumes: &[VolumeReport]) -> u64 {
+    let used = volumes.iter().filter(|volume| volume.bitmap_action == BITMAP_USED);
+    used.fold(0, |sum: u64, volume| {
+        let dirty = volume.dirty_bytes.unwrap_or(volume.size_bytes);
+        sum.saturating_add(volume.size_bytes.saturating_sub(dirty))
+    })
 }
 
 /// A provider's answer is untrusted input.
@@ -358,7 +386,6 @@ fn check_requests(requests: &[BitmapRequest], disks: usize) -> Result<(), String
 fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
     match action {
         Action::OpenJournal
-        | Action::StartGuest
         | Action::Prepare
         | Action::PlanVolumes
         | Action::OpenSource
@@ -366,7 +393,11 @@ fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
         Action::Acquire => Some(limits.acquire),
         Action::PointInTime => Some(limits.point_in_time),
         // These bound themselves, by progress or by their own limits.
-        Action::Transfer | Action::Commit | Action::AskOutcome | Action::Finish(_) => None,
+        Action::StartGuest
+        | Action::Transfer
+        | Action::Commit
+        | Action::AskOutcome
+        | Action::Finish(_) => None,
         _ => Some(limits.undo),
     }
 }

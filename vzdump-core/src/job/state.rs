@@ -141,10 +141,14 @@ impl Machine {
         self.current
     }
 
-    /// Whether cancellation still has an effect: until the commit begins.
+    /// Whether cancellation has an effect: from when there is a journal, which a thread creates that
+    /// would go on by itself, until the commit begins.
     pub fn is_cancellable(&self) -> bool {
-        !self.unwinding
-            && !matches!(self.current, Action::Commit | Action::AskOutcome | Action::RecordOutcome)
+        let is_shielded = matches!(
+            self.current,
+            Action::OpenJournal | Action::Commit | Action::AskOutcome | Action::RecordOutcome
+        );
+        !self.unwinding && !is_shielded
     }
 
     /// Takes what became of the current action and says what is next.
@@ -374,12 +378,13 @@ mod tests {
     }
 
     #[test]
-    fn cancellation_ends_at_the_commit() {
+    fn cancellation_begins_with_the_journal_and_ends_at_the_commit() {
         let mut machine = Machine::new();
         let mut at_commit = false;
         while !matches!(machine.current(), Action::Finish(_)) {
             at_commit |= machine.current() == Action::Commit;
-            assert_eq!(machine.is_cancellable(), !at_commit, "{:?}", machine.current());
+            let expected = !at_commit && machine.current() != Action::OpenJournal;
+            assert_eq!(machine.is_cancellable(), expected, "{:?}", machine.current());
             let event = good(machine.current());
             machine.on(event);
         }

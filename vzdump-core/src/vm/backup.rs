@@ -14,21 +14,22 @@
 //! only files are left to be removed.
 
 mod disks;
+mod limited;
 pub(crate) mod ops;
 mod source;
+mod stats;
 mod watch;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use provider_api::{BitmapRequest, BoxFuture, GuestKind, Uuid, VmBackup, VolumeInfo};
-use qmp_client::backup::{
-    self, AccessInfo, AccessStatus, BackupAccess, BitmapMode, Device, SetupRequest,
-};
+use qmp_client::backup::{self, AccessInfo, BackupAccess, BitmapMode, Device, SetupRequest};
 use qmp_client::commands::{QueryStatus, RunState};
 use qmp_client::{Error, EventStream, Session};
 
 use self::disks::Disk;
+use self::limited::LimitedDisk;
 use super::freeze_guard::{self, Frozen, GuardCommand};
 use super::runner;
 use crate::config::guest::VmConfig;
@@ -94,6 +95,8 @@ pub struct VmDriver {
     server: Option<Server>,
     /// Exports and server are ready.
     is_open: bool,
+    /// With a bandwidth limit: the way to each disk's export.
+    limited: Vec<LimitedDisk>,
     stats: Option<AccessStats>,
 }
 
@@ -132,6 +135,7 @@ impl VmDriver {
             run_dir: None,
             server: None,
             is_open: false,
+            limited: Vec::new(),
             stats: None,
         })
     }
@@ -295,6 +299,9 @@ impl VmDriver {
         });
         let mut setup = SetupRequest::new(target_id, devices.collect());
         setup.buffer_size_bytes = self.options.buffer_size_bytes;
+        // Guests that run at the same time cannot lend each other RAM, so each has its part.
+        let guests = self.options.jobs.max(1) as u64;
+        setup.buffer_total_bytes = self.options.buffer_total_bytes.map(|total| total / guests);
         setup.granularity_bytes = self.options.granularity_bytes;
         setup.lease_s = Some(LEASE_S);
         setup
@@ -386,7 +393,7 @@ impl VmDriver {
         match backup::query(&session).await {
             Ok(all) => {
                 let ours = all.iter().find(|status| status.target_id == target);
-                self.stats = ours.map(stats_of);
+                self.stats = ours.map(stats::stats_of);
             }
             Err(error) => {
                 let error = chain(&error);
@@ -457,15 +464,6 @@ pub(crate) async fn free_volume(
         Err(error) => Err(error),
     };
     freed.map(|_| ()).map_err(GuestError::at(format!("remove the volume '{volume}'")))
-}
-
-fn stats_of(status: &AccessStatus) -> AccessStats {
-    status.devices.iter().fold(AccessStats::default(), |sum, device| AccessStats {
-        writes_delayed: sum.writes_delayed.saturating_add(device.writes_delayed),
-        delay_max_ns: sum.delay_max_ns.max(device.delay_max_ns),
-        captured_bytes: sum.captured_bytes.saturating_add(device.captured_bytes),
-        released_bytes: sum.released_bytes.saturating_add(device.released_bytes),
-    })
 }
 
 /// Eight random hexadecimal digits.

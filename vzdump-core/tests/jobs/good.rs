@@ -62,6 +62,7 @@ async fn the_report_and_the_log_have_every_number() {
     assert_eq!(report.point_in_time.freeze_ms, None);
     let access = report.access.unwrap();
     assert_eq!((access.writes_delayed, access.delay_max_ns, access.captured_bytes), (6, 7, 8192));
+    assert_eq!((access.delay_p50_ns, access.delay_p99_ns), (3, 7));
     assert_eq!(report.volumes[1].bitmap_action, "new");
     let text = world.sink.text();
     for line in [
@@ -75,6 +76,7 @@ async fn the_report_and_the_log_have_every_number() {
         "INFO: all read",
         "INFO: 100% (2.5 MiB of 2.5 MiB) in 0s",
         "INFO: transferred 2.50 MiB in <1 seconds",
+        "INFO: guest writes that had to wait: 6 (half of them up to 0.0 ms, 99% up to 0.0 ms, ",
         "INFO: Finished Backup of VM 100 (00:00:0",
         "INFO: Backup job finished successfully",
     ] {
@@ -99,7 +101,10 @@ async fn an_increment_uses_the_bitmap_of_its_generation() {
     assert!(setup.contains("\"generation\":\"gen-1\"") && setup.contains("\"none\""), "{setup}");
     let volumes = world.provider.calls().into_iter().find(|c| c.starts_with("volumes")).unwrap();
     assert!(volumes.contains("scsi0 Reuse") && volumes.contains("virtio1 None None"), "{volumes}");
-    assert!(world.sink.text().contains("OK (64.0 KiB of 1.0 MiB dirty)"));
+    let text = world.sink.text();
+    assert!(text.contains("OK (64.0 KiB of 1.0 MiB dirty)"));
+    assert_eq!(report.reused_bytes, (1 << 20) - (64 << 10));
+    assert!(text.contains("INFO: backup was done incrementally, reused 960.0 KiB (37%)"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,9 +12,11 @@ mod crash;
 mod faults;
 mod good;
 mod guard;
+mod hooks;
 mod peer;
 mod provider;
 mod restore;
+mod several;
 mod world;
 
 /// Not a test: the freeze guard, when this program is started as one.

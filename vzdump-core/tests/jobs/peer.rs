@@ -30,6 +30,8 @@ pub struct Access {
     pub target: String,
     pub devices: Vec<Value>,
     pub lease_s: Option<u64>,
+    /// `buffer-total` of the request.
+    pub buffer_total: Option<u64>,
 }
 
 #[derive(Default)]
@@ -302,7 +304,8 @@ impl State {
         }
         let target = arguments["target-id"].as_str().unwrap().to_owned();
         let lease_s = arguments["lease"].as_u64();
-        self.access = Some(Access { target, devices, lease_s });
+        let buffer_total = arguments["buffer-total"].as_u64();
+        self.access = Some(Access { target, devices, lease_s, buffer_total });
         Ok(Value::Array(infos))
     }
 

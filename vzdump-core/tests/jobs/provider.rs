@@ -43,6 +43,12 @@ pub struct Script {
     pub activation: std::time::Duration,
     /// `backup_vm` tells that it began, and waits to be told to go on.
     pub hold: Option<Arc<(Notify, Notify)>>,
+    /// How long `backup_vm` takes.
+    pub copy_for: std::time::Duration,
+    /// The call that fails for this guest alone.
+    pub fail_guest: Option<(u32, &'static str)>,
+    /// The call that panics for this guest.
+    pub panic_guest: Option<(u32, &'static str)>,
     pub requests: Vec<BitmapRequest>,
     pub archive_name: Option<String>,
     /// What the storage holds, and what its removal says of what others need.
@@ -68,6 +74,10 @@ pub struct Stored {
 pub struct Inner {
     pub script: Mutex<Script>,
     pub calls: Mutex<Vec<String>>,
+    /// Guests whose backups were given up, and why.
+    pub aborts: Mutex<Vec<(u32, String)>>,
+    /// Guests that are being copied, now and at most.
+    pub copies: Mutex<(usize, usize)>,
     dir: PathBuf,
 }
 
@@ -91,6 +101,17 @@ impl Inner {
         Ok(())
     }
 
+    fn guest_call(&self, guest: u32, name: &'static str) -> Result<()> {
+        self.call(name)?;
+        let panic_guest = self.script.lock().unwrap().panic_guest;
+        assert!(panic_guest != Some((guest, name)), "scripted panic of {name} of {guest}");
+        if self.script.lock().unwrap().fail_guest == Some((guest, name)) {
+            let text = format!("scripted failure of {name} of {guest}");
+            return Err(Error::new(Kind::Other, text));
+        }
+        Ok(())
+    }
+
     fn commit_file(&self, id: Uuid) -> PathBuf {
         self.dir.join(id.to_string())
     }
@@ -102,8 +123,13 @@ pub struct FakeProvider(pub Arc<Inner>);
 impl FakeProvider {
     pub fn new(dir: &Path, script: Script) -> Self {
         std::fs::create_dir_all(dir).unwrap();
-        let calls = Mutex::default();
-        Self(Arc::new(Inner { script: Mutex::new(script), calls, dir: dir.to_owned() }))
+        Self(Arc::new(Inner {
+            script: Mutex::new(script),
+            calls: Mutex::default(),
+            aborts: Mutex::default(),
+            copies: Mutex::default(),
+            dir: dir.to_owned(),
+        }))
     }
 
     pub fn calls(&self) -> Vec<String> {
@@ -243,13 +269,14 @@ struct FakeJob(Arc<Inner>);
 impl Job for FakeJob {
     fn start_guest<'a>(
         &'a mut self,
-        _guest: GuestInfo,
+        guest: GuestInfo,
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<Box<dyn GuestBackup>>> {
         let name = self.0.script.lock().unwrap().archive_name.clone();
         let name = name.unwrap_or_else(|| ARCHIVE.to_owned());
-        let backup: Box<dyn GuestBackup> = Box::new(FakeBackup(Arc::clone(&self.0), name));
-        ready(self.0.call("start_guest").map(|()| backup))
+        let backup: Box<dyn GuestBackup> =
+            Box::new(FakeBackup(Arc::clone(&self.0), name, guest.id));
+        ready(self.0.guest_call(guest.id, "start_guest").map(|()| backup))
     }
 
     fn finish<'a>(self: Box<Self>, _call: &'a Call) -> BoxFuture<'a, Result<()>>
@@ -260,7 +287,25 @@ impl Job for FakeJob {
     }
 }
 
-struct FakeBackup(Arc<Inner>, String);
+struct FakeBackup(Arc<Inner>, String, u32);
+
+/// Counts a guest that is being copied.
+struct Copying<'a>(&'a Inner);
+
+impl<'a> Copying<'a> {
+    fn begin(inner: &'a Inner) -> Self {
+        let mut copies = inner.copies.lock().unwrap();
+        copies.0 += 1;
+        copies.1 = copies.1.max(copies.0);
+        Self(inner)
+    }
+}
+
+impl Drop for Copying<'_> {
+    fn drop(&mut self) {
+        self.0.copies.lock().unwrap().0 -= 1;
+    }
+}
 
 impl GuestBackup for FakeBackup {
     fn archive_name(&self) -> &str {
@@ -273,7 +318,7 @@ impl GuestBackup for FakeBackup {
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<Vec<BitmapRequest>>> {
         let requests = self.0.script.lock().unwrap().requests.clone();
-        ready(self.0.call("plan_volumes").map(|()| {
+        ready(self.0.guest_call(self.2, "plan_volumes").map(|()| {
             if requests.is_empty() { vec![BitmapRequest::New; volumes.len()] } else { requests }
         }))
     }
@@ -285,7 +330,10 @@ impl GuestBackup for FakeBackup {
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<Transferred>> {
         Box::pin(async move {
-            self.0.call("backup_vm")?;
+            self.0.guest_call(self.2, "backup_vm")?;
+            let _copying = Copying::begin(&self.0);
+            let copy_for = self.0.script.lock().unwrap().copy_for;
+            tokio::time::sleep(copy_for).await;
             let described: Vec<String> = backup
                 .volumes
                 .iter()
@@ -311,7 +359,7 @@ impl GuestBackup for FakeBackup {
         Self: 'a,
     {
         Box::pin(async move {
-            self.0.call("commit")?;
+            self.0.guest_call(self.2, "commit")?;
             let how = self.0.script.lock().unwrap().commit;
             let write = || std::fs::write(self.0.commit_file(id), ARCHIVE).unwrap();
             let failed = Error::new(Kind::Io, "scripted failure of commit");
@@ -333,10 +381,11 @@ impl GuestBackup for FakeBackup {
         })
     }
 
-    fn abort<'a>(self: Box<Self>, _why: &'a str, _call: &'a Call) -> BoxFuture<'a, Result<()>>
+    fn abort<'a>(self: Box<Self>, why: &'a str, _call: &'a Call) -> BoxFuture<'a, Result<()>>
     where
         Self: 'a,
     {
+        self.0.aborts.lock().unwrap().push((self.2, why.to_owned()));
         ready(self.0.call("abort"))
     }
 }

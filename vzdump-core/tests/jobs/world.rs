@@ -57,7 +57,7 @@ impl Providers for One {
 }
 
 /// The process that counts as the VM's QEMU.
-struct PidHolder(Child);
+pub struct PidHolder(Child);
 
 impl Drop for PidHolder {
     fn drop(&mut self) {
@@ -216,7 +216,7 @@ impl World {
     }
 }
 
-fn start_qemu(pid_file: &Path) -> PidHolder {
+pub fn start_qemu(pid_file: &Path) -> PidHolder {
     let mut child = own_command("pid_holder_entry")
         .env("VZDUMP_TEST_PID_FILE", pid_file)
         .stdin(Stdio::piped())

@@ -9,18 +9,22 @@ use qmp_client::backup::{AccessInfo, BitmapAction};
 use qmp_client::commands::{BitmapRef, NbdExportAdd, NbdServerStart};
 
 use super::disks::Disk;
+use super::limited::LimitedDisk;
 use super::{Server, VmDriver, ops, short_id};
 use crate::blocking;
 use crate::guest::{GuestError, Task};
 use crate::journal::Entry;
 use crate::layout::{check_socket_path, make_private_dir};
 
+/// Name of the socket of QEMU's server.
+const NBD_SOCKET: &str = "nbd";
+
 impl VmDriver {
     pub(super) async fn do_open_source(&mut self, task: Task<'_>) -> Result<(), GuestError> {
         let session = self.session()?.clone();
         // Short, because the path of a socket is limited to 107 bytes.
         let dir = self.layout.vm_run_dir(self.id).join(format!("b-{}", short_id()));
-        let socket = dir.join("nbd");
+        let socket = dir.join(NBD_SOCKET);
         check_socket_path(&socket).map_err(GuestError::at("choose a socket for the disks"))?;
         task.journal.append(Entry::Directory { path: dir.clone() }).await?;
         self.run_dir = Some(dir.clone());
@@ -45,6 +49,14 @@ impl VmDriver {
                 .await
                 .map_err(GuestError::at(format!("export the disk '{}'", disk.key)))?;
         }
+        if let Some(budget) = &self.options.bandwidth {
+            let share = budget.guest();
+            for index in 0..self.disks.len() {
+                let own = dir.join(format!("lim{index}"));
+                let disk = LimitedDisk::open(own, dir.join(NBD_SOCKET), share.disk());
+                self.limited.push(disk.map_err(GuestError::at("open a socket for a disk"))?);
+            }
+        }
         self.is_open = true;
         Ok(())
     }
@@ -55,6 +67,7 @@ impl VmDriver {
 
     pub(super) async fn do_close_source(&mut self) -> Result<(), GuestError> {
         self.is_open = false;
+        self.limited.clear();
         // The directory stays with a server that stays: its socket tells the recovery whose it is.
         self.stop_server().await?;
         remove_dir(self.run_dir.take()).await
@@ -83,8 +96,12 @@ impl VmDriver {
     pub(super) fn make_source(&self) -> VmBackup {
         let mut volumes = Vec::new();
         if let Some(Server { socket, .. }) = self.server.as_ref().filter(|_| self.is_open) {
-            let pairs = self.disks.iter().zip(&self.infos);
-            volumes = pairs.map(|(disk, info)| volume_of(disk, info, socket.clone())).collect();
+            let pairs = self.disks.iter().zip(&self.infos).enumerate();
+            let offered = pairs.map(|(index, (disk, info))| {
+                let limited = self.limited.get(index).map(LimitedDisk::socket);
+                volume_of(disk, info, limited.unwrap_or(socket).to_owned())
+            });
+            volumes = offered.collect();
         }
         let config = self.config.for_backup().to_string().into_bytes();
         VmBackup { config, firewall: self.firewall.clone(), volumes }

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! From what a backup is asked to do, through `jobs.cfg` and `vzdump.conf`, to what is done.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use vzdump_core::bandwidth::{Budget, MIN_BYTES_PER_S};
+use vzdump_core::config::OptionList;
+use vzdump_core::config::backup::{BackupSettings, Selection};
+use vzdump_core::config::guest::VmConfig;
+use vzdump_core::config::jobs::{read_job, read_pool};
+use vzdump_core::config::read_text;
+use vzdump_core::job::BackupOptions;
+use vzdump_core::vm::runner;
+
+use crate::{Host, HostError};
+
+/// How long a busy guest is waited for, as with vzdump.
+const LOCKWAIT_MINUTES: u32 = 180;
+/// The lowest priority that is not idle, as with vzdump.
+const IONICE: u8 = 7;
+
+/// What to back up, and how, as far as the caller says it.
+#[derive(Debug, Clone)]
+pub struct BackupRequest {
+    /// Options that go before those of the job and of `vzdump.conf`.
+    pub settings: BackupSettings,
+    /// A job of `jobs.cfg`.
+    pub job: Option<String>,
+    /// Storage of the fleecing images; by default that of the disk.
+    pub fleecing_storage: Option<String>,
+    /// Whether the guest agent freezes the file systems.
+    pub freeze: bool,
+    /// RAM for old data per disk in bytes; by default QEMU's.
+    pub buffer_size_bytes: Option<u64>,
+    /// Granularity of new bitmaps in bytes; by default QEMU's.
+    pub granularity_bytes: Option<u64>,
+    /// RAM for old data of all guests together in bytes; by default only that of a disk is bounded.
+    pub buffer_total_bytes: Option<u64>,
+}
+
+/// A backup job that is ready to be run.
+#[derive(Debug, Clone)]
+pub struct BackupPlan {
+    /// The guests.
+    pub ids: Vec<u32>,
+    /// Options without effect, to be told.
+    pub notices: Vec<String>,
+    /// Whether only warnings and errors are to be shown.
+    pub quiet: bool,
+    pub(crate) options: BackupOptions,
+    pub(crate) ionice: u8,
+}
+
+impl Host {
+    /// Finds out what a backup is to do. Changes nothing.
+    ///
+    /// # Errors
+    /// An option, a job or a configuration file makes no sense, or there is nowhere to store
+    /// anything.
+    pub fn plan_backup(&self, request: BackupRequest) -> Result<BackupPlan, HostError> {
+        let (settings, mut notices) = self.settings(request.settings, request.job.as_deref())?;
+        check_node(settings.node.as_deref())?;
+        let ids = self.select(settings.selection.as_ref(), &mut notices)?;
+        check_supported(&settings)?;
+        let storage = match settings.storage {
+            Some(storage) => storage,
+            None => self.default_backup_storage()?,
+        };
+        let fleecing = settings.fleecing.as_deref();
+        let fleecing_storage = match request.fleecing_storage {
+            Some(storage) => Some(storage),
+            None => {
+                fleecing.map(|text| fleecing_storage(text, &mut notices)).transpose()?.flatten()
+            }
+        };
+        // More than there are guests would only make each one's part of the RAM smaller.
+        let jobs = usize::from(settings.jobs.unwrap_or(1)).min(ids.len()).max(1);
+        let bandwidth = bandwidth(settings.bwlimit_kib_per_s.unwrap_or(0), jobs)?;
+        let minutes = settings.lockwait_minutes.unwrap_or(LOCKWAIT_MINUTES);
+        let options = BackupOptions {
+            fleecing_storage,
+            freeze: request.freeze,
+            buffer_size_bytes: request.buffer_size_bytes,
+            granularity_bytes: request.granularity_bytes,
+            buffer_total_bytes: request.buffer_total_bytes,
+            lock_wait: Duration::from_secs(u64::from(minutes) * 60),
+            jobs,
+            bandwidth,
+            script: settings.script.map(absolute),
+            notes: settings.notes_template,
+            protected: settings.protected.unwrap_or(false),
+            max_protected: self.max_protected(&storage)?,
+            prune: self.retention(&storage, settings.prune_backups)?,
+            ..BackupOptions::new(storage)
+        };
+        let quiet = settings.quiet.unwrap_or(false);
+        let ionice = settings.ionice.unwrap_or(IONICE);
+        Ok(BackupPlan { ids, notices, quiet, options, ionice })
+    }
+
+    /// The options of all layers, and what has no effect.
+    pub(crate) fn settings(
+        &self,
+        upper: BackupSettings,
+        job: Option<&str>,
+    ) -> Result<(BackupSettings, Vec<String>), HostError> {
+        let mut notices = Vec::new();
+        let mut all = upper;
+        if let Some(id) = job {
+            let job = read_job(&self.layout.jobs_config_path(), id)?;
+            let pairs = job.pairs.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+            let (settings, more) = BackupSettings::parse(pairs, &format!("job '{id}'"))?;
+            notices.extend(more);
+            all = all.or(settings);
+        }
+        let text = read_text(&self.layout.settings_path())?.unwrap_or_default();
+        let config = VmConfig::parse(&text);
+        let ours = config.pairs().filter(|(key, _)| *key != crate::QEMU_BIN_KEY);
+        let (mut defaults, more) = BackupSettings::parse(ours, "vzdump.conf")?;
+        notices.extend(more);
+        if defaults.selection.take().is_some() {
+            notices.push("vzdump.conf: which guests are backed up is not chosen there".to_owned());
+        }
+        // Asked for again by `Host::retention`: what storage.cfg says of the storage goes before it.
+        defaults.prune_backups = None;
+        Ok((all.or(defaults), notices))
+    }
+
+    /// The numbers of the chosen guests, each once.
+    fn select(
+        &self,
+        selection: Option<&Selection>,
+        notices: &mut Vec<String>,
+    ) -> Result<Vec<u32>, HostError> {
+        let (mut ids, excluded) = match selection {
+            None => {
+                return Err(HostError::Settings(
+                    "No guest is chosen: give numbers, --all, --exclude, --pool, or a job that \
+                     says so."
+                        .to_owned(),
+                ));
+            }
+            Some(Selection::Guests(ids)) => (ids.clone(), [].as_slice()),
+            Some(Selection::All { exclude }) => {
+                (runner::list_ids(&self.layout)?, exclude.as_slice())
+            }
+            Some(Selection::Pool { pool, exclude }) => {
+                let members = read_pool(&self.layout.user_config_path(), pool)?;
+                // Pools may span hosts.
+                let here = runner::list_ids(&self.layout)?;
+                let ids = members.into_iter().filter(|id| here.contains(id)).collect();
+                (ids, exclude.as_slice())
+            }
+        };
+        ids.retain(|id| !excluded.contains(id));
+        let mut seen = std::collections::HashSet::new();
+        ids.retain(|id| seen.insert(*id));
+        if ids.is_empty() {
+            notices.push("there is no guest to back up".to_owned());
+        }
+        Ok(ids)
+    }
+}
+
+/// Options that can be given, but not yet be met: leaving them out in silence would not do what was
+/// asked for.
+fn check_supported(settings: &BackupSettings) -> Result<(), HostError> {
+    match settings.mode.as_deref() {
+        Some(mode) if mode != "snapshot" => {
+            Err(HostError::Settings(format!("'mode {mode}' is not supported.")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_node(node: Option<&str>) -> Result<(), HostError> {
+    let Some(node) = node else {
+        return Ok(());
+    };
+    let own = crate::own_name();
+    if node == own {
+        return Ok(());
+    }
+    Err(HostError::Settings(format!("The job is for the host '{node}', but this is '{own}'.")))
+}
+
+fn fleecing_storage(text: &str, notices: &mut Vec<String>) -> Result<Option<String>, HostError> {
+    let invalid = |why: String| HostError::Settings(format!("'fleecing': {why}"));
+    let list = OptionList::parse(text).map_err(invalid)?;
+    for (name, value) in &list.named {
+        if !matches!((name.as_str(), value.as_str()), ("storage", _) | ("enabled", "1")) {
+            notices.push(format!("'fleecing': '{name}={value}' has no effect"));
+        }
+    }
+    Ok(list.get("storage").map(str::to_owned))
+}
+
+/// The budget for a limit in KiB/s, 0 is none.
+fn bandwidth(kib_per_s: u64, guests: usize) -> Result<Option<Budget>, HostError> {
+    if kib_per_s == 0 {
+        return Ok(None);
+    }
+    let too_much = || HostError::Settings(format!("'bwlimit': {kib_per_s} KiB/s is too much."));
+    let rate = kib_per_s.checked_mul(1024).ok_or_else(too_much)?;
+    let least = MIN_BYTES_PER_S.saturating_mul(guests as u64);
+    if rate < least {
+        return Err(HostError::Settings(format!(
+            "'bwlimit': {kib_per_s} KiB/s is too little for {} guests at the same time; at least {} \
+             KiB/s are needed, or 0 for no limit.",
+            guests,
+            least >> 10
+        )));
+    }
+    Ok(Some(Budget::new(rate)))
+}
+
+/// A relative path is meant from where the program was started.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
+}

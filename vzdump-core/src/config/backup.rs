@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The options of a backup, as `vzdump.conf`, a job of `jobs.cfg` or a command line give them.
+//!
+//! What is not given is `None`, so that several of them can be laid upon each other:
+//! command line, then job, then `vzdump.conf`, then the default.
+
+use std::path::PathBuf;
+
+use super::{ConfigError, parse_bool};
+use crate::retention::Retention;
+
+/// The most minutes that can be waited for something: a week.
+pub const WAIT_MAX_MINUTES: u32 = 7 * 24 * 60;
+/// The lowest priority of disk access, `idle`.
+pub const IONICE_MAX: u8 = 8;
+
+/// Keys that only a scheduler reads.
+const SCHEDULE_KEYS: [&str; 7] =
+    ["comment", "dow", "enabled", "id", "next-run", "repeat-missed", "schedule"];
+
+/// Options of vzdump that make no sense here, and why.
+const WITHOUT_MEANING: [(&str, &str); 19] = [
+    ("dumpdir", "archives go to a storage and its provider; choose it with 'storage'"),
+    ("tmpdir", "nothing is written to a temporary directory"),
+    ("compress", "the provider of the storage decides how data is stored"),
+    ("zstd", "the provider of the storage decides how data is stored"),
+    ("pigz", "the provider of the storage decides how data is stored"),
+    ("stdout", "an archive is not one stream of bytes"),
+    ("stop", "a running job ends in order after `kill <its process>`"),
+    ("size", "volumes for old data are as large as the disks; see 'fleecing'"),
+    ("maxfiles", "it was replaced by 'prune-backups'"),
+    ("mailto", "no mail is sent; a hook script can do so, see 'script'"),
+    ("mailnotification", "no mail is sent; a hook script can do so, see 'script'"),
+    ("notification-mode", "nothing is notified; a hook script can do so, see 'script'"),
+    ("notification-policy", "nothing is notified; a hook script can do so, see 'script'"),
+    ("notification-target", "nothing is notified; a hook script can do so, see 'script'"),
+    ("exclude-path", "it is for containers; a VM's disk is excluded by backup=0"),
+    ("stdexcludes", "it is for containers; a VM's disk is excluded by backup=0"),
+    ("pbs-change-detection-mode", "it is for containers on a Proxmox Backup Server"),
+    ("performance", "disks are read at the same time; 'jobs' and 'bwlimit' bound the load"),
+    ("starttime", "it was replaced by 'schedule'"),
+];
+
+/// Why an option of vzdump makes no sense here; `None` if it does, or is none of vzdump's.
+#[must_use]
+pub fn without_meaning(key: &str) -> Option<&'static str> {
+    WITHOUT_MEANING.iter().find(|(name, _)| *name == key).map(|(_, why)| *why)
+}
+
+/// Which guests are backed up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selection {
+    /// These.
+    Guests(Vec<u32>),
+    /// All but some.
+    All {
+        /// The guests left out.
+        exclude: Vec<u32>,
+    },
+    /// The guests of a pool but some.
+    Pool {
+        /// The pool.
+        pool: String,
+        /// The guests left out.
+        exclude: Vec<u32>,
+    },
+}
+
+impl Selection {
+    /// Puts together what was given of a selection; `None` if nothing was. To exclude guests means
+    /// all others.
+    ///
+    /// # Errors
+    /// A sentence if the parts contradict each other.
+    pub fn of(
+        ids: Vec<u32>,
+        all: bool,
+        exclude: Vec<u32>,
+        pool: Option<String>,
+    ) -> Result<Option<Self>, String> {
+        match (ids.is_empty(), all, pool) {
+            (false, false, None) if exclude.is_empty() => Ok(Some(Self::Guests(ids))),
+            (false, ..) => {
+                Err("Guests are named, so 'all', 'exclude' and 'pool' make no sense.".to_owned())
+            }
+            (true, true, Some(_)) => {
+                Err("Either all guests or those of a pool can be backed up.".to_owned())
+            }
+            (true, false, Some(pool)) => Ok(Some(Self::Pool { pool, exclude })),
+            (true, true, None) => Ok(Some(Self::All { exclude })),
+            (true, false, None) if exclude.is_empty() => Ok(None),
+            (true, false, None) => Ok(Some(Self::All { exclude })),
+        }
+    }
+}
+
+/// Options of a backup; `None` is not given.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BackupSettings {
+    /// Which guests.
+    pub selection: Option<Selection>,
+    /// The storage.
+    pub storage: Option<String>,
+    /// `snapshot`, `suspend` or `stop`.
+    pub mode: Option<String>,
+    /// How many guests are worked on at the same time.
+    pub jobs: Option<u8>,
+    /// Bandwidth limit in KiB/s; 0 is none.
+    pub bwlimit_kib_per_s: Option<u64>,
+    /// Priority of disk access, 0 (highest) to 8 (idle).
+    pub ionice: Option<u8>,
+    /// How long a busy guest is waited for, in minutes.
+    pub lockwait_minutes: Option<u32>,
+    /// How long a guest may take to shut down, in minutes.
+    pub stopwait_minutes: Option<u32>,
+    /// The hook script.
+    pub script: Option<PathBuf>,
+    /// Template of the notes of the archives.
+    pub notes_template: Option<String>,
+    /// Whether the archives are protected from removal.
+    pub protected: Option<bool>,
+    /// Which archives of each guest stay afterwards.
+    pub prune_backups: Option<Retention>,
+    /// Where old data is kept, `storage=…,limit=…`.
+    pub fleecing: Option<String>,
+    /// Whether only warnings and errors are printed.
+    pub quiet: Option<bool>,
+    /// The only host that may run the job.
+    pub node: Option<String>,
+}
+
+impl BackupSettings {
+    /// Reads `key` and `value` pairs. Also returns a sentence for each key that has no effect.
+    /// `origin` is where they are from, for these sentences and errors.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] names the key whose value makes no sense.
+    pub fn parse<'a>(
+        pairs: impl IntoIterator<Item = (&'a str, &'a str)>,
+        origin: &str,
+    ) -> Result<(Self, Vec<String>), ConfigError> {
+        let mut settings = Self::default();
+        let mut notices = Vec::new();
+        let (mut ids, mut exclude, mut all, mut pool) = (Vec::new(), Vec::new(), false, None);
+        for (key, value) in pairs {
+            let invalid = |why: String| ConfigError::Invalid(format!("{origin}: '{key}': {why}"));
+            match key {
+                "vmid" => ids = id_list(value).map_err(invalid)?,
+                "exclude" => exclude = id_list(value).map_err(invalid)?,
+                "all" => all = boolean(value).map_err(invalid)?,
+                "pool" => pool = Some(value.to_owned()),
+                _ if settings.set(key, value).map_err(invalid)? => {}
+                _ if SCHEDULE_KEYS.contains(&key) => {}
+                _ => notices.push(match without_meaning(key) {
+                    Some(why) => format!("{origin}: '{key}' has no effect: {why}"),
+                    None => format!("{origin}: the key '{key}' is unknown and has no effect"),
+                }),
+            }
+        }
+        settings.selection = Selection::of(ids, all, exclude, pool)
+            .map_err(|why| ConfigError::Invalid(format!("{origin}: {why}")))?;
+        Ok((settings, notices))
+    }
+
+    /// Sets one option; false if there is none of that name.
+    fn set(&mut self, key: &str, value: &str) -> Result<bool, String> {
+        match key {
+            "storage" => self.storage = Some(value.to_owned()),
+            "mode" => self.mode = Some(mode(value)?),
+            "jobs" => self.jobs = Some(number(value, 1, crate::job::JOBS_MAX as u64)? as u8),
+            "bwlimit" => self.bwlimit_kib_per_s = Some(number(value, 0, u64::MAX >> 10)?),
+            "ionice" => self.ionice = Some(number(value, 0, IONICE_MAX.into())? as u8),
+            "lockwait" => self.lockwait_minutes = Some(minutes(value)?),
+            "stopwait" => self.stopwait_minutes = Some(minutes(value)?),
+            "script" => self.script = Some(value.into()),
+            "notes-template" => self.notes_template = Some(value.to_owned()),
+            "protected" => self.protected = Some(boolean(value)?),
+            "prune-backups" => self.prune_backups = Some(value.parse()?),
+            "fleecing" => self.fleecing = Some(value.to_owned()),
+            "quiet" => self.quiet = Some(boolean(value)?),
+            "node" => self.node = Some(value.to_owned()),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// These options, and for what they do not say those of `lower`.
+    #[must_use]
+    pub fn or(self, lower: Self) -> Self {
+        Self {
+            selection: self.selection.or(lower.selection),
+            storage: self.storage.or(lower.storage),
+            mode: self.mode.or(lower.mode),
+            jobs: self.jobs.or(lower.jobs),
+            bwlimit_kib_per_s: self.bwlimit_kib_per_s.or(lower.bwlimit_kib_per_s),
+            ionice: self.ionice.or(lower.ionice),
+            lockwait_minutes: self.lockwait_minutes.or(lower.lockwait_minutes),
+            stopwait_minutes: self.stopwait_minutes.or(lower.stopwait_minutes),
+            script: self.script.or(lower.script),
+            notes_template: self.notes_template.or(lower.notes_template),
+            protected: self.protected.or(lower.protected),
+            prune_backups: self.prune_backups.or(lower.prune_backups),
+            fleecing: self.fleecing.or(lower.fleecing),
+            quiet: self.quiet.or(lower.quiet),
+            node: self.node.or(lower.node),
+        }
+    }
+}
+
+fn mode(value: &str) -> Result<String, String> {
+    if ["snapshot", "suspend", "stop"].contains(&value) {
+        return Ok(value.to_owned());
+    }
+    Err(format!("'{value}' is no mode; there are snapshot, suspend and stop."))
+}
+
+fn boolean(value: &str) -> Result<bool, String> {
+    parse_bool(value).ok_or_else(|| format!("'{value}' is neither 0 nor 1."))
+}
+
+fn number(value: &str, min: u64, max: u64) -> Result<u64, String> {
+    let number = value.parse().ok().filter(|number| (min..=max).contains(number));
+    number.ok_or_else(|| format!("'{value}' is no number from {min} to {max}."))
+}
+
+fn minutes(value: &str) -> Result<u32, String> {
+    let minutes = number(value, 0, WAIT_MAX_MINUTES.into())?;
+    u32::try_from(minutes).map_err(|error| error.to_string())
+}
+
+/// Reads a list of guest numbers, separated as Proxmox VE's files do.
+///
+/// # Errors
+/// A sentence that names what is no guest number.
+pub fn id_list(value: &str) -> Result<Vec<u32>, String> {
+    let words = value.split([',', ';', ' ', '\t']).filter(|word| !word.is_empty());
+    let ids = words.map(|word| {
+        let id = word.parse().ok().filter(|&id| crate::layout::check_guest_id(id).is_ok());
+        id.ok_or_else(|| format!("'{word}' is not a guest number."))
+    });
+    ids.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<(BackupSettings, Vec<String>), String> {
+        let pairs = text.lines().filter_map(|line| line.split_once(": "));
+        BackupSettings::parse(pairs, "vzdump.conf").map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_upper_layer_wins_and_the_lower_fills_in() {
+        let (conf, _) = parse("bwlimit: 1000\nstorage: a\nlockwait: 5\nvmid: 100").unwrap();
+        let (job, _) = parse("storage: b\nexclude: 101").unwrap();
+        let line = BackupSettings { bwlimit_kib_per_s: Some(0), ..BackupSettings::default() };
+        let all = line.or(job).or(conf);
+        assert_eq!((all.bwlimit_kib_per_s, all.storage.as_deref()), (Some(0), Some("b")));
+        assert_eq!(all.lockwait_minutes, Some(5));
+        assert_eq!(all.selection, Some(Selection::All { exclude: vec![101] }));
+    }
+
+    #[test]
+    fn keys_without_effect_are_named() {
+        let (settings, notices) =
+            parse("tmpdir: /x\nschedule: 21:00\nsnurf: 1\nprotected: 1").unwrap();
+        assert_eq!(settings.protected, Some(true));
+        assert_eq!(
+            notices,
+            [
+                "vzdump.conf: 'tmpdir' has no effect: nothing is written to a temporary directory",
+                "vzdump.conf: the key 'snurf' is unknown and has no effect",
+            ]
+        );
+    }
+
+    #[test]
+    fn bad_values_are_errors_that_name_key_and_bounds() {
+        for (text, fault) in [
+            ("ionice: 9", "vzdump.conf: 'ionice': '9' is no number from 0 to 8."),
+            ("jobs: 0", "'jobs': '0' is no number from 1 to 64."),
+            ("lockwait: -1", "'-1' is no number"),
+            ("bwlimit: 99999999999999999999", "is no number"),
+            ("mode: fast", "'fast' is no mode"),
+            ("protected: maybe", "neither 0 nor 1"),
+            ("exclude: 100,7", "'7' is not a guest number"),
+            ("all: 1\nvmid: 100", "Guests are named"),
+            ("all: 1\npool: p", "Either all guests"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(fault), "{error}");
+        }
+    }
+}
