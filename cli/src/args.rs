@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vzdump_host::parse_size;
+use vzdump_host::{BackupMode, parse_size};
 
 /// Backups of virtual machines through pluggable providers
 #[derive(Debug, Parser)]
@@ -186,6 +186,13 @@ pub(crate) struct BackupArgs {
     /// How many minutes a guest is waited for that another task is working on
     #[arg(long, value_name = "MINUTES", default_value_t = 180, value_parser = clap::value_parser!(u32).range(0..=10080))]
     pub(crate) lockwait: u32,
+    /// What happens to a running guest for the point in time: snapshot lets it run on, suspend pauses
+    /// it for a moment, stop shuts it down and starts it again
+    #[arg(long, value_name = "MODE", default_value_t)]
+    pub(crate) mode: BackupMode,
+    /// How many minutes a guest may take to shut down in the mode stop
+    #[arg(long, value_name = "MINUTES", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1440))]
+    pub(crate) stopwait: u32,
 }
 
 #[derive(Debug, Args)]

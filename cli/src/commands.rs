@@ -73,7 +73,7 @@ impl Run<'_> {
     }
 
     async fn start(&self, id: u32, paused: bool) -> CommandResult {
-        let options = StartOptions { paused, for_backup: false };
+        let options = StartOptions { paused };
         let started = self.or_cancelled(self.host.vm_start(id, options)).await??;
         let value = json!({
             "id": id,
@@ -95,6 +95,7 @@ impl Run<'_> {
             let how = match stopped {
                 Stopped::NotRunning => "was not running",
                 Stopped::Shutdown => "has shut down",
+                Stopped::ShutdownInBackup => "has shut down; its QEMU ends with its backup",
                 Stopped::Quit => "was switched off",
                 Stopped::Killed => "was killed",
             };
@@ -131,6 +132,8 @@ impl Run<'_> {
             buffer_size_bytes: args.buffer_size,
             granularity_bytes: args.granularity,
             lock_wait: Duration::from_secs(u64::from(args.lockwait) * 60),
+            mode: args.mode,
+            stop_wait: Duration::from_secs(u64::from(args.stopwait) * 60),
         };
         let screen = Screen::new(self.output);
         let report = self.host.backup(request, &screen, self.cancel).await?;

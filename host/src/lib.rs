@@ -38,6 +38,7 @@ pub use doctor::{Check, DoctorReport, Pending};
 pub use providers::{StorageInfo, StorageUse};
 pub use tasks::{BackupRequest, RestoreRequest};
 pub use tokio_util::sync::CancellationToken;
+pub use vzdump_core::guest::BackupMode;
 pub use vzdump_core::job::chain;
 pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
 pub use vzdump_core::restore::{RestoreReport, RestoredVolume};

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use vzdump_core::guest::BackupMode;
 use vzdump_core::job::{self, BackupOptions};
 use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
 use vzdump_core::storage::ImageFormat;
@@ -26,6 +27,10 @@ pub struct BackupRequest {
     pub granularity_bytes: Option<u64>,
     /// How long a busy guest is waited for.
     pub lock_wait: Duration,
+    /// What happens to a running guest for the point in time.
+    pub mode: BackupMode,
+    /// How long a guest may take to shut down in the mode stop.
+    pub stop_wait: Duration,
 }
 
 /// What to restore, and how.
@@ -71,6 +76,8 @@ impl Host {
             buffer_size_bytes: request.buffer_size_bytes,
             granularity_bytes: request.granularity_bytes,
             lock_wait: request.lock_wait,
+            mode: request.mode,
+            stop_wait: request.stop_wait,
         };
         let mut ids = Vec::new();
         for id in request.ids {

@@ -7,7 +7,7 @@
 
 pub(crate) mod commit;
 #[cfg(debug_assertions)]
-mod kill_point;
+pub(crate) mod kill_point;
 mod progress;
 pub mod report;
 mod run;
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use provider_api::{BoxFuture, Call, CancellationToken, GuestKind, Job, JobInfo, Provider};
 
-use crate::guest::GuestDriver;
+use crate::guest::{BackupMode, GuestDriver};
 use crate::journal::recover::{self, Leftover};
 use crate::layout::Layout;
 use crate::lock::FileLock;
@@ -28,13 +28,16 @@ use crate::storage::StorageSet;
 use crate::task_log::{FileLog, TaskSink, Tee, clean};
 use crate::tools::Tools;
 use crate::vm::backup::VmDriver;
-use crate::vm::freeze_guard::GuardCommand;
+use crate::vm::freeze_guard::{FreezeLimits, GuardCommand};
 
 pub use report::{GuestReport, JobReport};
 
 /// A busy guest fails its backup, but a lock can outlive its holder for a moment: a program that is
 /// being started by another thread has a copy of it until it is executed.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
+
+/// How long a guest may take to shut down unless the request says otherwise.
+pub const STOP_WAIT: Duration = Duration::from_secs(600);
 
 /// Where the provider of a storage is found.
 pub trait Providers: Send + Sync {
@@ -66,6 +69,8 @@ pub struct Limits {
     pub outcome_delay: Duration,
     /// For one step of undoing.
     pub undo: Duration,
+    /// For the freeze of a guest's file systems.
+    pub freeze: FreezeLimits,
 }
 
 impl Default for Limits {
@@ -81,6 +86,7 @@ impl Default for Limits {
             outcome_attempts: 6,
             outcome_delay: Duration::from_secs(2),
             undo: Duration::from_secs(180),
+            freeze: FreezeLimits::default(),
         }
     }
 }
@@ -117,6 +123,10 @@ pub struct BackupOptions {
     pub granularity_bytes: Option<u64>,
     /// How long a busy guest is waited for.
     pub lock_wait: Duration,
+    /// What happens to a running guest for the point in time.
+    pub mode: BackupMode,
+    /// How long a guest may take to shut down in the mode stop.
+    pub stop_wait: Duration,
 }
 
 impl BackupOptions {
@@ -129,6 +139,8 @@ impl BackupOptions {
             buffer_size_bytes: None,
             granularity_bytes: None,
             lock_wait: LOCK_WAIT,
+            mode: BackupMode::default(),
+            stop_wait: STOP_WAIT,
         }
     }
 }

@@ -1,26 +1,45 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Lets the end-to-end tests kill the process at a chosen step of a backup. Debug builds only.
+//! Lets the end-to-end tests kill or stop the process at a chosen step of a backup. Debug builds
+//! only.
 //!
 //! Between commit and teardown there are milliseconds; a test that hoped to hit them would prove
 //! nothing on the day it misses.
 
+use rustix::process::Signal;
+
 use super::state::Action;
+use crate::journal::Entry;
 
-/// Names the action, such as `Teardown`, before which the process is killed.
-const VARIABLE: &str = "VZDUMP_TEST_KILL_AT";
+/// Names the action, such as `Teardown`, before which the process is killed, or the line of the
+/// journal, such as `entry:start`, after which it is.
+const KILL: &str = "VZDUMP_TEST_KILL_AT";
+/// The same for a process that is stopped, as by SIGSTOP, until the test has it go on.
+const STOP: &str = "VZDUMP_TEST_STOP_AT";
 
-/// Ends this process by SIGKILL if this is the chosen action.
+/// Before an action.
 pub(super) fn reached(action: Action) {
-    if std::env::var(VARIABLE).is_ok_and(|chosen| is_chosen(action, &chosen)) {
-        tracing::warn!(?action, "killed on request of {VARIABLE}");
-        // Cannot fail: a process may always signal itself.
-        let _ =
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    at(&name_of(action));
+}
+
+/// After a line of the journal is durable.
+pub(crate) fn journalled(entry: &Entry) {
+    let value = serde_json::to_value(entry).unwrap_or_default();
+    at(&format!("entry:{}", value["entry"].as_str().unwrap_or_default()));
+}
+
+/// Ends or stops this process if this is the chosen step.
+pub(crate) fn at(step: &str) {
+    for (variable, signal) in [(KILL, Signal::KILL), (STOP, Signal::STOP)] {
+        if std::env::var(variable).is_ok_and(|chosen| chosen == step) {
+            tracing::warn!(step, ?signal, "on request of {variable}");
+            // Cannot fail: a process may always signal itself.
+            let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+        }
     }
 }
 
-fn is_chosen(action: Action, chosen: &str) -> bool {
-    format!("{action:?}").split([' ', '(', '{']).next() == Some(chosen)
+fn name_of(action: Action) -> String {
+    format!("{action:?}").split([' ', '(', '{']).next().unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
@@ -29,9 +48,7 @@ mod tests {
 
     #[test]
     fn actions_are_chosen_by_name_alone() {
-        assert!(is_chosen(Action::Teardown { success: true }, "Teardown"));
-        assert!(is_chosen(Action::Commit, "Commit"));
-        assert!(!is_chosen(Action::JournalCommit, "Commit"));
-        assert!(!is_chosen(Action::Commit, ""));
+        assert_eq!(name_of(Action::Teardown { success: true }), "Teardown");
+        assert_eq!(name_of(Action::JournalCommit), "JournalCommit");
     }
 }
