@@ -131,10 +131,12 @@ fn a_running_vm_is_backed_up_twice_and_both_backups_boot_elsewhere() {
 }
 
 /// Every step of the job, and whether the archive is there when the next one begins.
-const STEPS: [(&str, bool); 12] = [
+const STEPS: [(&str, bool); 15] = [
     ("StartGuest", false),
+    ("EnterMode", false),
     ("Acquire", false),
     ("PointInTime", false),
+    ("Resume", false),
     ("OpenSource", false),
     ("JournalCommit", false),
     ("Commit", false),
@@ -142,6 +144,7 @@ const STEPS: [(&str, bool); 12] = [
     ("CloseSource", true),
     ("Teardown", true),
     ("Release", true),
+    ("LeaveMode", true),
     ("Cleanup", true),
     ("CloseJournal", true),
 ];
