@@ -10,7 +10,7 @@ use vzdump_core::config::backup::{BackupSettings, Selection};
 use vzdump_core::config::guest::VmConfig;
 use vzdump_core::config::jobs::{read_job, read_pool};
 use vzdump_core::config::read_text;
-use vzdump_core::job::BackupOptions;
+use vzdump_core::job::{BackupOptions, STOP_WAIT};
 use vzdump_core::vm::runner;
 
 use crate::{Host, HostError};
@@ -88,6 +88,10 @@ impl Host {
             jobs,
             bandwidth,
             script: settings.script.map(absolute),
+            mode: settings.mode.unwrap_or_default(),
+            stop_wait: settings
+                .stopwait_minutes
+                .map_or(STOP_WAIT, |minutes| Duration::from_secs(u64::from(minutes) * 60)),
             ..BackupOptions::new(storage)
         };
         let quiet = settings.quiet.unwrap_or(false);
@@ -160,11 +164,9 @@ impl Host {
 /// Options that can be given, but not yet be met: leaving them out in silence would not do what was
 /// asked for.
 fn check_supported(settings: &BackupSettings) -> Result<(), HostError> {
-    let mode = settings.mode.as_deref().filter(|mode| *mode != "snapshot");
-    let what = match (mode, &settings.notes_template, settings.protected) {
-        (Some(mode), ..) => format!("mode {mode}"),
-        (None, Some(_), _) => "notes-template".to_owned(),
-        (None, None, Some(true)) => "protected".to_owned(),
+    let what = match (&settings.notes_template, settings.protected) {
+        (Some(_), _) => "notes-template".to_owned(),
+        (None, Some(true)) => "protected".to_owned(),
         _ => return Ok(()),
     };
     Err(HostError::Settings(format!("'{what}' is not supported.")))
