@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use vzdump_host::{IONICE_MAX, KeepCounts, Retention, WAIT_MAX_MINUTES, parse_size};
+use vzdump_host::{
+    BackupMode, IONICE_MAX, KeepCounts, Retention, STOP_WAIT_MAX_MINUTES, WAIT_MAX_MINUTES,
+    parse_size,
+};
 
 /// Printed after the help, and a part of the manual page.
 const EXIT_CODES: &str = "\
@@ -274,6 +277,13 @@ pub(crate) struct BackupArgs {
     /// Protect the archives from removal
     #[arg(long)]
     pub(crate) protected: bool,
+    /// What happens to a running guest for the point in time: snapshot lets it run on, suspend pauses
+    /// it for a moment, stop shuts it down and starts it again [default: snapshot]
+    #[arg(long, value_name = "MODE")]
+    pub(crate) mode: Option<BackupMode>,
+    /// How many minutes a guest may take to shut down in the mode stop [default: 10]
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u32).range(1..=i64::from(STOP_WAIT_MAX_MINUTES)))]
+    pub(crate) stopwait: Option<u32>,
 }
 
 #[derive(Debug, Args)]

@@ -90,7 +90,7 @@ impl Run<'_> {
     }
 
     async fn start(&self, id: u32, paused: bool) -> CommandResult {
-        let options = StartOptions { paused, for_backup: false };
+        let options = StartOptions { paused };
         let started = self.or_cancelled(self.host.vm_start(id, options)).await??;
         let value = json!({
             "id": id,
@@ -112,6 +112,7 @@ impl Run<'_> {
             let how = match stopped {
                 Stopped::NotRunning => "was not running",
                 Stopped::Shutdown => "has shut down",
+                Stopped::ShutdownInBackup => "has shut down; its QEMU ends with its backup",
                 Stopped::Quit => "was switched off",
                 Stopped::Killed => "was killed",
             };
@@ -228,6 +229,8 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
         bwlimit_kib_per_s: args.bwlimit,
         ionice: args.ionice,
         lockwait_minutes: args.lockwait,
+        mode: args.mode,
+        stopwait_minutes: args.stopwait,
         script: args.script,
         quiet: args.quiet.then_some(true),
         prune_backups: args.prune_backups,

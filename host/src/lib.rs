@@ -45,8 +45,9 @@ pub use retention::{PruneReport, PruneRequest, PrunedArchive};
 pub use tasks::RestoreRequest;
 pub use tokio_util::sync::CancellationToken;
 pub use vzdump_core::config::backup::{
-    BackupSettings, IONICE_MAX, Selection, WAIT_MAX_MINUTES, without_meaning,
+    BackupSettings, IONICE_MAX, STOP_WAIT_MAX_MINUTES, Selection, WAIT_MAX_MINUTES, without_meaning,
 };
+pub use vzdump_core::guest::BackupMode;
 pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
 pub use vzdump_core::job::{JOBS_MAX, chain};
 pub use vzdump_core::prune::Fate;

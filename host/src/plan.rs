@@ -10,7 +10,7 @@ use vzdump_core::config::backup::{BackupSettings, Selection};
 use vzdump_core::config::guest::VmConfig;
 use vzdump_core::config::jobs::{read_job, read_pool};
 use vzdump_core::config::read_text;
-use vzdump_core::job::BackupOptions;
+use vzdump_core::job::{BackupOptions, STOP_WAIT};
 use vzdump_core::vm::runner;
 
 use crate::{Host, HostError};
@@ -62,7 +62,6 @@ impl Host {
         let (settings, mut notices) = self.settings(request.settings, request.job.as_deref())?;
         check_node(settings.node.as_deref())?;
         let ids = self.select(settings.selection.as_ref(), &mut notices)?;
-        check_supported(&settings)?;
         let storage = match settings.storage {
             Some(storage) => storage,
             None => self.default_backup_storage()?,
@@ -92,6 +91,10 @@ impl Host {
             protected: settings.protected.unwrap_or(false),
             max_protected: self.max_protected(&storage)?,
             prune: self.retention(&storage, settings.prune_backups)?,
+            mode: settings.mode.unwrap_or_default(),
+            stop_wait: settings
+                .stopwait_minutes
+                .map_or(STOP_WAIT, |minutes| Duration::from_secs(u64::from(minutes) * 60)),
             ..BackupOptions::new(storage)
         };
         let quiet = settings.quiet.unwrap_or(false);
@@ -160,17 +163,6 @@ impl Host {
             notices.push("there is no guest to back up".to_owned());
         }
         Ok(ids)
-    }
-}
-
-/// Options that can be given, but not yet be met: leaving them out in silence would not do what was
-/// asked for.
-fn check_supported(settings: &BackupSettings) -> Result<(), HostError> {
-    match settings.mode.as_deref() {
-        Some(mode) if mode != "snapshot" => {
-            Err(HostError::Settings(format!("'mode {mode}' is not supported.")))
-        }
-        _ => Ok(()),
     }
 }
 

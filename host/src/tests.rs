@@ -303,7 +303,6 @@ fn options_that_make_no_sense_are_refused_before_anything_is_begun() {
             "at least 1024 KiB/s",
         ),
         (BackupSettings { bwlimit_kib_per_s: Some(u64::MAX), ..guests(&[100]) }, "is too much"),
-        (BackupSettings { mode: Some("stop".into()), ..guests(&[100]) }, "'mode stop' is not"),
         (
             BackupSettings { node: Some("elsewhere".into()), ..guests(&[100]) },
             "for the host 'elsewhere'",

@@ -51,6 +51,8 @@ commands! {
     Stop = "stop" -> Empty;
     Cont = "cont" -> Empty;
     SystemPowerdown = "system_powerdown" -> Empty;
+    SystemReset = "system_reset" -> Empty;
+    SetAction = "set-action" -> Empty;
     Quit = "quit" -> Empty;
 }
 
@@ -490,6 +492,28 @@ pub struct Cont;
 /// Presses the guest's power button.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct SystemPowerdown;
+
+/// Resets the machine; it has happened some time after the reply.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct SystemReset;
+
+/// Changes what QEMU does at certain events of the guest; what is not given stays.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct SetAction {
+    /// When the guest switches off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shutdown: Option<ShutdownAction>,
+}
+
+/// What QEMU does when the guest switches off. A signal or `quit` ends it all the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShutdownAction {
+    /// It ends, as it does by default.
+    Poweroff,
+    /// It stays, in the state [`RunState::Shutdown`].
+    Pause,
+}
 
 /// Ends QEMU at once, perhaps before it replies: see [`crate::Session::quit`].
 #[derive(Debug, Clone, Copy, Serialize)]

@@ -131,13 +131,15 @@ fn a_running_vm_is_backed_up_twice_and_both_backups_boot_elsewhere() {
 }
 
 /// Every step of the job, and whether the archive is there when the next one begins.
-const STEPS: [(&str, bool); 16] = [
+const STEPS: [(&str, bool); 19] = [
     ("OpenJournal", false),
     ("StartGuest", false),
     ("Prepare", false),
+    ("EnterMode", false),
     ("PlanVolumes", false),
     ("Acquire", false),
     ("PointInTime", false),
+    ("Resume", false),
     ("OpenSource", false),
     ("Transfer", false),
     ("JournalCommit", false),
@@ -146,6 +148,7 @@ const STEPS: [(&str, bool); 16] = [
     ("CloseSource", true),
     ("Teardown", true),
     ("Release", true),
+    ("LeaveMode", true),
     ("Cleanup", true),
     ("CloseJournal", true),
 ];

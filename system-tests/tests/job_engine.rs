@@ -136,13 +136,15 @@ fn scenario_57_a_bandwidth_limit_is_kept_over_all_disks_and_guests() {
 
 /// Every step of the job, and whether it ends with an archive when it is interrupted there; a commit
 /// may be given up or be too far for that.
-const STEPS: [(&str, Option<bool>); 16] = [
+const STEPS: [(&str, Option<bool>); 19] = [
     ("OpenJournal", Some(false)),
     ("StartGuest", Some(false)),
     ("Prepare", Some(false)),
+    ("EnterMode", Some(false)),
     ("PlanVolumes", Some(false)),
     ("Acquire", Some(false)),
     ("PointInTime", Some(false)),
+    ("Resume", Some(false)),
     ("OpenSource", Some(false)),
     ("Transfer", Some(false)),
     ("JournalCommit", None),
@@ -151,6 +153,7 @@ const STEPS: [(&str, Option<bool>); 16] = [
     ("Teardown", Some(true)),
     ("CloseSource", Some(true)),
     ("Release", Some(true)),
+    ("LeaveMode", Some(true)),
     ("Cleanup", Some(true)),
     ("CloseJournal", Some(true)),
 ];
@@ -184,7 +187,8 @@ fn scenario_58_signals_at_each_step_end_the_job_in_order_and_leave_the_guest_run
 }
 
 /// What is undone when a transfer is cancelled.
-const UNDO: [&str; 6] = ["Teardown", "CloseSource", "Release", "Cleanup", "Abort", "CloseJournal"];
+const UNDO: [&str; 7] =
+    ["Teardown", "CloseSource", "Release", "LeaveMode", "Cleanup", "Abort", "CloseJournal"];
 
 #[test]
 fn a_kill_at_each_step_of_an_abort_is_cleaned_up_by_the_next_run() {

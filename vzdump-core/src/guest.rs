@@ -2,14 +2,15 @@
 //! What a job needs of a guest's kind, so that it treats virtual machines and containers alike.
 //!
 //! ```text
-//!  prepare ─► acquire ─► point_in_time ─► open_source ─► (watch) ┐
-//!  cleanup ◄─ release ◄─ close_source ◄─ teardown(success) ◄─────┘
+//!  prepare ─► enter_mode ─► acquire ─► point_in_time ─► resume ─► open_source ─► (watch) ┐
+//!  cleanup ◄─ leave_mode ◄─ release ◄─ close_source ◄─ teardown(success) ◄───────────────┘
 //! ```
 //!
 //! The job calls each at most once and the lower row in this order for every one of the upper row
 //! that was begun (why the teardown comes first is said in [`crate::job::state`]), also when that one failed or was dropped at an await point. So a driver
 //! notes (and journals) a name before it acquires the thing, and undoing what is not there is no
-//! error. The lower row is never cancelled; the job bounds its time.
+//! error. The lower row is never cancelled, nor is `resume`; the job bounds their time. After a failure
+//! between `enter_mode` and `resume`, `resume` is called before the lower row.
 
 use provider_api::{BitmapRequest, BoxFuture, GuestKind, VmBackup, VolumeInfo};
 
@@ -64,6 +65,50 @@ impl GuestError {
     }
 }
 
+/// What happens to a running guest for the point in time of its backup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackupMode {
+    /// Nothing: it runs on, its file systems frozen for a moment if it has an agent.
+    #[default]
+    Snapshot,
+    /// It is paused for a moment.
+    Suspend,
+    /// It is shut down and starts again.
+    Stop,
+}
+
+impl BackupMode {
+    /// As it is written in options and told to hook scripts.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::Suspend => "suspend",
+            Self::Stop => "stop",
+        }
+    }
+}
+
+impl std::fmt::Display for BackupMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for BackupMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "snapshot" => Ok(Self::Snapshot),
+            "suspend" => Ok(Self::Suspend),
+            "stop" => Ok(Self::Stop),
+            other => Err(format!("'{other}' is not one of snapshot, suspend, stop")),
+        }
+    }
+}
+
 /// What a step may use of its task.
 #[derive(Clone, Copy)]
 pub struct Task<'a> {
@@ -84,6 +129,9 @@ pub struct PointInTime {
     pub freeze: String,
     /// How long all guest I/O was held for the common point in time, in nanoseconds.
     pub drained_ns: Option<u64>,
+    /// How long the guest did not run, paused or shut down, in milliseconds; none if it ran all the
+    /// time, or did not run before either.
+    pub downtime_ms: Option<u64>,
 }
 
 /// What the backup cost the guest while it ran, read at its end.
@@ -125,8 +173,12 @@ pub trait GuestDriver: Send {
     /// Name of the guest, if it has one.
     fn name(&self) -> Option<String>;
 
-    /// Connects to the guest and says which disks are backed up. Changes nothing in the guest.
-    fn prepare<'a>(
+    /// Chooses the disks by the configuration; tells whether there are any. Changes nothing.
+    fn prepare<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<bool, GuestError>>;
+
+    /// Brings the guest into the state that the mode of the backup needs, connects to it, and says
+    /// which disks are backed up. Bounds itself.
+    fn enter_mode<'a>(
         &'a mut self,
         task: Task<'a>,
     ) -> BoxFuture<'a, Result<Vec<VolumeInfo>, GuestError>>;
@@ -134,12 +186,17 @@ pub trait GuestDriver: Send {
     /// Acquires what the point in time needs.
     fn acquire<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
 
-    /// Takes the point in time of all disks, with one bitmap request for each disk of `prepare`.
+    /// Takes the point in time of all disks, with one bitmap request for each disk of
+    /// `enter_mode`.
     fn point_in_time<'a>(
         &'a mut self,
         requests: &'a [BitmapRequest],
         task: Task<'a>,
     ) -> BoxFuture<'a, Result<PointInTime, GuestError>>;
+
+    /// Lets the guest go on that did not run because of `enter_mode` or `point_in_time`; returns how
+    /// long that was, in milliseconds.
+    fn resume<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<Option<u64>, GuestError>>;
 
     /// Offers the frozen disks.
     fn open_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
@@ -163,7 +220,10 @@ pub trait GuestDriver: Send {
     /// Gives back what `acquire` acquired.
     fn release<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
 
-    /// Disconnects from the guest.
+    /// Disconnects from the guest, and leaves it as it would be without the backup.
+    fn leave_mode<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
+
+    /// Undoes `prepare`.
     fn cleanup<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
 
     /// What the backup cost the guest, once it is torn down.

@@ -10,7 +10,7 @@ mod aftermath;
 pub(crate) mod commit;
 pub mod hooks;
 #[cfg(debug_assertions)]
-mod kill_point;
+pub(crate) mod kill_point;
 mod one_guest;
 mod progress;
 pub mod report;
@@ -28,13 +28,13 @@ use provider_api::{BoxFuture, Call, CancellationToken, GuestKind, Job, JobInfo, 
 use self::hooks::{Hooks, Phase};
 use self::one_guest::{Shared, SharedJob};
 use crate::bandwidth::Budget;
-use crate::guest::GuestDriver;
+use crate::guest::{BackupMode, GuestDriver};
 use crate::layout::Layout;
 use crate::retention::Retention;
 use crate::storage::StorageSet;
 use crate::task_log::{TaskSink, clean};
 use crate::tools::Tools;
-use crate::vm::freeze_guard::GuardCommand;
+use crate::vm::freeze_guard::{FreezeLimits, GuardCommand};
 
 pub use report::{GuestReport, JobReport};
 
@@ -44,6 +44,8 @@ const LOCK_WAIT: Duration = Duration::from_secs(1);
 
 /// The most guests that a job works on at the same time.
 pub const JOBS_MAX: usize = 64;
+/// How long a guest may take to shut down unless the request says otherwise.
+pub const STOP_WAIT: Duration = Duration::from_secs(600);
 
 /// Where the provider of a storage is found.
 pub trait Providers: Send + Sync {
@@ -82,6 +84,8 @@ pub struct Limits {
     /// What a call of the hook script that belongs to ending in order gets after the job was
     /// cancelled; others are ended at once.
     pub hook_grace: Duration,
+    /// For the freeze of a guest's file systems.
+    pub freeze: FreezeLimits,
 }
 
 impl Default for Limits {
@@ -100,6 +104,7 @@ impl Default for Limits {
             removal: Duration::from_secs(12 * 3600),
             hook: Duration::from_secs(4 * 3600),
             hook_grace: Duration::from_secs(60),
+            freeze: FreezeLimits::default(),
         }
     }
 }
@@ -153,6 +158,10 @@ pub struct BackupOptions {
     pub buffer_total_bytes: Option<u64>,
     /// The hook script.
     pub script: Option<PathBuf>,
+    /// What happens to a running guest for the point in time.
+    pub mode: BackupMode,
+    /// How long a guest may take to shut down in the mode stop.
+    pub stop_wait: Duration,
 }
 
 impl BackupOptions {
@@ -173,6 +182,8 @@ impl BackupOptions {
             bandwidth: None,
             buffer_total_bytes: None,
             script: None,
+            mode: BackupMode::default(),
+            stop_wait: STOP_WAIT,
         }
     }
 }

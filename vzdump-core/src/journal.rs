@@ -103,6 +103,11 @@ impl ProcessStamp {
         Ok(Self { process, boot_id })
     }
 
+    /// Whether the host has not been started again since. What cannot be read counts as that.
+    pub fn is_of_this_boot(&self) -> bool {
+        Self::current().is_ok_and(|own| own.boot_id == self.boot_id)
+    }
+
     /// Whether this very process still runs. One that cannot be asked for counts as running,
     /// because what belongs to it must then not be touched.
     pub fn is_alive(&self) -> bool {
@@ -214,6 +219,21 @@ pub enum Entry {
     Freeze,
     /// The guest is thawed.
     Thawed,
+    /// The running guest is about to be shut down for its backup; it must run again.
+    ShutDown,
+    /// QEMU is about to be started without letting its guest run.
+    Start {
+        /// What its command line tells it by, see [`crate::vm::process::VmProcess::of_mark`].
+        mark: String,
+        /// The guest is to run in it after the point in time; else the VM was off.
+        is_to_run: bool,
+    },
+    /// QEMU is about to be told to stay when its guest switches off.
+    KeepAlive,
+    /// The running guest is about to be paused for its backup.
+    Pause,
+    /// What was shut down or paused runs again.
+    Resumed,
     /// The access in QEMU.
     Access {
         /// Its target id.
@@ -320,7 +340,10 @@ impl Journal {
                 doing: "write",
                 path,
                 source,
-            })
+            })?;
+            #[cfg(debug_assertions)]
+            crate::job::kill_point::journalled(&entry);
+            Ok(())
         })
         .await
     }
@@ -411,6 +434,14 @@ pub struct Record {
     pub fleecing: Vec<FleecingImage>,
     /// The guest may be frozen.
     pub frozen: bool,
+    /// The guest was shut down or paused and may not run again yet.
+    pub held: Option<Held>,
+    /// The QEMU it ran in then.
+    pub ran: Option<ProcessStamp>,
+    /// The mark of a QEMU that was started for the backup, and whether the guest is to run in it.
+    pub started: Option<(String, bool)>,
+    /// QEMU may have been told to stay when its guest switches off.
+    pub kept_alive: bool,
     /// Target id of the access.
     pub access: Option<String>,
     /// Socket and exports of the NBD server; `None` if it was not started.
@@ -427,6 +458,15 @@ pub struct Record {
     pub complete: bool,
 }
 
+/// Why a guest that ran before its backup may not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    /// It was shut down.
+    ShutDown,
+    /// It was paused.
+    Paused,
+}
+
 impl Record {
     fn new(path: PathBuf, begin: Begin) -> Self {
         Self {
@@ -437,6 +477,10 @@ impl Record {
             directories: Vec::new(),
             fleecing: Vec::new(),
             frozen: false,
+            held: None,
+            ran: None,
+            started: None,
+            kept_alive: false,
             access: None,
             nbd: None,
             committing: None,
@@ -445,6 +489,11 @@ impl Record {
             files: Vec::new(),
             complete: false,
         }
+    }
+
+    fn hold(&mut self, held: Held) {
+        self.held = Some(held);
+        self.ran.clone_from(&self.qemu);
     }
 
     fn add(&mut self, entry: Entry) -> Result<(), &'static str> {
@@ -456,6 +505,11 @@ impl Record {
             Entry::Fleecing(image) => self.fleecing.push(image),
             Entry::Freeze => self.frozen = true,
             Entry::Thawed => self.frozen = false,
+            Entry::ShutDown => self.hold(Held::ShutDown),
+            Entry::Pause => self.hold(Held::Paused),
+            Entry::Resumed => self.held = None,
+            Entry::Start { mark, is_to_run } => self.started = Some((mark, is_to_run)),
+            Entry::KeepAlive => self.kept_alive = true,
             Entry::Access { target_id } => self.access = Some(target_id),
             Entry::NbdServer { socket, exports } => self.nbd = Some((socket, exports)),
             Entry::Committing { id } => self.committing = Some(id),
@@ -579,6 +633,9 @@ mod tests {
             Entry::Access { target_id: "vzdump:store".into() },
             Entry::Thawed,
             Entry::NbdServer { socket: "/s".into(), exports: vec!["scsi0".into()] },
+            Entry::ShutDown,
+            Entry::Start { mark: "m".into(), is_to_run: true },
+            Entry::KeepAlive,
             Entry::Committing { id },
             Entry::Outcome { id, outcome: KnownOutcome::Committed },
         ] {
@@ -590,6 +647,8 @@ mod tests {
         let record = read(&found[0]).unwrap();
         assert!(record.begin.owner.is_alive() && !record.frozen);
         assert_eq!(record.fleecing, [image]);
+        assert_eq!((record.held, record.kept_alive), (Some(Held::ShutDown), true));
+        assert_eq!((&record.ran, record.started), (&record.qemu, Some(("m".to_owned(), true))));
         assert_eq!((record.committing, record.outcome), (Some(id), Some(KnownOutcome::Committed)));
         journal.remove().await.unwrap();
         assert!(list(&layout, None).unwrap().is_empty());
@@ -618,10 +677,11 @@ mod tests {
     #[test]
     fn a_process_is_told_from_its_successor() {
         let own = ProcessStamp::current().unwrap();
-        assert!(own.is_alive());
+        assert!(own.is_alive() && own.is_of_this_boot());
         let mut other = own.clone();
         other.process.start_time_ticks += 1;
         assert!(!other.is_alive());
-        assert!(!ProcessStamp { boot_id: "other".into(), ..own }.is_alive());
+        let earlier = ProcessStamp { boot_id: "other".into(), ..own };
+        assert!(!earlier.is_alive() && !earlier.is_of_this_boot());
     }
 }

@@ -7,10 +7,13 @@
 use std::path::PathBuf;
 
 use super::{ConfigError, parse_bool};
+use crate::guest::BackupMode;
 use crate::retention::Retention;
 
 /// The most minutes that can be waited for something: a week.
 pub const WAIT_MAX_MINUTES: u32 = 7 * 24 * 60;
+/// The most minutes that a guest may take to shut down: a day.
+pub const STOP_WAIT_MAX_MINUTES: u32 = 24 * 60;
 /// The lowest priority of disk access, `idle`.
 pub const IONICE_MAX: u8 = 8;
 
@@ -101,8 +104,8 @@ pub struct BackupSettings {
     pub selection: Option<Selection>,
     /// The storage.
     pub storage: Option<String>,
-    /// `snapshot`, `suspend` or `stop`.
-    pub mode: Option<String>,
+    /// What happens to a running guest for the point in time.
+    pub mode: Option<BackupMode>,
     /// How many guests are worked on at the same time.
     pub jobs: Option<u8>,
     /// Bandwidth limit in KiB/s; 0 is none.
@@ -166,12 +169,15 @@ impl BackupSettings {
     fn set(&mut self, key: &str, value: &str) -> Result<bool, String> {
         match key {
             "storage" => self.storage = Some(value.to_owned()),
-            "mode" => self.mode = Some(mode(value)?),
+            "mode" => self.mode = Some(value.parse()?),
             "jobs" => self.jobs = Some(number(value, 1, crate::job::JOBS_MAX as u64)? as u8),
             "bwlimit" => self.bwlimit_kib_per_s = Some(number(value, 0, u64::MAX >> 10)?),
             "ionice" => self.ionice = Some(number(value, 0, IONICE_MAX.into())? as u8),
             "lockwait" => self.lockwait_minutes = Some(minutes(value)?),
-            "stopwait" => self.stopwait_minutes = Some(minutes(value)?),
+            "stopwait" => {
+                let minutes = number(value, 1, STOP_WAIT_MAX_MINUTES.into())?;
+                self.stopwait_minutes = Some(minutes as u32);
+            }
             "script" => self.script = Some(value.into()),
             "notes-template" => self.notes_template = Some(value.to_owned()),
             "protected" => self.protected = Some(boolean(value)?),
@@ -205,13 +211,6 @@ impl BackupSettings {
             node: self.node.or(lower.node),
         }
     }
-}
-
-fn mode(value: &str) -> Result<String, String> {
-    if ["snapshot", "suspend", "stop"].contains(&value) {
-        return Ok(value.to_owned());
-    }
-    Err(format!("'{value}' is no mode; there are snapshot, suspend and stop."))
 }
 
 fn boolean(value: &str) -> Result<bool, String> {
@@ -282,7 +281,7 @@ mod tests {
             ("jobs: 0", "'jobs': '0' is no number from 1 to 64."),
             ("lockwait: -1", "'-1' is no number"),
             ("bwlimit: 99999999999999999999", "is no number"),
-            ("mode: fast", "'fast' is no mode"),
+            ("mode: fast", "'fast' is not one of snapshot, suspend, stop"),
             ("protected: maybe", "neither 0 nor 1"),
             ("exclude: 100,7", "'7' is not a guest number"),
             ("all: 1\nvmid: 100", "Guests are named"),

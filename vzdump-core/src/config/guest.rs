@@ -224,6 +224,27 @@ impl VmConfig {
         })
     }
 
+    /// Whether the agent may be asked to freeze the file systems for a backup.
+    #[must_use]
+    pub fn freeze_enabled(&self) -> bool {
+        let list = self.get("agent").and_then(|text| OptionList::parse(text).ok());
+        list.is_none_or(|list| {
+            list.flag("freeze-fs", true) && list.flag("freeze-fs-on-backup", true)
+        })
+    }
+
+    /// Whether it is a template, of which other VMs are made and which never runs.
+    #[must_use]
+    pub fn is_template(&self) -> bool {
+        self.get("template").is_some_and(|value| super::parse_bool(value) != Some(false))
+    }
+
+    /// The unused disks: key and volume.
+    pub fn unused(&self) -> impl Iterator<Item = (&str, &str)> {
+        let is_unused = |key: &str| matches!(split_numbered(key), Some(("unused", _)));
+        self.pairs().filter(move |(key, _)| is_unused(key))
+    }
+
     /// The disks in the order of the file, CD-ROM drives and disks without backup included.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Lets the end-to-end tests kill the process at a chosen step of a backup, or have it asked to end.
-//! Debug builds only.
+//! Lets the end-to-end tests kill or stop the process at a chosen step of a backup, or have it asked
+//! to end. Debug builds only.
 //!
 //! Between commit and teardown there are milliseconds; a test that hoped to hit them would prove
 //! nothing on the day it misses.
@@ -8,19 +8,34 @@
 use rustix::process::{Signal, getpid, kill_process};
 
 use super::state::Action;
+use crate::journal::Entry;
 
-/// Names the action, such as `Teardown`, before which the process is killed.
-const VARIABLE: &str = "VZDUMP_TEST_KILL_AT";
-/// Names the action before which the process is asked to end, twice.
-const TERM_VARIABLE: &str = "VZDUMP_TEST_TERM_AT";
+/// Names the action, such as `Teardown`, before which the process is killed, or the line of the
+/// journal, such as `entry:start`, after which it is.
+const KILL: &str = "VZDUMP_TEST_KILL_AT";
+/// The same for a process that is stopped, as by SIGSTOP, until the test has it go on.
+const STOP: &str = "VZDUMP_TEST_STOP_AT";
+/// The same for a process that is asked to end, twice.
+const TERM: &str = "VZDUMP_TEST_TERM_AT";
 
-/// Signals this process if this is the chosen action.
+/// Before an action.
 pub(super) fn reached(action: Action) {
-    for (variable, signals) in
-        [(VARIABLE, [Signal::KILL].as_slice()), (TERM_VARIABLE, &[Signal::TERM, Signal::INT])]
-    {
-        if std::env::var(variable).is_ok_and(|chosen| is_chosen(action, &chosen)) {
-            tracing::warn!(?action, "signalled on request of {variable}");
+    at(&name_of(action));
+}
+
+/// After a line of the journal is durable.
+pub(crate) fn journalled(entry: &Entry) {
+    let value = serde_json::to_value(entry).unwrap_or_default();
+    at(&format!("entry:{}", value["entry"].as_str().unwrap_or_default()));
+}
+
+/// Signals this process if this is the chosen step.
+pub(crate) fn at(step: &str) {
+    let faults: [(&str, &[Signal]); 3] =
+        [(KILL, &[Signal::KILL]), (STOP, &[Signal::STOP]), (TERM, &[Signal::TERM, Signal::INT])];
+    for (variable, signals) in faults {
+        if std::env::var(variable).is_ok_and(|chosen| chosen == step) {
+            tracing::warn!(step, ?signals, "on request of {variable}");
             for &signal in signals {
                 // Cannot fail: a process may always signal itself.
                 let _ = kill_process(getpid(), signal);
@@ -29,8 +44,8 @@ pub(super) fn reached(action: Action) {
     }
 }
 
-fn is_chosen(action: Action, chosen: &str) -> bool {
-    format!("{action:?}").split([' ', '(', '{']).next() == Some(chosen)
+fn name_of(action: Action) -> String {
+    format!("{action:?}").split([' ', '(', '{']).next().unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
@@ -39,9 +54,7 @@ mod tests {
 
     #[test]
     fn actions_are_chosen_by_name_alone() {
-        assert!(is_chosen(Action::Teardown { success: true }, "Teardown"));
-        assert!(is_chosen(Action::Commit, "Commit"));
-        assert!(!is_chosen(Action::JournalCommit, "Commit"));
-        assert!(!is_chosen(Action::Commit, ""));
+        assert_eq!(name_of(Action::Teardown { success: true }), "Teardown");
+        assert_eq!(name_of(Action::JournalCommit), "JournalCommit");
     }
 }

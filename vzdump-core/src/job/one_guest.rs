@@ -21,9 +21,6 @@ use crate::lock::{FileLock, LockError};
 use crate::task_log::{FileLog, GuestLines, TaskSink, Tee, duration};
 use crate::vm::backup::VmDriver;
 
-/// What the hook script is told of the backup.
-const MODE: &str = "snapshot";
-
 /// The provider's job; its guests are begun one after the other.
 pub(super) type SharedJob = tokio::sync::Mutex<Box<dyn Job>>;
 
@@ -62,7 +59,7 @@ impl<'a> Shared<'a> {
             [format!("Starting Backup of VM {id} (qemu)"), format!("Backup started at {start}")];
         begin.iter().for_each(|line| sink.info(line));
         let started = Instant::now();
-        let mut hooks = self.hooks.guest(GuestKind::Qemu, id, MODE);
+        let mut hooks = self.hooks.guest(GuestKind::Qemu, id, self.options.mode.name());
         let locks = match unless_cancelled(self.cancel, self.lock_guest(id, sink)).await {
             Ok(locks) => locks,
             Err(error) => {

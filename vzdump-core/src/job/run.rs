@@ -133,6 +133,7 @@ impl<'a> Run<'a> {
             Action::CloseSource
                 | Action::Teardown { .. }
                 | Action::Release
+                | Action::LeaveMode
                 | Action::Cleanup
                 | Action::Abort
                 | Action::CloseJournal { .. }
@@ -152,8 +153,10 @@ impl<'a> Run<'a> {
             Action::OpenJournal => self.open_journal().await?,
             Action::StartGuest => self.start_guest().await?,
             Action::Prepare => return self.prepare().await,
+            Action::EnterMode => self.enter_mode().await?,
             Action::PlanVolumes => self.plan_volumes().await?,
             Action::PointInTime => self.point_in_time().await?,
+            Action::Resume => self.resume().await?,
             Action::Transfer => self.transfer().await?,
             Action::JournalCommit => {
                 let id = self.commit_id;
@@ -176,6 +179,7 @@ impl<'a> Run<'a> {
             | Action::CloseSource
             | Action::Teardown { .. }
             | Action::Release
+            | Action::LeaveMode
             | Action::Cleanup => self.drive(action).await.map_err(words)?,
             Action::Finish(_) => {}
         }
@@ -194,6 +198,7 @@ impl<'a> Run<'a> {
             Action::CloseSource => self.driver.close_source(task).await,
             Action::Teardown { success } => self.driver.teardown(success, task).await,
             Action::Release => self.driver.release(task).await,
+            Action::LeaveMode => self.driver.leave_mode(task).await,
             _ => self.driver.cleanup(task).await,
         }
     }
@@ -238,10 +243,24 @@ impl<'a> Run<'a> {
     async fn prepare(&mut self) -> StepResult {
         let journal = self.journal.as_ref().ok_or("the journal is not open")?;
         let task = Task { journal, sink: self.sink, hooks: self.hooks };
-        self.volumes = self.driver.prepare(task).await.map_err(words)?;
+        let has_disks = self.driver.prepare(task).await.map_err(words)?;
+        Ok(Event::Prepared { has_disks })
+    }
+
+    async fn enter_mode(&mut self) -> StepResult<()> {
+        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
+        self.volumes = self.driver.enter_mode(task).await.map_err(words)?;
         self.report.disks_size_bytes =
             self.volumes.iter().fold(0, |sum, volume| sum.saturating_add(volume.size_bytes));
-        Ok(Event::Prepared { has_disks: !self.volumes.is_empty() })
+        Ok(())
+    }
+
+    async fn resume(&mut self) -> StepResult<()> {
+        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
+        let task = Task { journal, sink: self.sink, hooks: self.hooks };
+        self.report.point_in_time.downtime_ms = self.driver.resume(task).await.map_err(words)?;
+        Ok(())
     }
 
     async fn plan_volumes(&mut self) -> StepResult<()> {
@@ -394,6 +413,7 @@ fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
         Action::PointInTime => Some(limits.point_in_time),
         // These bound themselves, by progress or by their own limits.
         Action::StartGuest
+        | Action::EnterMode
         | Action::Transfer
         | Action::Commit
         | Action::AskOutcome

@@ -2,13 +2,15 @@
 //! The order of one guest's backup: which action follows which event. Pure; `super::run` drives it.
 //!
 //! ```text
-//!  OpenJournal ► StartGuest ► Prepare ► PlanVolumes ► Acquire ► PointInTime ► OpenSource ► Transfer
-//!       │            │           └─(no disks)────────────────────────────────────────────────▲ │
-//!       │            │                                                                         ▼
-//!  every failure or cancellation: what was begun is          JournalCommit ► Commit ─error► AskOutcome
-//!  undone, the newest first, each once                                          │               │
-//!       ▼                                                                       └──► RecordOutcome
-//!  Teardown{success} ► CloseSource ► Release ► Cleanup ► Abort ► CloseJournal ► Finish  ◄─┘
+//!  OpenJournal ► StartGuest ► Prepare ► EnterMode ► PlanVolumes ► Acquire ► PointInTime ► Resume ►
+//!                                └─(no disks)────────────────────────► Transfer ◄─── OpenSource ◄─┘
+//!                                                                          │
+//!  every failure or cancellation: what was begun is      JournalCommit ◄───┘
+//!  undone, the newest first, each once                         ▼
+//!       │                                                   Commit ─error► AskOutcome
+//!       ▼                                                      └──► RecordOutcome ◄─┘
+//!  [Resume] ► Teardown{success} ► CloseSource ► Release ◄──────────────┘
+//!                 ► LeaveMode ► Cleanup ► Abort ► CloseJournal ► Finish
 //! ```
 //!
 //! # Invariants
@@ -18,6 +20,8 @@
 //! - `CloseSource` comes after `Teardown`, although its pair began later: the teardown ends the
 //!   exports in bounded time, while stopping an NBD server that still has exports waits for their
 //!   requests, and with them all of QEMU, for as long as a storage hangs.
+//! - After `EnterMode` comes `Resume`: after the point in time, and if it was not reached or failed
+//!   then, first of all that is undone, because a guest must not wait for anything that is undone.
 //! - A failure while undoing changes neither the verdict nor what is undone after it.
 
 /// What is to be done next.
@@ -27,14 +31,18 @@ pub enum Action {
     OpenJournal,
     /// Have the provider begin this guest's backup.
     StartGuest,
-    /// Read the configuration, choose the disks, connect to the guest.
+    /// Read the configuration and choose the disks.
     Prepare,
+    /// Bring the guest into the state that the mode needs, and connect to it.
+    EnterMode,
     /// Ask the provider which bitmaps to use.
     PlanVolumes,
     /// Acquire what the point in time needs: fleecing images.
     Acquire,
     /// Freeze, take the point in time, thaw.
     PointInTime,
+    /// Let the guest go on that was held for the point in time.
+    Resume,
     /// Offer the frozen disks to the provider.
     OpenSource,
     /// Have the provider copy.
@@ -56,7 +64,9 @@ pub enum Action {
     },
     /// Give back what [`Action::Acquire`] acquired.
     Release,
-    /// Disconnect from the guest.
+    /// Disconnect from the guest, and leave it as it would be without the backup.
+    LeaveMode,
+    /// Undo [`Action::Prepare`].
     Cleanup,
     /// Have the provider give its backup up.
     Abort,
@@ -116,6 +126,8 @@ pub struct Machine {
     verdict: Verdict,
     unwinding: bool,
     leftovers: bool,
+    /// The guest may be held for the point in time.
+    is_held: bool,
 }
 
 impl Default for Machine {
@@ -133,6 +145,7 @@ impl Machine {
             verdict: Verdict::Failed,
             unwinding: false,
             leftovers: false,
+            is_held: false,
         }
     }
 
@@ -142,23 +155,31 @@ impl Machine {
     }
 
     /// Whether cancellation has an effect: from when there is a journal, which a thread creates that
-    /// would go on by itself, until the commit begins.
+    /// would go on by itself, until the commit begins, except while the guest is let go on.
     pub fn is_cancellable(&self) -> bool {
         let is_shielded = matches!(
             self.current,
-            Action::OpenJournal | Action::Commit | Action::AskOutcome | Action::RecordOutcome
+            Action::OpenJournal
+                | Action::Resume
+                | Action::Commit
+                | Action::AskOutcome
+                | Action::RecordOutcome
         );
         !self.unwinding && !is_shielded
     }
 
     /// Takes what became of the current action and says what is next.
     pub fn on(&mut self, event: Event) -> Action {
+        if self.current == Action::Resume && (event != Event::Failed || self.unwinding) {
+            self.is_held = false;
+        }
         let next = match (self.current, event) {
             (Action::Finish(verdict), _) => Action::Finish(verdict),
             // Neither may stop the way to the teardown.
             (Action::RecordOutcome, _) => self.unwind(),
             (_, Event::Failed) if self.unwinding => {
-                self.leftovers |= self.current != Action::Abort;
+                // `LeaveMode` tries again what `Resume` could not do.
+                self.leftovers |= !matches!(self.current, Action::Abort | Action::Resume);
                 self.unwind()
             }
             (_, _) if self.unwinding => self.unwind(),
@@ -178,6 +199,10 @@ impl Machine {
         match action {
             Action::StartGuest => self.undo.push(Action::Abort),
             Action::Prepare => self.undo.push(Action::Cleanup),
+            Action::EnterMode => {
+                self.undo.push(Action::LeaveMode);
+                self.is_held = true;
+            }
             Action::Acquire => self.undo.push(Action::Release),
             Action::PointInTime => self.undo.push(Action::Teardown { success: false }),
             // Below the teardown, so that it is undone after it.
@@ -203,6 +228,9 @@ impl Machine {
 
     fn unwind(&mut self) -> Action {
         self.unwinding = true;
+        if self.is_held {
+            return Action::Resume;
+        }
         match self.undo.pop() {
             None => Action::Finish(self.verdict),
             Some(Action::Teardown { .. }) => {
@@ -219,10 +247,12 @@ fn forward(current: Action) -> Action {
     match current {
         Action::OpenJournal => Action::StartGuest,
         Action::StartGuest => Action::Prepare,
-        Action::Prepare => Action::PlanVolumes,
+        Action::Prepare => Action::EnterMode,
+        Action::EnterMode => Action::PlanVolumes,
         Action::PlanVolumes => Action::Acquire,
         Action::Acquire => Action::PointInTime,
-        Action::PointInTime => Action::OpenSource,
+        Action::PointInTime => Action::Resume,
+        Action::Resume => Action::OpenSource,
         Action::OpenSource => Action::Transfer,
         Action::Transfer => Action::JournalCommit,
         Action::JournalCommit => Action::Commit,
@@ -254,9 +284,10 @@ mod tests {
     }
 
     /// What may be undone, and what makes that necessary; undone from the last to the first.
-    const PAIRS: [(Action, Action); 5] = [
+    const PAIRS: [(Action, Action); 6] = [
         (Action::StartGuest, Action::Abort),
         (Action::Prepare, Action::Cleanup),
+        (Action::EnterMode, Action::LeaveMode),
         (Action::Acquire, Action::Release),
         (Action::OpenSource, Action::CloseSource),
         (Action::PointInTime, Action::Teardown { success: false }),
@@ -265,9 +296,9 @@ mod tests {
     #[test]
     fn a_good_backup_has_the_documented_order() {
         use Action::{
-            Acquire, Cleanup, CloseJournal, CloseSource, Commit, Finish, JournalCommit,
-            OpenJournal, OpenSource, PlanVolumes, PointInTime, Prepare, RecordOutcome, Release,
-            StartGuest, Teardown, Transfer,
+            Acquire, Cleanup, CloseJournal, CloseSource, Commit, EnterMode, Finish, JournalCommit,
+            LeaveMode, OpenJournal, OpenSource, PlanVolumes, PointInTime, Prepare, RecordOutcome,
+            Release, Resume, StartGuest, Teardown, Transfer,
         };
         let seen = run(&mut Machine::new(), good);
         assert_eq!(
@@ -276,9 +307,11 @@ mod tests {
                 OpenJournal,
                 StartGuest,
                 Prepare,
+                EnterMode,
                 PlanVolumes,
                 Acquire,
                 PointInTime,
+                Resume,
                 OpenSource,
                 Transfer,
                 JournalCommit,
@@ -287,6 +320,7 @@ mod tests {
                 Teardown { success: true },
                 CloseSource,
                 Release,
+                LeaveMode,
                 Cleanup,
                 CloseJournal { keep: false },
                 Finish(Verdict::Committed),
@@ -301,7 +335,13 @@ mod tests {
             other => good(other),
         });
         assert!(seen.contains(&Action::Commit));
-        assert!(!seen.iter().any(|a| matches!(a, Action::PointInTime | Action::Teardown { .. })));
+        let is_of_disks = |a: &Action| {
+            matches!(
+                a,
+                Action::EnterMode | Action::Resume | Action::LeaveMode | Action::PointInTime
+            ) || matches!(a, Action::Teardown { .. })
+        };
+        assert!(!seen.iter().any(is_of_disks), "{seen:?}");
         assert_eq!(seen.last(), Some(&Action::Finish(Verdict::Committed)));
     }
 
@@ -314,15 +354,23 @@ mod tests {
                 if action == *failing { Event::Failed } else { good(action) }
             });
             assert_eq!(seen.last(), Some(&Action::Finish(Verdict::Failed)), "{failing:?}");
-            // In the order of the pairs, each once, nothing else.
-            let expected: Vec<Action> = PAIRS
-                .iter()
-                .rev()
-                .filter(|(begin, _)| seen.contains(begin))
-                .map(|(_, undo)| *undo)
+            let at = seen.iter().position(|a| a == failing).expect("it was handed out");
+            let begun = &seen[..=at];
+            let is_held = begun.contains(&Action::EnterMode)
+                && (!begun.contains(&Action::Resume) || *failing == Action::Resume);
+            // The guest first, then in the order of the pairs, each once, nothing else.
+            let expected: Vec<Action> = is_held
+                .then_some(Action::Resume)
+                .into_iter()
+                .chain(
+                    PAIRS
+                        .iter()
+                        .rev()
+                        .filter(|(begin, _)| seen.contains(begin))
+                        .map(|(_, undo)| *undo),
+                )
                 .chain([Action::CloseJournal { keep: false }, Action::Finish(Verdict::Failed)])
                 .collect();
-            let at = seen.iter().position(|a| a == failing).expect("it was handed out");
             assert_eq!(&seen[at + 1..], expected, "{failing:?}");
         }
     }
@@ -363,6 +411,7 @@ mod tests {
             Action::CloseSource,
             Action::Teardown { success: true },
             Action::Release,
+            Action::LeaveMode,
             Action::Cleanup,
             Action::RecordOutcome,
         ] {
@@ -377,13 +426,39 @@ mod tests {
         }
     }
 
+    /// Every sequence of successes and failures, however unlikely: the guest goes on before anything
+    /// is undone.
     #[test]
-    fn cancellation_begins_with_the_journal_and_ends_at_the_commit() {
+    fn the_guest_goes_on_first_whatever_fails() {
+        // The first that fails, and one bit for each action after it.
+        for (first, later) in (0..16).flat_map(|first| (0_u32..1 << 10).map(move |l| (first, l))) {
+            let mut machine = Machine::new();
+            let mut step = 0;
+            let seen = run(&mut machine, |action| {
+                let is_later = step > first && later >> (step - first - 1) & 1 == 1;
+                let fails = step == first || is_later;
+                step += 1;
+                if fails { Event::Failed } else { good(action) }
+            });
+            let count = |wanted: Action| seen.iter().filter(|a| **a == wanted).count();
+            let entered = count(Action::EnterMode);
+            assert!((entered..=2 * entered).contains(&count(Action::Resume)), "{seen:?}");
+            assert_eq!(count(Action::LeaveMode), entered, "{seen:?}");
+            if let Some(resume) = seen.iter().rposition(|a| *a == Action::Resume) {
+                let is_undo = |a: &Action| PAIRS.iter().any(|(_, undo)| undo == a);
+                assert!(!seen[..resume].iter().any(is_undo), "{seen:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn cancellation_begins_with_the_journal_ends_at_the_commit_and_waits_for_the_guest() {
         let mut machine = Machine::new();
         let mut at_commit = false;
         while !matches!(machine.current(), Action::Finish(_)) {
             at_commit |= machine.current() == Action::Commit;
-            let expected = !at_commit && machine.current() != Action::OpenJournal;
+            let is_shielded = matches!(machine.current(), Action::OpenJournal | Action::Resume);
+            let expected = !at_commit && !is_shielded;
             assert_eq!(machine.is_cancellable(), expected, "{:?}", machine.current());
             let event = good(machine.current());
             machine.on(event);

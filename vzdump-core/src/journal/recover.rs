@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Cleans up after tasks that died, from their journals.
 //!
-//! For a backup, in this order: thaw; ask what became of a commit that was begun (nothing is torn
+//! For a backup, in this order: thaw, and let a guest run again that was paused or shut down; ask what became of a commit that was begun (nothing is torn
 //! down while that is open); tear the access down with its exports, as a success only if the
-//! commit is durable; stop the NBD server, if it is ours; detach and free the fleecing images; remove directories; remove the journal.
+//! commit is durable; stop the NBD server, if it is ours; detach and free the fleecing images; remove directories; leave
+//! QEMU as it would be without the backup, which may be to end it; remove the journal.
 //! What belongs to a QEMU that has ended needs no QMP. Every step may be repeated.
 //!
 //! For a new guest, restored or not: a configuration that names one of the new volumes makes it
@@ -21,18 +22,19 @@ use provider_api::{CommitOutcome, GuestKind};
 use qmp_client::{Session, backup};
 
 use super::volumes::free_within;
-use super::{Entry, JournalError, KnownOutcome, Record, TaskKind};
+use super::{Entry, JournalError, KnownOutcome, ProcessStamp, Record, TaskKind};
 use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::guest::GuestError;
 use crate::job::commit::ask_outcome;
 use crate::job::{JobContext, backup_lock_path, chain};
-use crate::layout::Monitor;
 use crate::lock::{FileLock, LockError};
 use crate::storage::VolumeId;
 use crate::task_log::TaskSink;
 use crate::vm::backup::ops;
+use crate::vm::backup::power::{self, Change, Vm};
 use crate::vm::freeze_guard::thaw_directly;
+use crate::vm::process::VmProcess;
 
 /// A journal that could not be cleared.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -143,21 +145,35 @@ async fn recover_backup(
     sink: &dyn TaskSink,
 ) -> Result<(), String> {
     let id = record.begin.guest_id;
-    let is_alive = record.qemu.as_ref().is_some_and(super::ProcessStamp::is_alive);
-    if is_alive && record.frozen {
+    let vm = Vm { layout: &ctx.layout, tools: &ctx.tools, storages: &ctx.storages, id };
+    if record.frozen && record.qemu.as_ref().is_some_and(ProcessStamp::is_alive) {
         // A guest must not wait for a provider. The guard has most likely thawed it long ago.
-        if let Err(error) = thaw_directly(&ctx.layout.agent_socket(id)).await {
+        if let Err(error) = thaw_directly(&ctx.layout.agent_socket(id), ctx.limits.freeze).await {
             sink.warn(&format!("whether VM {id} is thawed is not known: {error}"));
         }
     }
+    // After a start of the host it is the host's matter which guests run.
+    let is_of_this_boot = record.ran.as_ref().is_some_and(ProcessStamp::is_of_this_boot);
+    let held = record.held.filter(|_| is_of_this_boot);
+    if let Some(held) = held {
+        let mark = record.started.as_ref().map(|(mark, _)| mark.as_str());
+        let again = power::run_again(vm, held, mark, record.ran.as_ref(), None).await;
+        power::log_again(again.map_err(|error| chain(&error))?, id, None, sink);
+        super::append_to(&record.path, Entry::Resumed).await.map_err(|error| chain(&error))?;
+    }
     let is_committed = settle_commit(ctx, record, sink).await?;
+    let qemu = qemu_of(record)?;
     // Before anything was acquired in QEMU it need not be asked, and may be busy or hang.
-    let has_traces = record.access.is_some() || record.nbd.is_some() || !record.fleecing.is_empty();
-    let session = if is_alive && has_traces {
-        let socket = ctx.layout.qmp_socket(id, Monitor::Backup);
-        Some(ops::connect(&socket).await.map_err(|error| chain(&error))?)
-    } else {
-        None
+    let has_traces = record.access.is_some()
+        || record.nbd.is_some()
+        || record.kept_alive
+        || record.started.is_some()
+        || !record.fleecing.is_empty();
+    let session = match qemu {
+        Some(qemu) if has_traces => {
+            power::connect_patiently(vm, qemu).await.map_err(|error| chain(&error))?
+        }
+        _ => None,
     };
     if let Some(session) = &session {
         undo_in_qemu(session, record, is_committed, sink).await.map_err(|error| chain(&error))?;
@@ -165,7 +181,23 @@ async fn recover_backup(
     for image in record.fleecing.iter().rev() {
         free_named(ctx, &image.volume).await?;
     }
-    remove_directories(ctx, record).await
+    remove_directories(ctx, record).await?;
+    let (Some(session), Some(qemu)) = (session, qemu) else { return Ok(()) };
+    let change = Change {
+        is_off: record.started.as_ref().is_some_and(|(_, is_to_run)| !is_to_run),
+        is_kept: record.kept_alive,
+    };
+    power::leave(vm, &qemu, &session, change, sink).await.map_err(|error| chain(&error))
+}
+
+/// The QEMU that the backup worked with last, if it lives.
+fn qemu_of(record: &Record) -> Result<Option<VmProcess>, String> {
+    let Some((mark, _)) = &record.started else {
+        let qemu = record.qemu.as_ref().filter(|qemu| qemu.is_alive());
+        return Ok(qemu.map(|qemu| qemu.process));
+    };
+    // Its process may not have been written down yet.
+    VmProcess::of_mark(mark).map_err(|error| format!("cannot look for a QEMU in /proc: {error}"))
 }
 
 /// Finds out whether the backup is durable. An error means that nothing may be torn down yet.

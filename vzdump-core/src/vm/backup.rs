@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The backup of a running VM, as [`GuestDriver`] asks for it.
+//! The backup of a VM, as [`GuestDriver`] asks for it.
 //!
 //! ```text
-//!  prepare        status, disks, sizes            cleanup       session closed
+//!  prepare        status, disks                   cleanup       –
+//!  enter_mode     QEMU as the mode needs it,      leave_mode    session closed, QEMU as it was
+//!                 session, sizes (`power`)
 //!  acquire        images, blockdev-add            release       blockdev-del, images freed
-//!  point_in_time  freeze, setup, thaw             teardown      query, backup-access-teardown,
-//!                                                               which ends the exports
+//!  point_in_time  freeze or pause, setup, thaw    teardown      query, backup-access-teardown,
+//!  resume         guest runs again                              which ends the exports
 //!  open_source    nbd-server-start, exports       close_source  nbd-server-stop, after teardown
 //! ```
 //!
@@ -16,6 +18,7 @@
 mod disks;
 mod limited;
 pub(crate) mod ops;
+pub(crate) mod power;
 mod source;
 mod stats;
 mod watch;
@@ -30,10 +33,13 @@ use qmp_client::{Error, EventStream, Session};
 
 use self::disks::Disk;
 use self::limited::LimitedDisk;
-use super::freeze_guard::{self, Frozen, GuardCommand};
+use self::power::Power;
+use super::freeze_guard::{self, FreezeLimits, Frozen, GuardCommand};
 use super::runner;
-use crate::config::guest::VmConfig;
-use crate::guest::{AccessStats, GuestDriver, GuestError, PointInTime, Task, VolumeReport};
+use crate::config::guest::{DiskEntry, VmConfig};
+use crate::guest::{
+    AccessStats, BackupMode, GuestDriver, GuestError, PointInTime, Task, VolumeReport,
+};
 use crate::job::{BackupOptions, JobContext, chain};
 use crate::journal::{Entry, FleecingImage, ProcessStamp};
 use crate::layout::{Layout, Monitor};
@@ -70,19 +76,23 @@ struct Server {
     is_started: bool,
 }
 
-/// The backup of one running VM.
+/// The backup of one VM.
 pub struct VmDriver {
     layout: Layout,
     tools: Tools,
     storages: StorageSet,
     guard: GuardCommand,
+    freeze_limits: FreezeLimits,
     options: BackupOptions,
     id: u32,
     config: VmConfig,
     firewall: Option<Vec<u8>>,
-    /// QEMU, as it was when the backup began.
-    process: ProcessStamp,
+    /// QEMU, if there is one: that which ran when the backup began, or was started for it.
+    process: Option<ProcessStamp>,
+    power: Power,
     session: Option<Session>,
+    /// What is to be backed up, until it is measured.
+    chosen: Vec<DiskEntry>,
     disks: Vec<Disk>,
     fleecing: Vec<Fleecing>,
     /// The setup was begun.
@@ -101,7 +111,7 @@ pub struct VmDriver {
 }
 
 impl VmDriver {
-    /// Reads the configuration of a VM and checks that it runs.
+    /// Reads the configuration of a VM.
     ///
     /// # Errors
     /// [`GuestError::Refused`]; the configuration cannot be read.
@@ -112,20 +122,20 @@ impl VmDriver {
             .ok_or_else(|| GuestError::Refused(format!("VM {id} does not exist.")))?;
         let firewall = read_optional(&layout.firewall_path(id))
             .map_err(GuestError::at(format!("read the firewall configuration of VM {id}")))?;
-        let process = running_process(layout, id)?.ok_or_else(|| {
-            GuestError::Refused(format!("VM {id} is not running; start it first."))
-        })?;
         Ok(Self {
             layout: layout.clone(),
             tools: ctx.tools.clone(),
             storages: ctx.storages.clone(),
             guard: ctx.guard.clone(),
+            freeze_limits: ctx.limits.freeze,
             options: options.clone(),
             id,
             config,
             firewall,
-            process,
+            process: None,
+            power: Power::default(),
             session: None,
+            chosen: Vec::new(),
             disks: Vec::new(),
             fleecing: Vec::new(),
             access_begun: false,
@@ -150,7 +160,7 @@ impl VmDriver {
 
     /// The session for undoing: connected anew if need be; `None` if QEMU is gone.
     async fn session_if_alive(&mut self) -> Result<Option<Session>, GuestError> {
-        if !self.process.is_alive() {
+        if !self.process.as_ref().is_some_and(ProcessStamp::is_alive) {
             return Ok(None);
         }
         if let Some(session) = self.session.as_ref().filter(|session| !session.is_closed()) {
@@ -169,39 +179,30 @@ impl VmDriver {
 
     /// Whether QEMU has ended, or does within a moment: its sockets close before its process ends.
     async fn is_ending(&self) -> bool {
-        match self.process.process.open() {
+        let Some(process) = &self.process else { return true };
+        match process.process.open() {
             Ok(Some(handle)) => handle.wait(END_WAIT).await.unwrap_or(false),
             Ok(None) => true,
-            Err(_) => !self.process.is_alive(),
+            Err(_) => !process.is_alive(),
         }
     }
 
-    async fn do_prepare(&mut self, task: Task<'_>) -> Result<Vec<VolumeInfo>, GuestError> {
+    fn do_prepare(&mut self, task: Task<'_>) -> Result<bool, GuestError> {
         let sink = task.sink;
-        task.journal.append(Entry::Qemu { process: self.process.clone() }).await?;
-        let session = ops::connect(&self.layout.qmp_socket(self.id, Monitor::Backup))
-            .await
-            .map_err(GuestError::at(format!("connect to the monitor of VM {}", self.id)))?;
-        sink.info("status = running");
+        self.process = running_process(&self.layout, self.id)?;
+        let status = if self.process.is_some() { "running" } else { "stopped" };
+        sink.info(&format!("status = {status}"));
         if let Some(name) = self.config.name() {
             sink.info(&format!("VM Name: {}", clean(name)));
         }
-        sink.info("backup mode: snapshot");
-        session
-            .require_command(SETUP_COMMAND)
-            .await
-            .map_err(GuestError::at(format!("back up VM {} while it runs", self.id)))?;
-        let chosen =
+        self.chosen =
             disks::choose_disks(&self.config, sink).map_err(GuestError::at("choose the disks"))?;
-        let disks = disks::measure(&session, chosen, sink).await?;
-        if disks.is_empty() {
+        disks::log_left_out(&self.config, sink);
+        sink.info(&format!("backup mode: {}", self.effective_mode()));
+        if self.chosen.is_empty() {
             sink.info("the VM has no disk to back up; only its configuration is kept");
         }
-        self.session = Some(session);
-        self.disks = disks;
-        let volume =
-            |disk: &Disk| VolumeInfo { device: disk.key.clone(), size_bytes: disk.size_bytes };
-        Ok(self.disks.iter().map(volume).collect())
+        Ok(!self.chosen.is_empty())
     }
 
     async fn do_acquire(&mut self, task: Task<'_>) -> Result<(), GuestError> {
@@ -256,7 +257,14 @@ impl VmDriver {
         // Before the freeze: nothing slow may happen while the guest waits.
         task.journal.append(Entry::Access { target_id: target_id.clone() }).await?;
         let request = self.setup_request(target_id, requests);
-        let (frozen, mut words) = self.freeze(&session, task).await?;
+        self.warn_if_run(&session, task).await?;
+        let is_paused =
+            self.options.mode == BackupMode::Suspend && self.pause(&session, task).await?;
+        let (frozen, mut words) = if is_paused {
+            (None, "not frozen: the guest was paused".to_owned())
+        } else {
+            self.freeze(&session, task).await?
+        };
         self.events = Some(session.events());
         self.access_begun = true;
         let setup = BackupAccess::setup(session, request).await;
@@ -266,6 +274,9 @@ impl VmDriver {
             let thawed = frozen.thaw(&self.layout.agent_socket(self.id)).await;
             task.sink.info("issuing guest-agent 'fs-thaw' command");
             freeze_ms = thawed.held_ms;
+            if let Some(held_ms) = freeze_ms {
+                task.sink.info(&format!("guest file systems were frozen for {held_ms} ms"));
+            }
             if let Some(trouble) = &thawed.trouble {
                 task.sink.warn(trouble);
                 words = format!("{words}; {trouble}");
@@ -278,9 +289,9 @@ impl VmDriver {
             setup.map_err(GuestError::at(format!("set up the backup access of VM {}", self.id)))?;
         self.infos = access.infos().to_vec();
         self.access = Some(access);
-        self.check_infos(requests, task)?;
+        self.check_infos(requests)?;
         let drained_ns = self.infos.first().map(|info| info.drained_ns);
-        Ok(PointInTime { freeze_ms, freeze: words, drained_ns })
+        Ok(PointInTime { freeze_ms, freeze: words, drained_ns, downtime_ms: None })
     }
 
     fn setup_request(&self, target_id: String, requests: &[BitmapRequest]) -> SetupRequest {
@@ -324,6 +335,9 @@ impl VmDriver {
         if !self.config.agent_enabled() {
             return skip("agent not configured in VM options");
         }
+        if !self.config.freeze_enabled() {
+            return skip("disabled in VM options");
+        }
         let status = session
             .execute(QueryStatus)
             .await
@@ -333,8 +347,11 @@ impl VmDriver {
         }
         task.journal.append(Entry::Freeze).await?;
         task.sink.info("issuing guest-agent 'fs-freeze' command");
-        match freeze_guard::freeze(&self.guard, &self.layout.agent_socket(self.id)).await {
+        let socket = self.layout.agent_socket(self.id);
+        match freeze_guard::freeze(&self.guard, &socket, self.freeze_limits).await {
             Ok(frozen) => {
+                #[cfg(debug_assertions)]
+                crate::job::kill_point::at("frozen");
                 let words = format!("{} file systems frozen", frozen.file_systems());
                 Ok((Some(frozen), words))
             }
@@ -345,12 +362,8 @@ impl VmDriver {
         }
     }
 
-    /// Checks QEMU's answer against the request, and logs it.
-    fn check_infos(
-        &mut self,
-        requests: &[BitmapRequest],
-        task: Task<'_>,
-    ) -> Result<(), GuestError> {
+    /// Checks QEMU's answer against the request. Logs nothing, because the guest may still be held.
+    fn check_infos(&self, requests: &[BitmapRequest]) -> Result<(), GuestError> {
         for ((disk, info), request) in self.disks.iter().zip(&self.infos).zip(requests) {
             if info.size_bytes != disk.size_bytes {
                 return Err(GuestError::Refused(format!(
@@ -367,11 +380,16 @@ impl VmDriver {
                     disk.key
                 )));
             }
+        }
+        Ok(())
+    }
+
+    fn log_infos(&self, task: Task<'_>) {
+        for (disk, info) in self.disks.iter().zip(&self.infos) {
             let status =
                 bitmap_status(info.bitmap_action.as_str(), info.dirty_bytes, info.size_bytes);
             task.sink.info(&format!("{}: dirty-bitmap status: {status}", disk.key));
         }
-        Ok(())
     }
 
     async fn do_teardown(&mut self, success: bool, task: Task<'_>) -> Result<(), GuestError> {
@@ -504,11 +522,15 @@ impl GuestDriver for VmDriver {
         self.config.name().map(str::to_owned)
     }
 
-    fn prepare<'a>(
+    fn prepare<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<bool, GuestError>> {
+        Box::pin(std::future::ready(self.do_prepare(task)))
+    }
+
+    fn enter_mode<'a>(
         &'a mut self,
         task: Task<'a>,
     ) -> BoxFuture<'a, Result<Vec<VolumeInfo>, GuestError>> {
-        Box::pin(self.do_prepare(task))
+        Box::pin(self.do_enter_mode(task))
     }
 
     fn acquire<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
@@ -521,6 +543,10 @@ impl GuestDriver for VmDriver {
         task: Task<'a>,
     ) -> BoxFuture<'a, Result<PointInTime, GuestError>> {
         Box::pin(self.do_point_in_time(requests, task))
+    }
+
+    fn resume<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<Option<u64>, GuestError>> {
+        Box::pin(self.do_resume(task))
     }
 
     fn open_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
@@ -551,9 +577,11 @@ impl GuestDriver for VmDriver {
         Box::pin(self.do_release(task))
     }
 
+    fn leave_mode<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.do_leave_mode(task))
+    }
+
     fn cleanup<'a>(&'a mut self, _task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
-        self.session = None;
-        self.events = None;
         Box::pin(std::future::ready(Ok(())))
     }
 

@@ -36,18 +36,52 @@ use crate::task_log::clean;
 
 /// The hidden subcommand that runs [`run_guard`].
 pub const SUBCOMMAND: &str = "__thaw-guard";
-/// The longest a guest stays frozen, whatever the task does.
-const HOLD_MAX: Duration = Duration::from_secs(30);
-/// An agent that works answers at once.
-const PING_LIMIT: Duration = Duration::from_secs(3);
-/// Freezing runs the guest's own hooks and writes its caches out.
-const FREEZE_LIMIT: Duration = Duration::from_secs(60);
-const THAW_LIMIT: Duration = Duration::from_secs(20);
 const THAW_ATTEMPTS: u32 = 3;
 /// What the guard may take for anything beside the agent's own limits.
 const MARGIN: Duration = Duration::from_secs(10);
 /// Begins the guard's lines, so that nothing else on its output is taken for one.
 const PREFIX: &str = "thaw-guard: ";
+
+/// Bounds of all that has to do with a freeze.
+#[derive(Debug, Clone, Copy)]
+pub struct FreezeLimits {
+    /// The longest a guest stays frozen, whatever the task does.
+    pub hold: Duration,
+    /// An agent that works answers at once.
+    pub ping: Duration,
+    /// Freezing runs the guest's own hooks and writes its caches out.
+    pub freeze: Duration,
+    /// For one of three attempts to thaw.
+    pub thaw: Duration,
+}
+
+impl Default for FreezeLimits {
+    fn default() -> Self {
+        Self {
+            hold: Duration::from_secs(30),
+            ping: Duration::from_secs(3),
+            freeze: Duration::from_secs(60),
+            thaw: Duration::from_secs(20),
+        }
+    }
+}
+
+impl FreezeLimits {
+    fn to_args(self) -> [String; 4] {
+        [self.hold, self.ping, self.freeze, self.thaw].map(|limit| limit.as_millis().to_string())
+    }
+
+    fn parse(args: &[OsString]) -> Option<Self> {
+        let [hold, ping, freeze, thaw] = args else { return None };
+        let limit = |text: &OsString| text.to_str()?.parse().ok().map(Duration::from_millis);
+        Some(Self {
+            hold: limit(hold)?,
+            ping: limit(ping)?,
+            freeze: limit(freeze)?,
+            thaw: limit(thaw)?,
+        })
+    }
+}
 
 /// How the guard's process is started.
 #[derive(Debug, Clone)]
@@ -133,6 +167,7 @@ impl Report {
 #[derive(Debug)]
 pub struct Frozen {
     guard: Guard,
+    limits: FreezeLimits,
     file_systems: u32,
     since: Instant,
 }
@@ -160,19 +195,23 @@ struct Guard {
 ///
 /// # Errors
 /// Why the guest is not frozen, in words. The guest is thawed then, or its guard is about to.
-pub async fn freeze(command: &GuardCommand, agent_socket: &Path) -> Result<Frozen, String> {
-    let mut guard = Guard::spawn(command, agent_socket)
+pub async fn freeze(
+    command: &GuardCommand,
+    agent_socket: &Path,
+    limits: FreezeLimits,
+) -> Result<Frozen, String> {
+    let mut guard = Guard::spawn(command, agent_socket, limits)
         .map_err(|error| format!("cannot start the freeze guard: {error}"))?;
-    let limit = AgentOptions::default().connect_timeout + PING_LIMIT * 2 + FREEZE_LIMIT + MARGIN;
+    let limit = AgentOptions::default().connect_timeout + limits.ping * 2 + limits.freeze + MARGIN;
     match timeout(limit, guard.report()).await {
         Ok(Some(Report::Frozen { file_systems })) => {
-            Ok(Frozen { guard, file_systems, since: Instant::now() })
+            Ok(Frozen { guard, limits, file_systems, since: Instant::now() })
         }
         Ok(Some(Report::Failed { why } | Report::Stuck { why })) => Err(why),
         Ok(Some(Report::Thawed { .. })) => Err("the freeze guard gave up".to_owned()),
         Ok(None) => {
             // It may have died after freezing.
-            let thawed = thaw_directly(agent_socket).await;
+            let thawed = thaw_directly(agent_socket, limits).await;
             Err(match thawed {
                 Ok(()) => "the freeze guard ended".to_owned(),
                 Err(error) => format!("the freeze guard ended, and thawing failed: {error}"),
@@ -194,7 +233,7 @@ impl Frozen {
             // A guard that is gone shows below.
             let _ = stdin.write_all(b"thaw\n").await;
         }
-        let limit = THAW_LIMIT * THAW_ATTEMPTS + MARGIN;
+        let limit = self.limits.thaw * THAW_ATTEMPTS + MARGIN;
         let report = timeout(limit, self.guard.report()).await;
         let held = || u64::try_from(self.since.elapsed().as_millis()).ok();
         match report {
@@ -211,7 +250,7 @@ impl Frozen {
                 trouble: Some(format!("THE GUEST MAY STILL BE FROZEN: {why}")),
             },
             // The guard is gone or hangs: its connection is free, or its deadline will pass.
-            Ok(_) | Err(_) => match thaw_directly(agent_socket).await {
+            Ok(_) | Err(_) => match thaw_directly(agent_socket, self.limits).await {
                 Ok(()) => Thawed {
                     is_thawed: true,
                     held_ms: held(),
@@ -228,11 +267,15 @@ impl Frozen {
 }
 
 impl Guard {
-    fn spawn(command: &GuardCommand, agent_socket: &Path) -> io::Result<Self> {
+    fn spawn(
+        command: &GuardCommand,
+        agent_socket: &Path,
+        limits: FreezeLimits,
+    ) -> io::Result<Self> {
         let mut child = Command::new(&command.program)
             .args(&command.args)
             .arg(agent_socket)
-            .arg(HOLD_MAX.as_millis().to_string())
+            .args(limits.to_args())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -263,8 +306,8 @@ impl Guard {
 ///
 /// # Errors
 /// Why the guest may still be frozen, in words.
-pub async fn thaw_directly(agent_socket: &Path) -> Result<(), String> {
-    let agent = connect(agent_socket).await.map_err(|error| chain(&error))?;
+pub async fn thaw_directly(agent_socket: &Path, limits: FreezeLimits) -> Result<(), String> {
+    let agent = connect(agent_socket, limits).await.map_err(|error| chain(&error))?;
     let status = agent.fsfreeze_status().await.map_err(|error| chain(&error))?;
     if status == FreezeStatus::Thawed {
         return Ok(());
@@ -272,11 +315,11 @@ pub async fn thaw_directly(agent_socket: &Path) -> Result<(), String> {
     thaw(&agent).await.map_err(|error| chain(&error))
 }
 
-async fn connect(agent_socket: &Path) -> Result<Agent, Error> {
+async fn connect(agent_socket: &Path, limits: FreezeLimits) -> Result<Agent, Error> {
     let options = AgentOptions {
-        command_timeout: PING_LIMIT,
-        freeze_timeout: FREEZE_LIMIT,
-        thaw_timeout: THAW_LIMIT,
+        command_timeout: limits.ping,
+        freeze_timeout: limits.freeze,
+        thaw_timeout: limits.thaw,
         ..AgentOptions::default()
     };
     Agent::connect(agent_socket, options).await
@@ -293,19 +336,16 @@ async fn thaw(agent: &Agent) -> Result<(), Error> {
     last
 }
 
-/// Runs the guard: `args` are the agent's socket and the deadline in milliseconds. Ends when the
-/// guest is thawed.
+/// Runs the guard: `args` are the agent's socket and the [`FreezeLimits`] in milliseconds. Ends when
+/// the guest is thawed.
 pub async fn run_guard(args: &[OsString]) -> ExitCode {
-    let parsed = match args {
-        [socket, hold_ms] => {
-            hold_ms.to_str().and_then(|ms| ms.parse().ok()).map(|ms| (PathBuf::from(socket), ms))
-        }
-        _ => None,
-    };
-    let Some((socket, hold_ms)) = parsed else {
+    let parsed = args.split_first().and_then(|(socket, limits)| {
+        FreezeLimits::parse(limits).map(|limits| (PathBuf::from(socket), limits))
+    });
+    let Some((socket, limits)) = parsed else {
         return ExitCode::from(2);
     };
-    let report = guard(&socket, Duration::from_millis(hold_ms)).await;
+    let report = guard(&socket, limits).await;
     say(&report);
     match report {
         Report::Thawed { .. } | Report::Failed { .. } => ExitCode::SUCCESS,
@@ -313,9 +353,9 @@ pub async fn run_guard(args: &[OsString]) -> ExitCode {
     }
 }
 
-async fn guard(socket: &Path, hold: Duration) -> Report {
+async fn guard(socket: &Path, limits: FreezeLimits) -> Report {
     let failed = |why: String| Report::Failed { why: clean(&why) };
-    let agent = match connect(socket).await {
+    let agent = match connect(socket, limits).await {
         Ok(agent) => agent,
         Err(error) => return failed(chain(&error)),
     };
@@ -343,7 +383,7 @@ async fn guard(socket: &Path, hold: Duration) -> Report {
     say(&Report::Frozen { file_systems });
     let cause = tokio::select! {
         cause = stop.wait() => cause,
-        () = tokio::time::sleep(hold) => Cause::Deadline,
+        () = tokio::time::sleep(limits.hold) => Cause::Deadline,
     };
     let thawed = thaw(&agent).await;
     let held_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);

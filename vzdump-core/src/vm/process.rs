@@ -71,6 +71,36 @@ impl VmProcess {
         }
     }
 
+    /// The QEMU that was started with this mark, whether or not it has made its pid file yet.
+    ///
+    /// # Errors
+    /// `/proc` cannot be listed.
+    pub fn of_mark(mark: &str) -> io::Result<Option<Self>> {
+        let wanted = ["-chardev".to_owned(), mark_argument(mark)];
+        for entry in std::fs::read_dir("/proc")? {
+            // Processes come and go meanwhile.
+            let Ok(entry) = entry else { continue };
+            let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let Some(process) = pid.map(Self::of_pid).transpose().ok().flatten().flatten() else {
+                continue;
+            };
+            if process.arguments().is_ok_and(|all| all.windows(2).any(|pair| pair == wanted)) {
+                return Ok(Some(process));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The arguments it was started with.
+    ///
+    /// # Errors
+    /// It is gone, or cannot be asked for them.
+    pub fn arguments(&self) -> io::Result<Vec<String>> {
+        let bytes = std::fs::read(format!("/proc/{}/cmdline", self.pid))?;
+        let words = bytes.split(|byte| *byte == 0);
+        Ok(words.map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+    }
+
     /// Opens the process, if it still is the same.
     ///
     /// # Errors
@@ -88,6 +118,11 @@ impl VmProcess {
         }
         Ok(Some(ProcessHandle { fd }))
     }
+}
+
+/// What a mark is in QEMU's command line: a character device that nothing uses.
+pub(crate) fn mark_argument(mark: &str) -> String {
+    format!("null,id={mark}")
 }
 
 /// An open process.
@@ -165,6 +200,29 @@ mod tests {
         let other = VmProcess { start_time_ticks: own.start_time_ticks + 1, ..own };
         assert!(other.open().unwrap().is_none());
         assert!(own.open().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_process_is_found_by_its_mark() {
+        let mark = format!("mark-{}", uuid::Uuid::new_v4().simple());
+        assert_eq!(VmProcess::of_mark(&mark).unwrap(), None);
+        let start = |words: &[&str]| {
+            let mut command = Command::new("sh");
+            command.args(["-c", "read line", "sh"]).args(words).stdin(Stdio::piped());
+            command.spawn().unwrap()
+        };
+        let argument = mark_argument(&mark);
+        // Somebody who looks for it is not it.
+        let mut other = start(&["-e", &argument]);
+        assert_eq!(VmProcess::of_mark(&mark).unwrap(), None);
+        let mut child = start(&["-chardev", &argument]);
+        let found = VmProcess::of_mark(&mark).unwrap().unwrap();
+        assert_eq!(u32::try_from(found.pid).unwrap(), child.id());
+        for child in [&mut child, &mut other] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        assert_eq!(VmProcess::of_mark(&mark).unwrap(), None);
     }
 
     #[test]

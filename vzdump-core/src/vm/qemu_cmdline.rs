@@ -22,6 +22,7 @@ use crate::config::guest::{DiskEntry, VmConfig, is_disk_key, split_numbered};
 use crate::config::{ConfigError, OptionList, parse_bool};
 use crate::layout::{Layout, Monitor};
 use crate::storage::StorageError;
+use crate::vm::process::mark_argument;
 
 /// Keys that change the machine.
 const USED_KEYS: [&str; 16] = [
@@ -50,6 +51,9 @@ const USED_KEYS_TOO: [&str; 2] = ["template", "vmgenid"];
 
 /// A guest that breaks out into QEMU cannot start programs or change its own limits.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// A machine without processors, memory and devices.
+const NO_MACHINE: &str = "none";
 
 /// Memory of a VM that does not say, in MiB.
 const MEMORY_DEFAULT_MIB: u64 = 512;
@@ -114,11 +118,11 @@ pub struct Input<'a> {
     /// The VM's number.
     pub id: u32,
     /// Finds the file of a disk.
-    pub find: &'a dyn Fn(&DiskEntry) -> Result<DiskFile, StorageError>,
+    pub find: &'a (dyn Fn(&DiskEntry) -> Result<DiskFile, StorageError> + Sync),
     /// Do not let the guest run yet.
     pub paused: bool,
-    /// Leave unknown keys out with a notice instead of failing.
-    pub lenient: bool,
+    /// What the process is found by, see [`crate::vm::process::VmProcess::of_mark`].
+    pub mark: Option<&'a str>,
 }
 
 /// A command line without the program.
@@ -197,10 +201,9 @@ pub fn build(config: &VmConfig, input: &Input<'_>) -> Result<CommandLine, Cmdlin
     console(config, input, chipset, &mut line)?;
     agent(config, input, chipset, &mut line)?;
     unknown.extend(disks::add(config, input, chipset, &mut line)?);
-    if !unknown.is_empty() && !input.lenient {
+    if !unknown.is_empty() {
         return Err(CmdlineError::Unknown { unknown });
     }
-    line.notices.extend(unknown.iter().map(|key| format!("ignoring the unknown key {key}")));
     if input.paused {
         line.args.push("-S".into());
     }
@@ -210,16 +213,49 @@ pub fn build(config: &VmConfig, input: &Input<'_>) -> Result<CommandLine, Cmdlin
     Ok(line)
 }
 
-fn machine(
+/// Builds the command line of a QEMU that has these disks of a VM and no machine, in which no guest
+/// can run: for backups of templates, and of VMs whose machine this runner cannot build.
+///
+/// # Errors
+/// [`CmdlineError`], for one of the disks.
+pub fn build_disks_only(
     config: &VmConfig,
     input: &Input<'_>,
-    line: &mut CommandLine,
-) -> Result<Chipset, CmdlineError> {
+    keys: &[String],
+    read_only: bool,
+) -> Result<CommandLine, CmdlineError> {
+    let mut line = CommandLine::default();
+    begin(config, input, &mut line);
+    line.option("-machine", NO_MACHINE);
+    control(input, &mut line)?;
+    line.option("-display", "none");
+    disks::add_nodes(config, input, keys, read_only, &mut line)?;
+    line.args.push("-S".into());
+    Ok(line)
+}
+
+/// Whether these are the arguments of a QEMU by [`build_disks_only`].
+pub fn is_disks_only(arguments: &[String]) -> bool {
+    arguments.windows(2).any(|pair| pair == ["-machine", NO_MACHINE])
+}
+
+fn begin(config: &VmConfig, input: &Input<'_>, line: &mut CommandLine) {
     line.args.extend(["-no-user-config", "-nodefaults"].map(Into::into));
     line.option("-sandbox", SANDBOX);
     let default_name = format!("vm{}", input.id);
     let name = config.name().unwrap_or(&default_name);
     line.option("-name", format!("guest={},debug-threads=on", escaped(name)));
+    if let Some(mark) = input.mark {
+        line.option("-chardev", mark_argument(mark));
+    }
+}
+
+fn machine(
+    config: &VmConfig,
+    input: &Input<'_>,
+    line: &mut CommandLine,
+) -> Result<Chipset, CmdlineError> {
+    begin(config, input, line);
     let text = config.get("machine").unwrap_or("q35");
     let list = OptionList::parse(text).map_err(|why| value_error("machine", text, why))?;
     let kind = list.first.as_deref().or_else(|| list.get("type")).unwrap_or("q35");
@@ -242,7 +278,8 @@ fn machine(
         None | Some("seabios") => {}
         Some(other) => return Err(value_error("bios", other, "only 'seabios' is supported.")),
     }
-    if let Some(value) = config.get("template").filter(|value| parse_bool(value) != Some(false)) {
+    if config.is_template() {
+        let value = config.get("template").unwrap_or_default();
         return Err(value_error("template", value, "a template cannot be started."));
     }
     boot(config, line)?;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Starts, stops and watches the QEMU process of a VM.
+//! Starts and watches the QEMU process of a VM; `stop` ends it.
 //!
 //! QEMU is spawned in a process group of its own, so it outlives this program and its terminal. It
 //! keeps its standard error in `qemu.log`, and writes and locks its pid file, which is how later
 //! processes find it. A start is complete only when QEMU answers over QMP; everything that goes
 //! wrong before ends QEMU again and shows what it said.
+
+mod stop;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -13,20 +15,22 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use qmp_client::commands::{QueryStatus, SystemPowerdown};
+use qmp_client::commands::{Cont, QueryStatus, RunState, SystemReset};
 use qmp_client::{Options as QmpOptions, Session};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::Signal;
 use tokio::process::{Child, Command};
 
-use super::process::{ProcessHandle, VmProcess};
+use super::process::VmProcess;
 use super::qemu_cmdline::{self, CmdlineError, CommandLine, DiskFile, Input};
 use crate::config::ConfigError;
 use crate::config::guest::{DiskEntry, VmConfig};
+use crate::job::chain;
 use crate::layout::{self, Layout, LayoutError, Monitor};
 use crate::lock::{FileLock, LockError};
 use crate::storage::{StorageError, StorageSet};
 use crate::tools::{MissingTool, Tools};
+
+pub use stop::{StopOptions, Stopped, end_if, shut_down, stop};
 
 /// Longest start until QMP answers; loading a large firmware on a busy host takes seconds.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -36,8 +40,6 @@ const START_POLL: Duration = Duration::from_millis(20);
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// A monitor that does not greet in this time is used by somebody else.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
-/// Closing images may have to write caches out.
-const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A killed process is gone at once unless it hangs in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much of QEMU's last words is shown.
@@ -69,6 +71,27 @@ pub enum RunnerError {
         id: u32,
         /// What locked it.
         lock: String,
+    },
+    /// Its QEMU was started for a backup, and no guest can run in it.
+    #[error(
+        "The VM {id} is being backed up by a QEMU that has nothing but its disks (process {pid}); \
+         start it when the backup has ended."
+    )]
+    OnlyDisks {
+        /// The number.
+        id: u32,
+        /// Its QEMU.
+        pid: i32,
+    },
+    /// QEMU's monitor refused or did not answer.
+    #[error("Cannot {what} the VM {id}.")]
+    Qmp {
+        /// What was being done.
+        what: &'static str,
+        /// The number.
+        id: u32,
+        /// Why.
+        source: qmp_client::Error,
     },
     /// QEMU ended or did not answer.
     #[error("QEMU did not start the VM {id}: {message}")]
@@ -127,9 +150,17 @@ pub enum RunnerError {
 pub struct StartOptions {
     /// Do not let the guest run yet.
     pub paused: bool,
-    /// Started only to read its disks: unknown keys give notices instead of failing, a lock in the
-    /// configuration is ignored.
-    pub for_backup: bool,
+}
+
+/// How to start a VM whose disks are to be backed up.
+#[derive(Debug, Clone, Copy)]
+pub struct BackupStart<'a> {
+    /// What its process is found by, see [`VmProcess::of_mark`].
+    pub mark: &'a str,
+    /// The guest is to run in it; else it need only have the disks.
+    pub is_to_run: bool,
+    /// The disks that are backed up.
+    pub disks: &'a [String],
 }
 
 /// A VM that was started.
@@ -139,33 +170,6 @@ pub struct Started {
     pub process: VmProcess,
     /// What the administrator should know, one sentence each.
     pub notices: Vec<String>,
-}
-
-/// How to stop a VM.
-#[derive(Debug, Clone, Copy)]
-pub struct StopOptions {
-    /// How long the guest may take to shut down; zero does not ask it.
-    pub timeout: Duration,
-}
-
-impl Default for StopOptions {
-    fn default() -> Self {
-        Self { timeout: Duration::from_secs(60) }
-    }
-}
-
-/// How a VM came to its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Stopped {
-    /// It was not running.
-    NotRunning,
-    /// The guest shut down by itself.
-    Shutdown,
-    /// QEMU was asked to end.
-    Quit,
-    /// QEMU was killed.
-    Killed,
 }
 
 /// What a VM is doing.
@@ -207,10 +211,11 @@ pub fn read_config(layout: &Layout, id: u32) -> Result<VmConfig, RunnerError> {
     VmConfig::read(&path)?.ok_or(RunnerError::NoConfig { id, path })
 }
 
-/// Starts a VM.
+/// Starts a VM. If its QEMU is there and only waits to be let run (it was started paused, for a
+/// backup or by hand, or the guest has switched off during a backup), the guest runs from now on.
 ///
 /// # Errors
-/// [`RunnerError`]; nothing of QEMU is left running then, also when the future is dropped.
+/// [`RunnerError`]; nothing of a new QEMU is left running then, also when the future is dropped.
 pub async fn start(
     layout: &Layout,
     tools: &Tools,
@@ -221,24 +226,106 @@ pub async fn start(
     layout::check_guest_id(id)?;
     let _lock = power_lock(layout, id).await?;
     let config = read_config(layout, id)?;
-    if let Some(lock) = config.get("lock").filter(|_| !options.for_backup) {
-        return Err(RunnerError::Locked { id, lock: lock.to_owned() });
+    refuse_locked(&config, id)?;
+    if let Some(process) = find_process(layout, id)? {
+        if options.paused {
+            return Err(RunnerError::AlreadyRunning { id, pid: process.pid });
+        }
+        return let_run(layout, id, process).await;
     }
+    let find = |disk: &DiskEntry| find_file(storages, disk);
+    let input = Input { layout, id, find: &find, paused: options.paused, mark: None };
+    let line = qemu_cmdline::build(&config, &input)
+        .map_err(|source| RunnerError::Cmdline { id, source })?;
+    launch(layout, tools, id, line).await
+}
+
+/// Starts a VM that is off for its backup, without letting its guest run.
+///
+/// The QEMU is one in which the guest can run, because somebody may want it to. A VM for which
+/// there is no such QEMU gets one with nothing but the disks, unless it `is_to_run`; the notices
+/// say why. A lock in the configuration is ignored.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_for_backup(
+    layout: &Layout,
+    tools: &Tools,
+    storages: &StorageSet,
+    id: u32,
+    options: BackupStart<'_>,
+) -> Result<Started, RunnerError> {
+    let _lock = power_lock(layout, id).await?;
+    let config = read_config(layout, id)?;
     if let Some(VmProcess { pid, .. }) = find_process(layout, id)? {
         return Err(RunnerError::AlreadyRunning { id, pid });
     }
+    let find = |disk: &DiskEntry| find_file(storages, disk);
+    let input = Input { layout, id, find: &find, paused: true, mark: Some(options.mark) };
+    let fault = |source| RunnerError::Cmdline { id, source };
+    let error = match qemu_cmdline::build(&config, &input).map_err(fault) {
+        Ok(line) => match launch(layout, tools, id, line).await {
+            // It does not work on this host, as little as one with a wrong configuration.
+            Err(error @ RunnerError::Start { .. }) => error,
+            other => return other,
+        },
+        Err(error) => error,
+    };
+    if options.is_to_run {
+        return Err(error);
+    }
+    let is_template = config.is_template();
+    let mut line = qemu_cmdline::build_disks_only(&config, &input, options.disks, is_template)
+        .map_err(fault)?;
+    line.notices.extend(if is_template { Vec::new() } else { notices_of(&error) });
+    launch(layout, tools, id, line).await
+}
+
+/// Why a QEMU has nothing but disks.
+fn notices_of(error: &RunnerError) -> Vec<String> {
+    match error {
+        RunnerError::Cmdline { source: CmdlineError::Unknown { unknown }, .. } => {
+            unknown.iter().map(|key| format!("ignoring the unknown key {key}")).collect()
+        }
+        error => vec![format!("starting QEMU with nothing but the disks: {}", chain(error))],
+    }
+}
+
+/// Checks that a VM could be started as it is configured now.
+///
+/// # Errors
+/// [`RunnerError`].
+pub fn check_startable(
+    layout: &Layout,
+    tools: &Tools,
+    storages: &StorageSet,
+    id: u32,
+) -> Result<(), RunnerError> {
+    let config = read_config(layout, id)?;
+    refuse_locked(&config, id)?;
+    let find = |disk: &DiskEntry| find_file(storages, disk);
+    let input = Input { layout, id, find: &find, paused: true, mark: None };
+    qemu_cmdline::build(&config, &input).map_err(|source| RunnerError::Cmdline { id, source })?;
+    tools.qemu_system()?;
+    Ok(())
+}
+
+fn refuse_locked(config: &VmConfig, id: u32) -> Result<(), RunnerError> {
+    match config.get("lock") {
+        Some(lock) => Err(RunnerError::Locked { id, lock: lock.to_owned() }),
+        None => Ok(()),
+    }
+}
+
+async fn launch(
+    layout: &Layout,
+    tools: &Tools,
+    id: u32,
+    line: CommandLine,
+) -> Result<Started, RunnerError> {
     for socket in sockets(layout, id) {
         layout::check_socket_path(&socket)?;
     }
-    let input = Input {
-        layout,
-        id,
-        find: &|disk| find_file(storages, disk),
-        paused: options.paused,
-        lenient: options.for_backup,
-    };
-    let line = qemu_cmdline::build(&config, &input)
-        .map_err(|source| RunnerError::Cmdline { id, source })?;
     let qemu = tools.qemu_system()?;
     layout.make_vm_run_dir(id)?;
     let mut starting = Starting::spawn(layout, &qemu, id, &line)?;
@@ -256,9 +343,51 @@ pub async fn start(
     }
 }
 
+/// Lets the guest of a QEMU run that has not run it yet, or whose guest has switched off.
+async fn let_run(layout: &Layout, id: u32, process: VmProcess) -> Result<Started, RunnerError> {
+    let already = RunnerError::AlreadyRunning { id, pid: process.pid };
+    let Ok(session) = connect(layout, id).await else { return Err(already) };
+    let fault = |what| move |source| RunnerError::Qmp { what, id, source };
+    let status = session.execute(QueryStatus).await.map_err(fault("ask for the state of"))?.status;
+    let notice = match status {
+        RunState::Prelaunch => "its QEMU had been started before; the guest runs from now on",
+        RunState::Shutdown => "its guest had switched off; it is started again in the same QEMU",
+        _ => return Err(already),
+    };
+    let arguments = process.arguments().map_err(|source| RunnerError::Io {
+        what: "look at the QEMU",
+        id,
+        source,
+    })?;
+    if qemu_cmdline::is_disks_only(&arguments) {
+        return Err(RunnerError::OnlyDisks { id, pid: process.pid });
+    }
+    if status == RunState::Shutdown {
+        session.execute(SystemReset).await.map_err(fault("reset"))?;
+        let deadline = Instant::now() + STATUS_TIMEOUT;
+        // The reset comes after its reply, and until then the guest cannot go on.
+        while session.execute(QueryStatus).await.map_err(fault("reset"))?.status
+            == RunState::Shutdown
+            && Instant::now() < deadline
+        {
+            tokio::time::sleep(START_POLL).await;
+        }
+    }
+    session.execute(Cont).await.map_err(fault("let run"))?;
+    Ok(Started { process, notices: vec![notice.to_owned()] })
+}
+
 async fn power_lock(layout: &Layout, id: u32) -> Result<FileLock, LockError> {
+    power_lock_within(layout, id, LOCK_TIMEOUT).await
+}
+
+async fn power_lock_within(
+    layout: &Layout,
+    id: u32,
+    limit: Duration,
+) -> Result<FileLock, LockError> {
     let path = layout.vm_power_lock_path(id);
-    FileLock::acquire(&path, &format!("The power state of VM {id}"), LOCK_TIMEOUT).await
+    FileLock::acquire(&path, &format!("The power state of VM {id}"), limit).await
 }
 
 fn sockets(layout: &Layout, id: u32) -> Vec<PathBuf> {
@@ -406,63 +535,6 @@ fn tail(path: &Path) -> String {
     };
     // The text only helps people; without it the error still stands.
     String::from_utf8_lossy(&read().unwrap_or_default()).trim().to_owned()
-}
-
-/// Stops a VM: asks the guest to shut down, then ends QEMU, then kills it.
-///
-/// # Errors
-/// [`RunnerError`].
-pub async fn stop(layout: &Layout, id: u32, options: StopOptions) -> Result<Stopped, RunnerError> {
-    layout::check_guest_id(id)?;
-    let _lock = power_lock(layout, id).await?;
-    let fault = |source| RunnerError::Io { what: "end the QEMU", id, source };
-    let Some(process) = find_process(layout, id)? else {
-        // A wrong number is an error, a VM that is off is not.
-        return read_config(layout, id).map(|_| Stopped::NotRunning);
-    };
-    let Some(handle) = process.open().map_err(fault)? else { return Ok(Stopped::NotRunning) };
-    let stopped = end(layout, id, &handle, options).await.map_err(fault)?;
-    for socket in sockets(layout, id) {
-        let _ = fs::remove_file(socket);
-    }
-    stopped.ok_or(RunnerError::Unkillable { id, pid: process.pid, after_s: KILL_TIMEOUT.as_secs() })
-}
-
-async fn end(
-    layout: &Layout,
-    id: u32,
-    handle: &ProcessHandle,
-    options: StopOptions,
-) -> io::Result<Option<Stopped>> {
-    if !options.timeout.is_zero()
-        && power_down(layout, id).await
-        && handle.wait(options.timeout).await?
-    {
-        return Ok(Some(Stopped::Shutdown));
-    }
-    // QEMU closes its images on this signal as it does on `quit`; no monitor is needed for it.
-    handle.signal(Signal::TERM)?;
-    if handle.wait(QUIT_TIMEOUT).await? {
-        return Ok(Some(Stopped::Quit));
-    }
-    handle.signal(Signal::KILL)?;
-    Ok(handle.wait(KILL_TIMEOUT).await?.then_some(Stopped::Killed))
-}
-
-/// Presses the guest's power button; tells whether there is a running guest that can feel it.
-async fn power_down(layout: &Layout, id: u32) -> bool {
-    let press = async {
-        let session = connect(layout, id).await?;
-        let is_running = session.execute(QueryStatus).await?.running;
-        if is_running {
-            session.execute(SystemPowerdown).await?;
-        }
-        Ok::<_, qmp_client::Error>(is_running)
-    };
-    press.await.unwrap_or_else(|error| {
-        tracing::warn!(vm = id, %error, "cannot ask the guest to shut down");
-        false
-    })
 }
 
 async fn connect(layout: &Layout, id: u32) -> qmp_client::Result<Session> {

@@ -9,6 +9,22 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
+/// What an agent does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Does {
+    Everything,
+    /// Freezing works but is reported as failed.
+    RefusesFreeze,
+    /// Never answers.
+    Nothing,
+    /// Freezes and never says so, and answers what comes after that.
+    HangsInFreeze,
+    /// Freezes and is dead then: it answers no more.
+    DiesFrozen,
+    /// Freezes, and answers to the second thaw only: it was started again.
+    ThawsLate,
+}
+
 /// A guest agent behind its socket.
 pub struct FakeAgent {
     log: Arc<Mutex<Vec<String>>>,
@@ -16,15 +32,14 @@ pub struct FakeAgent {
 }
 
 impl FakeAgent {
-    /// `refuse_freeze`: freezing works but is reported as failed.
-    pub fn start(socket: &Path, refuse_freeze: bool) -> Self {
+    pub fn start(socket: &Path, does: Does) -> Self {
         let log = Arc::new(Mutex::new(Vec::new()));
         let (sender, frozen) = watch::channel(false);
         let listener = UnixListener::bind(socket).unwrap();
         let shared = Arc::clone(&log);
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                serve(stream, &shared, &sender, refuse_freeze).await;
+                serve(stream, &shared, &sender, does).await;
             }
         });
         Self { log, frozen }
@@ -50,14 +65,29 @@ async fn serve(
     stream: UnixStream,
     log: &Mutex<Vec<String>>,
     frozen: &watch::Sender<bool>,
-    refuse_freeze: bool,
+    does: Does,
 ) {
     let (reader, mut writer) = stream.into_split();
     let mut lines = BufReader::new(reader).split(b'\n');
+    let mut thaws = 0;
     while let Ok(Some(line)) = lines.next_segment().await {
         let line: Vec<u8> = line.into_iter().filter(|byte| *byte != 0xff).collect();
         let Ok(request) = serde_json::from_slice::<Value>(&line) else { continue };
         let name = request["execute"].as_str().unwrap().to_owned();
+        if name != "guest-sync-delimited" {
+            log.lock().unwrap().push(name.clone());
+        }
+        thaws += u32::from(name == "guest-fsfreeze-thaw");
+        let is_silent = match does {
+            Does::Nothing => true,
+            Does::DiesFrozen => *frozen.borrow(),
+            // What it is asked after the first thaw is its answer to the second one's sync.
+            Does::ThawsLate => *frozen.borrow() && name == "guest-fsfreeze-thaw" && thaws < 2,
+            _ => false,
+        };
+        if is_silent {
+            continue;
+        }
         let mut answer = Vec::new();
         let value = match name.as_str() {
             "guest-sync-delimited" => {
@@ -69,7 +99,10 @@ async fn serve(
             }
             "guest-fsfreeze-freeze" => {
                 frozen.send_replace(true);
-                if refuse_freeze {
+                if does == Does::HangsInFreeze {
+                    continue;
+                }
+                if does == Does::RefusesFreeze {
                     json!({"error": {"class": "GenericError", "desc": "scripted"}})
                 } else {
                     json!({"return": 2})
@@ -81,9 +114,6 @@ async fn serve(
             }
             _ => json!({"return": {}}),
         };
-        if name != "guest-sync-delimited" {
-            log.lock().unwrap().push(name);
-        }
         answer.extend_from_slice(format!("{value}\n").as_bytes());
         if writer.write_all(&answer).await.is_err() {
             return;

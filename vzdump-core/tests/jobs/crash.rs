@@ -5,6 +5,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
 use std::sync::{Arc, Mutex};
 
+use vzdump_core::guest::BackupMode;
+
 use crate::peer::Reaction;
 use crate::provider::{Commit, Script};
 use crate::world::{ID, World};
@@ -27,7 +29,13 @@ async fn end_of(child: Arc<Mutex<Option<Child>>>) -> std::process::ExitStatus {
 /// Runs a backup in a child that is killed at its `n`th command, after QEMU executed it. `None`
 /// if it ended before.
 async fn killed_at(n: usize) -> Option<World> {
-    let world = World::new();
+    killed_in(BackupMode::Snapshot, n).await
+}
+
+/// The same in a mode of the backup.
+pub async fn killed_in(mode: BackupMode, n: usize) -> Option<World> {
+    let mut world = World::new();
+    world.options.mode = mode;
     let child = Arc::new(Mutex::new(None::<Child>));
     let victim = Arc::clone(&child);
     let pid = Arc::new(Mutex::new(None));
@@ -79,12 +87,12 @@ async fn a_kill_at_every_command_is_cleaned_up_by_the_next_run() {
         assert_eq!(world.recover().await, [], "{what}");
         assert!(world.backup().await.is_success(), "{what}");
     }
-    assert!(killed >= 14, "only {killed} commands were seen");
+    assert!(killed >= 18, "only {killed} commands were seen");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_and_an_end_of_qemu_leave_only_files_to_remove() {
-    for n in [3, 4, 5, 7, 9, 12, 14] {
+    for n in [3, 5, 6, 7, 9, 11, 14, 16] {
         let mut world = killed_at(n).await.unwrap();
         world.kill_qemu();
         assert_eq!(world.recover().await, [], "killed at {n}: {}", world.sink.text());
@@ -127,7 +135,7 @@ async fn nothing_is_torn_down_while_the_outcome_is_open() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_that_lives_on_without_the_lock_does_not_stop_the_recovery() {
-    let world = killed_at(7).await.unwrap();
+    let world = killed_at(9).await.unwrap();
     let path = world.journals().remove(0);
     let mut begin = vzdump_core::journal::read(&path).unwrap().begin;
     // Some process that lives: the one that stands for QEMU.
@@ -145,12 +153,12 @@ async fn a_process_that_lives_on_without_the_lock_does_not_stop_the_recovery() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_doctor_cleans_up_too() {
     use vzdump_core::journal::recover::recover_all;
-    let world = killed_at(7).await.unwrap();
+    let world = killed_at(9).await.unwrap();
     let recovered = recover_all(&world.ctx, &world.sink).await.unwrap();
     assert_eq!((recovered.cleared.len(), recovered.left.len()), (1, 0), "{recovered:?}");
     world.assert_clean("doctor");
     // A guest that is being worked on is left alone.
-    let world = killed_at(7).await.unwrap();
+    let world = killed_at(9).await.unwrap();
     let path =
         vzdump_core::job::backup_lock_path(&world.ctx.layout, provider_api::GuestKind::Qemu, ID);
     let _held = vzdump_core::lock::FileLock::try_acquire(&path, "VM 100").unwrap();

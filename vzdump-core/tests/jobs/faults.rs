@@ -258,7 +258,7 @@ async fn cancellation_at_every_command_is_orderly() {
         for reaction in [Reaction::Answer, Reaction::Silent] {
             let world = World::new();
             let cancel = world.cancel.clone();
-            let is_way_to_commit = n <= 8;
+            let is_way_to_commit = n <= 10;
             if reaction == Reaction::Silent && !is_way_to_commit {
                 // A silent undo only runs into its own time limit.
                 continue;

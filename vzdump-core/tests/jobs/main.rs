@@ -13,6 +13,7 @@ mod faults;
 mod good;
 mod guard;
 mod hooks;
+mod modes;
 mod peer;
 mod provider;
 mod restore;
@@ -23,8 +24,8 @@ mod world;
 #[test]
 fn guard_entry() {
     let args: Vec<_> = std::env::args_os().collect();
-    // Program, "--exact", "guard_entry", "--nocapture", and the guard's own two.
-    if args.len() == 6 {
+    // Program, "--exact", "guard_entry", "--nocapture", and the guard's own five.
+    if args.len() == 9 {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(vzdump_core::vm::freeze_guard::run_guard(&args[4..]));
         std::process::exit(0);

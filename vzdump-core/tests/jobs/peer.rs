@@ -48,6 +48,10 @@ pub struct State {
     /// Commands so far, those of the handshake excepted.
     pub count: usize,
     pub state: &'static str,
+    /// It stays when its guest switches off.
+    pub stays: bool,
+    /// A QEMU without our extension.
+    pub lacks_access: bool,
     script: Option<Arc<Mutex<Script>>>,
     events: Option<mpsc::UnboundedSender<Value>>,
 }
@@ -108,6 +112,8 @@ impl Peer {
         assert!(extra.is_empty(), "{what}: nodes {extra:?} are left\n{:#?}", state.log);
         assert!(state.access.is_none(), "{what}: an access is left\n{:#?}", state.log);
         assert!(!state.server && state.exports.is_empty(), "{what}: exports are left");
+        assert!(!state.stays, "{what}: QEMU would stay\n{:#?}", state.log);
+        assert_ne!(state.state, "paused", "{what}: the guest does not run\n{:#?}", state.log);
     }
 }
 
@@ -189,6 +195,7 @@ fn describe(name: &str, arguments: &Value) -> String {
         "block-export-add" => format!("{} {}", arguments["id"], arguments["bitmaps"]),
         "backup-access-teardown" => format!("success={}", arguments["success"]),
         "backup-access-setup" => arguments["devices"].to_string(),
+        "set-action" => format!("shutdown={}", arguments["shutdown"].as_str().unwrap_or("?")),
         _ => String::new(),
     };
     format!("{name} {detail}").trim().to_owned()
@@ -198,8 +205,17 @@ impl State {
     fn execute(&mut self, name: &str, arguments: &Value) -> Result<Value, String> {
         let text = |key: &str| arguments[key].as_str().unwrap_or_default().to_owned();
         match name {
+            "query-commands" if self.lacks_access => Ok(json!([{"name": "query-status"}])),
             "query-commands" => Ok(json!([{"name": "backup-access-setup"}])),
-            "query-status" => Ok(json!({"running": true, "status": self.state})),
+            "query-status" => Ok(json!({"running": self.state == "running", "status": self.state})),
+            "stop" | "cont" => {
+                self.state = if name == "stop" { "paused" } else { "running" };
+                Ok(json!({}))
+            }
+            "set-action" => {
+                self.stays = arguments["shutdown"] == "pause";
+                Ok(json!({}))
+            }
             "query-named-block-nodes" => Ok(self
                 .nodes
                 .iter()

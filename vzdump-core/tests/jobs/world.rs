@@ -208,6 +208,7 @@ impl World {
         own_command("backup_entry")
             .env("VZDUMP_TEST_ROOT", &self.root)
             .env("VZDUMP_TEST_COMMIT", format!("{commit:?}"))
+            .env("VZDUMP_TEST_MODE", self.options.mode.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -242,11 +243,12 @@ pub fn backup_in_child(root: &Path) {
         "DiesAfter" => Commit::DiesAfter,
         _ => Commit::Works,
     };
+    let mode = std::env::var("VZDUMP_TEST_MODE").unwrap();
     let script = Script { commit, ..Script::default() };
     let provider = FakeProvider::new(&root.join("provider"), script);
     let ctx = context(root, &provider);
     let (sink, cancel) = (Lines::default(), CancellationToken::new());
-    let options = BackupOptions::new("store");
+    let options = BackupOptions { mode: mode.parse().unwrap(), ..BackupOptions::new("store") };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(run_backup(&ctx, &[ID], &provider, &options, &sink, &cancel));
     std::process::exit(0);

@@ -66,6 +66,21 @@ fn choose(disk: &DiskEntry, config: &VmConfig) -> Choice {
     }
 }
 
+/// Says in the log what of the configuration is not backed up.
+pub(super) fn log_left_out(config: &VmConfig, sink: &dyn TaskSink) {
+    for (_, volume) in config.unused() {
+        let volume = clean(volume);
+        sink.info(&format!("skip unused drive '{volume}' (not included into backup)"));
+    }
+    let is_snapshot = |name: &str| name != "PENDING" && !name.starts_with("special:");
+    if config.sections().any(is_snapshot) {
+        sink.info("snapshots found (not included into backup)");
+    }
+    if config.sections().any(|name| name == "PENDING") {
+        sink.info("pending configuration changes found (not included into backup)");
+    }
+}
+
 /// Chooses the disks and says so in the log.
 pub(super) fn choose_disks(
     config: &VmConfig,

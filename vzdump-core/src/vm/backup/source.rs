@@ -21,6 +21,7 @@ const NBD_SOCKET: &str = "nbd";
 
 impl VmDriver {
     pub(super) async fn do_open_source(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        self.log_infos(task);
         let session = self.session()?.clone();
         // Short, because the path of a socket is limited to 107 bytes.
         let dir = self.layout.vm_run_dir(self.id).join(format!("b-{}", short_id()));

@@ -67,6 +67,10 @@ impl VmDriver {
         if let Ok(Some(broken)) = BrokenEvent::from_event(event) {
             return self.judge(&broken, task);
         }
+        if event.name == "SHUTDOWN" && event.data["guest"] == true {
+            task.sink.info("the guest switches off; QEMU stays until the backup has ended");
+            return Look::Fine;
+        }
         match TornDownEvent::from_event(event) {
             // It may be about an earlier access of the target.
             Ok(Some(ended)) if ended.target_id == target_id(&self.options.storage) => {

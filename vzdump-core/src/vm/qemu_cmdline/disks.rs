@@ -7,8 +7,8 @@ use super::{Chipset, CmdlineError, CommandLine, DiskFile, Input, boot_index, pat
 use crate::config::guest::{DiskEntry, VmConfig, split_numbered};
 use crate::storage::ImageFormat;
 
-/// Options of a disk that are understood.
-const OPTIONS: [&str; 13] = [
+/// Options of a disk that are understood, beside its limits.
+const OPTIONS: [&str; 14] = [
     "aio",
     "backup",
     "cache",
@@ -17,12 +17,33 @@ const OPTIONS: [&str; 13] = [
     "format",
     "iothread",
     "media",
+    "queues",
     "replicate",
     "ro",
     "serial",
     "shared",
     "size",
 ];
+/// Limits of a disk: the option, QEMU's name for it, and how many bytes one is.
+const LIMITS: [(&str, &str, Option<f64>); 12] = [
+    ("iops", "iops-total", None),
+    ("iops_max", "iops-total-max", None),
+    ("iops_rd", "iops-read", None),
+    ("iops_rd_max", "iops-read-max", None),
+    ("iops_wr", "iops-write", None),
+    ("iops_wr_max", "iops-write-max", None),
+    ("mbps", "bps-total", MIB),
+    ("mbps_max", "bps-total-max", MIB),
+    ("mbps_rd", "bps-read", MIB),
+    ("mbps_rd_max", "bps-read-max", MIB),
+    ("mbps_wr", "bps-write", MIB),
+    ("mbps_wr_max", "bps-write-max", MIB),
+];
+const MIB: Option<f64> = Some(1_048_576.0);
+/// The highest limit that QEMU takes.
+const LIMIT_MAX: f64 = 1e15;
+/// Most queues of a device that are believed.
+const QUEUES_MAX: u32 = 256;
 /// Also understood, for disks that are told to be an SSD.
 const OPTION_SSD: &str = "ssd";
 
@@ -78,15 +99,18 @@ pub(super) fn add(
     let mut scsi_rank = 0;
     for disk in &disks {
         unknown.extend(unknown_options(disk));
-        let file = backend(disk, input, line)?;
+        let cache = backend(disk, input, false, line)?;
+        let drive = throttle(disk, line)?;
         let iothread = iothread(disk, hardware, line);
+        let queues = queues(disk, hardware, line)?;
         let place = match disk.bus {
             "virtio" => {
                 let slot = 0x0a + disk.number;
-                format!("bus={},addr={slot:#04x}{iothread}", chipset.bus())
+                format!("bus={},addr={slot:#04x}{iothread}{queues}", chipset.bus())
             }
             "scsi" => {
-                controller(hardware, chipset, scsi_rank, disk, &iothread, line);
+                let options = format!("{iothread}{queues}");
+                controller(hardware, chipset, scsi_rank, disk, &options, line);
                 scsi_rank += 1;
                 scsi_place(hardware, disk)?
             }
@@ -102,9 +126,80 @@ pub(super) fn add(
             }
             _ => ide_place(chipset, disk.number),
         };
-        line.option("-device", device(disk, config, file, &place)?);
+        let backend = cache.map(|cache| (cache, drive));
+        line.option("-device", device(disk, config, backend, &place)?);
     }
     Ok(unknown)
+}
+
+/// Adds the block nodes of these disks, and no devices.
+pub(super) fn add_nodes(
+    config: &VmConfig,
+    input: &Input<'_>,
+    keys: &[String],
+    read_only: bool,
+    line: &mut CommandLine,
+) -> Result<(), CmdlineError> {
+    for entry in config.disks()?.iter().filter(|entry| keys.contains(&entry.key)) {
+        if let Some((bus, number)) = split_numbered(&entry.key) {
+            backend(&Disk { entry, bus, number }, input, read_only, line)?;
+        }
+    }
+    Ok(())
+}
+
+/// Adds the limits of a disk, above its nodes: a backup reads below them. Returns the node that the
+/// device uses.
+fn throttle(disk: &Disk<'_>, line: &mut CommandLine) -> Result<String, CmdlineError> {
+    let key = disk.key();
+    let mut limits = serde_json::Map::new();
+    for (option, name, unit_bytes) in LIMITS {
+        let Some(text) = disk.entry.options.get(option) else { continue };
+        let number: Option<f64> = text.parse().ok().map(|n: f64| n * unit_bytes.unwrap_or(1.0));
+        let number = number.filter(|n| (0.0..=LIMIT_MAX).contains(n));
+        let number = number.ok_or_else(|| {
+            disk.error(format!("'{option}' is not a number from 0 up that QEMU can keep."))
+        })?;
+        if number > 0.0 {
+            // At least one: zero would be no limit at all.
+            limits.insert(name.to_owned(), json!((number as u64).max(1)));
+        }
+    }
+    let node = format!("drive-{key}");
+    if limits.is_empty() || disk.entry.is_cdrom {
+        return Ok(node);
+    }
+    let group = format!("limits-{key}");
+    let object = json!({ "qom-type": "throttle-group", "id": group, "limits": limits });
+    line.option("-object", object.to_string());
+    let throttled = format!("throttle-{key}");
+    let filter = json!({ "driver": "throttle", "node-name": throttled, "throttle-group": group,
+                         "file": node });
+    line.option("-blockdev", filter.to_string());
+    Ok(throttled)
+}
+
+/// The option for several queues, of a virtio disk or its own controller.
+fn queues(
+    disk: &Disk<'_>,
+    hardware: ScsiHardware,
+    line: &mut CommandLine,
+) -> Result<String, CmdlineError> {
+    let Some(text) = disk.entry.options.get("queues") else { return Ok(String::new()) };
+    let count = text.parse().ok().filter(|n| (1..=QUEUES_MAX).contains(n));
+    let count = count
+        .ok_or_else(|| disk.error(format!("'queues' is not a number from 1 to {QUEUES_MAX}.")))?;
+    match (disk.bus, hardware) {
+        ("virtio", _) => Ok(format!(",num-queues={count}")),
+        ("scsi", ScsiHardware::VirtioSingle) => Ok(format!(",num_queues={count}")),
+        _ => {
+            line.notices.push(format!(
+                "'queues' of {} has no effect: only virtio disks and scsihw virtio-scsi-single have queues",
+                disk.key()
+            ));
+            Ok(String::new())
+        }
+    }
 }
 
 fn scsi_hardware(config: &VmConfig) -> Result<ScsiHardware, CmdlineError> {
@@ -123,6 +218,7 @@ fn unknown_options(disk: &Disk<'_>) -> Vec<String> {
     let names = disk.entry.options.named.iter().map(|(name, _)| name.as_str());
     names
         .filter(|name| !OPTIONS.contains(name) && *name != OPTION_SSD)
+        .filter(|name| !LIMITS.iter().any(|(limit, ..)| limit == name))
         .map(|name| format!("{} {name}", disk.key()))
         .collect()
 }
@@ -163,6 +259,7 @@ fn cache(disk: &Disk<'_>, file: &DiskFile, line: &mut CommandLine) -> Result<Cac
 fn backend(
     disk: &Disk<'_>,
     input: &Input<'_>,
+    read_only: bool,
     line: &mut CommandLine,
 ) -> Result<Option<Cache>, CmdlineError> {
     if disk.is_empty_drive() {
@@ -194,7 +291,7 @@ fn backend(
         Some(aio @ ("threads" | "native" | "io_uring")) => aio,
         Some(_) => return Err(disk.error("'aio' is not one of threads, native, io_uring.")),
     };
-    let read_only = disk.entry.is_cdrom || options.flag("ro", false);
+    let read_only = read_only || disk.entry.is_cdrom || options.flag("ro", false);
     let cache_json = json!({ "direct": cache.direct, "no-flush": cache.no_flush });
     let node: Value = json!({
         "driver": format.name(),
@@ -240,7 +337,7 @@ fn controller(
     chipset: Chipset,
     rank: u32,
     disk: &Disk<'_>,
-    iothread: &str,
+    options: &str,
     line: &mut CommandLine,
 ) {
     let bus = chipset.bus();
@@ -249,7 +346,7 @@ fn controller(
             // By rank, because a guest looks at a slot only if its function 0 is there.
             let (slot, function) = (0x1a + rank / 8, rank % 8);
             format!(
-                "virtio-scsi-pci,id=virtioscsi{},bus={bus},addr={slot:#04x}.{function:#x},multifunction=on{iothread}",
+                "virtio-scsi-pci,id=virtioscsi{},bus={bus},addr={slot:#04x}.{function:#x},multifunction=on{options}",
                 disk.number
             )
         }
@@ -285,7 +382,7 @@ fn ide_place(chipset: Chipset, number: u32) -> String {
 fn device(
     disk: &Disk<'_>,
     config: &VmConfig,
-    cache: Option<Cache>,
+    backend: Option<(Cache, String)>,
     place: &str,
 ) -> Result<String, CmdlineError> {
     let key = disk.key();
@@ -298,8 +395,8 @@ fn device(
         (_, true) => "ide-cd",
     };
     let mut text = format!("{driver},id={key},{place}");
-    if let Some(cache) = cache {
-        text.push_str(&format!(",drive=drive-{key}"));
+    if let Some((cache, drive)) = backend {
+        text.push_str(&format!(",drive={drive}"));
         if !disk.entry.is_cdrom {
             let state = if cache.write_cache { "on" } else { "off" };
             text.push_str(&format!(",write-cache={state}"));

@@ -13,9 +13,9 @@ fn find(disk: &DiskEntry) -> Result<DiskFile, StorageError> {
     Ok(DiskFile { is_device: path.starts_with("/dev"), direct: !path.starts_with("/tmpfs"), path })
 }
 
-fn build_text(text: &str, lenient: bool) -> Result<CommandLine, CmdlineError> {
+fn build_text(text: &str) -> Result<CommandLine, CmdlineError> {
     let layout = Layout::new(Some("/r".into()));
-    let input = Input { layout: &layout, id: 100, find: &find, paused: true, lenient };
+    let input = Input { layout: &layout, id: 100, find: &find, paused: true, mark: None };
     build(&VmConfig::parse(text), &input)
 }
 
@@ -32,9 +32,7 @@ fn a_whole_configuration() {
          boot: order=virtio1;scsi0\ncores: 2\ncpu: qemu64,flags=+aes;-pcid\nide2: none,media=cdrom\n\
          memory: 256\nname: a,b\nostype: l26\nscsi0: local:100/vm-100-disk-0.qcow2,cache=writeback,discard=on,iothread=1,serial=S%201,size=1G,ssd=1\n\
          scsihw: virtio-scsi-single\nserial0: socket\nsmbios1: uuid=11111111-2222-3333-4444-555555555555\n\
-         virtio1: /dev/vg/lv,backup=0\nvmgenid: 1\n",
-        false,
-    )
+         virtio1: /dev/vg/lv,backup=0\nvmgenid: 1\n")
     .unwrap();
     assert_eq!(line.notices, Vec::<String>::new());
     assert_eq!(line.args.join("\n"), include_str!("golden.txt").trim_end());
@@ -42,12 +40,64 @@ fn a_whole_configuration() {
 
 #[test]
 fn unknown_keys_are_named_and_known_ones_listed() {
-    let text = "net0: virtio\nscsi0: local:100/a.raw,mbps=1\nhostpci0: 1\nnonsense\n";
-    let error = build_text(text, false).unwrap_err().to_string();
-    assert!(error.contains("not supported: net0, hostpci0, 'nonsense', scsi0 mbps."), "{error}");
+    let text = "net0: virtio\nscsi0: local:100/a.raw,rerror=1\nhostpci0: 1\nnonsense\n";
+    let error = build_text(text).unwrap_err().to_string();
+    assert!(error.contains("not supported: net0, hostpci0, 'nonsense', scsi0 rerror."), "{error}");
     assert!(error.contains("memory") && error.contains("virtioN"), "{error}");
-    let line = build_text(text, true).unwrap();
-    assert_eq!(line.notices.len(), 4);
+}
+
+#[test]
+fn a_qemu_with_nothing_but_disks_has_no_machine_and_no_devices() {
+    let config = VmConfig::parse(
+        "net0: virtio\nbios: ovmf\nefidisk0: local:100/e.raw\nscsi0: local:100/a.qcow2,mbps=1\n\
+         virtio1: local:100/b.raw,backup=0\nide2: local:100/x.raw,media=cdrom\nargs: -kernel /x\n",
+    );
+    let layout = Layout::new(Some("/r".into()));
+    let input = Input { layout: &layout, id: 100, find: &find, paused: true, mark: Some("m-1") };
+    let keys = ["efidisk0", "scsi0"].map(str::to_owned);
+    let line = build_disks_only(&config, &input, &keys, true).unwrap();
+    assert!(is_disks_only(&line.args));
+    assert!(values(&line, "-device").is_empty() && values(&line, "-kernel").is_empty());
+    assert_eq!(values(&line, "-chardev")[0], "null,id=m-1");
+    assert_eq!(line.args.last().map(String::as_str), Some("-S"));
+    let nodes = values(&line, "-blockdev");
+    assert_eq!(nodes.len(), 2, "{nodes:?}");
+    for (node, name) in nodes.iter().zip(["drive-efidisk0", "drive-scsi0"]) {
+        assert!(node.contains(name) && node.contains("\"read-only\":true"), "{node}");
+    }
+    let line = build_text("scsi0: local:100/a.raw\n").unwrap();
+    assert!(!is_disks_only(&line.args));
+}
+
+#[test]
+fn limits_are_above_the_node_that_is_backed_up() {
+    let line = build_text(
+        "scsihw: virtio-scsi-single\nscsi0: local:100/a.raw,mbps=0.5,iops_wr=100,iops_wr_max=0\n\
+         virtio1: local:100/b.raw,mbps_rd_max=2,queues=4\n",
+    )
+    .unwrap();
+    assert_eq!(
+        values(&line, "-object"),
+        [
+            r#"{"id":"limits-scsi0","limits":{"bps-total":524288,"iops-write":100},"qom-type":"throttle-group"}"#,
+            r#"{"id":"limits-virtio1","limits":{"bps-read-max":2097152},"qom-type":"throttle-group"}"#,
+        ]
+    );
+    let nodes = values(&line, "-blockdev");
+    assert_eq!(
+        nodes[1],
+        r#"{"driver":"throttle","file":"drive-scsi0","node-name":"throttle-scsi0","throttle-group":"limits-scsi0"}"#
+    );
+    let devices = values(&line, "-device");
+    assert!(devices[1].contains("drive=throttle-scsi0"), "{devices:?}");
+    assert!(devices[2].contains(",num-queues=4,drive=throttle-virtio1"), "{devices:?}");
+    let line = build_text("scsihw: virtio-scsi-single\nscsi0: local:100/a.raw,queues=3\n").unwrap();
+    assert!(values(&line, "-device")[0].ends_with(",num_queues=3"));
+    let line = build_text("sata0: local:100/a.raw,queues=3\n").unwrap();
+    assert!(line.notices[0].contains("'queues' of sata0 has no effect"), "{:?}", line.notices);
+    for bad in ["mbps=-1", "mbps=x", "iops=NaN", "iops=1e20", "queues=0", "queues=x"] {
+        assert!(build_text(&format!("virtio0: local:100/a.raw,{bad}\n")).is_err(), "{bad}");
+    }
 }
 
 #[test]
@@ -75,18 +125,18 @@ fn values_cannot_bring_options() {
         "virtio0: none,media=cdrom",
         "args: 'a",
     ] {
-        assert!(build_text(bad, true).is_err(), "{bad}");
+        assert!(build_text(bad).is_err(), "{bad}");
     }
-    let line = build_text("name: a,sandbox=off\nmemory: 64\n", false).unwrap();
+    let line = build_text("name: a,sandbox=off\nmemory: 64\n").unwrap();
     assert_eq!(values(&line, "-name"), ["guest=a,,sandbox=off,debug-threads=on"]);
 }
 
 #[test]
 fn a_file_system_without_direct_io_gets_a_cache_unless_the_mode_is_given() {
-    let line = build_text("virtio0: /tmpfs/a.raw\n", false).unwrap();
+    let line = build_text("virtio0: /tmpfs/a.raw\n").unwrap();
     assert!(values(&line, "-blockdev")[0].contains("\"direct\":false"));
     assert!(line.notices[0].contains("cache=writeback for virtio0"), "{:?}", line.notices);
-    let line = build_text("virtio0: /tmpfs/a.raw,cache=none\n", false).unwrap();
+    let line = build_text("virtio0: /tmpfs/a.raw,cache=none\n").unwrap();
     assert!(values(&line, "-blockdev")[0].contains("\"direct\":true"));
 }
 
@@ -96,7 +146,7 @@ fn single_controllers_fill_their_slots_without_gaps() {
         .filter(|n| n % 2 == 1)
         .map(|n| format!("scsi{n}: local:100/vm-100-disk-{n}.raw\n"))
         .collect();
-    let line = build_text(&format!("scsihw: virtio-scsi-single\n{text}"), false).unwrap();
+    let line = build_text(&format!("scsihw: virtio-scsi-single\n{text}")).unwrap();
     let controllers: Vec<_> =
         values(&line, "-device").into_iter().filter(|d| d.starts_with("virtio-scsi-pci")).collect();
     assert_eq!(controllers.len(), 15);
@@ -108,7 +158,6 @@ fn single_controllers_fill_their_slots_without_gaps() {
 fn an_old_machine_has_other_buses() {
     let line = build_text(
         "machine: pc\nide3: local:100/a.raw\nsata1: local:100/b.raw\nscsi0: local:100/c.raw\n",
-        false,
     )
     .unwrap();
     let devices = values(&line, "-device");

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The runner with a real QEMU. Skipped where there is none.
 
+use rustix::process::Signal;
+
 use super::*;
 use crate::config::storage::StorageConfig;
 use crate::storage::ImageFormat;
@@ -38,7 +40,7 @@ impl Place {
     }
 }
 
-const PAUSED: StartOptions = StartOptions { paused: true, for_backup: false };
+const PAUSED: StartOptions = StartOptions { paused: true };
 const AT_ONCE: StopOptions = StopOptions { timeout: Duration::ZERO };
 
 #[tokio::test]
@@ -141,4 +143,83 @@ async fn a_dropped_start_ends_qemu() {
     let now = find_process(&place.layout, 100).unwrap();
     assert_eq!(now, Some(started.process));
     stop(&place.layout, 100, AT_ONCE).await.unwrap();
+}
+
+async fn qmp_status(place: &Place, id: u32) -> Option<String> {
+    status(&place.layout, id).await.unwrap().qmp_status
+}
+
+#[tokio::test]
+async fn a_start_lets_a_guest_run_whose_qemu_waits() {
+    let Some(place) = Place::with_qemu() else { return };
+    place.configure(100, "memory: 64\n");
+    let paused = place.start(100, PAUSED).await.unwrap();
+    let started = place.start(100, StartOptions::default()).await.unwrap();
+    assert_eq!(started.process, paused.process);
+    assert!(started.notices[0].contains("had been started before"), "{:?}", started.notices);
+    assert_eq!(qmp_status(&place, 100).await.as_deref(), Some("running"));
+    let again = place.start(100, StartOptions::default()).await;
+    assert!(matches!(again, Err(RunnerError::AlreadyRunning { .. })), "{again:?}");
+    stop(&place.layout, 100, AT_ONCE).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_start_for_a_backup_is_found_by_its_mark_and_need_not_have_a_machine() {
+    let Some(place) = Place::with_qemu() else { return };
+    let storage = place.storages.images("local").unwrap();
+    storage.allocate(&place.tools, 100, "vm-100-disk-0", ImageFormat::Raw, 1 << 20).await.unwrap();
+    let disks = ["ide0".to_owned()];
+    let start = async |mark: &str, is_to_run| {
+        let options = BackupStart { mark, is_to_run, disks: &disks };
+        start_for_backup(&place.layout, &place.tools, &place.storages, 100, options).await
+    };
+    for (lines, notice) in [
+        ("", None),
+        ("template: 1\n", None),
+        ("net0: virtio\nlock: backup\n", Some("ignoring the unknown key net0")),
+        (
+            "bios: ovmf\n",
+            Some("starting QEMU with nothing but the disks: The VM 100 cannot be started"),
+        ),
+        ("args: -device no-such\n", Some("starting QEMU with nothing but the disks: QEMU did not")),
+    ] {
+        place.configure(100, &format!("memory: 64\nide0: local:100/vm-100-disk-0.raw\n{lines}"));
+        let mark = format!("mark-{}", uuid::Uuid::new_v4().simple());
+        let started = start(&mark, false).await.unwrap();
+        assert_eq!(VmProcess::of_mark(&mark).unwrap(), Some(started.process), "{lines}");
+        assert_eq!(qmp_status(&place, 100).await.as_deref(), Some("prelaunch"), "{lines}");
+        match notice {
+            Some(notice) => assert!(started.notices[0].starts_with(notice), "{started:?}"),
+            None => assert_eq!(started.notices, Vec::<String>::new(), "{lines}"),
+        }
+        if !lines.is_empty() {
+            // No guest ever runs without what its configuration says.
+            let ran = place.start(100, StartOptions::default()).await;
+            let is_refused =
+                matches!(ran, Err(RunnerError::OnlyDisks { .. } | RunnerError::Locked { .. }));
+            assert!(is_refused, "{lines}: {ran:?}");
+            let startable = check_startable(&place.layout, &place.tools, &place.storages, 100);
+            // What QEMU itself refuses shows when it is tried only.
+            assert_eq!(startable.is_ok(), lines.starts_with("args"), "{lines}");
+        }
+        stop(&place.layout, 100, AT_ONCE).await.unwrap();
+        if !lines.is_empty() {
+            let error = start(&mark, true).await.unwrap_err();
+            let is_known = matches!(error, RunnerError::Cmdline { .. } | RunnerError::Start { .. });
+            assert!(is_known, "{lines}: {error:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_does_not_react_is_not_ended_by_a_shutdown_but_by_a_stop() {
+    let Some(place) = Place::with_qemu() else { return };
+    place.configure(100, "memory: 64\n");
+    place.start(100, StartOptions::default()).await.unwrap();
+    let brief = Duration::from_millis(300);
+    assert!(!shut_down(&place.layout, 100, brief).await.unwrap());
+    assert_eq!(qmp_status(&place, 100).await.as_deref(), Some("running"));
+    let stopped = stop(&place.layout, 100, StopOptions { timeout: brief }).await.unwrap();
+    assert_eq!(stopped, Stopped::Quit);
+    assert!(shut_down(&place.layout, 100, brief).await.unwrap(), "it is off already");
 }

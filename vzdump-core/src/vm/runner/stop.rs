@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Stops a VM, or its guest alone.
+//!
+//! A QEMU may stay when its guest has switched off: during a backup, which needs it to the end, or
+//! because the administrator wants that (`-no-shutdown`).
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use provider_api::GuestKind;
+use qmp_client::Session;
+use qmp_client::commands::{QueryStatus, RunState, StatusInfo, SystemPowerdown};
+use rustix::process::Signal;
+
+use super::{
+    KILL_TIMEOUT, RunnerError, connect, find_process, power_lock, power_lock_within, read_config,
+    sockets,
+};
+use crate::job::backup_lock_path;
+use crate::layout::{self, Layout};
+use crate::lock::{FileLock, LockError};
+use crate::vm::process::{ProcessHandle, VmProcess};
+
+/// Closing images may have to write caches out.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same for a backup, which must leave the VM as it found it; a stop takes a minute or more.
+const LONG_LOCK_TIMEOUT: Duration = Duration::from_secs(90);
+/// How often a guest that shuts down is looked at.
+const SHUTDOWN_POLL: Duration = Duration::from_millis(500);
+
+/// How to stop a VM.
+#[derive(Debug, Clone, Copy)]
+pub struct StopOptions {
+    /// How long the guest may take to shut down; zero does not ask it.
+    pub timeout: Duration,
+}
+
+impl Default for StopOptions {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(60) }
+    }
+}
+
+/// How a VM came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stopped {
+    /// It was not running.
+    NotRunning,
+    /// The guest shut down by itself.
+    Shutdown,
+    /// The guest shut down by itself; its QEMU ends with the backup that uses it.
+    ShutdownInBackup,
+    /// QEMU was asked to end.
+    Quit,
+    /// QEMU was killed.
+    Killed,
+}
+
+/// Stops a VM: asks the guest to shut down, then ends QEMU, then kills it.
+///
+/// # Errors
+/// [`RunnerError`].
+pub async fn stop(layout: &Layout, id: u32, options: StopOptions) -> Result<Stopped, RunnerError> {
+    layout::check_guest_id(id)?;
+    let _lock = power_lock(layout, id).await?;
+    let fault = |source| RunnerError::Io { what: "end the QEMU", id, source };
+    let Some(process) = find_process(layout, id)? else {
+        // A wrong number is an error, a VM that is off is not.
+        return read_config(layout, id).map(|_| Stopped::NotRunning);
+    };
+    let Some(handle) = process.open().map_err(fault)? else { return Ok(Stopped::NotRunning) };
+    let stopped = end(layout, id, &handle, options).await.map_err(fault)?;
+    if stopped != Some(Stopped::ShutdownInBackup) {
+        remove_sockets(layout, id);
+    }
+    stopped.ok_or(RunnerError::Unkillable { id, pid: process.pid, after_s: KILL_TIMEOUT.as_secs() })
+}
+
+async fn end(
+    layout: &Layout,
+    id: u32,
+    handle: &ProcessHandle,
+    options: StopOptions,
+) -> io::Result<Option<Stopped>> {
+    let asked = if options.timeout.is_zero() {
+        Asked::Runs
+    } else {
+        ask_guest(layout, id, handle, options.timeout).await?
+    };
+    match asked {
+        Asked::Ended => return Ok(Some(Stopped::Shutdown)),
+        Asked::Off if is_backed_up(layout, id) => return Ok(Some(Stopped::ShutdownInBackup)),
+        Asked::Off | Asked::Runs => {}
+    }
+    let killed = quit(handle).await?;
+    Ok(if asked == Asked::Off { killed.map(|_| Stopped::Shutdown) } else { killed })
+}
+
+/// Ends a QEMU that is not asked any more.
+async fn quit(handle: &ProcessHandle) -> io::Result<Option<Stopped>> {
+    // QEMU closes its images on this signal as it does on `quit`; no monitor is needed for it.
+    handle.signal(Signal::TERM)?;
+    if handle.wait(QUIT_TIMEOUT).await? {
+        return Ok(Some(Stopped::Quit));
+    }
+    handle.signal(Signal::KILL)?;
+    Ok(handle.wait(KILL_TIMEOUT).await?.then_some(Stopped::Killed))
+}
+
+/// Whether a backup of the VM is under way.
+fn is_backed_up(layout: &Layout, id: u32) -> bool {
+    let path = backup_lock_path(layout, GuestKind::Qemu, id);
+    let lock = FileLock::try_acquire(&path, &format!("VM {id}"));
+    matches!(lock, Err(LockError::Busy { .. }))
+}
+
+/// What became of a guest that was asked to shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// QEMU has ended with it.
+    Ended,
+    /// It is off, QEMU stays.
+    Off,
+    /// It runs, or cannot be asked.
+    Runs,
+}
+
+/// Presses the guest's power button and waits for what it does.
+async fn ask_guest(
+    layout: &Layout,
+    id: u32,
+    handle: &ProcessHandle,
+    timeout: Duration,
+) -> io::Result<Asked> {
+    let press = async {
+        let session = connect(layout, id).await?;
+        let status = session.execute(QueryStatus).await?;
+        if status.running {
+            session.execute(SystemPowerdown).await?;
+        }
+        Ok::<_, qmp_client::Error>(status)
+    };
+    match press.await {
+        Ok(StatusInfo { status: RunState::Shutdown, .. }) => return Ok(Asked::Off),
+        Ok(StatusInfo { running: false, .. }) => return Ok(Asked::Runs),
+        Ok(_) => {}
+        Err(error) => {
+            tracing::warn!(vm = id, %error, "cannot ask the guest to shut down");
+            return Ok(Asked::Runs);
+        }
+    }
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if handle.wait(left.min(SHUTDOWN_POLL)).await? {
+            return Ok(Asked::Ended);
+        }
+        // The monitor is left free between, for whoever wants to know the VM's status. Of a QEMU
+        // that ends in this moment the next round tells.
+        if let Ok(session) = connect(layout, id).await
+            && let Ok(status) = session.execute(QueryStatus).await
+            && status.status == RunState::Shutdown
+        {
+            return Ok(Asked::Off);
+        }
+        if left.is_zero() {
+            return Ok(Asked::Runs);
+        }
+    }
+}
+
+/// Asks the guest of a running VM to shut down and waits for that, so that its QEMU ends. Tells
+/// whether it has; QEMU is not ended under a guest that runs on.
+///
+/// # Errors
+/// [`RunnerError`].
+pub async fn shut_down(layout: &Layout, id: u32, timeout: Duration) -> Result<bool, RunnerError> {
+    let _lock = power_lock(layout, id).await?;
+    let fault = |source| RunnerError::Io { what: "end the QEMU", id, source };
+    let Some(process) = find_process(layout, id)? else { return Ok(true) };
+    let Some(handle) = process.open().map_err(fault)? else { return Ok(true) };
+    match ask_guest(layout, id, &handle, timeout).await.map_err(fault)? {
+        Asked::Ended => {}
+        Asked::Runs => return Ok(false),
+        Asked::Off => end_process(id, &process, &handle).await?,
+    }
+    remove_sockets(layout, id);
+    Ok(true)
+}
+
+async fn end_process(
+    id: u32,
+    process: &VmProcess,
+    handle: &ProcessHandle,
+) -> Result<(), RunnerError> {
+    let ended = quit(handle).await;
+    let ended = ended.map_err(|source| RunnerError::Io { what: "end the QEMU", id, source })?;
+    let (pid, after_s) = (process.pid, KILL_TIMEOUT.as_secs());
+    ended.map(drop).ok_or(RunnerError::Unkillable { id, pid, after_s })
+}
+
+/// Ends a QEMU whose guest is in one of these states, in which it does not run; returns the state,
+/// and whether QEMU was ended. No [`start`](super::start) lets the guest run meanwhile.
+///
+/// # Errors
+/// [`RunnerError`].
+pub async fn end_if(
+    layout: &Layout,
+    id: u32,
+    process: &VmProcess,
+    session: &Session,
+    states: &[RunState],
+) -> Result<(RunState, bool), RunnerError> {
+    let _lock = power_lock_within(layout, id, LONG_LOCK_TIMEOUT).await?;
+    let status = session.execute(QueryStatus).await;
+    let status =
+        status.map_err(|source| RunnerError::Qmp { what: "ask for the state of", id, source })?;
+    if !states.contains(&status.status) {
+        return Ok((status.status, false));
+    }
+    let opened = process.open();
+    let opened = opened.map_err(|source| RunnerError::Io { what: "end the QEMU", id, source })?;
+    if let Some(handle) = opened {
+        end_process(id, process, &handle).await?;
+        remove_sockets(layout, id);
+    }
+    Ok((status.status, true))
+}
+
+fn remove_sockets(layout: &Layout, id: u32) {
+    for socket in sockets(layout, id) {
+        let _ = std::fs::remove_file(socket);
+    }
+}
