@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vzdump_host::parse_size;
+use vzdump_host::{FleecingOptions, parse_size};
 
 /// Backups of virtual machines through pluggable providers
 #[derive(Debug, Parser)]
@@ -151,8 +151,13 @@ pub(crate) struct CreateArgs {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum DiskFormat {
+    /// The disk's bytes
     Raw,
+    /// QEMU's own format; keeps what backups know of changes
     Qcow2,
+    /// The disk's bytes, and a small qcow2 image that keeps what backups know of changes
+    #[value(name = "raw+bitmaps")]
+    RawBitmaps,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -171,9 +176,10 @@ pub(crate) struct BackupArgs {
     /// Storage to back up to; by default `storage` of vzdump.conf, else the only one for backups
     #[arg(long)]
     pub(crate) storage: Option<String>,
-    /// Storage of the images that keep old data during the backup; by default that of each disk
-    #[arg(long, value_name = "STORAGE")]
-    pub(crate) fleecing_storage: Option<String>,
+    /// Where old data is kept during the backup, such as storage=fast,limit=20G,reflink=64K,scsi1=big;
+    /// by default on the storage of each disk, without limit
+    #[arg(long, value_name = "LIST")]
+    pub(crate) fleecing: Option<FleecingOptions>,
     /// Do not have the guest agent freeze the file systems
     #[arg(long)]
     pub(crate) no_freeze: bool,

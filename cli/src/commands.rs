@@ -126,7 +126,7 @@ impl Run<'_> {
         let request = BackupRequest {
             ids: args.ids,
             storage: args.storage,
-            fleecing_storage: args.fleecing_storage,
+            fleecing: args.fleecing.unwrap_or_default(),
             freeze: !args.no_freeze,
             buffer_size_bytes: args.buffer_size,
             granularity_bytes: args.granularity,
@@ -306,6 +306,7 @@ impl From<DiskFormat> for ImageFormat {
         match format {
             DiskFormat::Raw => Self::Raw,
             DiskFormat::Qcow2 => Self::Qcow2,
+            DiskFormat::RawBitmaps => Self::RawBitmaps,
         }
     }
 }

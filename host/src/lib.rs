@@ -43,6 +43,7 @@ pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
 pub use vzdump_core::restore::{RestoreReport, RestoredVolume};
 pub use vzdump_core::storage::ImageFormat;
 pub use vzdump_core::task_log::{Level, Progress, TaskSink, clean, duration, size};
+pub use vzdump_core::vm::backup::FleecingOptions;
 pub use vzdump_core::vm::create::{CreateOptions, Created, DiskContent, parse_size};
 pub use vzdump_core::vm::freeze_guard::{SUBCOMMAND as GUARD_SUBCOMMAND, run_guard};
 pub use vzdump_core::vm::runner::{StartOptions, Started, StopOptions, Stopped, VmStatus};

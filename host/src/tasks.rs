@@ -6,6 +6,7 @@ use std::time::Duration;
 use vzdump_core::job::{self, BackupOptions};
 use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
 use vzdump_core::storage::ImageFormat;
+use vzdump_core::vm::backup::FleecingOptions;
 
 use crate::{CancellationToken, Host, HostError, JobReport, TaskSink};
 
@@ -16,8 +17,8 @@ pub struct BackupRequest {
     pub ids: Vec<u32>,
     /// The storage; by default `storage` of `vzdump.conf`, else the only one for backups.
     pub storage: Option<String>,
-    /// Storage of the fleecing images; by default that of the disk.
-    pub fleecing_storage: Option<String>,
+    /// Where and how old data is kept.
+    pub fleecing: FleecingOptions,
     /// Whether the guest agent freezes the file systems.
     pub freeze: bool,
     /// RAM for old data per disk in bytes; by default QEMU's.
@@ -66,7 +67,7 @@ impl Host {
         let provider = self.providers.get(&storage).map_err(HostError::Storage)?;
         let options = BackupOptions {
             storage,
-            fleecing_storage: request.fleecing_storage,
+            fleecing: request.fleecing,
             freeze: request.freeze,
             buffer_size_bytes: request.buffer_size_bytes,
             granularity_bytes: request.granularity_bytes,

@@ -27,8 +27,9 @@ use crate::lock::FileLock;
 use crate::storage::StorageSet;
 use crate::task_log::{FileLog, TaskSink, Tee, clean};
 use crate::tools::Tools;
-use crate::vm::backup::VmDriver;
+use crate::vm::backup::{FleecingOptions, VmDriver};
 use crate::vm::freeze_guard::GuardCommand;
+use crate::vm::leftovers;
 
 pub use report::{GuestReport, JobReport};
 
@@ -107,8 +108,8 @@ pub struct JobContext {
 pub struct BackupOptions {
     /// The provider's storage.
     pub storage: String,
-    /// Storage of the fleecing images; by default that of the disk.
-    pub fleecing_storage: Option<String>,
+    /// Where and how old data is kept.
+    pub fleecing: FleecingOptions,
     /// Whether the guest agent freezes the file systems.
     pub freeze: bool,
     /// RAM for old data per disk in bytes; by default QEMU's.
@@ -124,7 +125,7 @@ impl BackupOptions {
     pub fn new(storage: impl Into<String>) -> Self {
         Self {
             storage: storage.into(),
-            fleecing_storage: None,
+            fleecing: FleecingOptions::default(),
             freeze: true,
             buffer_size_bytes: None,
             granularity_bytes: None,
@@ -329,6 +330,7 @@ async fn ready(
     if let Some(Leftover { reason, .. }) = left.first() {
         return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
     }
+    leftovers::remove_of_guest(ctx, id, sink).await;
     VmDriver::open(ctx, id, options).map_err(|error| chain(&error))
 }
 

@@ -40,6 +40,8 @@ pub(super) enum Source {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Target<'a> {
     pub(super) path: &'a Path,
+    /// Where its data is, if that is not in the file of `path`.
+    pub(super) data: Option<&'a Path>,
     pub(super) format: ImageFormat,
     pub(super) size_bytes: u64,
 }
@@ -171,8 +173,9 @@ pub(super) async fn copy(
         return Err(format!("qemu-img could not copy the disk ({status}): {}", clean(&said)));
     }
     // qemu-img leaves its target to the page cache.
-    let path = target.path.to_owned();
-    let synced = tokio::task::spawn_blocking(move || File::open(path)?.sync_all()).await;
+    let paths: Vec<_> = [target.path].into_iter().chain(target.data).map(Path::to_owned).collect();
+    let sync = move || paths.into_iter().try_for_each(|path| File::open(path)?.sync_all());
+    let synced = tokio::task::spawn_blocking(sync).await;
     match synced {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(format!("cannot sync the new volume: {error}")),

@@ -101,6 +101,8 @@ pub enum CmdlineError {
 pub struct DiskFile {
     /// Its path.
     pub path: PathBuf,
+    /// The raw file with its data, if that is not in the file of `path`.
+    pub data: Option<PathBuf>,
     /// Whether it is a block device.
     pub is_device: bool,
     /// Whether it can be opened past the page cache.

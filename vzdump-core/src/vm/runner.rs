@@ -270,20 +270,22 @@ fn sockets(layout: &Layout, id: u32) -> Vec<PathBuf> {
 /// The file of a disk: that it exists, what it is, and whether it can bypass the page cache.
 fn find_file(storages: &StorageSet, disk: &DiskEntry) -> Result<DiskFile, StorageError> {
     let path = storages.resolve(&disk.volume)?;
-    let fault = |source: io::Error| match source.kind() {
+    let data = storages.resolve_data(&disk.volume)?;
+    let fault = |path: &Path, source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => {
-            StorageError::NotFound { volume: disk.volume.clone(), path: path.clone() }
+            StorageError::NotFound { volume: disk.volume.clone(), path: path.to_owned() }
         }
-        _ => StorageError::Io { what: "open", path: path.clone(), source },
+        _ => StorageError::Io { what: "open", path: path.to_owned(), source },
     };
-    let meta = fs::metadata(&path).map_err(fault)?;
+    let meta = fs::metadata(&path).map_err(|error| fault(&path, error))?;
+    let bytes = data.as_ref().unwrap_or(&path);
     let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
-    let direct = match rustix::fs::open(&path, flags, Mode::empty()) {
+    let direct = match rustix::fs::open(bytes, flags, Mode::empty()) {
         Ok(_) => true,
         Err(rustix::io::Errno::INVAL) => false,
-        Err(errno) => return Err(fault(errno.into())),
+        Err(errno) => return Err(fault(bytes, errno.into())),
     };
-    Ok(DiskFile { is_device: meta.file_type().is_block_device(), direct, path })
+    Ok(DiskFile { is_device: meta.file_type().is_block_device(), direct, path, data })
 }
 
 /// A QEMU that has not answered yet; ended when dropped.
