@@ -42,6 +42,9 @@ pub(crate) enum Command {
     /// Make, start and stop virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Show storages and the disk images on them
+    #[command(subcommand)]
+    Storage(StorageCommand),
     /// Back up guests, one after the other
     Backup(BackupArgs),
     /// List archives
@@ -91,10 +94,29 @@ pub(crate) enum VmCommand {
         #[arg(long, conflicts_with = "timeout")]
         now: bool,
     },
+    /// Remove a VM that does not run, with its disks
+    Destroy {
+        /// Number of the VM
+        id: u32,
+    },
     /// Show what VMs are doing
     Status {
         /// Number of the VM; by default all are shown
         id: Option<u32>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StorageCommand {
+    /// Show all storages and their space
+    Status,
+    /// List the disk images of a storage
+    List {
+        /// The storage
+        storage: String,
+        /// Only images that no guest uses
+        #[arg(long)]
+        unused: bool,
     },
 }
 

@@ -21,7 +21,7 @@ use crate::task::{Notices, Screen};
 /// A guest's backup failed; the program's own exit code of -1.
 const GUEST_FAILED: u8 = 255;
 
-type CommandResult = Result<ExitCode, Failure>;
+pub(crate) type CommandResult = Result<ExitCode, Failure>;
 
 pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
     let cancel = cancel_on_signal().context("cannot watch for signals")?;
@@ -36,6 +36,8 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
             run.stop(id, Duration::from_secs(timeout_s.into())).await
         }
         Command::Vm(VmCommand::Status { id }) => run.status(id).await,
+        Command::Vm(VmCommand::Destroy { id }) => run.destroy(id).await,
+        Command::Storage(command) => run.storage(command).await,
         Command::Backup(args) => run.backup(args).await,
         Command::List { storage } => run.list(storage.as_deref()).await,
         Command::ShowConfig { archive, firewall } => run.show_config(&archive, firewall).await,
@@ -45,15 +47,18 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
 }
 
 /// What all commands need.
-struct Run<'a> {
-    host: &'a Host,
-    output: Output,
-    cancel: &'a CancellationToken,
+pub(crate) struct Run<'a> {
+    pub(crate) host: &'a Host,
+    pub(crate) output: Output,
+    pub(crate) cancel: &'a CancellationToken,
 }
 
 impl Run<'_> {
     /// Waits for something that undoes itself when it is dropped.
-    async fn or_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, Failure> {
+    pub(crate) async fn or_cancelled<T>(
+        &self,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Failure> {
         let cancelled = || Failure::from(anyhow!("Interrupted; what had been begun was undone."));
         self.cancel.run_until_cancelled(work).await.ok_or_else(cancelled)
     }
@@ -246,6 +251,8 @@ fn doctor_text(report: &DoctorReport) -> String {
     }
     if let Some(recovered) = &report.recovered {
         text.push_str(&format!("cleaned up after {} dead tasks\n", recovered.cleared.len()));
+        let images = report.swept.as_ref().map_or(0, |swept| swept.removed.len());
+        text.push_str(&format!("removed {images} fleecing images that no task knew\n"));
         for left in &recovered.left {
             let reason = printable(&left.reason);
             text.push_str(&format!("left: {}: {reason}\n", left.journal.display()));

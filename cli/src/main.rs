@@ -14,6 +14,7 @@
 
 mod args;
 mod commands;
+mod images;
 mod output;
 mod signals;
 mod task;

@@ -354,13 +354,10 @@ impl Restore<'_> {
     ) -> Step<()> {
         let path = disk.storage.volume_path(volume).map_err(words)?;
         let data = disk.storage.data_path(volume).map_err(words)?;
+        let options = disk.storage.image_options(volume).map_err(words)?;
         let opened = copy::open(offer, private_dir, disk.size_bytes).await?;
-        let target = copy::Target {
-            path: &path,
-            data: data.as_deref(),
-            format: disk.format,
-            size_bytes: disk.size_bytes,
-        };
+        let files: Vec<&Path> = [path.as_path()].into_iter().chain(data.as_deref()).collect();
+        let target = copy::Target { options: &options, files: &files, size_bytes: disk.size_bytes };
         let mut meter = Meter::new(self.id, disk.size_bytes, self.sink);
         let stall = self.ctx.limits.transfer_stall;
         copy::copy(&self.ctx.tools, opened, target, stall, |done| meter.tell(done)).await

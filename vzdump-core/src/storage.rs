@@ -289,6 +289,15 @@ impl dyn Storage + '_ {
         })
     }
 
+    /// What QEMU's tools take with `--image-opts` for a volume.
+    ///
+    /// # Errors
+    /// [`StorageError`].
+    pub fn image_options(&self, volume: &VolumeId) -> Result<String, StorageError> {
+        let (image, data) = (self.volume_path(volume)?, self.data_path(volume)?);
+        image::image_options(volume.format(), &image, data.as_deref())
+    }
+
     /// The size of the disk in a volume.
     ///
     /// # Errors

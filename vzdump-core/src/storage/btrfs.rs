@@ -33,6 +33,8 @@ pub const BTRFS_KIND: &str = "btrfs";
 const BTRFS_MAGIC: u64 = 0x9123_683e;
 /// What the files in a subvolume are called, before their endings.
 const STEM: &str = "disk";
+/// What the program says of a directory that is not there.
+const NOT_FOUND: &str = "No such file or directory";
 /// The program, of the package btrfs-progs.
 const BTRFS: &str = "btrfs";
 
@@ -111,7 +113,7 @@ impl BtrfsStorage {
             made = create_subvolume(&path, volume);
             match &made {
                 // Removed by another task between two steps: once more.
-                Err(StorageError::Btrfs { .. }) if !guest_dir.exists() => {
+                Err(StorageError::Btrfs { message, .. }) if message.contains(NOT_FOUND) => {
                     Err(io::ErrorKind::NotFound.into())
                 }
                 _ => Ok(()),

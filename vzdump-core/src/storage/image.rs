@@ -87,7 +87,9 @@ impl ImageFiles {
         let image = match &self.data {
             None => self.image.clone(),
             Some(data) => {
-                // By names only, so that the two can be moved together.
+                // Without a directory: the image of a snapshot must not lead to the data of today.
+                // QEMU takes such a name as one in its own directory, so whoever opens the image
+                // says where the data is ([`image_options`]).
                 let name = |path: &Path| path.file_name().map(PathBuf::from).unwrap_or_default();
                 command.current_dir(self.image.parent().unwrap_or(Path::new("/")));
                 let options = format!("data_file={},data_file_raw=on", name(data).display());
@@ -113,8 +115,9 @@ impl ImageFiles {
         }
         let mut command = Command::new(tools.qemu_img()?);
         // It takes QEMU's lock, so that the disk of a VM that runs is refused.
-        command.args(["resize", "-q", "-f", self.format.name(), "--"]);
-        command.arg(&self.image).arg(size_bytes.to_string());
+        command.args(["resize", "-q", "--image-opts", "--"]);
+        command.arg(image_options(self.format, &self.image, self.data.as_deref())?);
+        command.arg(size_bytes.to_string());
         qemu_img(command, "resize", &self.image)?;
         for path in self.all() {
             File::open(path)
@@ -157,6 +160,29 @@ pub(super) fn check_size(size_bytes: u64) -> Result<(), StorageError> {
         return Err(StorageError::Size { size_bytes });
     }
     Ok(())
+}
+
+/// What QEMU's tools take with `--image-opts` for an image in files.
+///
+/// # Errors
+/// [`StorageError::Io`] for a path that is not text.
+pub(super) fn image_options(
+    format: ImageFormat,
+    image: &Path,
+    data: Option<&Path>,
+) -> Result<String, StorageError> {
+    let mut text = format!("driver={}", format.name());
+    for (child, path) in [("file", Some(image)), ("data-file", data)] {
+        let Some(path) = path else { continue };
+        let name = path.to_str().ok_or_else(|| StorageError::Io {
+            what: "use",
+            path: path.to_owned(),
+            source: io::Error::other("the path is not text (UTF-8)"),
+        })?;
+        let name = name.replace(',', ",,");
+        text.push_str(&format!(",{child}.driver=file,{child}.filename={name}"));
+    }
+    Ok(text)
 }
 
 /// The size of the disk in an image file or on a block device.

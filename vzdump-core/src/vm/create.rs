@@ -237,7 +237,7 @@ async fn make_disks(
         let size_bytes = content.size_bytes().await?;
         let volume = new.allocate(ctx, storage.as_ref(), id, options.format, size_bytes).await?;
         if let DiskContent::CopyOf(source) = content {
-            copy(&ctx.tools, source, &storage.volume_path(&volume)?, volume.format()).await?;
+            copy(&ctx.tools, source, &storage.image_options(&volume)?).await?;
         }
         let mut value = volume.to_string();
         if let Some(more) = &options.disk_options {
@@ -289,20 +289,15 @@ fn detect_format(path: &Path) -> Result<ImageFormat, CreateError> {
     Ok(if begin == b"QFI\xfb" { ImageFormat::Qcow2 } else { ImageFormat::Raw })
 }
 
-async fn copy(
-    tools: &Tools,
-    source: &Path,
-    target: &Path,
-    format: ImageFormat,
-) -> Result<(), CreateError> {
+async fn copy(tools: &Tools, source: &Path, target_options: &str) -> Result<(), CreateError> {
     let fault = |message: String| CreateError::Copy { path: source.to_owned(), message };
     let (source_format, _) = inspect(source).await?;
     let source_path = std::path::absolute(source).map_err(|error| fault(error.to_string()))?;
     // No time limit: large disks take long, and dropping the future ends the copy.
     let output = Command::new(tools.qemu_img()?)
-        .args(["convert", "-n", "-f", source_format.name(), "-O", format.name(), "--"])
+        .args(["convert", "-n", "-f", source_format.name(), "--target-image-opts", "--"])
         .arg(source_path)
-        .arg(target)
+        .arg(target_options)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
