@@ -107,6 +107,8 @@ pub struct DiskFile {
     pub is_device: bool,
     /// Whether it can be opened past the page cache.
     pub direct: bool,
+    /// Whether its size is a multiple of every block size that requests past the page cache may need.
+    pub is_aligned: bool,
 }
 
 /// What the command line depends on beside the configuration.

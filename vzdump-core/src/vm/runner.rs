@@ -40,6 +40,10 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A killed process is gone at once unless it hangs in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest block that requests past the page cache are a multiple of.
+const BLOCK_BYTES_MAX: u64 = 4096;
+/// What QEMU says of a disk that ends within such a block, between words about permissions.
+const UNALIGNED: &str = "not a multiple of request alignment";
 /// How much of QEMU's last words is shown.
 const MESSAGE_MAX_BYTES: u64 = 4096;
 
@@ -285,7 +289,9 @@ fn find_file(storages: &StorageSet, disk: &DiskEntry) -> Result<DiskFile, Storag
         Err(rustix::io::Errno::INVAL) => false,
         Err(errno) => return Err(fault(bytes, errno.into())),
     };
-    Ok(DiskFile { is_device: meta.file_type().is_block_device(), direct, path, data })
+    let is_device = meta.file_type().is_block_device();
+    let is_aligned = is_device || meta.len().is_multiple_of(BLOCK_BYTES_MAX);
+    Ok(DiskFile { is_device, direct, is_aligned, path, data })
 }
 
 /// A QEMU that has not answered yet; ended when dropped.
@@ -334,8 +340,13 @@ impl Starting {
 
     fn error(&self, why: &str) -> RunnerError {
         let said = tail(&self.log);
+        let advice = if said.contains(UNALIGNED) {
+            " The size of this disk does not fit its cache mode: use cache=writeback for it."
+        } else {
+            ""
+        };
         let said = if said.is_empty() { "it said nothing." } else { &said };
-        RunnerError::Start { id: self.id, message: format!("{why}: {said}") }
+        RunnerError::Start { id: self.id, message: format!("{why}: {said}{advice}") }
     }
 
     /// Waits until QEMU answers over QMP.

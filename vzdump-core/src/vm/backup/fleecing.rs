@@ -147,7 +147,7 @@ impl fmt::Display for FleecingOptions {
 #[derive(Debug)]
 pub(super) struct Fleecing {
     pub(super) node: String,
-    volume: VolumeId,
+    pub(super) volume: VolumeId,
     /// Old data of so many bytes in a row is shared with the disk.
     pub(super) reflink_bytes: Option<u64>,
 }

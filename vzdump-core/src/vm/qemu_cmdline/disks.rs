@@ -136,7 +136,12 @@ struct Cache {
     write_cache: bool,
 }
 
-fn cache(disk: &Disk<'_>, file: &DiskFile, line: &mut CommandLine) -> Result<Cache, CmdlineError> {
+fn cache(
+    disk: &Disk<'_>,
+    file: &DiskFile,
+    format: ImageFormat,
+    line: &mut CommandLine,
+) -> Result<Cache, CmdlineError> {
     let mode = disk.entry.options.get("cache");
     let (direct, no_flush, write_cache) = match mode.unwrap_or("none") {
         "none" => (true, false, true),
@@ -150,9 +155,18 @@ fn cache(disk: &Disk<'_>, file: &DiskFile, line: &mut CommandLine) -> Result<Cac
             ));
         }
     };
-    if direct && !file.direct && mode.is_none() {
+    let obstacle = if !file.direct {
+        Some("is on a file system without direct I/O")
+    } else if format == ImageFormat::Raw && !file.is_aligned {
+        // QEMU refuses it where it takes the file system's blocks for larger, with words about
+        // permissions.
+        Some("has a size that is no multiple of 4096 bytes, as direct I/O may need")
+    } else {
+        None
+    };
+    if let Some(obstacle) = obstacle.filter(|_| direct && mode.is_none()) {
         line.notices.push(format!(
-            "'{}' is on a file system without direct I/O; using cache=writeback for {}",
+            "'{}' {obstacle}; using cache=writeback for {}",
             file.path.display(),
             disk.key()
         ));
@@ -183,7 +197,7 @@ fn backend(
     if file.data.is_some() && format != ImageFormat::Qcow2 {
         return Err(disk.error("'format' does not fit: the volume's main file is a qcow2 image."));
     }
-    let cache = cache(disk, &file, line)?;
+    let cache = cache(disk, &file, format, line)?;
     let discard = match options.get("discard") {
         None | Some("ignore") => "ignore",
         Some("on") => "unmap",

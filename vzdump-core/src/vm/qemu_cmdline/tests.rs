@@ -13,7 +13,8 @@ fn find(disk: &DiskEntry) -> Result<DiskFile, StorageError> {
         (storage.volume_path(&volume)?, storage.data_path(&volume)?)
     };
     let is_device = path.starts_with("/dev");
-    Ok(DiskFile { is_device, direct: !path.starts_with("/tmpfs"), path, data })
+    let is_aligned = !path.ends_with("odd.raw") && !path.ends_with("odd.qcow2");
+    Ok(DiskFile { is_device, direct: !path.starts_with("/tmpfs"), is_aligned, path, data })
 }
 
 fn build_text(text: &str, lenient: bool) -> Result<CommandLine, CmdlineError> {
@@ -90,6 +91,18 @@ fn a_file_system_without_direct_io_gets_a_cache_unless_the_mode_is_given() {
     assert!(values(&line, "-blockdev")[0].contains("\"direct\":false"));
     assert!(line.notices[0].contains("cache=writeback for virtio0"), "{:?}", line.notices);
     let line = build_text("virtio0: /tmpfs/a.raw,cache=none\n", false).unwrap();
+    assert!(values(&line, "-blockdev")[0].contains("\"direct\":true"));
+}
+
+#[test]
+fn a_raw_disk_of_an_odd_size_gets_a_cache_unless_the_mode_is_given() {
+    let line = build_text("virtio0: local:100/odd.raw\nvirtio1: local:100/odd.qcow2\n", false);
+    let line = line.unwrap();
+    let nodes = values(&line, "-blockdev");
+    assert!(nodes[0].contains("\"direct\":false") && nodes[1].contains("\"direct\":true"));
+    let [notice] = line.notices.as_slice() else { panic!("{:?}", line.notices) };
+    assert!(notice.contains("multiple of 4096") && notice.contains("virtio0"), "{notice}");
+    let line = build_text("virtio0: local:100/odd.raw,cache=none\n", false).unwrap();
     assert!(values(&line, "-blockdev")[0].contains("\"direct\":true"));
 }
 
