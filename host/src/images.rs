@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use serde::Serialize;
+use vzdump_core::config::ConfigError;
 use vzdump_core::config::guest::VmConfig;
 use vzdump_core::vm::destroy::{self, Destroyed};
-use vzdump_core::vm::runner;
 
 use crate::{CancellationToken, Host, HostError, StorageInfo, StorageUse, TaskSink, chain};
 
@@ -120,18 +120,13 @@ impl Host {
     /// The volumes of a storage of images.
     ///
     /// # Errors
-    /// [`HostError::Storage`], [`HostError::Runner`], [`HostError::Config`].
+    /// [`HostError::Storage`], [`HostError::Config`].
     pub async fn images(&self, storage: &str) -> Result<Vec<ImageInfo>, HostError> {
         let words = |error| HostError::Storage(chain(&error));
         let images = self.storages.images(storage).map_err(words)?;
         let listed = tokio::time::timeout(ANSWER_TIMEOUT, images.list(None)).await;
         let listed = listed.map_err(|_| HostError::Storage(no_answer()))?.map_err(words)?;
-        let mut named = HashSet::new();
-        for id in runner::list_ids(&self.layout)? {
-            if let Some(config) = VmConfig::read(&self.layout.vm_config_path(id))? {
-                named.extend(config.volumes());
-            }
-        }
+        let named = self.named_volumes()?;
         let info = |stored: vzdump_core::storage::StoredVolume| {
             let volume = stored.volume;
             let volid = volume.to_string();
@@ -150,6 +145,27 @@ impl Host {
             }
         };
         Ok(listed.into_iter().map(info).collect())
+    }
+
+    /// Everything that a configuration of a VM or a container names, volumes among it.
+    fn named_volumes(&self) -> Result<HashSet<String>, HostError> {
+        let mut named = HashSet::new();
+        for dir in [self.layout.vm_config_dir(), self.layout.etc().join("lxc")] {
+            let fault = |source| ConfigError::Read { path: dir.clone(), source };
+            let entries = match std::fs::read_dir(&dir) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                other => other.map_err(fault)?,
+            };
+            for entry in entries {
+                let path = entry.map_err(fault)?.path();
+                if path.extension().is_some_and(|end| end == "conf")
+                    && let Some(config) = VmConfig::read(&path)?
+                {
+                    named.extend(config.words().map(str::to_owned));
+                }
+            }
+        }
+        Ok(named)
     }
 
     /// Removes a VM that does not run, with its volumes.
@@ -185,11 +201,17 @@ mod tests {
         for name in ["vm-100-disk-0.raw", "vm-100-disk-1.raw", "vm-100-fleece-scsi0-1234abcd.raw"] {
             fs::write(images.join(name), [0; 512]).unwrap();
         }
+        // A container's disk is none of a VM, and in use all the same.
+        fs::create_dir_all(dir.path().join("etc/lxc")).unwrap();
+        fs::create_dir_all(images.with_file_name("101")).unwrap();
+        fs::write(images.with_file_name("101").join("vm-101-disk-0.raw"), [0; 512]).unwrap();
+        let container = "rootfs: local:101/vm-101-disk-0.raw,size=8G\n";
+        fs::write(dir.path().join("etc/lxc/101.conf"), container).unwrap();
         let config = "scsi0: local:100/vm-100-disk-0.raw\n";
         fs::write(dir.path().join("etc/qemu-server/100.conf"), config).unwrap();
         let host = Host::open(Some(dir.path().into()), &Overrides::default()).unwrap();
         let uses = host.images("local").await.unwrap().into_iter().map(|image| image.used_as);
-        let expected = [ImageUse::Disk, ImageUse::Unused, ImageUse::Fleecing];
+        let expected = [ImageUse::Disk, ImageUse::Unused, ImageUse::Fleecing, ImageUse::Disk];
         assert_eq!(uses.collect::<Vec<_>>(), expected);
 
         struct Silent;
@@ -204,7 +226,7 @@ mod tests {
         assert_eq!(fixed.swept.unwrap().removed.len(), 1);
         let check = fixed.checks.iter().find(|check| check.name == "fleecing images").unwrap();
         assert!(check.ok, "{check:?}");
-        assert_eq!(host.images("local").await.unwrap().len(), 2);
+        assert_eq!(host.images("local").await.unwrap().len(), 3);
 
         let destroyed = host.vm_destroy(100, &Silent).await.unwrap();
         assert_eq!(destroyed.volumes, ["local:100/vm-100-disk-0.raw"]);

@@ -244,11 +244,16 @@ impl VmConfig {
     /// section.
     #[must_use]
     pub fn names_volume(&self, volume: &str) -> bool {
+        self.words().any(|word| word == volume)
+    }
+
+    /// The words of all values of all sections, which every volume that is named is one of.
+    pub fn words(&self) -> impl Iterator<Item = &str> {
         let values = self.lines.iter().filter_map(|line| match &line.kind {
             Kind::Pair { value, .. } => Some(value.as_str()),
             _ => None,
         });
-        values.flat_map(|value| value.split([',', '='])).any(|item| item.trim() == volume)
+        values.flat_map(|value| value.split([',', '='])).map(str::trim)
     }
 
     /// The volumes of disks, unused disks and states of all sections, CD-ROMs excepted, as they are written;

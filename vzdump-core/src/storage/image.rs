@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use super::{ImageFormat, StorageError};
 use crate::tools::Tools;
 
-/// Making or resizing an empty image takes milliseconds; this covers a slow network file system.
-const TOOL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Making or resizing an empty image takes milliseconds; this covers a slow network file system, and a
+/// busy one that has to write everything out.
+const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 const TOOL_POLL: Duration = Duration::from_millis(5);
 /// How much of what a program says is read.
 const OUTPUT_MAX_BYTES: u64 = 1 << 20;

@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{
-    BTRFS_KIND, BtrfsStorage, DIR_KIND, DirStorage, Storage, StorageError, StoredVolume, VolumeId,
-};
+use super::{BTRFS_KIND, BtrfsStorage, DIR_KIND, DirStorage, Storage, StorageError, VolumeId};
 use crate::config::parse_bool;
 use crate::config::storage::{StorageConfig, StorageSection};
+use crate::job::chain;
 use crate::layout::Layout;
 
 /// The storage that exists without being configured.
@@ -104,19 +104,33 @@ impl StorageSet {
         ids.filter(|id| self.images(id).is_ok()).collect()
     }
 
-    /// Fleecing images of one guest, or of all, on any storage; and what could not be looked into.
+    /// Fleecing images of one guest, or of all, on any storage; and, in words, what could not be looked
+    /// into, of which a storage that does not answer in time is one.
     pub async fn fleecing_images(
         &self,
         guest_id: Option<u32>,
-    ) -> (Vec<StoredVolume>, Vec<StorageError>) {
+        limit: Duration,
+    ) -> (Vec<VolumeId>, Vec<String>) {
+        let storages = self.image_ids().into_iter().filter_map(|id| self.images(id).ok());
+        // At once, so that one that hangs does not hide what is on the others.
+        let looks = storages.map(|storage| async move {
+            match tokio::time::timeout(limit, storage.list(guest_id)).await {
+                Ok(listed) => listed.map_err(|error| chain(&error)),
+                Err(_) => Err(format!(
+                    "the storage '{}' did not answer within {} seconds",
+                    storage.id(),
+                    limit.as_secs()
+                )),
+            }
+        });
         let (mut found, mut faults) = (Vec::new(), Vec::new());
-        for id in self.image_ids() {
-            let Ok(storage) = self.images(id) else { continue };
-            match storage.list(guest_id).await {
-                Ok(stored) => found.extend(stored.into_iter().filter(|s| s.volume.is_fleecing())),
-                Err(error) => faults.push(error),
+        for looked in futures_util::future::join_all(looks).await {
+            match looked {
+                Ok(stored) => found.extend(stored.into_iter().map(|stored| stored.volume)),
+                Err(fault) => faults.push(fault),
             }
         }
+        found.retain(VolumeId::is_fleecing);
         (found, faults)
     }
 

@@ -32,6 +32,7 @@ use qmp_client::{Error, EventStream, Session};
 use self::disks::Disk;
 use self::fleecing::Fleecing;
 pub use self::fleecing::FleecingOptions;
+pub(crate) use self::fleecing::is_ours as is_our_fleecing_image;
 use super::freeze_guard::{self, Frozen, GuardCommand};
 use super::runner;
 use crate::config::guest::VmConfig;

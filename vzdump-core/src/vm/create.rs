@@ -295,7 +295,8 @@ async fn copy(tools: &Tools, source: &Path, target_options: &str) -> Result<(), 
     let source_path = std::path::absolute(source).map_err(|error| fault(error.to_string()))?;
     // No time limit: large disks take long, and dropping the future ends the copy.
     let output = Command::new(tools.qemu_img()?)
-        .args(["convert", "-n", "-f", source_format.name(), "--target-image-opts", "--"])
+        .args(["convert", "-n", "--target-is-zero", "-f", source_format.name()])
+        .args(["--target-image-opts", "--"])
         .arg(source_path)
         .arg(target_options)
         .stdin(Stdio::null())

@@ -6,18 +6,24 @@
 //! up after all of its journals, may remove every image that is named as one of the guest's fleecing images.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use provider_api::GuestKind;
 use qmp_client::Session;
 use qmp_client::commands::QueryNamedBlockNodes;
 
-use super::backup::{free_volume, ops, running_process};
+use super::backup::{free_volume, is_our_fleecing_image, ops, running_process};
+use crate::config::guest::VmConfig;
 use crate::job::{JobContext, backup_lock_path, chain};
 use crate::journal;
 use crate::layout::Monitor;
 use crate::lock::{FileLock, LockError};
-use crate::storage::{StorageError, StoredVolume, VolumeId};
+use crate::storage::VolumeId;
 use crate::task_log::TaskSink;
+
+/// A storage that does not list a directory in this time hangs; a backup does not wait for one it may
+/// not even need.
+const LOOK_LIMIT: Duration = Duration::from_secs(10);
 
 /// What became of left images.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
@@ -28,20 +34,19 @@ pub struct Swept {
     pub problems: Vec<String>,
 }
 
-/// The fleecing images that belong to no task, of one guest or of all; guests that are being worked on
-/// are left out.
+/// The fleecing images that belong to no task; guests that are being worked on are left out.
 ///
 /// # Errors
-/// In words.
+/// In words: what could not be looked into.
 pub async fn find(ctx: &JobContext) -> Result<Vec<VolumeId>, String> {
-    let (found, faults) = look(ctx, None).await?;
-    if let Some(fault) = faults.first() {
-        return Err(chain(fault));
+    let (found, faults) = look(ctx, None).await;
+    if let Some(fault) = faults.into_iter().next() {
+        return Err(fault);
     }
     let mut left = Vec::new();
     for image in found {
-        if lock_if_idle(ctx, image.volume.guest_id())?.is_some() {
-            left.push(image.volume);
+        if lock_if_idle(ctx, image.guest_id())?.is_some() {
+            left.push(image);
         }
     }
     Ok(left)
@@ -51,43 +56,19 @@ pub async fn find(ctx: &JobContext) -> Result<Vec<VolumeId>, String> {
 /// goes wrong is a warning: a left image costs space and nothing else.
 pub async fn remove_of_guest(ctx: &JobContext, id: u32, sink: &dyn TaskSink) {
     let mut swept = Swept::default();
-    match look(ctx, Some(id)).await {
-        Ok((found, faults)) => {
-            faults.iter().for_each(|fault| sink.warn(&chain(fault)));
-            let images = found.into_iter().map(|stored| stored.volume).collect();
-            remove(ctx, id, images, &mut swept).await;
-        }
-        Err(problem) => swept.problems.push(problem),
-    }
+    remove(ctx, id, &mut swept).await;
     tell(&swept, sink);
 }
 
 /// Removes the left images of all guests that nobody works on (`doctor --fix`).
 pub async fn remove_all(ctx: &JobContext, sink: &dyn TaskSink) -> Swept {
     let mut swept = Swept::default();
-    let found = match look(ctx, None).await {
-        Ok((found, faults)) => {
-            swept.problems.extend(faults.iter().map(|fault| chain(fault)));
-            found
-        }
-        Err(problem) => {
-            swept.problems.push(problem);
-            Vec::new()
-        }
-    };
-    let ids: BTreeSet<u32> = found.iter().map(|image| image.volume.guest_id()).collect();
+    let (found, _) = look(ctx, None).await;
+    let ids: BTreeSet<u32> = found.iter().map(VolumeId::guest_id).collect();
     for id in ids {
         match lock_if_idle(ctx, id) {
-            Ok(Some(_held)) => {
-                // Looked for again: a backup that ended meanwhile has removed its own.
-                match look(ctx, Some(id)).await {
-                    Ok((found, _)) => {
-                        let images = found.into_iter().map(|stored| stored.volume).collect();
-                        remove(ctx, id, images, &mut swept).await;
-                    }
-                    Err(problem) => swept.problems.push(problem),
-                }
-            }
+            // They are looked for again: a backup that ended meanwhile has removed its own.
+            Ok(Some(_held)) => remove(ctx, id, &mut swept).await,
             Ok(None) => {}
             Err(problem) => swept.problems.push(problem),
         }
@@ -117,32 +98,42 @@ fn lock_if_idle(ctx: &JobContext, id: u32) -> Result<Option<FileLock>, String> {
     }
 }
 
-type Found = (Vec<StoredVolume>, Vec<StorageError>);
-
-async fn look(ctx: &JobContext, id: Option<u32>) -> Result<Found, String> {
-    let limit = ctx.limits.undo;
-    let looked = tokio::time::timeout(limit, ctx.storages.fleecing_images(id)).await;
-    looked.map_err(|_| format!("a storage did not answer within {} seconds", limit.as_secs()))
+async fn look(ctx: &JobContext, id: Option<u32>) -> (Vec<VolumeId>, Vec<String>) {
+    let (mut found, faults) = ctx.storages.fleecing_images(id, LOOK_LIMIT).await;
+    found.retain(is_our_fleecing_image);
+    (found, faults)
 }
 
-async fn remove(ctx: &JobContext, id: u32, images: Vec<VolumeId>, swept: &mut Swept) {
+async fn remove(ctx: &JobContext, id: u32, swept: &mut Swept) {
+    let (images, faults) = look(ctx, Some(id)).await;
+    swept.problems.extend(faults);
     if images.is_empty() {
         return;
     }
-    let session = match session(ctx, id).await {
-        Ok(session) => session,
+    let config = VmConfig::read(&ctx.layout.vm_config_path(id)).map_err(|error| chain(&error));
+    let ready = match config {
+        Ok(config) => session(ctx, id).await.map(|session| (config, session)),
+        Err(why) => Err(why),
+    };
+    let (config, session) = match ready {
+        Ok(ready) => ready,
         Err(why) => {
             let why = format!("fleecing images of VM {id} that were left stay: {why}");
             return swept.problems.push(why);
         }
     };
     for volume in images {
+        let name = volume.to_string();
+        if config.as_ref().is_some_and(|config| config.names_volume(&name)) {
+            swept.problems.push(format!("the image '{name}' stays: VM {id} uses it as a disk"));
+            continue;
+        }
         let limit = ctx.limits.undo;
         let removed = tokio::time::timeout(limit, remove_image(ctx, session.as_ref(), &volume));
         match removed.await {
-            Ok(Ok(())) => swept.removed.push(volume.to_string()),
-            Ok(Err(why)) => swept.problems.push(format!("the image '{volume}' stays: {why}")),
-            Err(_) => swept.problems.push(format!("the image '{volume}' stays: its storage hangs")),
+            Ok(Ok(())) => swept.removed.push(name),
+            Ok(Err(why)) => swept.problems.push(format!("the image '{name}' stays: {why}")),
+            Err(_) => swept.problems.push(format!("the image '{name}' stays: its storage hangs")),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, StatxFlags};
+use rustix::fs::{FallocateFlags, IFlags, StatxFlags};
 
 use super::disks::Disk;
 use super::{VmDriver, free_volume, ops, short_id};
@@ -141,6 +141,14 @@ impl fmt::Display for FleecingOptions {
         }
         list.fmt(f)
     }
+}
+
+/// Whether an image is named as ours are: those of another program may be in use.
+pub(crate) fn is_ours(volume: &VolumeId) -> bool {
+    let unique = volume.name().strip_prefix(&fleecing_prefix(volume.guest_id()));
+    unique.and_then(|unique| unique.split_once('-')).is_some_and(|(key, random)| {
+        is_disk_key(key) && random.len() == 8 && random.bytes().all(|b| b.is_ascii_hexdigit())
+    })
 }
 
 /// A fleecing image that was begun.
@@ -296,9 +304,9 @@ fn can_punch(path: &Path) -> std::io::Result<bool> {
 }
 
 /// Whether two files may share blocks: QEMU tries it out. The device number does not tell, because
-/// every subvolume has another one.
+/// every subvolume has another one; and a file without checksums shares with its like only.
 fn can_share(a: &Path, b: &Path) -> std::io::Result<bool> {
-    let mut mounts = BTreeSet::new();
+    let mut kinds = BTreeSet::new();
     for path in [a, b] {
         let file_system = rustix::fs::statfs(path)?.f_type as u64 & 0xffff_ffff;
         if !path.is_file() || !REFLINK_FILE_SYSTEMS.contains(&file_system) {
@@ -310,9 +318,10 @@ fn can_share(a: &Path, b: &Path) -> std::io::Result<bool> {
             rustix::fs::AtFlags::empty(),
             StatxFlags::MNT_ID,
         )?;
-        mounts.insert(stat.stx_mnt_id);
+        let flags = rustix::fs::ioctl_getflags(std::fs::File::open(path)?)?;
+        kinds.insert((stat.stx_mnt_id, flags.contains(IFlags::NOCOW)));
     }
-    Ok(mounts.len() == 1)
+    Ok(kinds.len() == 1)
 }
 
 #[cfg(test)]
@@ -366,6 +375,17 @@ mod tests {
         let options = FleecingOptions::default();
         assert_eq!(options.storage_of(&disk("scsi0", "tree:100/a.raw")), "tree");
         assert_eq!(options.storage_of(&disk("scsi0", "/dev/sdx")), DEFAULT_STORAGE);
+    }
+
+    #[test]
+    fn images_of_other_programs_are_left_alone() {
+        let is = |name: &str| is_ours(&format!("local:100/{name}").parse().unwrap());
+        assert!(is("vm-100-fleece-scsi0-1f2e3d4c.raw"));
+        assert!(is(&format!("vm-100-fleece-virtio15-{}.raw", short_id())));
+        for other in ["vm-100-fleece-0.qcow2", "vm-100-fleece-x-12345678.raw", "vm-100-disk-0.raw"]
+        {
+            assert!(!is(other), "{other}");
+        }
     }
 
     #[test]
