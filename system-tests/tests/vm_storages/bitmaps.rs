@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks whose format keeps bitmaps: the chain of a guest's backups goes on after a stop of QEMU.
 
+use std::process::Command;
+
 use serde_json::Value;
+use system_tests::loopfs::{Kind, LoopFs};
+use system_tests::qemu;
 
 use crate::place::{MIB, Place, qemu_io, random_file, writes};
 
@@ -126,4 +130,36 @@ fn a_restore_makes_a_disk_that_keeps_bitmaps() {
     let again = format!("backups:backup/{}", guest["archive"].as_str().unwrap());
     let kept = place.run(&["restore", &again, "201"]);
     assert_eq!(kept["volumes"][0]["volume"], "local:201/vm-201-disk-0.raw.qcow2");
+}
+
+#[test]
+fn disks_on_btrfs_of_every_format_are_backed_up_and_restored() {
+    let fs = LoopFs::new(Kind::Btrfs).unwrap();
+    let place = Place::new(&format!("btrfs: tree\n\tpath {}\n", fs.path().display()));
+    let source = place.path("source");
+    random_file(&source, 4 * MIB);
+    let from = source.to_str().unwrap();
+    for (format, file, driver) in [
+        ("raw", "vm-200-disk-0/disk.raw", "raw"),
+        ("qcow2", "vm-200-disk-0.qcow2", "qcow2"),
+        ("raw+bitmaps", "vm-200-disk-0/disk.raw.data", "raw"),
+    ] {
+        place.create(&["--storage", "tree", "--format", format, "--disk-from", from]);
+        place.start();
+        let guest = place.good_backup(&[]);
+        place.stop_vm();
+        place.assert_tidy();
+        // Where they were, and as they were.
+        let archive = format!("backups:backup/{}", guest["archive"].as_str().unwrap());
+        place.run(&["restore", &archive, "200"]);
+        let restored = fs.path().join("images/200").join(file);
+        let mut command = Command::new(qemu::bin_dir().unwrap().join("qemu-img"));
+        command.args(["compare", "-f", "raw", "-F", driver]).arg(&source).arg(&restored);
+        assert!(command.status().unwrap().success(), "{format}");
+        for vm in ["100", "200"] {
+            place.run(&["vm", "destroy", vm]);
+        }
+        let images = place.run(&["storage", "list", "tree"]);
+        assert_eq!(images, Value::Array(vec![]), "{format}");
+    }
 }
