@@ -227,7 +227,7 @@ pub trait Storage: std::fmt::Debug + Send + Sync {
     /// [`StorageError`].
     fn free<'a>(&'a self, volume: &'a VolumeId) -> BoxFuture<'a, Result<bool, StorageError>>;
 
-    /// The volumes of one guest, or of all, in the order of their names. Fleecing images are among
+    /// The volumes of one guest, or of all, in a fixed order. Fleecing images are among
     /// them ([`VolumeId::is_fleecing`]).
     ///
     /// # Errors

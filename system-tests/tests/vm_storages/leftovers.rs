@@ -3,8 +3,11 @@
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
+use std::time::Duration;
 
+use rustix::process::Signal;
 use serde_json::Value;
+use system_tests::loopfs::{Kind, LoopFs};
 
 use crate::place::{Place, SOON};
 
@@ -95,4 +98,34 @@ fn leftover_fleecing_images_54_are_not_in_the_way_of_a_vm_of_the_same_number() {
     place.create(&["--disk", "1M"]);
     assert_eq!(fleecing(&place), 0);
     place.assert_tidy();
+}
+
+/// The making of a VM killed at any moment: the doctor finds all of it.
+#[test]
+fn a_vm_whose_making_was_killed_leaves_nothing_on_a_btrfs() {
+    let tree = LoopFs::new(Kind::Btrfs).unwrap();
+    let place = Place::new(&format!("btrfs: tree\n\tpath {}\n", tree.path().display()));
+    let (mut killed, mut half) = (0, 0);
+    for step in 0..24 {
+        let disks = ["--disk", "1M", "--disk", "2M", "--storage", "tree"];
+        let formats = [["--format", "raw+bitmaps"], ["--format", "raw"], ["--format", "qcow2"]];
+        let arguments = [&["vm", "create", "100"], &disks[..], &formats[step % 3]].concat();
+        let mut create = place.vzdump.spawn(&arguments).unwrap();
+        std::thread::sleep(Duration::from_millis(10 + 4 * step as u64));
+        // It may have ended.
+        let _ = create.process().signal(Signal::KILL);
+        let status = create.finish(SOON, &place.stop).unwrap().status;
+        killed += usize::from(status.signal() == Some(9));
+        half += usize::from(tree.path().join("images/100").exists());
+        place.run(&["doctor", "--fix"]);
+        if place.path("etc/qemu-server/100.conf").exists() {
+            place.run(&["vm", "destroy", "100"]);
+        }
+        let left = place.run(&["storage", "list", "tree"]);
+        assert_eq!(left, Value::Array(vec![]), "killed after step {step}");
+        let there = fs::read_dir(tree.path().join("images/100")).map(Iterator::collect::<Vec<_>>);
+        assert!(there.is_err(), "killed after step {step}: {there:?}");
+    }
+    println!("{killed} of 24 were killed, {half} had made something");
+    assert!(killed > 0 && half > 0);
 }

@@ -76,12 +76,16 @@ impl BtrfsStorage {
         Ok(files)
     }
 
-    /// That the path is on a btrfs: on anything else this would only look as if it worked.
+    /// That the path, or where it will be made, is on a btrfs: on anything else this would only look as
+    /// if it worked, and what is there would look as if it was gone.
     fn check_file_system(&self) -> Result<(), StorageError> {
         let path = self.plain.path();
-        let fault = |source| StorageError::Io { what: "look at", path: path.to_owned(), source };
-        fs::create_dir_all(path).map_err(fault)?;
-        let stat = rustix::fs::statfs(path).map_err(|errno| fault(errno.into()))?;
+        let existing = path.ancestors().find(|path| path.exists()).unwrap_or(path);
+        let stat = rustix::fs::statfs(existing).map_err(|errno| StorageError::Io {
+            what: "look at",
+            path: existing.to_owned(),
+            source: errno.into(),
+        })?;
         if stat.f_type as u64 & 0xffff_ffff == BTRFS_MAGIC {
             return Ok(());
         }
@@ -164,25 +168,27 @@ impl BtrfsStorage {
 
     /// Snapshots first, the subvolume last: as long as it is there nobody else gets its name.
     fn free_now(&self, volume: &VolumeId) -> Result<bool, StorageError> {
+        let files = self.files(volume)?;
+        self.check_file_system()?;
         if is_plain(volume) {
             return self.plain.free_now(volume);
         }
-        let files = self.files(volume)?;
         let path = self.subvolume(volume);
         // One without an image is half made; whatever else is in there is somebody else's.
-        if !path.is_dir() || (!files.image.exists() && !is_empty(&path)?) {
-            return Ok(false);
+        let is_ours = is_there(&path)? && (is_there(&files.image)? || is_empty(&path)?);
+        if is_ours {
+            for name in self.snapshot_names(volume)? {
+                delete_subvolume(&self.snapshot_path(volume, &name))?;
+            }
+            delete_subvolume(&path)?;
         }
-        for name in self.snapshot_names(volume)? {
-            delete_subvolume(&self.snapshot_path(volume, &name))?;
-        }
-        delete_subvolume(&path)?;
         // Fails as long as there are other volumes, which is right.
         let _ = fs::remove_dir(self.plain.guest_dir(volume.guest_id()));
-        Ok(true)
+        Ok(is_ours)
     }
 
     fn list_now(&self, guest_id: Option<u32>) -> Result<Vec<StoredVolume>, StorageError> {
+        self.check_file_system()?;
         let id = self.plain.id();
         // Files as in a directory.
         let mut found = self.plain.list_now(guest_id)?;
@@ -255,6 +261,11 @@ impl BtrfsStorage {
 /// Whether a volume is a file without a subvolume.
 fn is_plain(volume: &VolumeId) -> bool {
     volume.format() == ImageFormat::Qcow2
+}
+
+fn is_there(path: &Path) -> Result<bool, StorageError> {
+    let fault = |source| StorageError::Io { what: "look at", path: path.to_owned(), source };
+    path.try_exists().map_err(fault)
 }
 
 fn is_empty(dir: &Path) -> Result<bool, StorageError> {
@@ -381,7 +392,10 @@ impl Storage for BtrfsStorage {
     }
 
     fn status(&self) -> BoxFuture<'_, Result<StorageStatus, StorageError>> {
-        let path = self.plain.path().to_owned();
-        Box::pin(beside(move || fs_status(&path)))
+        let this = self.clone();
+        Box::pin(beside(move || {
+            this.check_file_system()?;
+            fs_status(this.plain.path())
+        }))
     }
 }

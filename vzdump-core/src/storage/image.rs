@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The files of one image, wherever a storage keeps them. All of this may block.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek as _};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -17,6 +18,8 @@ const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 const TOOL_POLL: Duration = Duration::from_millis(5);
 /// How much of what a program says is read.
 const OUTPUT_MAX_BYTES: u64 = 1 << 20;
+/// The exit code of setpriv for a program that is not there.
+const NOT_EXECUTED: i32 = 127;
 /// Largest image: 16 TiB beyond which some file systems refuse, rounded up generously.
 const SIZE_MAX_BYTES: u64 = 1 << 50;
 /// Unit of disk sizes.
@@ -249,17 +252,28 @@ pub(super) fn qemu_img(
     run(command).map_err(|message| StorageError::QemuImg { doing, path: path.to_owned(), message })
 }
 
-/// Runs a program that says little and ends soon; what it printed, or why it failed.
-pub(super) fn run(mut command: Command) -> Result<String, String> {
-    let mut child = command
+/// A program that ends when we are killed: else it could make, a moment later, what a recovery has
+/// already found not to be there. (The signal comes with the end of the thread that started it, and that
+/// waits for it.)
+fn ends_with_us(command: &Command) -> Command {
+    let mut bound = Command::new("setpriv");
+    bound.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    if let Some(dir) = command.get_current_dir() {
+        bound.current_dir(dir);
+    }
+    bound
+}
+
+/// Runs a program that ends soon; what it printed, or why it failed.
+pub(super) fn run(command: Command) -> Result<String, String> {
+    let missing = |program: &OsStr| format!("the program '{}' is not installed", program.display());
+    let mut child = ends_with_us(&command)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => {
-                format!("the program '{}' is not installed", command.get_program().display())
-            }
+            io::ErrorKind::NotFound => missing(OsStr::new("setpriv")),
             _ => error.to_string(),
         })?;
     // Read beside, so that a program that says much does not wait for us.
@@ -290,6 +304,9 @@ pub(super) fn run(mut command: Command) -> Result<String, String> {
     if status.success() {
         return Ok(stdout.join().unwrap_or_default());
     }
+    if status.code() == Some(NOT_EXECUTED) {
+        return Err(missing(command.get_program()));
+    }
     let said = stderr.join().unwrap_or_default();
     Err(if said.is_empty() { status.to_string() } else { said })
 }
@@ -303,6 +320,19 @@ mod tests {
         let kib = |size_bytes| cluster_bytes(size_bytes) >> 10;
         assert_eq!([kib(512), kib(1 << 40), kib((1 << 40) + (1 << 24))], [64, 64, 128]);
         assert_eq!([kib(1 << 45), kib(1 << 50)], [2048, 2048]);
+    }
+
+    #[test]
+    fn a_program_that_is_missing_or_fails_is_told() {
+        let error = run(Command::new("/nonexistent/program")).unwrap_err();
+        assert_eq!(error, "the program '/nonexistent/program' is not installed");
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo why >&2; exit 3"]);
+        assert_eq!(run(command).unwrap_err(), "why");
+        assert_eq!(
+            run(Command::new("pwd")).unwrap(),
+            std::env::current_dir().unwrap().display().to_string()
+        );
     }
 
     #[test]

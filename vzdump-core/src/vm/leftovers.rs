@@ -63,7 +63,8 @@ pub async fn remove_of_guest(ctx: &JobContext, id: u32, sink: &dyn TaskSink) {
 /// Removes the left images of all guests that nobody works on (`doctor --fix`).
 pub async fn remove_all(ctx: &JobContext, sink: &dyn TaskSink) -> Swept {
     let mut swept = Swept::default();
-    let (found, _) = look(ctx, None).await;
+    let (found, faults) = look(ctx, None).await;
+    swept.problems = faults;
     let ids: BTreeSet<u32> = found.iter().map(VolumeId::guest_id).collect();
     for id in ids {
         match lock_if_idle(ctx, id) {
@@ -106,7 +107,9 @@ async fn look(ctx: &JobContext, id: Option<u32>) -> (Vec<VolumeId>, Vec<String>)
 
 async fn remove(ctx: &JobContext, id: u32, swept: &mut Swept) {
     let (images, faults) = look(ctx, Some(id)).await;
-    swept.problems.extend(faults);
+    let is_new = |fault: &String| !swept.problems.contains(fault);
+    let new: Vec<String> = faults.into_iter().filter(is_new).collect();
+    swept.problems.extend(new);
     if images.is_empty() {
         return;
     }
