@@ -52,6 +52,7 @@ impl Run<'_> {
                 let used_as = match image.used_as {
                     ImageUse::Disk => "disk",
                     ImageUse::Fleecing => "fleecing",
+                    ImageUse::Task => "task",
                     ImageUse::Unused => "unused",
                 };
                 vec![

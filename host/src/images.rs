@@ -7,6 +7,8 @@ use std::time::Duration;
 use serde::Serialize;
 use vzdump_core::config::ConfigError;
 use vzdump_core::config::guest::VmConfig;
+use vzdump_core::journal;
+use vzdump_core::storage::VolumeId;
 use vzdump_core::vm::destroy::{self, Destroyed};
 
 use crate::{CancellationToken, Host, HostError, StorageInfo, StorageUse, TaskSink, chain};
@@ -55,6 +57,8 @@ pub enum ImageUse {
     Disk,
     /// It keeps old data of a backup.
     Fleecing,
+    /// It belongs to a task that has not ended, or that died.
+    Task,
     /// Nobody names it.
     Unused,
 }
@@ -120,19 +124,30 @@ impl Host {
     /// The volumes of a storage of images.
     ///
     /// # Errors
-    /// [`HostError::Storage`], [`HostError::Config`].
+    /// [`HostError::Storage`], [`HostError::Config`], [`HostError::Journal`].
     pub async fn images(&self, storage: &str) -> Result<Vec<ImageInfo>, HostError> {
         let words = |error| HostError::Storage(chain(&error));
         let images = self.storages.images(storage).map_err(words)?;
         let listed = tokio::time::timeout(ANSWER_TIMEOUT, images.list(None)).await;
         let listed = listed.map_err(|_| HostError::Storage(no_answer()))?.map_err(words)?;
         let named = self.named_volumes()?;
+        let journals = journal::list(&self.layout, None)?;
+        let records = journals.iter().filter_map(|path| journal::read(path).ok());
+        let volumes = records.flat_map(|record| record.volumes);
+        // Without the ending, which a half-made one may not have yet.
+        let stem = |volume: &VolumeId| (volume.guest_id(), volume.name().to_owned());
+        let of_tasks: HashSet<_> = volumes
+            .filter_map(|text| text.parse::<VolumeId>().ok())
+            .filter(|volume| volume.storage() == storage)
+            .map(|volume| stem(&volume))
+            .collect();
         let info = |stored: vzdump_core::storage::StoredVolume| {
             let volume = stored.volume;
             let volid = volume.to_string();
             let used_as = match () {
                 () if volume.is_fleecing() => ImageUse::Fleecing,
                 () if named.contains(&volid) => ImageUse::Disk,
+                () if of_tasks.contains(&stem(&volume)) => ImageUse::Task,
                 () => ImageUse::Unused,
             };
             ImageInfo {

@@ -207,6 +207,9 @@ fn each_disk_may_have_its_own_fleecing_storage_and_bad_ones_are_named() {
     place.start();
     let options = ["--fleecing", "storage=nowhere,scsi0=local,scsi1=local"];
     place.good_backup(&options);
+    let ended = place.backup(&["--fleecing", "enabled=0,storage=nowhere"]);
+    assert_eq!(ended.guest["result"], "committed", "{}", ended.said);
+    assert_eq!(ended.said.matches("fleecing cannot be switched off").count(), 1, "{}", ended.said);
     for (list, why) in [
         ("storage=nowhere", "'nowhere' is not in storage.cfg"),
         ("scsi1=tank", "'zfspool', which holds no images"),

@@ -117,6 +117,8 @@ fn a_vm_whose_making_was_killed_leaves_nothing_on_a_btrfs() {
         let status = create.finish(SOON, &place.stop).unwrap().status;
         killed += usize::from(status.signal() == Some(9));
         half += usize::from(tree.path().join("images/100").exists());
+        let unused = place.run(&["storage", "list", "tree", "--unused"]);
+        assert_eq!(unused, Value::Array(vec![]), "what a task has begun is not unused");
         place.run(&["doctor", "--fix"]);
         if place.path("etc/qemu-server/100.conf").exists() {
             place.run(&["vm", "destroy", "100"]);

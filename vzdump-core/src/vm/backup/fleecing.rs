@@ -46,6 +46,9 @@ const REFLINK_FILE_SYSTEMS: [u64; 2] = [0x9123_683e, 0x5846_5342];
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FleecingOptions {
+    /// `enabled=0` was said. The guest's old data has to go somewhere all the same: it is kept on the
+    /// storage of each disk then, and the log says so.
+    pub is_refused: bool,
     /// The storage of the images; by default that of each disk.
     pub storage: Option<String>,
     /// How much old data may take per disk, in bytes; the backup fails beyond it.
@@ -60,7 +63,8 @@ pub struct FleecingOptions {
 impl FleecingOptions {
     /// The storage for the image of a disk.
     fn storage_of(&self, disk: &Disk) -> String {
-        if let Some(storage) = self.disks.get(&disk.key).or(self.storage.as_ref()) {
+        let chosen = self.disks.get(&disk.key).or(self.storage.as_ref());
+        if let Some(storage) = chosen.filter(|_| !self.is_refused) {
             return storage.clone();
         }
         let own = disk.volume.parse::<VolumeId>().map(|volume| volume.storage().to_owned());
@@ -86,15 +90,10 @@ impl FromStr for FleecingOptions {
                 false => Err(fault(format!("'{value}' is not the name of a storage."))),
             };
             match key.as_str() {
-                "enabled" if parse_bool(&value) == Some(true) => {}
-                "enabled" if parse_bool(&value) == Some(false) => {
-                    return Err(fault(
-                        "it cannot be switched off, because the guest's old data has to go \
-                         somewhere; leave 'fleecing' out to keep it on the storage of each disk."
-                            .to_owned(),
-                    ));
-                }
-                "enabled" => return Err(fault(format!("'{value}' is neither 0 nor 1."))),
+                "enabled" => match parse_bool(&value) {
+                    Some(is_enabled) => options.is_refused = !is_enabled,
+                    None => return Err(fault(format!("'{value}' is neither 0 nor 1."))),
+                },
                 "storage" => options.storage = Some(id()?),
                 "limit" => {
                     let bytes = parse_size(&value).map_err(&fault)?;
@@ -127,6 +126,9 @@ impl fmt::Display for FleecingOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut list = OptionList::default();
         let mut set = |key: &str, value: String| list.named.push((key.to_owned(), value));
+        if self.is_refused {
+            set("enabled", "0".to_owned());
+        }
         if let Some(storage) = &self.storage {
             set("storage", storage.clone());
         }
@@ -163,6 +165,11 @@ pub(super) struct Fleecing {
 impl VmDriver {
     pub(super) async fn do_acquire(&mut self, task: Task<'_>) -> Result<(), GuestError> {
         let mut warned = BTreeSet::new();
+        if self.options.fleecing.is_refused && !self.disks.is_empty() {
+            task.sink.warn(
+                "fleecing cannot be switched off: old data is kept on the storage of each disk",
+            );
+        }
         for disk in self.disks.clone() {
             let storage = self.options.fleecing.storage_of(&disk);
             let images = self.storages.images(&storage).map_err(|error| {
@@ -346,8 +353,6 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_named() {
         for (bad, why) in [
-            ("enabled=0", "cannot be switched off"),
-            ("0", "cannot be switched off"),
             ("enabled=maybe", "neither 0 nor 1"),
             ("storage=../x", "not the name of a storage"),
             ("limit=1X", "not a size"),
@@ -372,6 +377,9 @@ mod tests {
         let options: FleecingOptions = "storage=fast,scsi1=big".parse().unwrap();
         assert_eq!(options.storage_of(&disk("scsi0", "local:100/a.raw")), "fast");
         assert_eq!(options.storage_of(&disk("scsi1", "local:100/a.raw")), "big");
+        let refused: FleecingOptions = "0,storage=fast,scsi0=big".parse().unwrap();
+        assert_eq!(refused.to_string(), "enabled=0,storage=fast,scsi0=big");
+        assert_eq!(refused.storage_of(&disk("scsi0", "local:100/a.raw")), "local");
         let options = FleecingOptions::default();
         assert_eq!(options.storage_of(&disk("scsi0", "tree:100/a.raw")), "tree");
         assert_eq!(options.storage_of(&disk("scsi0", "/dev/sdx")), DEFAULT_STORAGE);
