@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use vzdump_host::{
-    BackupMode, IONICE_MAX, KeepCounts, Retention, STOP_WAIT_MAX_MINUTES, WAIT_MAX_MINUTES,
-    parse_size,
+    BackupMode, FleecingOptions, IONICE_MAX, KeepCounts, Retention, STOP_WAIT_MAX_MINUTES,
+    WAIT_MAX_MINUTES, parse_size,
 };
 
 /// Printed after the help, and a part of the manual page.
@@ -58,6 +58,9 @@ pub(crate) enum Command {
     /// Make, start and stop virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Show storages and the disk images on them
+    #[command(subcommand)]
+    Storage(StorageCommand),
     /// Back up guests
     Backup(Box<BackupArgs>),
     /// List archives
@@ -141,10 +144,29 @@ pub(crate) enum VmCommand {
         #[arg(long, conflicts_with = "timeout")]
         now: bool,
     },
+    /// Remove a VM that does not run, with its disks
+    Destroy {
+        /// Number of the VM
+        id: u32,
+    },
     /// Show what VMs are doing
     Status {
         /// Number of the VM; by default all are shown
         id: Option<u32>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StorageCommand {
+    /// Show all storages and their space
+    Status,
+    /// List the disk images of a storage
+    List {
+        /// The storage
+        storage: String,
+        /// Only images that no guest uses
+        #[arg(long)]
+        unused: bool,
     },
 }
 
@@ -201,8 +223,13 @@ pub(crate) struct CreateArgs {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum DiskFormat {
+    /// The disk's bytes
     Raw,
+    /// QEMU's own format; keeps what backups know of changes
     Qcow2,
+    /// The disk's bytes, and a small qcow2 image that keeps what backups know of changes
+    #[value(name = "raw+bitmaps")]
+    RawBitmaps,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -234,9 +261,10 @@ pub(crate) struct BackupArgs {
     /// Storage to back up to; by default `storage` of vzdump.conf, else the only one for backups
     #[arg(long)]
     pub(crate) storage: Option<String>,
-    /// Storage of the images that keep old data during the backup; by default that of each disk
-    #[arg(long, value_name = "STORAGE")]
-    pub(crate) fleecing_storage: Option<String>,
+    /// Where old data is kept during the backup, such as storage=fast,limit=20G,reflink=64K,scsi1=big;
+    /// by default on the storage of each disk, without limit
+    #[arg(long, value_name = "LIST")]
+    pub(crate) fleecing: Option<FleecingOptions>,
     /// Do not have the guest agent freeze the file systems
     #[arg(long)]
     pub(crate) no_freeze: bool,

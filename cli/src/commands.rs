@@ -44,6 +44,8 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
             run.stop(id, Duration::from_secs(timeout_s.into())).await
         }
         Command::Vm(VmCommand::Status { id }) => run.status(id).await,
+        Command::Vm(VmCommand::Destroy { id }) => run.destroy(id).await,
+        Command::Storage(command) => run.storage(command).await,
         Command::Backup(args) => run.backup(*args).await,
         Command::List { storage } => run.list(storage.as_deref()).await,
         Command::ShowConfig { archive, firewall } => run.show_config(&archive, firewall).await,
@@ -231,6 +233,7 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
         lockwait_minutes: args.lockwait,
         mode: args.mode,
         stopwait_minutes: args.stopwait,
+        fleecing: args.fleecing,
         script: args.script,
         quiet: args.quiet.then_some(true),
         prune_backups: args.prune_backups,
@@ -241,7 +244,6 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
     Ok(BackupRequest {
         settings,
         job: args.job,
-        fleecing_storage: args.fleecing_storage,
         freeze: !args.no_freeze,
         buffer_size_bytes: args.buffer_size,
         granularity_bytes: args.granularity,
@@ -288,6 +290,8 @@ fn doctor_text(report: &DoctorReport) -> String {
     }
     if let Some(recovered) = &report.recovered {
         text.push_str(&format!("cleaned up after {} dead tasks\n", recovered.cleared.len()));
+        let images = report.swept.as_ref().map_or(0, |swept| swept.removed.len());
+        text.push_str(&format!("removed {images} fleecing images that no task knew\n"));
         for left in &recovered.left {
             let reason = printable(&left.reason);
             text.push_str(&format!("left: {}: {reason}\n", left.journal.display()));
@@ -348,6 +352,7 @@ impl From<DiskFormat> for ImageFormat {
         match format {
             DiskFormat::Raw => Self::Raw,
             DiskFormat::Qcow2 => Self::Qcow2,
+            DiskFormat::RawBitmaps => Self::RawBitmaps,
         }
     }
 }

@@ -15,6 +15,7 @@
 mod archives;
 mod args;
 mod commands;
+mod images;
 mod output;
 mod pages;
 mod signals;

@@ -9,6 +9,7 @@ use provider_api::Call;
 use serde::Serialize;
 use vzdump_core::journal::recover::{Recovered, recover_all};
 use vzdump_core::journal::{self, JournalError};
+use vzdump_core::vm::leftovers::{self, Swept};
 
 use crate::{CancellationToken, Host, HostError, TaskSink, chain, size};
 
@@ -50,6 +51,8 @@ pub struct DoctorReport {
     pub pending: Vec<Pending>,
     /// What was cleaned up, if that was asked for.
     pub recovered: Option<Recovered>,
+    /// Fleecing images that no task knew any more and what became of them, if that was asked for.
+    pub swept: Option<Swept>,
 }
 
 impl DoctorReport {
@@ -60,7 +63,8 @@ impl DoctorReport {
             Some(recovered) => recovered.left.is_empty(),
             None => self.pending.iter().all(|pending| pending.alive),
         };
-        clean && self.checks.iter().all(|check| check.ok)
+        let swept = self.swept.as_ref().is_none_or(|swept| swept.problems.is_empty());
+        clean && swept && self.checks.iter().all(|check| check.ok)
     }
 }
 
@@ -73,15 +77,18 @@ impl Host {
     pub async fn doctor(&self, fix: bool, sink: &dyn TaskSink) -> Result<DoctorReport, HostError> {
         let paths = journal::list(&self.layout, None)?;
         let pending = paths.into_iter().filter_map(pending).collect();
-        let mut recovered = None;
+        let (mut recovered, mut swept) = (None, None);
         let mut checks = self.check_tools();
         if fix {
-            recovered = Some(Box::pin(recover_all(&self.context()?, sink)).await?);
+            let ctx = self.context()?;
+            recovered = Some(Box::pin(recover_all(&ctx, sink)).await?);
+            swept = Some(Box::pin(leftovers::remove_all(&ctx, sink)).await);
             // Only now, because what is left in a storage tells the recovery what had become of it.
             checks.extend(self.activate_storages().await);
         }
         checks.extend(self.check_storages().await);
-        Ok(DoctorReport { checks, pending, recovered })
+        checks.push(self.check_fleecing().await?);
+        Ok(DoctorReport { checks, pending, recovered, swept })
     }
 
     fn check_tools(&self) -> Vec<Check> {
@@ -115,6 +122,20 @@ impl Host {
             }
         }
         checks
+    }
+
+    /// Whether images are left that no task knows.
+    async fn check_fleecing(&self) -> Result<Check, HostError> {
+        let left = Box::pin(leftovers::find(&self.context()?)).await;
+        let (ok, found) = match left {
+            Ok(left) if left.is_empty() => (true, "none is left over".to_owned()),
+            Ok(left) => {
+                let names: Vec<String> = left.iter().map(ToString::to_string).collect();
+                (false, format!("left over: {}; `--fix` removes them", names.join(", ")))
+            }
+            Err(problem) => (false, problem),
+        };
+        Ok(Check { name: "fleecing images".to_owned(), ok, found })
     }
 
     async fn check_storages(&self) -> Vec<Check> {

@@ -16,6 +16,7 @@
 
 mod archives;
 mod doctor;
+mod images;
 mod ionice;
 mod plan;
 mod providers;
@@ -33,11 +34,13 @@ use vzdump_core::layout::Layout;
 use vzdump_core::storage::StorageSet;
 use vzdump_core::tools::Tools;
 use vzdump_core::vm::create::{self, CreateError};
+use vzdump_core::vm::destroy::DestroyError;
 use vzdump_core::vm::freeze_guard::GuardCommand;
 use vzdump_core::vm::runner::{self, RunnerError};
 
 pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem};
 pub use doctor::{Check, DoctorReport, Pending};
+pub use images::{ImageInfo, ImageUse, StorageState};
 pub use plan::{BackupPlan, BackupRequest};
 pub use provider_api::GuestKind;
 pub use providers::{StorageInfo, StorageUse};
@@ -55,7 +58,9 @@ pub use vzdump_core::restore::{RestoreReport, RestoredVolume};
 pub use vzdump_core::retention::{KeepCounts, Retention};
 pub use vzdump_core::storage::ImageFormat;
 pub use vzdump_core::task_log::{Level, Progress, TaskSink, clean, duration, size};
+pub use vzdump_core::vm::backup::FleecingOptions;
 pub use vzdump_core::vm::create::{CreateOptions, Created, DiskContent, parse_size};
+pub use vzdump_core::vm::destroy::Destroyed;
 pub use vzdump_core::vm::freeze_guard::{SUBCOMMAND as GUARD_SUBCOMMAND, run_guard};
 pub use vzdump_core::vm::runner::{StartOptions, Started, StopOptions, Stopped, VmStatus};
 
@@ -70,6 +75,9 @@ pub enum HostError {
     /// A VM could not be made.
     #[error(transparent)]
     Create(#[from] CreateError),
+    /// A VM could not be removed.
+    #[error(transparent)]
+    Destroy(#[from] DestroyError),
     /// A VM could not be started, stopped or asked.
     #[error(transparent)]
     Runner(#[from] RunnerError),

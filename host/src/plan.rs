@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use vzdump_core::bandwidth::{Budget, MIN_BYTES_PER_S};
-use vzdump_core::config::OptionList;
 use vzdump_core::config::backup::{BackupSettings, Selection};
 use vzdump_core::config::guest::VmConfig;
 use vzdump_core::config::jobs::{read_job, read_pool};
@@ -27,8 +26,6 @@ pub struct BackupRequest {
     pub settings: BackupSettings,
     /// A job of `jobs.cfg`.
     pub job: Option<String>,
-    /// Storage of the fleecing images; by default that of the disk.
-    pub fleecing_storage: Option<String>,
     /// Whether the guest agent freezes the file systems.
     pub freeze: bool,
     /// RAM for old data per disk in bytes; by default QEMU's.
@@ -66,19 +63,12 @@ impl Host {
             Some(storage) => storage,
             None => self.default_backup_storage()?,
         };
-        let fleecing = settings.fleecing.as_deref();
-        let fleecing_storage = match request.fleecing_storage {
-            Some(storage) => Some(storage),
-            None => {
-                fleecing.map(|text| fleecing_storage(text, &mut notices)).transpose()?.flatten()
-            }
-        };
         // More than there are guests would only make each one's part of the RAM smaller.
         let jobs = usize::from(settings.jobs.unwrap_or(1)).min(ids.len()).max(1);
         let bandwidth = bandwidth(settings.bwlimit_kib_per_s.unwrap_or(0), jobs)?;
         let minutes = settings.lockwait_minutes.unwrap_or(LOCKWAIT_MINUTES);
         let options = BackupOptions {
-            fleecing_storage,
+            fleecing: settings.fleecing.unwrap_or_default(),
             freeze: request.freeze,
             buffer_size_bytes: request.buffer_size_bytes,
             granularity_bytes: request.granularity_bytes,
@@ -175,17 +165,6 @@ fn check_node(node: Option<&str>) -> Result<(), HostError> {
         return Ok(());
     }
     Err(HostError::Settings(format!("The job is for the host '{node}', but this is '{own}'.")))
-}
-
-fn fleecing_storage(text: &str, notices: &mut Vec<String>) -> Result<Option<String>, HostError> {
-    let invalid = |why: String| HostError::Settings(format!("'fleecing': {why}"));
-    let list = OptionList::parse(text).map_err(invalid)?;
-    for (name, value) in &list.named {
-        if !matches!((name.as_str(), value.as_str()), ("storage", _) | ("enabled", "1")) {
-            notices.push(format!("'fleecing': '{name}={value}' has no effect"));
-        }
-    }
-    Ok(list.get("storage").map(str::to_owned))
 }
 
 /// The budget for a limit in KiB/s, 0 is none.

@@ -10,7 +10,7 @@ use provider_directory::{DirectoryOptions, DirectoryProvider, ToolPaths};
 use serde::Serialize;
 use vzdump_core::config::storage::StorageSection;
 use vzdump_core::job::Providers;
-use vzdump_core::storage::{DIR_KIND, StorageSet};
+use vzdump_core::storage::StorageSet;
 use vzdump_core::tools::Tools;
 
 /// The type of storages that [`provider_directory`] serves.
@@ -54,7 +54,7 @@ impl StorageProviders {
         let mut by_id = BTreeMap::new();
         for section in storages.sections() {
             let used_for = match section.kind.as_str() {
-                DIR_KIND => StorageUse::Images,
+                kind if StorageSet::is_image_kind(kind) => StorageUse::Images,
                 DIRECTORY_KIND => StorageUse::Backups,
                 _ => StorageUse::Unsupported,
             };

@@ -208,7 +208,6 @@ fn request(settings: BackupSettings) -> BackupRequest {
     BackupRequest {
         settings,
         job: None,
-        fleecing_storage: None,
         freeze: true,
         buffer_size_bytes: None,
         granularity_bytes: None,
@@ -264,7 +263,7 @@ fn the_command_line_goes_before_the_job_and_the_job_before_vzdump_conf() {
     let mut plan = host.plan_backup(request(guests(&[100]))).unwrap();
     assert_eq!((plan.options.storage.as_str(), plan.options.jobs), ("backups", 1));
     assert_eq!(plan.options.lock_wait.as_secs(), 180);
-    assert_eq!(plan.options.fleecing_storage.as_deref(), Some("fast"));
+    assert_eq!(plan.options.fleecing.storage.as_deref(), Some("fast"));
     assert_eq!(plan.ionice, 7);
     assert_eq!(
         plan.notices,

@@ -55,7 +55,7 @@ const LIST_WITHIN: Duration = Duration::from_secs(60);
 pub struct LabOptions {
     /// Size of each of the two disks in bytes.
     pub disk_bytes: u64,
-    /// Format of the VM's disks: `raw` or `qcow2`.
+    /// Format of the VM's disks: `raw`, `qcow2` or `raw+bitmaps`.
     pub format: &'static str,
     /// Options of `vm create` for how the disks are attached.
     pub hardware: &'static [&'static str],
@@ -281,7 +281,11 @@ impl Lab {
         for entry in fs::read_dir(&folder)
             .with_context(|| format!("VM {vm} has no disks in {}", folder.display()))?
         {
-            images.push(entry?.path());
+            let path = entry?.path();
+            // Its data is in another file, which is raw.
+            if !path.to_string_lossy().ends_with(".raw.qcow2") {
+                images.push(path);
+            }
         }
         images.sort();
         let mut disks = Vec::new();

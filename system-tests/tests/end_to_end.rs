@@ -282,3 +282,33 @@ fn a_qemu_killed_during_a_backup_loses_no_write_and_leaves_no_archive() {
     scene.assert_tidy();
     scene.assert_restores(&next);
 }
+
+#[test]
+fn the_chain_of_a_guest_goes_on_after_it_was_shut_down_and_started() {
+    let mut scene = Scene::new(64, "raw+bitmaps", VIRTIO_WITH_THREADS);
+    let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
+    scene.assert_guest_writes(&mut console);
+    let full = scene.lab.backup().unwrap();
+    assert!(!full.is_increment());
+    scene.assert_guest_writes(&mut console);
+    scene.lab.stop_vm(SOURCE_VM).unwrap();
+
+    let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
+    scene.assert_guest_writes(&mut console);
+    let next = scene.lab.backup().unwrap();
+    assert!(next.is_increment(), "{:?}", next.bitmap_actions);
+    assert!(next.total_bytes < full.total_bytes, "{} bytes", next.total_bytes);
+    scene.assert_restores(&next);
+
+    scene.assert_guest_writes(&mut console);
+    let qemu = scene.lab.qemu_pid(SOURCE_VM).unwrap();
+    rustix::process::kill_process(qemu, Signal::KILL).unwrap();
+    let status = ["vm", "status", "100"];
+    let is_gone = || Ok((scene.lab.vzdump.run(&status, SOON)?["running"] == false).then_some(()));
+    scene.lab.stop.wait_for("end of a killed QEMU", SOON, is_gone).unwrap();
+    let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
+    scene.assert_guest_writes(&mut console);
+    let after_kill = scene.lab.backup().unwrap();
+    assert_eq!(after_kill.total_bytes, after_kill.disks_bytes, "{:?}", after_kill.bitmap_actions);
+    scene.assert_restores(&after_kill);
+}

@@ -34,6 +34,7 @@ use crate::retention::Retention;
 use crate::storage::StorageSet;
 use crate::task_log::{TaskSink, clean};
 use crate::tools::Tools;
+use crate::vm::backup::FleecingOptions;
 use crate::vm::freeze_guard::{FreezeLimits, GuardCommand};
 
 pub use report::{GuestReport, JobReport};
@@ -131,8 +132,8 @@ pub struct JobContext {
 pub struct BackupOptions {
     /// The provider's storage.
     pub storage: String,
-    /// Storage of the fleecing images; by default that of the disk.
-    pub fleecing_storage: Option<String>,
+    /// Where and how old data is kept.
+    pub fleecing: FleecingOptions,
     /// Whether the guest agent freezes the file systems.
     pub freeze: bool,
     /// RAM for old data per disk in bytes; by default QEMU's.
@@ -169,7 +170,7 @@ impl BackupOptions {
     pub fn new(storage: impl Into<String>) -> Self {
         Self {
             storage: storage.into(),
-            fleecing_storage: None,
+            fleecing: FleecingOptions::default(),
             freeze: true,
             buffer_size_bytes: None,
             granularity_bytes: None,

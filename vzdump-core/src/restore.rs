@@ -39,7 +39,7 @@ use crate::lock::FileLock;
 use crate::storage::{ImageFormat, VolumeId};
 use crate::task_log::{Progress, TaskSink, clean, clock, rate, size};
 use crate::vm::backup::short_id;
-use crate::vm::runner;
+use crate::vm::{leftovers, runner};
 
 /// Largest configuration taken from an archive.
 const CONFIG_BYTES_MAX: usize = 1 << 20;
@@ -195,12 +195,11 @@ impl Restore<'_> {
 
     async fn recover(&self) -> Step<()> {
         let left = recover::recover_guest(self.ctx, GuestKind::Qemu, self.id, self.sink);
-        match left.await.map_err(words)?.first() {
-            Some(Leftover { reason, .. }) => {
-                Err(format!("an earlier task of this guest is not cleaned up: {reason}"))
-            }
-            None => Ok(()),
+        if let Some(Leftover { reason, .. }) = left.await.map_err(words)?.first() {
+            return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
         }
+        leftovers::remove_of_guest(self.ctx, self.id, self.sink).await;
+        Ok(())
     }
 
     fn check_number_is_free(&self) -> Step<()> {
@@ -237,6 +236,8 @@ impl Restore<'_> {
     ) -> Step<()> {
         let (disks, warnings) =
             plan::plan(&archived, source.devices(), &self.ctx.storages, self.options)?;
+        let space = plan::check_space(&disks, self.options);
+        self.cancellable(within_storage(self.ctx.limits.undo, space)).await?;
         self.warn(report, warnings);
         let mut made = self.begin().await?;
         let result = self.make(source, &disks, &archived, firewall, &mut made, report).await;
@@ -292,7 +293,7 @@ impl Restore<'_> {
         let mut volumes = BTreeMap::new();
         for disk in disks {
             let PlannedDisk { storage, format, size_bytes, .. } = disk;
-            let new = made.new.allocate(self.ctx, storage, self.id, *format, *size_bytes);
+            let new = made.new.allocate(self.ctx, storage.as_ref(), self.id, *format, *size_bytes);
             let volume = self.cancellable(async { new.await.map_err(words) }).await?;
             self.fill(source, disk, &volume, &made.private_dir, report).await?;
             let (device, size_bytes) = (disk.key.clone(), disk.size_bytes);
@@ -352,8 +353,11 @@ impl Restore<'_> {
         private_dir: &Path,
     ) -> Step<()> {
         let path = disk.storage.volume_path(volume).map_err(words)?;
+        let data = disk.storage.data_path(volume).map_err(words)?;
+        let options = disk.storage.image_options(volume).map_err(words)?;
         let opened = copy::open(offer, private_dir, disk.size_bytes).await?;
-        let target = copy::Target { path: &path, format: disk.format, size_bytes: disk.size_bytes };
+        let files: Vec<&Path> = [path.as_path()].into_iter().chain(data.as_deref()).collect();
+        let target = copy::Target { options: &options, files: &files, size_bytes: disk.size_bytes };
         let mut meter = Meter::new(self.id, disk.size_bytes, self.sink);
         let stall = self.ctx.limits.transfer_stall;
         copy::copy(&self.ctx.tools, opened, target, stall, |done| meter.tell(done)).await
@@ -451,6 +455,12 @@ async fn within<T>(limit: Duration, doing: &str, step: impl Future<Output = Step
         Ok(result) => result.map_err(|error| format!("the provider could not {doing}: {error}")),
         Err(_) => Err(format!("the provider did not {doing} within {} seconds", limit.as_secs())),
     }
+}
+
+/// Looks at storages, of which one may hang.
+async fn within_storage<T>(limit: Duration, step: impl Future<Output = Step<T>>) -> Step<T> {
+    let late = || format!("a storage did not answer within {} seconds", limit.as_secs());
+    tokio::time::timeout(limit, step).await.unwrap_or_else(|_| Err(late()))
 }
 
 async fn remove_dir(dir: PathBuf) -> Step<()> {

@@ -1,35 +1,41 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Disk images on a directory storage.
+//! Storages of disk images, behind one trait.
 //!
-//! The volume `local:100/vm-100-disk-0.qcow2` is the file `<path>/images/100/vm-100-disk-0.qcow2`.
+//! ```text
+//! storage.cfg ─► StorageSet ─► dyn Storage ─┬► dir     files in a directory
+//!                                           └► btrfs   one subvolume per image
+//! ```
+//!
+//! What every storage must keep is a test that runs for each of them
+//! (`system-tests/tests/storage_contract.rs`). A type that is not here is kept in `storage.cfg` as it is
+//! and told as unsupported; a new one gets a line in [`KINDS`].
+//!
 //! Names are checked strictly, because they also come from configurations and archives.
 
-use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+mod btrfs;
+mod dir;
+mod image;
+mod set;
+mod volume;
+
+use std::collections::HashSet;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::str::FromStr;
-use std::time::Duration;
+
+use provider_api::BoxFuture;
 
 use crate::blocking;
-use crate::config::storage::{StorageConfig, StorageSection, is_storage_id};
-use crate::layout::Layout;
 use crate::tools::{MissingTool, Tools};
 
-/// The kind of storage this module serves.
-pub const DIR_KIND: &str = "dir";
-/// The storage that exists without being configured.
-pub const DEFAULT_STORAGE: &str = "local";
+pub use btrfs::{BTRFS_KIND, BtrfsStorage};
+pub use dir::{DIR_KIND, DirStorage};
+pub use image::image_size;
+pub use set::{DEFAULT_STORAGE, KINDS, StorageSet};
+pub(crate) use volume::fleecing_prefix;
+pub use volume::{ImageFormat, VolumeId, check_snapshot_name};
+
 /// Disks of one guest; a bound for the search of a free name.
 const DISKS_MAX: u32 = 1000;
-/// Making an empty image takes milliseconds; this covers a slow network file system.
-const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Largest image: 16 TiB beyond which some file systems refuse, rounded up generously.
-const SIZE_MAX_BYTES: u64 = 1 << 50;
-/// Unit of disk sizes.
-const SECTOR_BYTES: u64 = 512;
 
 /// A fault of a storage.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +62,18 @@ pub enum StorageError {
         /// The size.
         size_bytes: u64,
     },
+    /// A disk would lose its end.
+    #[error(
+        "The volume '{volume}' has {now_bytes} bytes; making it {size_bytes} would cut off data."
+    )]
+    Shrink {
+        /// The volume.
+        volume: String,
+        /// Its size.
+        now_bytes: u64,
+        /// The size asked for.
+        size_bytes: u64,
+    },
     /// The volume exists already.
     #[error("The volume '{volume}' exists already.")]
     Exists {
@@ -80,10 +98,36 @@ pub enum StorageError {
         /// What is wrong with it.
         why: String,
     },
+    /// This kind of storage cannot snapshot this format.
+    #[error(
+        "The storage '{id}' (type {kind}) cannot take snapshots of '{volume}', whose format is {format}."
+    )]
+    NoSnapshots {
+        /// The storage.
+        id: String,
+        /// Its type.
+        kind: &'static str,
+        /// The volume.
+        volume: String,
+        /// The volume's format.
+        format: ImageFormat,
+    },
     /// The program that makes images failed.
-    #[error("qemu-img could not make the image '{path}': {message}")]
+    #[error("qemu-img could not {doing} the image '{path}': {message}")]
     QemuImg {
+        /// What was being done.
+        doing: &'static str,
         /// The image.
+        path: PathBuf,
+        /// What it said.
+        message: String,
+    },
+    /// The program for btrfs failed.
+    #[error("`btrfs {doing}` failed for '{path}': {message}")]
+    Btrfs {
+        /// What was being done.
+        doing: &'static str,
+        /// The subvolume.
         path: PathBuf,
         /// What it said.
         message: String,
@@ -103,279 +147,155 @@ pub enum StorageError {
     },
 }
 
-/// Format of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ImageFormat {
-    /// The disk's bytes as they are.
-    Raw,
-    /// QEMU's own format.
-    Qcow2,
-}
-
-impl ImageFormat {
-    /// Its name in QEMU and as the end of a file's name.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-
-    /// The format of this name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Raw, Self::Qcow2].into_iter().find(|format| format.name() == name)
-    }
-}
-
-impl fmt::Display for ImageFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// The name of an image, `local:100/vm-100-disk-0.raw`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct VolumeId {
-    storage: String,
-    guest_id: u32,
-    file: String,
-    format: ImageFormat,
-}
-
-impl VolumeId {
-    /// The storage.
-    #[must_use]
-    pub fn storage(&self) -> &str {
-        &self.storage
-    }
-
-    /// The guest it belongs to.
-    #[must_use]
-    pub fn guest_id(&self) -> u32 {
-        self.guest_id
-    }
-
-    /// The format.
-    #[must_use]
-    pub fn format(&self) -> ImageFormat {
-        self.format
-    }
-
-    fn new(
-        storage: &str,
-        guest_id: u32,
-        name: &str,
-        format: ImageFormat,
-    ) -> Result<Self, StorageError> {
-        format!("{storage}:{guest_id}/{name}.{format}").parse()
-    }
-}
-
-impl fmt::Display for VolumeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}/{}", self.storage, self.guest_id, self.file)
-    }
-}
-
-impl FromStr for VolumeId {
-    type Err = StorageError;
-
-    fn from_str(text: &str) -> Result<Self, StorageError> {
-        let fault = |why| StorageError::Name { text: text.to_owned(), why };
-        let (storage, rest) =
-            text.split_once(':').ok_or_else(|| fault("'<storage>:<id>/<file>' is expected."))?;
-        if !is_storage_id(storage) {
-            return Err(fault("the storage's name is not allowed."));
-        }
-        let (guest, file) = rest
-            .split_once('/')
-            .ok_or_else(|| fault("'<id>/<file>' is expected behind the colon."))?;
-        let digits = guest.bytes().all(|b| b.is_ascii_digit()) && !guest.starts_with('0');
-        let guest_id = guest.parse().ok().filter(|_| digits);
-        let guest_id = guest_id.ok_or_else(|| fault("the guest's number is not a number."))?;
-        let plain = file.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b));
-        let first = file.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
-        if !plain || !first || file.len() > 200 || file.contains("..") {
-            return Err(fault("the file's name has characters that are not allowed."));
-        }
-        let end = file.rsplit_once('.').filter(|(stem, _)| !stem.is_empty()).map(|(_, end)| end);
-        let format = end
-            .and_then(ImageFormat::from_name)
-            .ok_or_else(|| fault("the file's name must end in .raw or .qcow2."))?;
-        Ok(Self { storage: storage.to_owned(), guest_id, file: file.to_owned(), format })
-    }
-}
-
-/// A directory that holds images.
+/// A volume that a storage holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ImageStorage {
-    id: String,
-    path: PathBuf,
+pub struct StoredVolume {
+    /// Its name.
+    pub volume: VolumeId,
+    /// The size of its disk in bytes; none if the image is half made or damaged.
+    pub size_bytes: Option<u64>,
+    /// What it takes on the storage, in bytes.
+    pub used_bytes: u64,
 }
 
-impl ImageStorage {
-    /// A storage with this name at this absolute path.
-    #[must_use]
-    pub fn new(id: impl Into<String>, path: impl Into<PathBuf>) -> Self {
-        Self { id: id.into(), path: path.into() }
-    }
+/// The space of a storage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StorageStatus {
+    /// All of it, in bytes.
+    pub total_bytes: u64,
+    /// What is in use, in bytes.
+    pub used_bytes: u64,
+    /// What can be used yet, in bytes; with reserves this is less than the difference.
+    pub available_bytes: u64,
+    /// Equal for storages that share their space.
+    pub pool_id: u64,
+}
 
-    fn from_section(section: &StorageSection) -> Result<Self, StorageError> {
-        let fault = |why: String| StorageError::Storage { id: section.id.clone(), why };
-        if section.kind != DIR_KIND {
-            return Err(fault(format!("has the type '{}', which holds no images.", section.kind)));
-        }
-        if section.is_disabled() {
-            return Err(fault("is disabled in storage.cfg.".into()));
-        }
-        if !section.allows("images") {
-            return Err(fault("does not have 'images' in its 'content'.".into()));
-        }
-        match section.get("path") {
-            Some(path) if Path::new(path).is_absolute() => Ok(Self::new(&section.id, path)),
-            _ => Err(fault("needs a 'path' that is absolute.".into())),
-        }
-    }
-
+/// A place for disk images.
+///
+/// Everything may take as long as the storage takes; the caller bounds it. Dropping a future leaves
+/// nothing half made behind, but the end of that is not waited for: so whoever makes a volume journals its name
+/// first. A process that is killed leaves at most a volume that [`Storage::list`] shows without a size,
+/// that blocks no other name, and that [`Storage::free`] removes.
+pub trait Storage: std::fmt::Debug + Send + Sync {
     /// Its name.
-    #[must_use]
-    pub fn id(&self) -> &str {
-        &self.id
-    }
+    fn id(&self) -> &str;
 
-    /// Its directory.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
+    /// Its type in `storage.cfg`.
+    fn kind(&self) -> &'static str;
 
-    fn guest_dir(&self, guest_id: u32) -> PathBuf {
-        self.path.join("images").join(guest_id.to_string())
-    }
-
-    /// The file of a volume, whether it exists or not.
+    /// The file or device of a volume that QEMU opens, whether it exists or not.
     ///
     /// # Errors
     /// [`StorageError::Storage`] for a volume of another storage.
-    pub fn volume_path(&self, volume: &VolumeId) -> Result<PathBuf, StorageError> {
-        if volume.storage != self.id {
-            let why = format!("does not hold the volume '{volume}'.");
-            return Err(StorageError::Storage { id: self.id.clone(), why });
-        }
-        Ok(self.guest_dir(volume.guest_id).join(&volume.file))
-    }
+    fn volume_path(&self, volume: &VolumeId) -> Result<PathBuf, StorageError>;
 
-    /// Whether a volume exists.
+    /// The file of a volume's data, where that is not in the image.
+    ///
+    /// # Errors
+    /// [`StorageError::Storage`] for a volume of another storage.
+    fn data_path(&self, volume: &VolumeId) -> Result<Option<PathBuf>, StorageError>;
+
+    /// Makes a thin volume that reads as zeroes and has exactly this size, durably. `name` has no
+    /// ending: `vm-100-disk-0`.
+    ///
+    /// # Errors
+    /// [`StorageError::Exists`] when there is one of that name; nothing is left behind by a failure.
+    fn allocate<'a>(
+        &'a self,
+        tools: &'a Tools,
+        guest_id: u32,
+        name: &'a str,
+        format: ImageFormat,
+        size_bytes: u64,
+    ) -> BoxFuture<'a, Result<VolumeId, StorageError>>;
+
+    /// Makes the disk of a VM that does not run larger.
+    ///
+    /// # Errors
+    /// [`StorageError::Shrink`]; QEMU has the disk open.
+    fn resize<'a>(
+        &'a self,
+        tools: &'a Tools,
+        volume: &'a VolumeId,
+        size_bytes: u64,
+    ) -> BoxFuture<'a, Result<(), StorageError>>;
+
+    /// Removes a volume with its snapshots, durably; tells whether it was there.
     ///
     /// # Errors
     /// [`StorageError`].
-    pub fn exists(&self, volume: &VolumeId) -> Result<bool, StorageError> {
-        Ok(self.volume_path(volume)?.exists())
-    }
+    fn free<'a>(&'a self, volume: &'a VolumeId) -> BoxFuture<'a, Result<bool, StorageError>>;
 
-    /// Makes a volume that reads as zeroes. `name` has no ending: `vm-100-disk-0`. A raw image is
-    /// sparse and has exactly the size.
+    /// The volumes of one guest, or of all, in a fixed order. Fleecing images are among
+    /// them ([`VolumeId::is_fleecing`]).
     ///
     /// # Errors
-    /// [`StorageError::Exists`] when there is one of that name; nothing is left behind by a failure, or
-    /// when the future is dropped.
-    pub async fn allocate(
-        &self,
-        tools: &Tools,
-        guest_id: u32,
-        name: &str,
-        format: ImageFormat,
-        size_bytes: u64,
-    ) -> Result<VolumeId, StorageError> {
-        if size_bytes == 0
-            || size_bytes > SIZE_MAX_BYTES
-            || !size_bytes.is_multiple_of(SECTOR_BYTES)
-        {
-            return Err(StorageError::Size { size_bytes });
-        }
-        let volume = VolumeId::new(&self.id, guest_id, name, format)?;
-        let path = self.volume_path(&volume)?;
-        let dir = self.guest_dir(guest_id);
-        let fault =
-            |what, path: &Path, source| StorageError::Io { what, path: path.into(), source };
-        let made = blocking::run({
-            let (dir, path) = (dir.clone(), path.clone());
-            move || Unfinished::make(&dir, path)
-        });
-        let unfinished = made.await.map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => StorageError::Exists { volume: volume.to_string() },
-            _ => fault("make the image", &path, error),
-        })?;
-        let (filled, raw_size_bytes) = match format {
-            ImageFormat::Raw => (Ok(()), Some(size_bytes)),
-            ImageFormat::Qcow2 => (create_qcow2(tools, &path, size_bytes).await, None),
-        };
-        let is_filled = filled.is_ok();
-        let finished = blocking::run(move || {
-            let result = if is_filled { unfinished.finish(raw_size_bytes, &dir) } else { Ok(()) };
-            if is_filled && result.is_ok() {
-                return Ok(Some(unfinished));
-            }
-            unfinished.remove();
-            result.map(|()| None)
-        });
-        let finished = finished.await;
-        filled?;
-        if let Some(unfinished) =
-            finished.map_err(|error| fault("finish the image", &path, error))?
-        {
-            unfinished.keep();
-        }
-        Ok(volume)
-    }
+    /// [`StorageError`].
+    fn list(&self, guest_id: Option<u32>)
+    -> BoxFuture<'_, Result<Vec<StoredVolume>, StorageError>>;
 
+    /// Takes a snapshot of a volume.
+    ///
+    /// # Errors
+    /// [`StorageError::NoSnapshots`] where there cannot be any; [`StorageError::Exists`].
+    fn snapshot<'a>(
+        &'a self,
+        tools: &'a Tools,
+        volume: &'a VolumeId,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StorageError>>;
+
+    /// Removes a snapshot; tells whether it was there.
+    ///
+    /// # Errors
+    /// [`StorageError`].
+    fn delete_snapshot<'a>(
+        &'a self,
+        tools: &'a Tools,
+        volume: &'a VolumeId,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<bool, StorageError>>;
+
+    /// The names of a volume's snapshots.
+    ///
+    /// # Errors
+    /// [`StorageError::NotFound`].
+    fn snapshots<'a>(
+        &'a self,
+        tools: &'a Tools,
+        volume: &'a VolumeId,
+    ) -> BoxFuture<'a, Result<Vec<String>, StorageError>>;
+
+    /// Its space.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    fn status(&self) -> BoxFuture<'_, Result<StorageStatus, StorageError>>;
+}
+
+impl dyn Storage + '_ {
     /// A name `vm-<id>-disk-<n>` that no disk has, whatever its format.
     ///
     /// # Errors
     /// [`StorageError`].
     pub async fn free_name(&self, guest_id: u32) -> Result<String, StorageError> {
-        let dir = self.guest_dir(guest_id);
-        let fault = |source| StorageError::Io { what: "look into", path: dir.clone(), source };
-        let looked = blocking::run({
-            let dir = dir.clone();
-            move || {
-                let is_free = |name: &String| {
-                    let taken = [ImageFormat::Raw, ImageFormat::Qcow2]
-                        .map(|format| dir.join(format!("{name}.{format}")).exists());
-                    taken == [false, false]
-                };
-                Ok((0..DISKS_MAX).map(|n| format!("vm-{guest_id}-disk-{n}")).find(is_free))
-            }
-        });
-        looked.await.map_err(fault)?.ok_or_else(|| {
-            let why = format!("has no free disk name for the guest {guest_id}.");
-            StorageError::Storage { id: self.id.clone(), why }
+        let stored = self.list(Some(guest_id)).await?;
+        let taken: HashSet<&str> = stored.iter().map(|stored| stored.volume.name()).collect();
+        let mut names = (0..DISKS_MAX).map(|n| format!("vm-{guest_id}-disk-{n}"));
+        names.find(|name| !taken.contains(name.as_str())).ok_or_else(|| StorageError::Storage {
+            id: self.id().to_owned(),
+            why: format!("has no free disk name for the guest {guest_id}."),
         })
     }
 
-    /// Removes a volume; tells whether it was there.
+    /// What QEMU's tools take with `--image-opts` for a volume.
     ///
     /// # Errors
     /// [`StorageError`].
-    pub async fn free(&self, volume: &VolumeId) -> Result<bool, StorageError> {
-        let path = self.volume_path(volume)?;
-        let dir = self.guest_dir(volume.guest_id);
-        let removed = blocking::run({
-            let path = path.clone();
-            move || match fs::remove_file(&path) {
-                Ok(()) => {
-                    // Fails as long as there are other volumes, which is right.
-                    let _ = fs::remove_dir(dir);
-                    Ok(true)
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-                Err(error) => Err(error),
-            }
-        });
-        removed.await.map_err(|source| StorageError::Io { what: "remove", path, source })
+    pub fn image_options(&self, volume: &VolumeId) -> Result<String, StorageError> {
+        let (image, data) = (self.volume_path(volume)?, self.data_path(volume)?);
+        image::image_options(volume.format(), &image, data.as_deref())
     }
 
     /// The size of the disk in a volume.
@@ -384,7 +304,7 @@ impl ImageStorage {
     /// [`StorageError::NotFound`], [`StorageError::Format`].
     pub fn volume_size(&self, volume: &VolumeId) -> Result<u64, StorageError> {
         let path = self.volume_path(volume)?;
-        image_size(&path, volume.format).map_err(|error| match error {
+        image_size(&path, volume.format()).map_err(|error| match error {
             StorageError::NotFound { path, .. } => {
                 StorageError::NotFound { volume: volume.to_string(), path }
             }
@@ -393,287 +313,71 @@ impl ImageStorage {
     }
 }
 
-/// The size of the disk in an image file or on a block device.
-///
-/// # Errors
-/// [`StorageError::NotFound`], [`StorageError::Format`].
-pub fn image_size(path: &Path, format: ImageFormat) -> Result<u64, StorageError> {
-    let name = path.display().to_string();
-    let fault = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => {
-            StorageError::NotFound { volume: name.clone(), path: path.to_owned() }
-        }
-        _ => StorageError::Io { what: "read", path: path.to_owned(), source },
-    };
-    let wrong = |why: &str| StorageError::Format { volume: name.clone(), format, why: why.into() };
-    let mut file = File::open(path).map_err(fault)?;
-    let meta = file.metadata().map_err(fault)?;
-    if !meta.is_file() && !meta.file_type().is_block_device() {
-        return Err(wrong("it is neither a file nor a block device."));
-    }
-    match format {
-        ImageFormat::Raw if meta.is_file() => Ok(meta.len()),
-        // The size of a block device is where its end is.
-        ImageFormat::Raw => io::Seek::seek(&mut file, io::SeekFrom::End(0)).map_err(fault),
-        ImageFormat::Qcow2 => {
-            // Magic, version, … and at 24 the size of the disk, all big-endian.
-            let mut header = [0; 32];
-            file.read_exact(&mut header).map_err(|_| wrong("it is too short."))?;
-            let (magic, size) = (&header[..4], &header[24..]);
-            if magic != b"QFI\xfb" {
-                return Err(wrong("it does not begin as one."));
-            }
-            let size = size.try_into().map(u64::from_be_bytes);
-            Ok(size.expect("the slice has eight bytes"))
-        }
-    }
-}
-
-async fn create_qcow2(tools: &Tools, path: &Path, size_bytes: u64) -> Result<(), StorageError> {
-    let fault = |message: String| StorageError::QemuImg { path: path.to_owned(), message };
-    let child = tokio::process::Command::new(tools.qemu_img()?)
-        .args(["create", "-q", "-f", "qcow2", "--"])
-        .arg(path)
-        .arg(size_bytes.to_string())
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    match tokio::time::timeout(CREATE_TIMEOUT, child).await {
-        Err(_) => Err(fault(format!("no answer after {} s.", CREATE_TIMEOUT.as_secs()))),
-        Ok(Err(error)) => Err(fault(error.to_string())),
-        Ok(Ok(output)) if output.status.success() => Ok(()),
-        Ok(Ok(output)) => Err(fault(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
-    }
-}
-
-/// A file that was begun. It is removed when this is dropped, also by the thread that made it for a
-/// task that did not wait.
+/// A volume that was begun. It is removed when this is dropped, also by the thread that made it for
+/// a task that did not wait.
 struct Unfinished {
-    path: Option<PathBuf>,
-    file: File,
+    undo: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Unfinished {
-    /// Makes an image's file, which decides who owns the name, whatever the format.
-    fn make(dir: &Path, path: PathBuf) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-        Ok(Self { path: Some(path), file })
+    fn new(undo: impl FnOnce() + Send + 'static) -> Self {
+        Self { undo: Some(Box::new(undo)) }
     }
 
-    fn finish(&self, raw_size_bytes: Option<u64>, dir: &Path) -> io::Result<()> {
-        if let Some(size_bytes) = raw_size_bytes {
-            self.file.set_len(size_bytes)?;
+    /// Removes it before this returns.
+    fn undo(mut self) {
+        if let Some(undo) = self.undo.take() {
+            undo();
         }
-        self.file.sync_all()?;
-        File::open(dir)?.sync_all()
-    }
-
-    /// Removes the file before it returns.
-    fn remove(mut self) {
-        self.path.take().map(fs::remove_file);
     }
 
     fn keep(mut self) {
-        self.path = None;
+        self.undo = None;
     }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        let Some(path) = self.path.take() else { return };
-        let remove = move || drop(fs::remove_file(path));
+        let Some(undo) = self.undo.take() else { return };
         // A task must not block; that nobody waits for the end is why the names are journalled.
         match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
-            Err(_) => remove(),
+            Ok(runtime) => drop(runtime.spawn_blocking(undo)),
+            Err(_) => undo(),
         }
     }
 }
 
-/// All storages of `storage.cfg`, and the implicit `local`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct StorageSet {
-    sections: Vec<StorageSection>,
+/// Does something that may block beside the tasks.
+async fn beside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
+) -> Result<T, StorageError> {
+    blocking::run(move || Ok(work())).await.unwrap_or_else(|source| {
+        Err(StorageError::Io { what: "wait for the work on", path: "a storage".into(), source })
+    })
 }
 
-impl StorageSet {
-    /// The storages of a list. A `local` for images, in the state directory, is added when the list
-    /// has none.
-    #[must_use]
-    pub fn new(config: &StorageConfig, layout: &Layout) -> Self {
-        let mut sections = config.sections();
-        if !sections.iter().any(|section| section.id == DEFAULT_STORAGE) {
-            let path = layout.state().join("storage").display().to_string();
-            sections.push(StorageSection {
-                id: DEFAULT_STORAGE.into(),
-                kind: DIR_KIND.into(),
-                properties: vec![("path".into(), path), ("content".into(), "images".into())],
-            });
+fn check_exists(volume: &VolumeId, files: &image::ImageFiles) -> Result<(), StorageError> {
+    match files.all().find(|path| !path.is_file()) {
+        None => Ok(()),
+        Some(path) => {
+            Err(StorageError::NotFound { volume: volume.to_string(), path: path.clone() })
         }
-        Self { sections }
-    }
-
-    /// All storages, those for backups included.
-    #[must_use]
-    pub fn sections(&self) -> &[StorageSection] {
-        &self.sections
-    }
-
-    /// The storage for images of this name.
-    ///
-    /// # Errors
-    /// [`StorageError::Storage`].
-    pub fn images(&self, id: &str) -> Result<ImageStorage, StorageError> {
-        let section = self.sections.iter().find(|section| section.id == id).ok_or_else(|| {
-            StorageError::Storage { id: id.to_owned(), why: "is not in storage.cfg.".into() }
-        })?;
-        ImageStorage::from_section(section)
-    }
-
-    /// The file of a volume as a configuration names it: `local:100/…` or an absolute path.
-    ///
-    /// # Errors
-    /// [`StorageError`].
-    pub fn resolve(&self, volume: &str) -> Result<PathBuf, StorageError> {
-        if volume.starts_with('/') {
-            return Ok(volume.into());
-        }
-        let volume: VolumeId = volume.parse()?;
-        self.images(volume.storage())?.volume_path(&volume)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn storage() -> (tempfile::TempDir, ImageStorage) {
-        let dir = tempfile::tempdir().unwrap();
-        let storage = ImageStorage::new("local", dir.path());
-        (dir, storage)
-    }
-
-    #[test]
-    fn names_cannot_leave_the_directory() {
-        let good: VolumeId = "local:100/vm-100-disk-0.raw".parse().unwrap();
-        assert_eq!(good.to_string(), "local:100/vm-100-disk-0.raw");
-        assert_eq!((good.guest_id(), good.format()), (100, ImageFormat::Raw));
-        for bad in [
-            "vm-100-disk-0.raw",
-            "local:vm-100-disk-0.raw",
-            "local:../x.raw",
-            "local:100/../x.raw",
-            "local:100/..raw",
-            "local:100/a..raw",
-            "local:100/.raw",
-            "local:100/-x.raw",
-            "local:100/a/b.raw",
-            "local:100/a b.raw",
-            "local:100/a,b.raw",
-            "local:100/a.vmdk",
-            "local:100/a",
-            "local:0100/a.raw",
-            "local:+100/a.raw",
-            "local:/a.raw",
-            "../x:100/a.raw",
-            ":100/a.raw",
-            "local:99999999999/a.raw",
-        ] {
-            assert!(bad.parse::<VolumeId>().is_err(), "{bad}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_raw_volume_is_sparse_and_exact() {
-        let (dir, storage) = storage();
-        let tools = Tools::in_dir("/nonexistent");
-        let size = (1 << 30) + 512;
-        let volume =
-            storage.allocate(&tools, 100, "vm-100-disk-0", ImageFormat::Raw, size).await.unwrap();
-        assert_eq!(volume.to_string(), "local:100/vm-100-disk-0.raw");
-        assert_eq!(storage.volume_size(&volume).unwrap(), size);
-        let path = dir.path().join("images/100/vm-100-disk-0.raw");
-        let meta = fs::metadata(&path).unwrap();
-        assert!(std::os::unix::fs::MetadataExt::blocks(&meta) < 64);
-
-        let again = storage.allocate(&tools, 100, "vm-100-disk-0", ImageFormat::Raw, size).await;
-        assert!(matches!(again, Err(StorageError::Exists { .. })));
-        let name = storage.free_name(100).await.unwrap();
-        assert_eq!(name, "vm-100-disk-1", "a name belongs to one disk, whatever its format");
-        let next = storage.allocate(&tools, 100, &name, ImageFormat::Raw, 512).await.unwrap();
-
-        assert!(storage.free(&volume).await.unwrap() && !storage.free(&volume).await.unwrap());
-        assert!(storage.free(&next).await.unwrap());
-        assert!(!dir.path().join("images/100").exists(), "an empty directory stayed");
-        assert!(matches!(storage.volume_size(&volume), Err(StorageError::NotFound { .. })));
-    }
-
-    #[tokio::test]
-    async fn a_failed_allocation_leaves_nothing() {
-        let (dir, storage) = storage();
-        let tools = Tools::in_dir("/nonexistent");
-        let failed = storage.allocate(&tools, 100, "vm-100-disk-0", ImageFormat::Qcow2, 1 << 20);
-        assert!(matches!(failed.await, Err(StorageError::Tool(_))));
-        assert_eq!(fs::read_dir(dir.path().join("images/100")).unwrap().count(), 0);
-        for size in [0, 100, 1 << 60] {
-            let failed = storage.allocate(&tools, 100, "x", ImageFormat::Raw, size).await;
-            assert!(matches!(failed, Err(StorageError::Size { .. })), "{size}");
-        }
-        let bad = storage.allocate(&tools, 100, "../x", ImageFormat::Raw, 512).await;
-        assert!(matches!(bad, Err(StorageError::Name { .. })));
-    }
-
-    #[tokio::test]
-    async fn an_image_that_nobody_waited_for_is_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("images/100/x.raw");
-        drop(Unfinished::make(path.parent().unwrap(), path.clone()).unwrap());
-        let gone = async {
-            while path.exists() {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(60), gone).await.expect("the image stayed");
-    }
-
-    #[tokio::test]
-    async fn a_qcow2_volume_tells_the_size_of_its_disk() {
-        let tools = Tools::find(None, None);
-        if tools.qemu_img().is_err() {
-            eprintln!("skipped: qemu-img is missing");
-            return;
-        }
-        let (_dir, storage) = storage();
-        let size = 10 << 20;
-        let volume =
-            storage.allocate(&tools, 100, "vm-100-disk-0", ImageFormat::Qcow2, size).await.unwrap();
-        assert_eq!(storage.volume_size(&volume).unwrap(), size);
-        let raw: VolumeId = "local:100/x.qcow2".parse().unwrap();
-        fs::write(storage.volume_path(&raw).unwrap(), [0; 64]).unwrap();
-        assert!(matches!(storage.volume_size(&raw), Err(StorageError::Format { .. })));
-    }
-
-    #[test]
-    fn only_storages_for_images_hold_images() {
-        let text = "dir: isos\n\tpath /i\n\tcontent iso\ndirectory: backups\n\tpath /b\n\
-                    dir: off\n\tpath /o\n\tdisable\ndir: rel\n\tpath x\n";
-        let config = StorageConfig::parse(text).unwrap();
-        let set = StorageSet::new(&config, &Layout::new(Some("/r".into())));
-        for (id, fault) in [
-            ("isos", "'images'"),
-            ("backups", "'directory'"),
-            ("off", "disabled"),
-            ("rel", "absolute"),
-            ("none", "not in storage.cfg"),
-        ] {
-            let error = set.images(id).unwrap_err().to_string();
-            assert!(error.contains(fault), "{error}");
-        }
-        assert_eq!(
-            set.resolve("local:100/a.raw").unwrap(),
-            Path::new("/r/state/storage/images/100/a.raw")
-        );
-        assert_eq!(set.resolve("/dev/sdx").unwrap(), Path::new("/dev/sdx"));
-    }
+/// The space of the file system at a path, or at its nearest parent that exists.
+fn fs_status(path: &Path) -> Result<StorageStatus, StorageError> {
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(path);
+    let stat = rustix::fs::statvfs(existing).map_err(|errno| StorageError::Io {
+        what: "ask for the space of",
+        path: existing.to_owned(),
+        source: errno.into(),
+    })?;
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    Ok(StorageStatus {
+        total_bytes: bytes(stat.f_blocks),
+        used_bytes: bytes(stat.f_blocks.saturating_sub(stat.f_bfree)),
+        available_bytes: bytes(stat.f_bavail),
+        pool_id: stat.f_fsid,
+    })
 }

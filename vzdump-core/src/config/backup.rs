@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use super::{ConfigError, parse_bool};
 use crate::guest::BackupMode;
 use crate::retention::Retention;
+use crate::vm::backup::FleecingOptions;
 
 /// The most minutes that can be waited for something: a week.
 pub const WAIT_MAX_MINUTES: u32 = 7 * 24 * 60;
@@ -124,8 +125,8 @@ pub struct BackupSettings {
     pub protected: Option<bool>,
     /// Which archives of each guest stay afterwards.
     pub prune_backups: Option<Retention>,
-    /// Where old data is kept, `storage=…,limit=…`.
-    pub fleecing: Option<String>,
+    /// Where and how old data is kept.
+    pub fleecing: Option<FleecingOptions>,
     /// Whether only warnings and errors are printed.
     pub quiet: Option<bool>,
     /// The only host that may run the job.
@@ -182,7 +183,7 @@ impl BackupSettings {
             "notes-template" => self.notes_template = Some(value.to_owned()),
             "protected" => self.protected = Some(boolean(value)?),
             "prune-backups" => self.prune_backups = Some(value.parse()?),
-            "fleecing" => self.fleecing = Some(value.to_owned()),
+            "fleecing" => self.fleecing = Some(value.parse()?),
             "quiet" => self.quiet = Some(boolean(value)?),
             "node" => self.node = Some(value.to_owned()),
             _ => return Ok(false),

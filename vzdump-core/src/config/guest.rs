@@ -265,11 +265,30 @@ impl VmConfig {
     /// section.
     #[must_use]
     pub fn names_volume(&self, volume: &str) -> bool {
+        self.words().any(|word| word == volume)
+    }
+
+    /// The words of all values of all sections, which every volume that is named is one of.
+    pub fn words(&self) -> impl Iterator<Item = &str> {
         let values = self.lines.iter().filter_map(|line| match &line.kind {
             Kind::Pair { value, .. } => Some(value.as_str()),
             _ => None,
         });
-        values.flat_map(|value| value.split([',', '='])).any(|item| item.trim() == volume)
+        values.flat_map(|value| value.split([',', '='])).map(str::trim)
+    }
+
+    /// The volumes of disks, unused disks and states of all sections, CD-ROMs excepted, as they are written;
+    /// some may be paths.
+    pub fn volumes(&self) -> impl Iterator<Item = String> {
+        self.lines.iter().filter_map(|line| {
+            let Kind::Pair { key, value } = &line.kind else { return None };
+            let is_unused = split_numbered(key).is_some_and(|(prefix, _)| prefix == "unused");
+            if !is_disk_key(key) && !is_unused && key != "vmstate" {
+                return None;
+            }
+            let disk = DiskEntry::parse(key, value).ok()?;
+            (!disk.is_cdrom).then_some(disk.volume)
+        })
     }
 
     /// The headers of the sections after the current configuration: snapshots, `PENDING`,
@@ -404,6 +423,16 @@ mod tests {
         assert_eq!(disks[2].volume, "local:100/vm-100-disk-1.qcow2");
         assert_eq!(disks[1].to_value(), "local:100/vm-100-disk-0.raw,cache=none,size=32G");
         assert!(VmConfig::parse("scsi0: cache=none\n").disks().is_err());
+    }
+
+    #[test]
+    fn the_volumes_of_all_sections_are_told() {
+        let text =
+            format!("{SAMPLE}\nscsi0: local:100/vm-100-disk-5.raw\nvmstate: local:100/s.raw\n");
+        let volumes: Vec<_> = VmConfig::parse(&text).volumes().collect();
+        let files = ["vm-100-disk-0.raw", "vm-100-disk-1.qcow2", "first.raw", "vm-100-disk-9.raw"];
+        let files = files.into_iter().chain(["vm-100-disk-5.raw", "s.raw"]);
+        assert_eq!(volumes, files.map(|file| format!("local:100/{file}")).collect::<Vec<_>>());
     }
 
     #[test]

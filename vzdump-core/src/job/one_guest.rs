@@ -20,6 +20,7 @@ use crate::journal::recover::{self, Leftover};
 use crate::lock::{FileLock, LockError};
 use crate::task_log::{FileLog, GuestLines, TaskSink, Tee, duration};
 use crate::vm::backup::VmDriver;
+use crate::vm::leftovers;
 
 /// The provider's job; its guests are begun one after the other.
 pub(super) type SharedJob = tokio::sync::Mutex<Box<dyn Job>>;
@@ -159,6 +160,7 @@ impl<'a> Shared<'a> {
         if let Some(Leftover { reason, .. }) = left.first() {
             return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
         }
+        leftovers::remove_of_guest(self.ctx, id, sink).await;
         VmDriver::open(self.ctx, id, self.options).map_err(|error| chain(&error))
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Entry, Journal, JournalError};
 use crate::job::{JobContext, chain};
-use crate::storage::{ImageFormat, ImageStorage, StorageError, VolumeId};
+use crate::storage::{ImageFormat, Storage, StorageError, VolumeId};
 use crate::vm::backup::free_volume;
 
 /// How often a name that was free is lost to somebody else.
@@ -40,7 +40,7 @@ impl NewVolumes {
     pub(crate) async fn allocate(
         &mut self,
         ctx: &JobContext,
-        storage: &ImageStorage,
+        storage: &dyn Storage,
         guest_id: u32,
         format: ImageFormat,
         size_bytes: u64,
@@ -49,8 +49,7 @@ impl NewVolumes {
         loop {
             attempt += 1;
             let name = storage.free_name(guest_id).await?;
-            let volume: VolumeId =
-                format!("{}:{guest_id}/{name}.{format}", storage.id()).parse()?;
+            let volume = VolumeId::new(storage.id(), guest_id, &name, format)?;
             self.journal.append(Entry::Volume { volume: volume.to_string() }).await?;
             self.volumes.push(volume.clone());
             match storage.allocate(&ctx.tools, guest_id, &name, format, size_bytes).await {

@@ -18,7 +18,6 @@ use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
 
-use crate::storage::ImageFormat;
 use crate::task_log::clean;
 use crate::tools::Tools;
 
@@ -39,8 +38,10 @@ pub(super) enum Source {
 /// A fresh volume that reads as zeroes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Target<'a> {
-    pub(super) path: &'a Path,
-    pub(super) format: ImageFormat,
+    /// What `qemu-img` takes for it.
+    pub(super) options: &'a str,
+    /// Its files.
+    pub(super) files: &'a [&'a Path],
     pub(super) size_bytes: u64,
 }
 
@@ -146,9 +147,9 @@ pub(super) async fn copy(
         Source::Nbd { options } => (options, Stdio::null()),
     };
     let mut child = Command::new(qemu_img)
-        .args(["convert", "-p", "-n", "--target-is-zero", "-O", target.format.name(), "--"])
+        .args(["convert", "-p", "-n", "--target-is-zero", "--target-image-opts", "--"])
         .arg(options)
-        .arg(target.path)
+        .arg(target.options)
         .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -171,8 +172,9 @@ pub(super) async fn copy(
         return Err(format!("qemu-img could not copy the disk ({status}): {}", clean(&said)));
     }
     // qemu-img leaves its target to the page cache.
-    let path = target.path.to_owned();
-    let synced = tokio::task::spawn_blocking(move || File::open(path)?.sync_all()).await;
+    let paths: Vec<_> = target.files.iter().map(|path| path.to_path_buf()).collect();
+    let sync = move || paths.into_iter().try_for_each(|path| File::open(path)?.sync_all());
+    let synced = tokio::task::spawn_blocking(sync).await;
     match synced {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(format!("cannot sync the new volume: {error}")),

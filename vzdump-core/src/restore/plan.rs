@@ -2,13 +2,13 @@
 //! What a restore is going to do, checked before anything is made.
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::Path;
+use std::sync::Arc;
 
 use provider_api::RestoreDevice;
 
 use super::RestoreOptions;
 use crate::config::guest::{VmConfig, is_disk_key};
-use crate::storage::{DEFAULT_STORAGE, ImageFormat, ImageStorage, StorageSet, VolumeId};
+use crate::storage::{DEFAULT_STORAGE, ImageFormat, Storage, StorageSet, VolumeId};
 use crate::task_log::{clean, size};
 
 /// The most disks a VM can have.
@@ -24,7 +24,7 @@ pub(super) struct PlannedDisk {
     /// Its size.
     pub(super) size_bytes: u64,
     /// Where it goes.
-    pub(super) storage: ImageStorage,
+    pub(super) storage: Arc<dyn Storage>,
     /// In which format.
     pub(super) format: ImageFormat,
 }
@@ -64,7 +64,6 @@ pub(super) fn plan(
             device.device
         ));
     }
-    check_space(&planned, options)?;
     Ok((planned, warnings))
 }
 
@@ -94,7 +93,7 @@ fn place(
     storages: &StorageSet,
     options: &RestoreOptions,
     warnings: &mut Vec<String>,
-) -> Result<(ImageStorage, ImageFormat), String> {
+) -> Result<(Arc<dyn Storage>, ImageFormat), String> {
     let old = volume.parse::<VolumeId>().ok();
     let format = options.format.or(old.as_ref().map(VolumeId::format)).unwrap_or(ImageFormat::Raw);
     let words = |error| crate::job::chain(&error);
@@ -113,14 +112,17 @@ fn place(
     Ok((storages.images(DEFAULT_STORAGE).map_err(words)?, format))
 }
 
-/// Compares what the disks can take with what is free, per file system.
-fn check_space(planned: &[PlannedDisk], options: &RestoreOptions) -> Result<(), String> {
+/// Compares what the disks can take with what is free, per storage that has its own space.
+pub(super) async fn check_space(
+    planned: &[PlannedDisk],
+    options: &RestoreOptions,
+) -> Result<(), String> {
     let mut needed: BTreeMap<u64, (u64, u64, &str)> = BTreeMap::new();
     for disk in planned {
-        let Some((id, free_bytes)) = free_space(disk.storage.path()) else {
-            continue;
-        };
-        let entry = needed.entry(id).or_insert((0, free_bytes, disk.storage.id()));
+        // What does not tell its space may still have enough.
+        let Ok(status) = disk.storage.status().await else { continue };
+        let entry =
+            needed.entry(status.pool_id).or_insert((0, status.available_bytes, disk.storage.id()));
         entry.0 = entry.0.saturating_add(disk.size_bytes);
     }
     for (needed_bytes, free_bytes, storage) in needed.into_values() {
@@ -134,13 +136,6 @@ fn check_space(planned: &[PlannedDisk], options: &RestoreOptions) -> Result<(), 
         }
     }
     Ok(())
-}
-
-/// File system and free bytes at a path, or at its nearest parent that exists.
-fn free_space(path: &Path) -> Option<(u64, u64)> {
-    let existing = path.ancestors().find(|path| path.exists())?;
-    let stat = rustix::fs::statvfs(existing).ok()?;
-    Some((stat.f_fsid, stat.f_bavail.saturating_mul(stat.f_frsize)))
 }
 
 #[cfg(test)]
@@ -208,13 +203,13 @@ mod tests {
         assert_eq!((planned.len(), warnings.len()), (1, 1));
     }
 
-    #[test]
-    fn space_is_checked_beforehand() {
+    #[tokio::test]
+    async fn space_is_checked_beforehand() {
         let (_root, storages) = storages();
         let config = VmConfig::parse("scsi0: local:100/a.raw\n");
-        let error =
-            plan(&config, &[device("scsi0", 1 << 50)], &storages, &RestoreOptions::default())
-                .unwrap_err();
+        let options = RestoreOptions::default();
+        let (planned, _) = plan(&config, &[device("scsi0", 1 << 50)], &storages, &options).unwrap();
+        let error = check_space(&planned, &options).await.unwrap_err();
         assert!(error.contains("--overcommit"), "{error}");
     }
 }

@@ -16,6 +16,7 @@
 //! only files are left to be removed.
 
 mod disks;
+mod fleecing;
 mod limited;
 pub(crate) mod ops;
 pub(crate) mod power;
@@ -32,6 +33,9 @@ use qmp_client::commands::{QueryStatus, RunState};
 use qmp_client::{Error, EventStream, Session};
 
 use self::disks::Disk;
+use self::fleecing::Fleecing;
+pub use self::fleecing::FleecingOptions;
+pub(crate) use self::fleecing::is_ours as is_our_fleecing_image;
 use self::limited::LimitedDisk;
 use self::power::Power;
 use super::freeze_guard::{self, FreezeLimits, Frozen, GuardCommand};
@@ -41,9 +45,9 @@ use crate::guest::{
     AccessStats, BackupMode, GuestDriver, GuestError, PointInTime, Task, VolumeReport,
 };
 use crate::job::{BackupOptions, JobContext, chain};
-use crate::journal::{Entry, FleecingImage, ProcessStamp};
+use crate::journal::{Entry, ProcessStamp};
 use crate::layout::{Layout, Monitor};
-use crate::storage::{DEFAULT_STORAGE, ImageFormat, StorageSet, VolumeId};
+use crate::storage::{StorageSet, VolumeId};
 use crate::task_log::{bitmap_status, clean};
 use crate::tools::Tools;
 
@@ -59,13 +63,6 @@ const END_WAIT: Duration = Duration::from_secs(10);
 /// The target id of a storage.
 pub fn target_id(storage: &str) -> String {
     format!("vzdump:{storage}")
-}
-
-/// A fleecing image that was begun.
-#[derive(Debug)]
-struct Fleecing {
-    node: String,
-    volume: VolumeId,
 }
 
 /// The NBD server in QEMU, which has only one.
@@ -205,48 +202,6 @@ impl VmDriver {
         Ok(!self.chosen.is_empty())
     }
 
-    async fn do_acquire(&mut self, task: Task<'_>) -> Result<(), GuestError> {
-        let session = self.session()?.clone();
-        for disk in self.disks.clone() {
-            let storage = self.fleecing_storage(&disk);
-            let images = self
-                .storages
-                .images(&storage)
-                .map_err(GuestError::at("find the storage for fleecing images"))?;
-            // The random part makes it ours alone: a recovery frees what has this name.
-            let name = format!("vm-{}-fleece-{}-{}", self.id, disk.key, short_id());
-            let volume: VolumeId = format!("{storage}:{}/{name}.raw", self.id)
-                .parse()
-                .map_err(GuestError::at("name a fleecing image"))?;
-            let node = disk.fleecing_node();
-            let entry = FleecingImage { node: node.clone(), volume: volume.to_string() };
-            task.journal.append(Entry::Fleecing(entry)).await?;
-            self.fleecing.push(Fleecing { node: node.clone(), volume: volume.clone() });
-            let size = disk.size_bytes;
-            let doing = || GuestError::at(format!("make the fleecing image '{volume}'"));
-            images
-                .allocate(&self.tools, self.id, &name, ImageFormat::Raw, size)
-                .await
-                .map_err(doing())?;
-            let path = images.volume_path(&volume).map_err(doing())?;
-            let path = path.to_str().ok_or_else(|| {
-                GuestError::Refused(format!("'{}' is not UTF-8, as QMP needs.", path.display()))
-            })?;
-            ops::add_fleecing_node(&session, &node, path, ImageFormat::Raw)
-                .await
-                .map_err(GuestError::at(format!("attach the fleecing image '{volume}'")))?;
-        }
-        Ok(())
-    }
-
-    fn fleecing_storage(&self, disk: &Disk) -> String {
-        if let Some(storage) = &self.options.fleecing_storage {
-            return storage.clone();
-        }
-        let own = disk.volume.parse::<VolumeId>().map(|volume| volume.storage().to_owned());
-        own.unwrap_or_else(|_| DEFAULT_STORAGE.to_owned())
-    }
-
     async fn do_point_in_time(
         &mut self,
         requests: &[BitmapRequest],
@@ -295,9 +250,11 @@ impl VmDriver {
     }
 
     fn setup_request(&self, target_id: String, requests: &[BitmapRequest]) -> SetupRequest {
-        let devices = self.disks.iter().zip(requests).map(|(disk, request)| {
+        let with_images = self.disks.iter().zip(&self.fleecing);
+        let devices = with_images.zip(requests).map(|((disk, image), request)| {
             let mut device = Device::new(disk.node());
-            device.fleecing = Some(disk.fleecing_node());
+            device.fleecing = Some(image.node.clone());
+            device.reflink_size_bytes = image.reflink_bytes;
             device.bitmap_mode = Some(match request {
                 BitmapRequest::None => BitmapMode::None,
                 BitmapRequest::New => BitmapMode::New,
@@ -313,6 +270,7 @@ impl VmDriver {
         // Guests that run at the same time cannot lend each other RAM, so each has its part.
         let guests = self.options.jobs.max(1) as u64;
         setup.buffer_total_bytes = self.options.buffer_total_bytes.map(|total| total / guests);
+        setup.fleecing_limit_bytes = self.options.fleecing.limit_bytes;
         setup.granularity_bytes = self.options.granularity_bytes;
         setup.lease_s = Some(LEASE_S);
         setup
@@ -441,34 +399,6 @@ impl VmDriver {
             task.sink.warn(&format!("backup access: {}", clean(&reason)));
         }
         Ok(())
-    }
-
-    async fn do_release(&mut self, task: Task<'_>) -> Result<(), GuestError> {
-        let mut first = None;
-        while let Some(image) = self.fleecing.pop() {
-            if let Err(error) = self.release_image(&image).await {
-                match first {
-                    None => first = Some(error),
-                    Some(_) => task.sink.warn(&chain(&error)),
-                }
-            }
-        }
-        first.map_or(Ok(()), Err)
-    }
-
-    async fn release_image(&mut self, image: &Fleecing) -> Result<(), GuestError> {
-        let volume = &image.volume;
-        if let Some(session) = self.session_if_alive().await? {
-            // A file that QEMU still writes to is not removed.
-            match ops::remove_node(&session, &image.node).await {
-                Err(Error::Disconnected) if self.is_ending().await => {}
-                other => {
-                    let doing = format!("detach the fleecing image '{volume}'");
-                    other.map_err(GuestError::at(doing))?;
-                }
-            }
-        }
-        free_volume(&self.storages, volume).await
     }
 }
 

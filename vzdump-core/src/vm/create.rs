@@ -23,6 +23,7 @@ use crate::lock::{FileLock, LockError};
 use crate::storage::{DEFAULT_STORAGE, ImageFormat, StorageError, image_size};
 use crate::task_log::{TaskSink, size_config};
 use crate::tools::{MissingTool, Tools};
+use crate::vm::leftovers;
 
 /// Why a VM was not made.
 #[derive(Debug, thiserror::Error)]
@@ -155,6 +156,8 @@ pub async fn create(
     if let Some(Leftover { reason, .. }) = left.into_iter().next() {
         return Err(CreateError::Leftover(reason));
     }
+    let swept = leftovers::remove_of_guest(ctx, id, sink);
+    cancel.run_until_cancelled(swept).await.ok_or(CreateError::Cancelled)?;
     let path = layout.vm_config_path(id);
     if path.exists() {
         return Err(CreateError::Exists { id, path });
@@ -232,9 +235,9 @@ async fn make_disks(
             return Err(CreateError::Invalid(why));
         }
         let size_bytes = content.size_bytes().await?;
-        let volume = new.allocate(ctx, &storage, id, options.format, size_bytes).await?;
+        let volume = new.allocate(ctx, storage.as_ref(), id, options.format, size_bytes).await?;
         if let DiskContent::CopyOf(source) = content {
-            copy(&ctx.tools, source, &storage.volume_path(&volume)?, volume.format()).await?;
+            copy(&ctx.tools, source, &storage.image_options(&volume)?).await?;
         }
         let mut value = volume.to_string();
         if let Some(more) = &options.disk_options {
@@ -286,20 +289,16 @@ fn detect_format(path: &Path) -> Result<ImageFormat, CreateError> {
     Ok(if begin == b"QFI\xfb" { ImageFormat::Qcow2 } else { ImageFormat::Raw })
 }
 
-async fn copy(
-    tools: &Tools,
-    source: &Path,
-    target: &Path,
-    format: ImageFormat,
-) -> Result<(), CreateError> {
+async fn copy(tools: &Tools, source: &Path, target_options: &str) -> Result<(), CreateError> {
     let fault = |message: String| CreateError::Copy { path: source.to_owned(), message };
     let (source_format, _) = inspect(source).await?;
     let source_path = std::path::absolute(source).map_err(|error| fault(error.to_string()))?;
     // No time limit: large disks take long, and dropping the future ends the copy.
     let output = Command::new(tools.qemu_img()?)
-        .args(["convert", "-n", "-f", source_format.name(), "-O", format.name(), "--"])
+        .args(["convert", "-n", "--target-is-zero", "-f", source_format.name()])
+        .args(["--target-image-opts", "--"])
         .arg(source_path)
-        .arg(target)
+        .arg(target_options)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
@@ -375,6 +374,10 @@ mod tests {
         super::create(ctx, id, options, &NoLog, &CancellationToken::new()).await
     }
 
+    fn images(ctx: &JobContext, id: u32) -> PathBuf {
+        ctx.layout.state().join(format!("storage/images/{id}"))
+    }
+
     fn journals(ctx: &JobContext) -> Vec<PathBuf> {
         crate::journal::list(&ctx.layout, None).unwrap()
     }
@@ -400,17 +403,7 @@ mod tests {
         }
         let again = create(&ctx, 100, &options).await;
         assert!(matches!(again, Err(CreateError::Exists { id: 100, .. })));
-        assert_eq!(
-            ctx.storages
-                .images("local")
-                .unwrap()
-                .path()
-                .join("images/100")
-                .read_dir()
-                .unwrap()
-                .count(),
-            2
-        );
+        assert_eq!(images(&ctx, 100).read_dir().unwrap().count(), 2);
     }
 
     #[tokio::test]
@@ -438,7 +431,7 @@ mod tests {
         ] {
             create(&ctx, 100, &bad).await.unwrap_err();
             assert!(!ctx.layout.vm_config_path(100).exists());
-            assert!(!ctx.storages.images("local").unwrap().path().join("images/100").exists());
+            assert!(!images(&ctx, 100).exists());
             assert!(journals(&ctx).is_empty());
         }
     }
@@ -449,7 +442,7 @@ mod tests {
         let begin = Begin::new(TaskKind::Create, GuestKind::Qemu, 100, "local").unwrap();
         let mut died = NewVolumes::new(Journal::create(&ctx.layout, begin).await.unwrap());
         let storage = ctx.storages.images("local").unwrap();
-        let made = died.allocate(&ctx, &storage, 100, ImageFormat::Raw, 512).await.unwrap();
+        let made = died.allocate(&ctx, storage.as_ref(), 100, ImageFormat::Raw, 512).await.unwrap();
         drop(died);
         let options =
             CreateOptions { disks: vec![DiskContent::Empty(1024)], ..CreateOptions::default() };
@@ -479,7 +472,7 @@ mod tests {
         let cancelled = super::create(&ctx, 100, &options, &NoLog, &cancel).await;
         assert!(matches!(cancelled, Err(CreateError::Cancelled)));
         assert!(!ctx.layout.vm_config_path(100).exists() && journals(&ctx).is_empty());
-        assert!(!ctx.storages.images("local").unwrap().path().join("images/100").exists());
+        assert!(!images(&ctx, 100).exists());
     }
 
     #[tokio::test]

@@ -3,7 +3,9 @@
 
 pub mod backup;
 pub mod create;
+pub mod destroy;
 pub mod freeze_guard;
+pub mod leftovers;
 pub mod process;
 pub mod qemu_cmdline;
 pub mod runner;

@@ -105,10 +105,14 @@ pub enum CmdlineError {
 pub struct DiskFile {
     /// Its path.
     pub path: PathBuf,
+    /// The raw file with its data, if that is not in the file of `path`.
+    pub data: Option<PathBuf>,
     /// Whether it is a block device.
     pub is_device: bool,
     /// Whether it can be opened past the page cache.
     pub direct: bool,
+    /// Whether its size is a multiple of every block size that requests past the page cache may need.
+    pub is_aligned: bool,
 }
 
 /// What the command line depends on beside the configuration.

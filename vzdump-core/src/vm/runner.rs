@@ -42,6 +42,10 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 /// A killed process is gone at once unless it hangs in the kernel.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest block that requests past the page cache are a multiple of.
+const BLOCK_BYTES_MAX: u64 = 4096;
+/// What QEMU says of a disk that ends within such a block, between words about permissions.
+const UNALIGNED: &str = "not a multiple of request alignment";
 /// How much of QEMU's last words is shown.
 const MESSAGE_MAX_BYTES: u64 = 4096;
 
@@ -399,20 +403,24 @@ fn sockets(layout: &Layout, id: u32) -> Vec<PathBuf> {
 /// The file of a disk: that it exists, what it is, and whether it can bypass the page cache.
 fn find_file(storages: &StorageSet, disk: &DiskEntry) -> Result<DiskFile, StorageError> {
     let path = storages.resolve(&disk.volume)?;
-    let fault = |source: io::Error| match source.kind() {
+    let data = storages.resolve_data(&disk.volume)?;
+    let fault = |path: &Path, source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => {
-            StorageError::NotFound { volume: disk.volume.clone(), path: path.clone() }
+            StorageError::NotFound { volume: disk.volume.clone(), path: path.to_owned() }
         }
-        _ => StorageError::Io { what: "open", path: path.clone(), source },
+        _ => StorageError::Io { what: "open", path: path.to_owned(), source },
     };
-    let meta = fs::metadata(&path).map_err(fault)?;
+    let meta = fs::metadata(&path).map_err(|error| fault(&path, error))?;
+    let bytes = data.as_ref().unwrap_or(&path);
     let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
-    let direct = match rustix::fs::open(&path, flags, Mode::empty()) {
+    let direct = match rustix::fs::open(bytes, flags, Mode::empty()) {
         Ok(_) => true,
         Err(rustix::io::Errno::INVAL) => false,
-        Err(errno) => return Err(fault(errno.into())),
+        Err(errno) => return Err(fault(bytes, errno.into())),
     };
-    Ok(DiskFile { is_device: meta.file_type().is_block_device(), direct, path })
+    let is_device = meta.file_type().is_block_device();
+    let is_aligned = is_device || meta.len().is_multiple_of(BLOCK_BYTES_MAX);
+    Ok(DiskFile { is_device, direct, is_aligned, path, data })
 }
 
 /// A QEMU that has not answered yet; ended when dropped.
@@ -461,8 +469,13 @@ impl Starting {
 
     fn error(&self, why: &str) -> RunnerError {
         let said = tail(&self.log);
+        let advice = if said.contains(UNALIGNED) {
+            " The size of this disk does not fit its cache mode: use cache=writeback for it."
+        } else {
+            ""
+        };
         let said = if said.is_empty() { "it said nothing." } else { &said };
-        RunnerError::Start { id: self.id, message: format!("{why}: {said}") }
+        RunnerError::Start { id: self.id, message: format!("{why}: {said}{advice}") }
     }
 
     /// Waits until QEMU answers over QMP.

@@ -28,11 +28,6 @@ impl Disk {
         node_of(&self.key)
     }
 
-    /// The node of its fleecing image.
-    pub(super) fn fleecing_node(&self) -> String {
-        format!("{}-fleecing", self.node())
-    }
-
     /// The id of its NBD export.
     pub(super) fn export_id(&self) -> String {
         format!("vzdump-{}", self.key)
@@ -149,12 +144,5 @@ mod tests {
             "INFO: exclude disk 'efidisk0' 'local:100/e.raw' (efidisk but no OVMF BIOS)\n\
              INFO: exclude disk 'scsi1' 'local:100/b.raw' (backup=no)"
         );
-    }
-
-    #[test]
-    fn node_names_fit_into_qemu() {
-        let disk = Disk { key: "virtio15".into(), volume: String::new(), size_bytes: 1 };
-        assert_eq!(disk.fleecing_node(), "drive-virtio15-fleecing");
-        assert!(disk.fleecing_node().len() <= 31);
     }
 }

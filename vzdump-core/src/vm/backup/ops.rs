@@ -11,7 +11,6 @@ use qmp_client::{Error, Options, Session};
 use serde_json::{Map, Value, json};
 
 use crate::guest::GuestError;
-use crate::storage::ImageFormat;
 use crate::task_log::clean;
 
 /// Closing an image may have to wait for a slow storage.
@@ -30,24 +29,27 @@ pub(crate) async fn connect(socket: &Path) -> Result<Session, Error> {
     Session::connect(socket, Options::default()).await
 }
 
-/// Attaches a fleecing image. Its content is private to QEMU and worthless after a crash, so
+/// Attaches a raw fleecing image. Its content is private to QEMU and worthless after a crash, so
 /// nothing is ever flushed to it.
+///
+/// Through the page cache: what is read back soon needs no disk, and a disk of any size works. Past it
+/// an image whose size is no multiple of its file system's blocks is refused by QEMU with words about
+/// permissions.
 pub(super) async fn add_fleecing_node(
     session: &Session,
     node: &str,
     path: &str,
-    format: ImageFormat,
 ) -> Result<(), Error> {
     let options = json!({
-        "driver": format.name(),
+        "driver": "raw",
         "node-name": node,
         "discard": "unmap",
-        "cache": { "no-flush": true },
+        "cache": { "direct": false, "no-flush": true },
         "file": {
             "driver": "file",
             "filename": path,
             "discard": "unmap",
-            "cache": { "no-flush": true },
+            "cache": { "direct": false, "no-flush": true },
         },
     });
     let Value::Object(options) = options else { unreachable!("json! with braces is an object") };

@@ -90,7 +90,33 @@ impl VmDriver {
             task.sink.warn(&format!("the snapshot of '{}' is incomplete: {reason}", broken.device));
             return Look::Fine;
         }
-        Look::Lost(lost(&broken.device, &broken.error))
+        Look::Lost(self.lost(&broken.device, &broken.error, broken.errno))
+    }
+
+    /// The device's first state that ends its snapshot, if there is one.
+    fn broken_device(&self, status: &AccessStatus) -> Look {
+        let broken =
+            |state: &AccessState| matches!(state, AccessState::Broken | AccessState::Closing);
+        match status.devices.iter().find(|device| broken(&device.state)) {
+            Some(device) => {
+                let reason = device.error.as_deref().unwrap_or("no reason is known");
+                Look::Lost(self.lost(&device.device, reason, device.errno))
+            }
+            None => Look::Fine,
+        }
+    }
+
+    /// Names what QEMU says with a number: a full storage must be told as one.
+    fn lost(&self, device: &str, reason: &str, errno: Option<i64>) -> GuestError {
+        let mut reason = clean(reason);
+        if let Some(errno) = errno.and_then(|errno| i32::try_from(errno).ok()) {
+            reason = format!("{reason}: {}", std::io::Error::from_raw_os_error(errno));
+        }
+        let place = self.disks.iter().position(|disk| disk.node() == device);
+        if let Some(image) = place.and_then(|place| self.fleecing.get(place)) {
+            reason = format!("{reason} (old data was kept in '{}')", image.volume);
+        }
+        GuestError::Broken { device: clean(device), reason }
     }
 
     /// Asks for the state. An access that is gone ended for this reason, if it is known.
@@ -99,7 +125,7 @@ impl VmDriver {
             Ok(all) => {
                 let target = target_id(&self.options.storage);
                 match all.iter().find(|status| status.target_id == target) {
-                    Some(status) => broken_device(status),
+                    Some(status) => self.broken_device(status),
                     None => Look::Lost(ended_early(why_gone)),
                 }
             }
@@ -124,19 +150,4 @@ async fn lease_lost(access: Option<&BackupAccess>) -> Arc<Error> {
 fn ended_early(reason: Option<&str>) -> GuestError {
     let reason = reason.map(|reason| format!(": {}", clean(reason))).unwrap_or_default();
     GuestError::Refused(format!("QEMU or somebody else ended the backup access{reason}."))
-}
-
-fn broken_device(status: &AccessStatus) -> Look {
-    let broken = |state: &AccessState| matches!(state, AccessState::Broken | AccessState::Closing);
-    match status.devices.iter().find(|device| broken(&device.state)) {
-        Some(device) => {
-            let reason = device.error.as_deref().unwrap_or("no reason is known");
-            Look::Lost(lost(&device.device, reason))
-        }
-        None => Look::Fine,
-    }
-}
-
-fn lost(device: &str, reason: &str) -> GuestError {
-    GuestError::Broken { device: clean(device), reason: clean(reason) }
 }

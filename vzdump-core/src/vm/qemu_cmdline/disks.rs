@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks, their controllers and their I/O threads.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use super::{Chipset, CmdlineError, CommandLine, DiskFile, Input, boot_index, path_text, words};
@@ -230,7 +232,12 @@ struct Cache {
     write_cache: bool,
 }
 
-fn cache(disk: &Disk<'_>, file: &DiskFile, line: &mut CommandLine) -> Result<Cache, CmdlineError> {
+fn cache(
+    disk: &Disk<'_>,
+    file: &DiskFile,
+    format: ImageFormat,
+    line: &mut CommandLine,
+) -> Result<Cache, CmdlineError> {
     let mode = disk.entry.options.get("cache");
     let (direct, no_flush, write_cache) = match mode.unwrap_or("none") {
         "none" => (true, false, true),
@@ -244,9 +251,18 @@ fn cache(disk: &Disk<'_>, file: &DiskFile, line: &mut CommandLine) -> Result<Cac
             ));
         }
     };
-    if direct && !file.direct && mode.is_none() {
+    let obstacle = if !file.direct {
+        Some("is on a file system without direct I/O")
+    } else if format == ImageFormat::Raw && !file.is_aligned {
+        // QEMU refuses it where it takes the file system's blocks for larger, with words about
+        // permissions.
+        Some("has a size that is no multiple of 4096 bytes, as direct I/O may need")
+    } else {
+        None
+    };
+    if let Some(obstacle) = obstacle.filter(|_| direct && mode.is_none()) {
         line.notices.push(format!(
-            "'{}' is on a file system without direct I/O; using cache=writeback for {}",
+            "'{}' {obstacle}; using cache=writeback for {}",
             file.path.display(),
             disk.key()
         ));
@@ -275,7 +291,10 @@ fn backend(
             .ok_or_else(|| disk.error("'format' is not one of raw, qcow2."))?,
         None => ending.and_then(ImageFormat::from_name).unwrap_or(ImageFormat::Raw),
     };
-    let cache = cache(disk, &file, line)?;
+    if file.data.is_some() && format != ImageFormat::Qcow2 {
+        return Err(disk.error("'format' does not fit: the volume's main file is a qcow2 image."));
+    }
+    let cache = cache(disk, &file, format, line)?;
     let discard = match options.get("discard") {
         None | Some("ignore") => "ignore",
         Some("on") => "unmap",
@@ -293,23 +312,30 @@ fn backend(
     };
     let read_only = read_only || disk.entry.is_cdrom || options.flag("ro", false);
     let cache_json = json!({ "direct": cache.direct, "no-flush": cache.no_flush });
-    let node: Value = json!({
+    let below = |node: &str, path: &Path| -> Result<Value, CmdlineError> {
+        Ok(json!({
+            "driver": if file.is_device { "host_device" } else { "file" },
+            "node-name": format!("{node}-{key}"),
+            "filename": path_text(path)?,
+            "read-only": read_only,
+            "discard": discard,
+            "cache": cache_json,
+            "aio": aio,
+        }))
+    };
+    let mut node: Value = json!({
         "driver": format.name(),
         "node-name": format!("drive-{key}"),
         "read-only": read_only,
         "discard": discard,
         "detect-zeroes": if read_only { "off" } else { detect_zeroes },
         "cache": cache_json,
-        "file": {
-            "driver": if file.is_device { "host_device" } else { "file" },
-            "node-name": format!("file-{key}"),
-            "filename": path_text(&file.path)?,
-            "read-only": read_only,
-            "discard": discard,
-            "cache": cache_json,
-            "aio": aio,
-        },
+        "file": below("file", &file.path)?,
     });
+    if let Some(data) = &file.data {
+        // Named here, so that QEMU does not open whatever the image's header says.
+        node["data-file"] = below("data", data)?;
+    }
     line.option("-blockdev", node.to_string());
     Ok(Some(cache))
 }

@@ -2,15 +2,19 @@
 //! The command line as text, for whole configurations.
 
 use super::*;
+use crate::storage::Storage as _;
 
 fn find(disk: &DiskEntry) -> Result<DiskFile, StorageError> {
-    let path = if disk.volume.starts_with('/') {
-        disk.volume.clone().into()
+    let (path, data): (PathBuf, _) = if disk.volume.starts_with('/') {
+        (disk.volume.clone().into(), None)
     } else {
         let volume: crate::storage::VolumeId = disk.volume.parse()?;
-        crate::storage::ImageStorage::new("local", "/store").volume_path(&volume)?
+        let storage = crate::storage::DirStorage::new("local", "/store");
+        (storage.volume_path(&volume)?, storage.data_path(&volume)?)
     };
-    Ok(DiskFile { is_device: path.starts_with("/dev"), direct: !path.starts_with("/tmpfs"), path })
+    let is_device = path.starts_with("/dev");
+    let is_aligned = !path.ends_with("odd.raw") && !path.ends_with("odd.qcow2");
+    Ok(DiskFile { is_device, direct: !path.starts_with("/tmpfs"), is_aligned, path, data })
 }
 
 fn build_text(text: &str) -> Result<CommandLine, CmdlineError> {
@@ -141,6 +145,18 @@ fn a_file_system_without_direct_io_gets_a_cache_unless_the_mode_is_given() {
 }
 
 #[test]
+fn a_raw_disk_of_an_odd_size_gets_a_cache_unless_the_mode_is_given() {
+    let line = build_text("virtio0: local:100/odd.raw\nvirtio1: local:100/odd.qcow2\n");
+    let line = line.unwrap();
+    let nodes = values(&line, "-blockdev");
+    assert!(nodes[0].contains("\"direct\":false") && nodes[1].contains("\"direct\":true"));
+    let [notice] = line.notices.as_slice() else { panic!("{:?}", line.notices) };
+    assert!(notice.contains("multiple of 4096") && notice.contains("virtio0"), "{notice}");
+    let line = build_text("virtio0: local:100/odd.raw,cache=none\n").unwrap();
+    assert!(values(&line, "-blockdev")[0].contains("\"direct\":true"));
+}
+
+#[test]
 fn single_controllers_fill_their_slots_without_gaps() {
     let text: String = (0..31)
         .filter(|n| n % 2 == 1)
@@ -165,4 +181,20 @@ fn an_old_machine_has_other_buses() {
     assert_eq!(devices[1], "ahci,id=ahci0,bus=pci.0,addr=0x07");
     assert!(devices[2].starts_with("ide-hd,id=sata1,bus=ahci0.1,"), "{devices:?}");
     assert_eq!(devices[3], "lsi,id=scsihw0,bus=pci.0,addr=0x05");
+}
+
+#[test]
+fn raw_data_with_bitmaps_beside_it_is_opened_by_name() {
+    let text = "scsi0: local:100/a.raw.qcow2,discard=on,aio=native\n";
+    let line = build_text(text).unwrap();
+    let node: serde_json::Value = serde_json::from_str(values(&line, "-blockdev")[0]).unwrap();
+    assert_eq!(node["driver"], "qcow2");
+    assert_eq!(node["file"]["filename"], "/store/images/100/a.raw.qcow2");
+    let (file, data) = (&node["file"], &node["data-file"]);
+    assert_eq!(data["filename"], "/store/images/100/a.raw.data");
+    assert_eq!(data["node-name"], "data-scsi0");
+    for option in ["driver", "cache", "aio", "discard", "read-only"] {
+        assert_eq!(data[option], file[option], "{option}");
+    }
+    assert!(build_text("scsi0: local:100/a.raw.qcow2,format=raw\n").is_err());
 }

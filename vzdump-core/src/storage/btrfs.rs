@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Images on a btrfs, each in a subvolume of its own, so that it can be snapshotted, as in Proxmox VE.
+//!
+//! ```text
+//! tree:100/vm-100-disk-0.raw         images/100/vm-100-disk-0/disk.raw
+//! tree:100/vm-100-disk-1.raw.qcow2   images/100/vm-100-disk-1/disk.raw.qcow2, disk.raw.data
+//! tree:100/vm-100-disk-2.qcow2       images/100/vm-100-disk-2.qcow2, as in a directory
+//! a snapshot                         images/100/vm-100-disk-0@name, read-only
+//! ```
+//!
+//! Images are copied on write and have checksums unless the storage says `nocow 1`
+//! (`docs/design/0017-images-on-btrfs.md`).
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use provider_api::BoxFuture;
+
+use super::dir::{in_guest_dir, names_in, stored};
+use super::image::{ImageFiles, check_size, run};
+use super::volume::check_snapshot_name;
+use super::{
+    DirStorage, ImageFormat, Storage, StorageError, StorageStatus, StoredVolume, Unfinished,
+    VolumeId, beside, fs_status,
+};
+use crate::tools::Tools;
+
+/// The kind of storage this module serves.
+pub const BTRFS_KIND: &str = "btrfs";
+/// `BTRFS_SUPER_MAGIC` of the kernel.
+const BTRFS_MAGIC: u64 = 0x9123_683e;
+/// What the files in a subvolume are called, before their endings.
+const STEM: &str = "disk";
+/// What the program says of a directory that is not there.
+const NOT_FOUND: &str = "No such file or directory";
+/// The program, of the package btrfs-progs.
+const BTRFS: &str = "btrfs";
+
+/// A directory on a btrfs that holds images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BtrfsStorage {
+    /// What is no subvolume, and what both have in common.
+    plain: DirStorage,
+    nocow: bool,
+}
+
+impl BtrfsStorage {
+    /// A storage with this name at this absolute path. `nocow` switches checksums and copying on write
+    /// off for new images.
+    #[must_use]
+    pub fn new(id: impl Into<String>, path: impl Into<PathBuf>, nocow: bool) -> Self {
+        Self { plain: DirStorage::new(id, path), nocow }
+    }
+
+    fn subvolume(&self, volume: &VolumeId) -> PathBuf {
+        self.plain.guest_dir(volume.guest_id()).join(volume.name())
+    }
+
+    fn snapshot_path(&self, volume: &VolumeId, name: &str) -> PathBuf {
+        self.plain.guest_dir(volume.guest_id()).join(format!("{}@{name}", volume.name()))
+    }
+
+    fn files(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
+        if is_plain(volume) {
+            return self.plain.files(volume);
+        }
+        self.plain.check_own(volume)?;
+        Ok(ImageFiles::new(&self.subvolume(volume), STEM, volume.format()))
+    }
+
+    fn existing(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
+        let files = self.files(volume)?;
+        super::check_exists(volume, &files)?;
+        Ok(files)
+    }
+
+    /// That the path, or where it will be made, is on a btrfs: on anything else this would only look as
+    /// if it worked, and what is there would look as if it was gone.
+    fn check_file_system(&self) -> Result<(), StorageError> {
+        let path = self.plain.path();
+        let existing = path.ancestors().find(|path| path.exists()).unwrap_or(path);
+        let stat = rustix::fs::statfs(existing).map_err(|errno| StorageError::Io {
+            what: "look at",
+            path: existing.to_owned(),
+            source: errno.into(),
+        })?;
+        if stat.f_type as u64 & 0xffff_ffff == BTRFS_MAGIC {
+            return Ok(());
+        }
+        let why = format!(
+            "has the type btrfs, but there is no btrfs at '{}': is it mounted?",
+            path.display()
+        );
+        Err(StorageError::Storage { id: self.plain.id().to_owned(), why })
+    }
+
+    fn allocate_now(
+        &self,
+        tools: &Tools,
+        volume: &VolumeId,
+        size_bytes: u64,
+    ) -> Result<Unfinished, StorageError> {
+        self.plain.check_own(volume)?;
+        self.check_file_system()?;
+        if is_plain(volume) {
+            if self.subvolume(volume).exists() {
+                return Err(StorageError::Exists { volume: volume.to_string() });
+            }
+            return self.plain.allocate_now(tools, volume, size_bytes);
+        }
+        let path = self.subvolume(volume);
+        let guest_dir = self.plain.guest_dir(volume.guest_id());
+        let mut made = Ok(());
+        let claimed = in_guest_dir(&guest_dir, || {
+            made = create_subvolume(&path, volume);
+            match &made {
+                // Removed by another task between two steps: once more.
+                Err(StorageError::Btrfs { message, .. }) if message.contains(NOT_FOUND) => {
+                    Err(io::ErrorKind::NotFound.into())
+                }
+                _ => Ok(()),
+            }
+        });
+        made?;
+        claimed.map_err(|source| StorageError::Io {
+            what: "make a subvolume in",
+            path: guest_dir.clone(),
+            source,
+        })?;
+        let undo = path.clone();
+        let unfinished = Unfinished::new(move || {
+            let _ = delete_subvolume(&undo);
+            let _ = fs::remove_dir(guest_dir);
+        });
+        match self.fill(tools, volume, size_bytes) {
+            Ok(()) => Ok(unfinished),
+            Err(error) => {
+                unfinished.undo();
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&self, tools: &Tools, volume: &VolumeId, size_bytes: u64) -> Result<(), StorageError> {
+        let files = self.files(volume)?;
+        files.claim_image().map_err(|source| StorageError::Io {
+            what: "make the image",
+            path: files.image.clone(),
+            source,
+        })?;
+        files.claim_data()?;
+        if self.nocow {
+            for path in files.all() {
+                // Possible only while the file is empty.
+                let mut command = Command::new("chattr");
+                command.args(["+C", "--"]).arg(path);
+                run(command).map_err(|message| StorageError::Io {
+                    what: "switch copying on write off (chattr +C) for",
+                    path: path.clone(),
+                    source: io::Error::other(message),
+                })?;
+            }
+        }
+        files.fill(tools, size_bytes)
+    }
+
+    /// Snapshots first, the subvolume last: as long as it is there nobody else gets its name.
+    fn free_now(&self, volume: &VolumeId) -> Result<bool, StorageError> {
+        let files = self.files(volume)?;
+        self.check_file_system()?;
+        if is_plain(volume) {
+            return self.plain.free_now(volume);
+        }
+        let path = self.subvolume(volume);
+        // One without an image is half made; whatever else is in there is somebody else's.
+        let is_ours = is_there(&path)? && (is_there(&files.image)? || is_empty(&path)?);
+        if is_ours {
+            for name in self.snapshot_names(volume)? {
+                delete_subvolume(&self.snapshot_path(volume, &name))?;
+            }
+            delete_subvolume(&path)?;
+        }
+        // Fails as long as there are other volumes, which is right.
+        let _ = fs::remove_dir(self.plain.guest_dir(volume.guest_id()));
+        Ok(is_ours)
+    }
+
+    fn list_now(&self, guest_id: Option<u32>) -> Result<Vec<StoredVolume>, StorageError> {
+        self.check_file_system()?;
+        let id = self.plain.id();
+        // Files as in a directory.
+        let mut found = self.plain.list_now(guest_id)?;
+        found.retain(|stored| is_plain(&stored.volume));
+        for (guest_id, dir) in self.plain.guest_dirs(guest_id)? {
+            for name in names_in(&dir)? {
+                let path = dir.join(&name);
+                if !path.is_dir() {
+                    continue;
+                }
+                let format = ImageFormat::ALL
+                    .into_iter()
+                    .find(|format| path.join(format!("{STEM}.{}", format.ending())).exists());
+                // A half-made one has no image yet; freeing any format of it removes it.
+                let format = match format {
+                    Some(format) => format,
+                    None if is_empty(&path)? => ImageFormat::Raw,
+                    None => continue,
+                };
+                let Ok(volume) = VolumeId::new(id, guest_id, &name, format) else { continue };
+                let files = self.files(&volume)?;
+                found.push(stored(volume, &files));
+            }
+        }
+        found.sort_by(|a, b| {
+            let key = |stored: &StoredVolume| (stored.volume.guest_id(), stored.volume.to_string());
+            key(a).cmp(&key(b))
+        });
+        Ok(found)
+    }
+
+    fn snapshot_names(&self, volume: &VolumeId) -> Result<Vec<String>, StorageError> {
+        let prefix = format!("{}@", volume.name());
+        let names = names_in(&self.plain.guest_dir(volume.guest_id()))?;
+        Ok(names.iter().filter_map(|name| name.strip_prefix(&prefix)).map(str::to_owned).collect())
+    }
+
+    fn snapshot_now(&self, volume: &VolumeId, name: &str) -> Result<(), StorageError> {
+        check_snapshot_name(name)?;
+        self.existing(volume)?;
+        if is_plain(volume) {
+            return Err(StorageError::NoSnapshots {
+                id: self.plain.id().to_owned(),
+                kind: BTRFS_KIND,
+                volume: volume.to_string(),
+                format: volume.format(),
+            });
+        }
+        let path = self.snapshot_path(volume, name);
+        // Else the snapshot would be made within the one that is there.
+        if path.exists() {
+            return Err(StorageError::Exists { volume: format!("{volume}@{name}") });
+        }
+        let mut command = Command::new(BTRFS);
+        command.args(["subvolume", "snapshot", "-r", "--"]).arg(self.subvolume(volume)).arg(&path);
+        btrfs(command, "subvolume snapshot", &path)
+    }
+
+    fn delete_snapshot_now(&self, volume: &VolumeId, name: &str) -> Result<bool, StorageError> {
+        check_snapshot_name(name)?;
+        self.existing(volume)?;
+        let path = self.snapshot_path(volume, name);
+        if is_plain(volume) || !path.exists() {
+            return Ok(false);
+        }
+        delete_subvolume(&path).map(|()| true)
+    }
+}
+
+/// Whether a volume is a file without a subvolume.
+fn is_plain(volume: &VolumeId) -> bool {
+    volume.format() == ImageFormat::Qcow2
+}
+
+fn is_there(path: &Path) -> Result<bool, StorageError> {
+    let fault = |source| StorageError::Io { what: "look at", path: path.to_owned(), source };
+    path.try_exists().map_err(fault)
+}
+
+fn is_empty(dir: &Path) -> Result<bool, StorageError> {
+    Ok(names_in(dir)?.is_empty())
+}
+
+fn create_subvolume(path: &Path, volume: &VolumeId) -> Result<(), StorageError> {
+    let mut command = Command::new(BTRFS);
+    command.args(["subvolume", "create", "--"]).arg(path);
+    btrfs(command, "subvolume create", path).map_err(|error| match error {
+        // The program looks first and then makes it; both ends say so in other words.
+        StorageError::Btrfs { ref message, .. } if message.contains("exist") && path.exists() => {
+            StorageError::Exists { volume: volume.to_string() }
+        }
+        other => other,
+    })
+}
+
+/// Returns when the removal is durable.
+fn delete_subvolume(path: &Path) -> Result<(), StorageError> {
+    let mut command = Command::new(BTRFS);
+    command.args(["subvolume", "delete", "--commit-after", "--"]).arg(path);
+    btrfs(command, "subvolume delete", path)
+}
+
+fn btrfs(command: Command, doing: &'static str, path: &Path) -> Result<(), StorageError> {
+    run(command).map(drop).map_err(|message| StorageError::Btrfs {
+        doing,
+        path: path.to_owned(),
+        message: message.lines().last().unwrap_or_default().to_owned(),
+    })
+}
+
+impl Storage for BtrfsStorage {
+    fn id(&self) -> &str {
+        self.plain.id()
+    }
+
+    fn kind(&self) -> &'static str {
+        BTRFS_KIND
+    }
+
+    fn volume_path(&self, volume: &VolumeId) -> Result<PathBuf, StorageError> {
+        Ok(self.files(volume)?.image)
+    }
+
+    fn data_path(&self, volume: &VolumeId) -> Result<Option<PathBuf>, StorageError> {
+        Ok(self.files(volume)?.data)
+    }
+
+    fn allocate<'a>(
+        &'a self,
+        tools: &'a Tools,
+        guest_id: u32,
+        name: &'a str,
+        format: ImageFormat,
+        size_bytes: u64,
+    ) -> BoxFuture<'a, Result<VolumeId, StorageError>> {
+        let (this, tools) = (self.clone(), tools.clone());
+        Box::pin(async move {
+            check_size(size_bytes)?;
+            let volume = VolumeId::new(self.id(), guest_id, name, format)?;
+            let new = volume.clone();
+            beside(move || this.allocate_now(&tools, &new, size_bytes)).await?.keep();
+            Ok(volume)
+        })
+    }
+
+    fn resize<'a>(
+        &'a self,
+        tools: &'a Tools,
+        volume: &'a VolumeId,
+        size_bytes: u64,
+    ) -> BoxFuture<'a, Result<(), StorageError>> {
+        let (this, tools, volume) = (self.clone(), tools.clone(), volume.clone());
+        Box::pin(beside(move || {
+            this.existing(&volume)?.resize(&tools, &volume.to_string(), size_bytes)
+        }))
+    }
+
+    fn free<'a>(&'a self, volume: &'a VolumeId) -> BoxFuture<'a, Result<bool, StorageError>> {
+        let (this, volume) = (self.clone(), volume.clone());
+        Box::pin(beside(move || this.free_now(&volume)))
+    }
+
+    fn list(
+        &self,
+        guest_id: Option<u32>,
+    ) -> BoxFuture<'_, Result<Vec<StoredVolume>, StorageError>> {
+        let this = self.clone();
+        Box::pin(beside(move || this.list_now(guest_id)))
+    }
+
+    fn snapshot<'a>(
+        &'a self,
+        _tools: &'a Tools,
+        volume: &'a VolumeId,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StorageError>> {
+        let (this, volume, name) = (self.clone(), volume.clone(), name.to_owned());
+        Box::pin(beside(move || this.snapshot_now(&volume, &name)))
+    }
+
+    fn delete_snapshot<'a>(
+        &'a self,
+        _tools: &'a Tools,
+        volume: &'a VolumeId,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<bool, StorageError>> {
+        let (this, volume, name) = (self.clone(), volume.clone(), name.to_owned());
+        Box::pin(beside(move || this.delete_snapshot_now(&volume, &name)))
+    }
+
+    fn snapshots<'a>(
+        &'a self,
+        _tools: &'a Tools,
+        volume: &'a VolumeId,
+    ) -> BoxFuture<'a, Result<Vec<String>, StorageError>> {
+        let (this, volume) = (self.clone(), volume.clone());
+        Box::pin(beside(move || {
+            this.existing(&volume)?;
+            if is_plain(&volume) { Ok(Vec::new()) } else { this.snapshot_names(&volume) }
+        }))
+    }
+
+    fn status(&self) -> BoxFuture<'_, Result<StorageStatus, StorageError>> {
+        let this = self.clone();
+        Box::pin(beside(move || {
+            this.check_file_system()?;
+            fs_status(this.plain.path())
+        }))
+    }
+}
