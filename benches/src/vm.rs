@@ -94,7 +94,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Makes and starts a VM in a new folder in `folder`. Its guest does nothing.
+    /// Makes and starts a VM in a new folder in `folder`; disks that are copies of files come first.
+    /// Its guest does nothing.
     ///
     /// # Errors
     /// Something is missing or fails.

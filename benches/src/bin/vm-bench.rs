@@ -182,13 +182,13 @@ async fn increment(options: &Options, programs: &Programs) -> Result<Case> {
     let dirty = options.dirty * MIB;
     let mut case = Case::new("increment", dirty, &[INCREMENT, COPY]);
     let changed = Disk::ensure(&options.folder, dirty)?;
-    let disks = [Content::Empty(SPARSE_BYTES), Content::File(changed.path)];
+    let disks = [Content::File(changed.path), Content::Empty(SPARSE_BYTES)];
     let vm = Vm::start(programs, &options.folder, &disks).await?;
-    // The increments build upon it; it holds the second disk, which does not change later.
+    // The increments build upon it; it holds the first disk, which does not change later.
     vm.backup().await?;
     for round in 0..options.rounds {
         let pattern = u8::try_from(round % 255 + 1)?;
-        vm.write(0, pattern, (u64::from(round) * 7 + 1) << 32, dirty).await?;
+        vm.write(1, pattern, (u64::from(round) * 7 + 1) << 32, dirty).await?;
         for way in order(2, round) {
             let seconds = match way {
                 0 => vm.backup().await.and_then(|backup| {
@@ -196,7 +196,7 @@ async fn increment(options: &Options, programs: &Programs) -> Result<Case> {
                     ensure!(read == dirty, "it read {read} of {dirty} changed bytes");
                     Ok(backup.seconds)
                 }),
-                _ => vm.copy(Tool::NbdcopyQcow2, 1, dirty).await,
+                _ => vm.copy(Tool::NbdcopyQcow2, 0, dirty).await,
             };
             case.add(way, round, seconds);
         }
