@@ -26,9 +26,6 @@ const KINDS: &[&str] =
     &["patch", "file", "header", "qapi", "callback", "parameter", "member", "function", "name"];
 /// Where each kind of QAPI definition may stand.
 const QAPI_FOLDER: &str = "qapi";
-/// What says that a file has our patch already.
-const PATCHED: &str = "backup-access";
-const PATCHED_BUILD: &str = "backup-ext";
 
 /// Which probes are shown.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -241,13 +238,17 @@ impl Judge<'_> {
     /// Whether one hunk of the patch fits as it is, as Debian's tools want it; a tree that has it
     /// already is fine.
     fn anchor(&self, file: &str, hunk: &str) -> Result<Option<String>> {
-        let path = self.tree.join(file);
-        let Ok(text) = fs::read_to_string(&path) else { return Ok(Some("no such file".into())) };
-        if text.contains(PATCHED) || text.contains(PATCHED_BUILD) {
-            return Ok(None);
+        if !self.tree.join(file).is_file() {
+            return Ok(Some("no such file".into()));
         }
+        let fits = self.applies(hunk, &[])? || self.applies(hunk, &["--reverse"])?;
+        Ok((!fits).then(|| "the place to change is not found".into()))
+    }
+
+    fn applies(&self, hunk: &str, options: &[&str]) -> Result<bool> {
         let mut child = Command::new("patch")
             .args(["-p1", "--fuzz=0", "--dry-run", "--force", "--silent"])
+            .args(options)
             .current_dir(self.tree)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -258,8 +259,7 @@ impl Judge<'_> {
             // A patch that ends early has failed; its exit code says so.
             let _ = std::io::Write::write_all(&mut stdin, hunk.as_bytes());
         }
-        let fits = child.wait().context("patch: cannot wait for it")?.success();
-        Ok((!fits).then(|| "the place to change is not found".into()))
+        Ok(child.wait().context("patch: cannot wait for it")?.success())
     }
 }
 
