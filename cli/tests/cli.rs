@@ -239,7 +239,9 @@ fn archives_are_verified_and_damage_is_told() {
     assert_eq!(report["archives"][0]["damage_count"], 1, "{report}");
     let damage = &report["archives"][0]["damage"][0];
     assert!(first.ends_with(damage["archive"].as_str().unwrap()), "{damage}");
-    assert_eq!(damage["area"]["offset"], 4 << 20);
+    // Where on the disk the last cluster of the image is, depends on who was faster.
+    let area = ["offset", "length_bytes"].map(|key| damage["area"][key].as_u64().unwrap() >> 20);
+    assert!(area == [0, 4] || area == [4, 1], "{damage}");
     let text = String::from_utf8(place.run(&["list"]).stdout).unwrap();
     assert!(text.contains("VERIFIED") && text.contains("DAMAGED"), "{text}");
     // What was damaged is never skipped, and one that cannot be listed is not forgotten.
