@@ -157,9 +157,16 @@ async fn choose(
 ) -> Result<Vec<Wanted>, HostError> {
     let mut archives = in_time(provider.list(&call())).await.map_err(fault(storage))?;
     let mut unreadable = in_time(provider.unreadable(&call())).await.map_err(fault(storage))?;
-    for name in archives.iter().map(|archive| &archive.name).chain(&unreadable) {
-        check_archive_name(name).map_err(HostError::Archive)?;
-    }
+    // A bad name becomes part of no line and no call.
+    let is_good = |name: &str| {
+        let checked = check_archive_name(name);
+        if let Err(fault) = &checked {
+            sink.error(&format!("an archive of '{storage}' is left out: {}", clean(fault)));
+        }
+        checked.is_ok()
+    };
+    archives.retain(|archive| is_good(&archive.name));
+    unreadable.retain(|name| is_good(name));
     if !names.is_empty() {
         let is_there = |name: &&str| {
             archives.iter().map(|archive| &archive.name).chain(&unreadable).any(|n| n == name)

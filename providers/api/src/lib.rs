@@ -244,7 +244,7 @@ pub trait Provider: Send + Sync {
     /// between. What a crash leaves is cleaned up by the next [`Provider::activate`].
     ///
     /// Refused with [`Kind::Protected`] for a protected archive (the host asks first, but somebody
-    /// else may be faster), [`Kind::InUse`] while it is restored or built upon, [`Kind::NotFound`]
+    /// else may be faster), [`Kind::InUse`] while it is restored, verified or built upon, [`Kind::NotFound`]
     /// for one that is not there. The next backup of the guest must not be an increment on what is
     /// gone: a provider asks for the generation of an archive that it has, else for a new bitmap.
     ///

@@ -138,8 +138,15 @@ async fn a_sound_archive_is_found_sound_and_that_is_remembered() {
 
     // What is known to be sound is not read once more.
     let options = VerifyOptions { known_sound: chain.names[..2].to_vec(), ..options };
+    for name in &chain.names[..2] {
+        assert!(chain.verify(name, ALL).await.unwrap().is_sound());
+    }
     let own = provider.verify(chain.top(), &options, &recorder, call).await.unwrap();
     assert!(own.is_sound() && own.blocks == 3 && own.read_bytes < all.read_bytes);
+    // Unless it was read otherwise.
+    assert!(chain.verify(&chain.names[1], sample(50, 1)).await.unwrap().is_sound());
+    let own = provider.verify(chain.top(), &options, &recorder, call).await.unwrap();
+    assert_eq!(own.blocks, 6);
 
     let mut blocks = Vec::new();
     for seed in 0..20 {
@@ -371,6 +378,20 @@ async fn what_is_being_verified_is_not_removed() {
     // It was written anew.
     assert_eq!(chain.listed(chain.top()).await.verified, None);
     chain.must_be_sound().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_anew_is_read_although_it_was_known() {
+    let chain = Chain::new(11).await;
+    for name in &chain.names {
+        assert!(chain.verify(name, ALL).await.unwrap().is_sound());
+    }
+    let (provider, call) = (&chain.bench.provider, &chain.bench.call);
+    provider.remove(&chain.names[0], call).await.unwrap();
+    let options = VerifyOptions { extent: ALL, known_sound: chain.names[..2].to_vec() };
+    let report = provider.verify(chain.top(), &options, &Recorder::default(), call).await.unwrap();
+    assert!(report.is_sound());
+    assert_eq!(report.blocks, 6, "the second archive is another one now");
 }
 
 /// Removals from all ends while everything is verified again and again.
