@@ -265,7 +265,7 @@ impl Task<'_> {
                 archive.blocks = report.blocks;
                 self.judge(volid, report)
             }
-            Err(error) if error.kind == Kind::NotFound => {
+            Err(error) if error.kind == Kind::NotFound && self.is_gone(name).await => {
                 sink.info(&format!("'{volid}' was removed meanwhile"));
                 VerifyResult::Gone
             }
@@ -275,6 +275,12 @@ impl Task<'_> {
                 VerifyResult::Failed { error }
             }
         };
+    }
+
+    /// Whether an archive is listed no more: something else than the archive may be missing.
+    async fn is_gone(&self, name: &str) -> bool {
+        let list = in_time(self.provider.list(&call())).await;
+        list.is_ok_and(|archives| archives.iter().all(|archive| archive.name != name))
     }
 
     /// Tells what a provider found. Its texts are untrusted.
