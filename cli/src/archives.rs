@@ -1,17 +1,40 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The commands that change archives: prune, remove, notes, protect, unprotect.
+//! The commands for archives: verify, prune, remove, notes, protect, unprotect.
 
 use std::process::ExitCode;
 
 use serde_json::json;
-use vzdump_host::{Fate, GuestKind, PruneReport, PruneRequest, PrunedArchive};
+use vzdump_host::{
+    Fate, GuestKind, PruneReport, PruneRequest, PrunedArchive, Verified, VerifyExtent,
+    VerifyRequest, VerifyResult, VerifySummary, random_seed, size, utc,
+};
 
-use crate::args::{Kind, PruneArgs};
+use crate::args::{Kind, PruneArgs, VerifyArgs};
 use crate::commands::{CommandResult, Run, task_result};
 use crate::output::{self, printable, table};
 use crate::task::Screen;
 
 impl Run<'_> {
+    pub(crate) async fn verify(&self, args: VerifyArgs) -> CommandResult {
+        let extent = args.sample.map_or(VerifyExtent::All, |percent| VerifyExtent::Sample {
+            percent,
+            seed: args.seed.unwrap_or_else(random_seed),
+        });
+        let request = VerifyRequest {
+            archives: args.archives,
+            storage: args.storage,
+            guests: args.guest,
+            extent,
+            not_since_days: args.not_since,
+        };
+        let screen = Screen::new(self.output, false);
+        let summary = self.host.verify(request, &screen, self.cancel).await?;
+        drop(screen);
+        let success = summary.is_success();
+        self.output.result(&task_result(json!(summary), success), || verify_text(&summary));
+        Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
     pub(crate) async fn prune(&self, args: PruneArgs) -> CommandResult {
         let request = PruneRequest {
             ids: args.ids,
@@ -63,6 +86,39 @@ impl Run<'_> {
         });
         Ok(ExitCode::SUCCESS)
     }
+}
+
+fn verify_text(summary: &VerifySummary) -> String {
+    let rows = summary.archives.iter().map(|archive| {
+        let result = match &archive.result {
+            VerifyResult::Sound => "sound".to_owned(),
+            VerifyResult::Damaged { damage_count, .. } => format!("DAMAGED ({damage_count})"),
+            VerifyResult::Skipped => "skipped (verified lately)".to_owned(),
+            VerifyResult::Gone => "removed meanwhile".to_owned(),
+            VerifyResult::Failed { error } => format!("FAILED: {}", printable(error)),
+        };
+        vec![archive.volid.clone(), size(archive.read_bytes), result]
+    });
+    let mut text = table(&["VOLID", "READ", "RESULT"], rows.collect());
+    if let VerifyExtent::Sample { percent, seed } = summary.extent {
+        text.push_str(&format!("a sample of {percent} %; --seed {seed} reads the same again\n"));
+    }
+    text
+}
+
+/// When an archive was verified last, how much of it if not all, and whether it was damaged.
+pub(crate) fn verified_text(verified: Option<Verified>) -> String {
+    let Some(Verified { time_s, extent, damage_count }) = verified else {
+        return "-".to_owned();
+    };
+    let mut text = utc(time_s).unwrap_or_else(|| "?".to_owned());
+    if let VerifyExtent::Sample { percent, .. } = extent {
+        text.push_str(&format!(" {percent}%"));
+    }
+    if damage_count > 0 {
+        text.push_str(" DAMAGED");
+    }
+    text
 }
 
 fn prune_text(report: &PruneReport) -> String {

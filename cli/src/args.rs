@@ -79,6 +79,8 @@ pub(crate) enum Command {
     },
     /// Restore an archive as a new guest
     Restore(RestoreArgs),
+    /// Read archives again and compare them with what was stored
+    Verify(VerifyArgs),
     /// Remove the archives that no rule keeps
     Prune(PruneArgs),
     /// Remove an archive; increments that build upon it keep what they need
@@ -312,6 +314,29 @@ pub(crate) struct BackupArgs {
     /// How many minutes a guest may take to shut down in the mode stop [default: 10]
     #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u32).range(1..=i64::from(STOP_WAIT_MAX_MINUTES)))]
     pub(crate) stopwait: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("what").required(true).args(["archives", "storage"])))]
+pub(crate) struct VerifyArgs {
+    /// The archives, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or their names
+    #[arg(value_name = "ARCHIVE")]
+    pub(crate) archives: Vec<String>,
+    /// Verify all archives of this storage
+    #[arg(long)]
+    pub(crate) storage: Option<String>,
+    /// Only archives of this guest; may be repeated
+    #[arg(long, value_name = "ID", conflicts_with = "archives")]
+    pub(crate) guest: Vec<u32>,
+    /// Read so many of a hundred blocks, chosen at random; by default all
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) sample: Option<u8>,
+    /// Choose the same blocks as an earlier run, whose number it told
+    #[arg(long, value_name = "N", requires = "sample")]
+    pub(crate) seed: Option<u32>,
+    /// Leave out what was found sound within so many days, by reading at least as much as now
+    #[arg(long, value_name = "DAYS")]
+    pub(crate) not_since: Option<u32>,
 }
 
 #[derive(Debug, Args)]

@@ -14,6 +14,7 @@ use vzdump_host::{
     VmStatus, size,
 };
 
+use crate::archives::verified_text;
 use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, RestoreArgs, VmCommand};
 use crate::output::{self, Failure, Output, printable, table};
 use crate::pages;
@@ -50,6 +51,7 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
         Command::List { storage } => run.list(storage.as_deref()).await,
         Command::ShowConfig { archive, firewall } => run.show_config(&archive, firewall).await,
         Command::Restore(args) => run.restore(args).await,
+        Command::Verify(args) => run.verify(args).await,
         Command::Prune(args) => run.prune(args).await,
         Command::Remove { archive } => run.remove(&archive).await,
         Command::Notes { archive, text } => run.notes(&archive, text.as_deref()).await,
@@ -186,10 +188,21 @@ impl Run<'_> {
                     size(archive.size_bytes),
                     archive.base.clone().unwrap_or_else(|| "-".to_owned()),
                     if archive.protected { "yes" } else { "-" }.to_owned(),
+                    verified_text(archive.verified),
                     printable(archive.notes.as_deref().unwrap_or("-")),
                 ]
             });
-            let header = ["VOLID", "SUBTYPE", "VMID", "TIME", "SIZE", "BASE", "PROTECTED", "NOTES"];
+            let header = [
+                "VOLID",
+                "SUBTYPE",
+                "VMID",
+                "TIME",
+                "SIZE",
+                "BASE",
+                "PROTECTED",
+                "VERIFIED",
+                "NOTES",
+            ];
             table(&header, rows.collect())
         });
         Ok(if list.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -176,3 +176,78 @@ fn a_vm_is_backed_up_twice_and_restored() {
     let doctor = place.json(&["doctor"]);
     assert_eq!(doctor["pending"], Value::Array(Vec::new()));
 }
+
+#[test]
+fn archives_are_verified_and_damage_is_told() {
+    let place = Place::new();
+    for wrong in
+        [&["verify"][..], &["verify", "a", "--guest", "1"], &["verify", "a", "--seed", "1"]]
+    {
+        assert_eq!(place.run(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+    assert_eq!(place.run(&["verify", "backups:backup/none"]).status.code(), Some(1));
+    if !place.has_qemu() {
+        return;
+    }
+    let source = place.path("source");
+    fs::write(&source, vec![0x5a; 5 << 20]).unwrap();
+    place.json(&["vm", "create", "100", "--memory", "64", "--disk-from", source.to_str().unwrap()]);
+    place.json(&["vm", "start", "100", "--paused"]);
+    place.json(&["backup", "100"]);
+    place.json(&["backup", "100"]);
+    let verified = |list: Value| {
+        let archives = list["archives"].as_array().unwrap().clone();
+        archives.into_iter().map(|archive| archive["verified"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(verified(place.json(&["list"])), [Value::Null, Value::Null]);
+
+    let all = place.json(&["verify", "--storage", "backups"]);
+    assert_eq!((&all["extent"], &all["success"]), (&"all".into(), &true.into()));
+    let results = |report: &Value| -> Vec<String> {
+        let archives = report["archives"].as_array().unwrap();
+        archives.iter().map(|archive| archive["result"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(results(&all), ["sound", "sound"]);
+    assert_eq!(all["archives"][0]["read_bytes"], 5 << 20);
+    // What the first one holds is not read twice.
+    assert_eq!(all["archives"][1]["read_bytes"], 0);
+    let listed = verified(place.json(&["list"]));
+    assert!(listed.iter().all(|verified| verified["extent"] == "all"), "{listed:?}");
+    let again = place.json(&["verify", "--storage", "backups", "--not-since", "1"]);
+    assert_eq!(results(&again), ["skipped", "skipped"]);
+    let other = place.json(&["verify", "--storage", "backups", "--guest", "101"]);
+    assert!(results(&other).is_empty());
+
+    let list = place.json(&["list"]);
+    let first = list["archives"][0]["volid"].as_str().unwrap();
+    let second = list["archives"][1]["volid"].as_str().unwrap();
+    let output = place.run(&["verify", second, "--sample", "50", "--seed", "7"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.ends_with("a sample of 50 %; --seed 7 reads the same again\n"), "{text}");
+
+    let directory = place.path("backups").join(first.strip_prefix("backups:backup/").unwrap());
+    let image = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path());
+    let image = image.into_iter().find(|path| path.extension().is_some_and(|e| e == "qcow2"));
+    let image = image.unwrap();
+    let mut bytes = fs::read(&image).unwrap();
+    let data = bytes.iter().rposition(|byte| *byte == 0x5a).unwrap();
+    bytes[data] ^= 1;
+    fs::write(&image, bytes).unwrap();
+    let output = place.run(&["verify", second, "--output", "json"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let report = last_json(&output);
+    assert_eq!(report["archives"][0]["damage_count"], 1, "{report}");
+    let damage = &report["archives"][0]["damage"][0];
+    assert!(first.ends_with(damage["archive"].as_str().unwrap()), "{damage}");
+    // Where on the disk the last cluster of the image is, depends on who was faster.
+    let area = ["offset", "length_bytes"].map(|key| damage["area"][key].as_u64().unwrap() >> 20);
+    assert!(area == [0, 4] || area == [4, 1], "{damage}");
+    let text = String::from_utf8(place.run(&["list"]).stdout).unwrap();
+    assert!(text.contains("VERIFIED") && text.contains("DAMAGED"), "{text}");
+    // What was damaged is never skipped, and one that cannot be listed is not forgotten.
+    fs::write(directory.join("manifest.json"), "{").unwrap();
+    let arguments = ["verify", "--storage", "backups", "--not-since", "9", "--output", "json"];
+    let output = place.run(&arguments);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(results(&last_json(&output)), ["damaged", "damaged"]);
+}

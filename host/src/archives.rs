@@ -5,7 +5,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use provider_api::{Archive, Call, GuestConfig, GuestKind, check_archive_name, notes_line};
+use provider_api::{
+    Archive, Call, GuestConfig, GuestKind, Verified, check_archive_name, notes_line,
+};
 use serde::Serialize;
 use vzdump_core::config::storage::is_storage_id;
 
@@ -65,6 +67,8 @@ pub struct ArchiveInfo {
     pub protected: bool,
     /// The first line of its notes.
     pub notes: Option<String>,
+    /// The last verification that came to its end.
+    pub verified: Option<Verified>,
 }
 
 /// A storage that could not be listed, or an archive that is not shown.
@@ -158,6 +162,12 @@ impl Host {
     }
 }
 
+/// A time in words; none if it cannot be.
+#[must_use]
+pub fn utc(time_s: i64) -> Option<String> {
+    jiff::Timestamp::from_second(time_s).ok().map(|time| time.to_string())
+}
+
 /// Everything a provider says is checked: it becomes part of command lines and terminals.
 fn info(storage: &str, archive: Archive) -> Result<ArchiveInfo, String> {
     check_archive_name(&archive.name)?;
@@ -169,19 +179,20 @@ fn info(storage: &str, archive: Archive) -> Result<ArchiveInfo, String> {
         }
         None => None,
     };
-    let time = jiff::Timestamp::from_second(archive.time_s);
-    let time = time.map_err(|_| format!("Archive '{}' has an impossible time.", archive.name))?;
+    let time = utc(archive.time_s)
+        .ok_or_else(|| format!("Archive '{}' has an impossible time.", archive.name))?;
     Ok(ArchiveInfo {
         volid: volid(archive.name),
         subtype: archive.subtype,
         vmid: archive.guest_id,
         time_s: archive.time_s,
-        time: time.to_string(),
+        time,
         size_bytes: archive.size_bytes,
         base,
         protected: archive.protected,
         // Cut here as well: who sends more than a line could send anything.
         notes: archive.notes.as_deref().and_then(notes_line).map(|line| clean(&line)),
+        verified: archive.verified,
     })
 }
 
@@ -211,6 +222,7 @@ mod tests {
             commit_id: None,
             protected: true,
             notes: Some("one\u{1b}\ntwo".to_owned()),
+            verified: None,
         };
         let good = info("store", archive("a", 0)).unwrap();
         assert_eq!(

@@ -22,6 +22,7 @@ mod plan;
 mod providers;
 mod retention;
 mod tasks;
+mod verify;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,15 +39,16 @@ use vzdump_core::vm::destroy::DestroyError;
 use vzdump_core::vm::freeze_guard::GuardCommand;
 use vzdump_core::vm::runner::{self, RunnerError};
 
-pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem};
+pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem, utc};
 pub use doctor::{Check, DoctorReport, Pending};
 pub use images::{ImageInfo, ImageUse, StorageState};
 pub use plan::{BackupPlan, BackupRequest};
-pub use provider_api::GuestKind;
+pub use provider_api::{Damage, GuestKind, Verified, VerifyExtent};
 pub use providers::{StorageInfo, StorageUse};
 pub use retention::{PruneReport, PruneRequest, PrunedArchive};
 pub use tasks::RestoreRequest;
 pub use tokio_util::sync::CancellationToken;
+pub use verify::{VerifiedArchive, VerifyRequest, VerifyResult, VerifySummary, random_seed};
 pub use vzdump_core::config::backup::{
     BackupSettings, IONICE_MAX, STOP_WAIT_MAX_MINUTES, Selection, WAIT_MAX_MINUTES, without_meaning,
 };

@@ -15,6 +15,7 @@ use vzdump_core::lock::FileLock;
 use vzdump_core::prune::{self, Fate, PruneEntry, Pruner};
 use vzdump_core::retention::Retention;
 
+use crate::archives::utc;
 use crate::{ArchiveName, CancellationToken, Host, HostError, TaskSink};
 
 /// The property of `storage.cfg` and `vzdump.conf` that says what is kept.
@@ -27,7 +28,7 @@ const LOCK_WAIT: Duration = Duration::from_secs(1);
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What a provider may be unable to do, and its name in words.
-type Ability = (fn(&Capabilities) -> bool, &'static str);
+pub(crate) type Ability = (fn(&Capabilities) -> bool, &'static str);
 const NOTES: Ability = (|abilities| abilities.notes, "keep notes");
 const PROTECT: Ability = (|abilities| abilities.protect, "protect archives");
 const REMOVE: Ability = (|abilities| abilities.remove, "remove archives");
@@ -194,8 +195,7 @@ impl Host {
             subtype: entry.subtype,
             vmid: entry.vmid,
             time_s: entry.time_s,
-            time: jiff::Timestamp::from_second(entry.time_s)
-                .map_or_else(|_| String::new(), |time| time.to_string()),
+            time: utc(entry.time_s).unwrap_or_default(),
             fate: entry.fate,
         });
         Ok(PruneReport {
@@ -326,34 +326,41 @@ impl Host {
     }
 
     /// An archive and its provider, if that can do what is wanted.
-    async fn open_archive(
+    pub(crate) async fn open_archive(
         &self,
         archive: &str,
-        (is_able, what): Ability,
+        ability: Ability,
     ) -> Result<(ArchiveName, Arc<dyn Provider>), HostError> {
         let name = self.resolve_archive(archive).await?;
-        let provider = self.providers.get(&name.storage).map_err(HostError::Storage)?;
+        let provider = self.able_provider(&name.storage, ability)?;
+        Ok((name, provider))
+    }
+
+    /// The provider of a storage, if it can do what is wanted.
+    pub(crate) fn able_provider(
+        &self,
+        storage: &str,
+        (is_able, what): Ability,
+    ) -> Result<Arc<dyn Provider>, HostError> {
+        let provider = self.providers.get(storage).map_err(HostError::Storage)?;
         if is_able(&provider.describe().capabilities) {
-            return Ok((name, provider));
+            return Ok(provider);
         }
-        Err(HostError::Storage(format!(
-            "The provider of the storage '{}' cannot {what}.",
-            name.storage
-        )))
+        Err(HostError::Storage(format!("The provider of the storage '{storage}' cannot {what}.")))
     }
 }
 
-fn call() -> Call {
+pub(crate) fn call() -> Call {
     Call { cancel: CancellationToken::new(), deadline: Instant::now().checked_add(CALL_TIMEOUT) }
 }
 
-fn fault(storage: &str) -> impl FnOnce(provider_api::Error) -> HostError {
+pub(crate) fn fault(storage: &str) -> impl FnOnce(provider_api::Error) -> HostError {
     let storage = storage.to_owned();
     move |source| HostError::Provider { storage, source }
 }
 
 /// For a provider that does not obey its deadline.
-async fn in_time<T>(
+pub(crate) async fn in_time<T>(
     work: impl Future<Output = provider_api::Result<T>>,
 ) -> provider_api::Result<T> {
     match tokio::time::timeout(CALL_TIMEOUT, work).await {
@@ -366,7 +373,7 @@ async fn in_time<T>(
 }
 
 /// Lets the provider clean up first, so that nothing is removed or merged on top of a half removal.
-async fn activate(
+pub(crate) async fn activate(
     provider: &dyn Provider,
     storage: &str,
     cancel: &CancellationToken,

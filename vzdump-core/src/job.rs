@@ -12,7 +12,7 @@ pub mod hooks;
 #[cfg(debug_assertions)]
 pub(crate) mod kill_point;
 mod one_guest;
-mod progress;
+pub(crate) mod progress;
 pub mod report;
 mod run;
 pub mod state;

@@ -33,4 +33,5 @@ pub mod retention;
 pub mod storage;
 pub mod task_log;
 pub mod tools;
+pub mod verify;
 pub mod vm;

@@ -26,6 +26,7 @@
 mod error;
 mod guest;
 mod restore;
+mod verify;
 
 pub use error::{Error, Kind, Result};
 pub use guest::{
@@ -33,6 +34,9 @@ pub use guest::{
     Progress, Transferred, VmBackup, Volume, VolumeInfo,
 };
 pub use restore::{RestoreDevice, VmRestore, VolumeSource};
+pub use verify::{
+    DAMAGE_MAX, Damage, DamagedArea, Verified, VerifyExtent, VerifyOptions, VerifyReport,
+};
 
 use std::future::Future;
 use std::pin::Pin;
@@ -98,6 +102,9 @@ pub struct Capabilities {
     /// Removes archives: [`Provider::remove`].
     #[serde(default)]
     pub remove: bool,
+    /// Verifies archives: [`Provider::verify`].
+    #[serde(default)]
+    pub verify: bool,
 }
 
 /// Space of the storage behind a provider.
@@ -133,6 +140,10 @@ pub struct Archive {
     /// the rest is only in [`Provider::notes`].
     #[serde(default)]
     pub notes: Option<String>,
+    /// The last verification that came to its end; none if there was none, or if the archive was
+    /// written anew since.
+    #[serde(default)]
+    pub verified: Option<Verified>,
 }
 
 /// What became of a commit.
@@ -168,7 +179,7 @@ pub trait Provider: Send + Sync {
     fn describe(&self) -> Description;
 
     /// Makes the storage ready, and removes what dead jobs and removals left in it. Called once per job,
-    /// restore, prune or removal before anything else, also while others are under way; must be
+    /// restore, prune, removal or verification before anything else, also while others are under way; must be
     /// idempotent. An error fails that task before any guest or archive is touched. May take minutes.
     fn activate<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<()>>;
 
@@ -233,7 +244,7 @@ pub trait Provider: Send + Sync {
     /// between. What a crash leaves is cleaned up by the next [`Provider::activate`].
     ///
     /// Refused with [`Kind::Protected`] for a protected archive (the host asks first, but somebody
-    /// else may be faster), [`Kind::InUse`] while it is restored or built upon, [`Kind::NotFound`]
+    /// else may be faster), [`Kind::InUse`] while it is restored, verified or built upon, [`Kind::NotFound`]
     /// for one that is not there. The next backup of the guest must not be an increment on what is
     /// gone: a provider asks for the generation of an archive that it has, else for a new bitmap.
     ///
@@ -241,6 +252,42 @@ pub trait Provider: Send + Sync {
     fn remove<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<()>> {
         let _ = call;
         unsupported(archive, "cannot be removed by this provider")
+    }
+
+    /// Reads an archive again, and whatever it builds upon, and compares it with what was stored when it
+    /// was made. Damage is no error: it is in the report, with the archive and the disk it was found in.
+    /// It counts also where a later archive of the chain hides it. Missing and foreign files are damage
+    /// too. The end of it is remembered durably with the archive, see [`Archive::verified`].
+    ///
+    /// Called when somebody asks for it, one archive of a storage after the other, those first that
+    /// others build upon; backups and restores may run meanwhile. Progress is reported in bytes of each
+    /// disk, which may be more than the disk has. Has no deadline: the host cancels it when nothing is
+    /// reported for long. Memory must not grow with the archive.
+    ///
+    /// An error means that it came to no end and nothing is known: [`Kind::NotFound`] for an archive
+    /// that is not there, or was removed before it could be kept, [`Kind::InUse`] while it is being
+    /// replaced, [`Kind::Cancelled`], and [`Kind::Io`] when the storage itself cannot be reached. An
+    /// archive that is being removed is never reported as damaged: a removal is refused with
+    /// [`Kind::InUse`] as long as this runs, or the other way round.
+    ///
+    /// Only called with [`Capabilities::verify`].
+    fn verify<'a>(
+        &'a self,
+        archive: &'a str,
+        options: &'a VerifyOptions,
+        progress: &'a dyn Progress,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<VerifyReport>> {
+        let _ = (options, progress, call);
+        unsupported(archive, "cannot be verified by this provider")
+    }
+
+    /// Names of archives that [`Provider::list`] leaves out, because too much of them is damaged to say
+    /// what they are. Asked before all archives of a storage are verified: [`Provider::verify`] must
+    /// take these names too. A provider that always lists everything has none.
+    fn unreadable<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Vec<String>>> {
+        let _ = call;
+        Box::pin(std::future::ready(Ok(Vec::new())))
     }
 
     /// The configuration files in an archive. At any time; [`Kind::NotFound`] without such an archive.

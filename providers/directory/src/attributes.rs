@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What may change about a committed archive: its notes and its protection.
+//! What may change about a committed archive: its notes, its protection, its last verification.
 //!
 //! Each is a file in the archive's directory, so they are copied and removed with it: `notes` holds
-//! the text, `protected` is empty and counts by being there. They are written, and looked at before
-//! a removal, under the storage's lock.
+//! the text, `protected` is empty and counts by being there, `verified` is JSON. They are written, and
+//! looked at before a removal, under the storage's lock.
 
 use std::fs;
 use std::path::Path;
 
-use provider_api::{NOTES_BYTES_MAX, Result, check_notes, notes_line};
+use provider_api::{Error, Kind, NOTES_BYTES_MAX, Result, Verified, check_notes, notes_line};
 
 use crate::call::{corrupt, invalid};
 use crate::files;
+use crate::limits::RECORD_BYTES_MAX;
 use crate::storage::{Storage, StorageLock};
 
 const NOTES_FILE: &str = "notes";
 const PROTECTED_FILE: &str = "protected";
+const VERIFIED_FILE: &str = "verified";
 
 /// All notes of an archive, whose name has been checked; empty without any.
 pub(crate) fn notes(storage: &Storage, archive: &str) -> Result<String> {
@@ -72,7 +74,27 @@ pub(crate) fn set_protected(
     files::sync_directory(&directory)
 }
 
-/// Takes both over into a directory that will replace the archive's.
+/// The last verification that came to its end. What cannot be read is as good as none.
+pub(crate) fn verified(storage: &Storage, archive: &str) -> Option<Verified> {
+    let path = storage.archive_path(archive).join(VERIFIED_FILE);
+    let text = files::read_if_exists(&path, RECORD_BYTES_MAX).ok()??;
+    serde_json::from_slice(&text).ok()
+}
+
+/// Remembers a verification. The archive must be kept from being replaced.
+pub(crate) fn set_verified(
+    storage: &Storage,
+    archive: &str,
+    verified: &Verified,
+    _lock: &StorageLock,
+) -> Result<()> {
+    let text = serde_json::to_vec(verified)
+        .map_err(|e| Error::with_source(Kind::Other, "Cannot write a verification.", e))?;
+    files::replace(&storage.archive_path(archive).join(VERIFIED_FILE), &text)
+}
+
+/// Takes notes and protection over into a directory that will replace the archive's. It holds other
+/// files, which nobody has verified.
 pub(crate) fn copy(
     storage: &Storage,
     archive: &str,

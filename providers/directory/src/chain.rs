@@ -115,7 +115,7 @@ fn check_image(path: &Path, disk: &Disk) -> Result<()> {
     let fault = if length == disk.file_size_bytes {
         Header::read(&mut file)
             .map_err(failed)?
-            .and_then(|h| h.check(disk.size_bytes, disk.backing_name().as_deref()))
+            .and_then(|h| h.check(disk.size_bytes, length, disk.backing_name().as_deref()))
             .err()
     } else {
         Some(format!("the file has {length} bytes, its manifest says {}", disk.file_size_bytes))

@@ -210,6 +210,35 @@ impl ChecksumReader {
     }
 }
 
+/// The lines of one file of checksums, which can be cut.
+pub(crate) struct Lines {
+    reader: ChecksumReader,
+    next: Option<Line>,
+}
+
+impl Lines {
+    pub(crate) fn new(mut reader: ChecksumReader) -> Result<Self> {
+        let next = reader.next()?;
+        Ok(Self { reader, next })
+    }
+
+    pub(crate) fn peek(&self) -> Option<&Line> {
+        self.next.as_ref()
+    }
+
+    /// The next line as far as it lies before `end`. Only zeroes are ever cut.
+    pub(crate) fn before(&mut self, end: u64) -> Result<Option<Line>> {
+        let Some(line) = self.next.take_if(|line| line.offset < end) else { return Ok(None) };
+        if line.area().end <= end {
+            self.next = self.reader.next()?;
+            return Ok(Some(line));
+        }
+        self.next =
+            Some(Line { offset: end, length_bytes: line.area().end - end, hash: line.hash });
+        Ok(Some(Line { length_bytes: end - line.offset, ..line }))
+    }
+}
+
 fn parse(text: &str) -> Option<Line> {
     let mut words = text.strip_suffix('\n')?.split(' ');
     let (offset, length_bytes) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);

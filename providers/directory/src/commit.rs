@@ -154,8 +154,7 @@ fn write_manifest(
             )));
         }
     }
-    let text = serde_json::to_vec_pretty(&manifest)
-        .map_err(|e| Error::with_source(Kind::Other, "Cannot write a manifest.", e))?;
+    let text = manifest.to_text()?;
     files::write_new(&run.path().join(MANIFEST_FILE), &text)?;
     files::sync_directory(run.path())?;
     Ok(manifest.size_bytes().saturating_add(text.len() as u64))

@@ -7,11 +7,18 @@
 
 use std::io::{Read, Seek, SeekFrom};
 
+use crate::limits::CLUSTER_BYTES;
+
 /// Header and extensions fit in the first cluster; this is more than they ever need.
 const PREFIX_BYTES: u64 = 64 << 10;
 const MAGIC: u32 = 0x5146_49fb;
 const HEADER_V3_BYTES: usize = 104;
 const BACKING_NAME_BYTES_MAX: usize = 1023;
+
+/// 16 bits.
+const REFCOUNT_ORDER: u32 = 4;
+/// The largest table of reference counts that QEMU opens.
+const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -27,8 +34,13 @@ pub(crate) struct Header {
     size_bytes: u64,
     crypt_method: u32,
     snapshots: u32,
+    snapshots_offset: u64,
     incompatible_features: u64,
     autoclear_features: u64,
+    cluster_bits: u32,
+    refcount_order: u32,
+    refcount_table_offset: u64,
+    refcount_table_clusters: u32,
     unknown_extension: Option<u32>,
 }
 
@@ -77,8 +89,13 @@ impl Header {
             size_bytes: bytes.u64(24)?,
             crypt_method: bytes.u32(32)?,
             snapshots: bytes.u32(60)?,
+            snapshots_offset: bytes.u64(64)?,
             incompatible_features: bytes.u64(72)?,
             autoclear_features: bytes.u64(88)?,
+            cluster_bits: bytes.u32(20)?,
+            refcount_order: bytes.u32(96)?,
+            refcount_table_offset: bytes.u64(48)?,
+            refcount_table_clusters: bytes.u32(56)?,
             unknown_extension: None,
         };
         header.parse_extensions(&bytes, header_length)?;
@@ -107,8 +124,14 @@ impl Header {
         self.backing_name.as_ref().is_some_and(|name| name.starts_with(prefix.as_bytes()))
     }
 
-    /// Checks the header against what the manifest says.
-    pub(crate) fn check(&self, size_bytes: u64, backing_name: Option<&str>) -> Result<(), String> {
+    /// Checks the header against what the manifest says of the disk and of the image's file.
+    pub(crate) fn check(
+        &self,
+        size_bytes: u64,
+        file_size_bytes: u64,
+        backing_name: Option<&str>,
+    ) -> Result<(), String> {
+        self.check_form(file_size_bytes)?;
         if self.size_bytes != size_bytes {
             return Err(format!(
                 "its disk has {} bytes, the manifest says {size_bytes}",
@@ -125,7 +148,7 @@ impl Header {
                 self.incompatible_features, self.autoclear_features
             ));
         }
-        if self.snapshots != 0 {
+        if self.snapshots != 0 || self.snapshots_offset != 0 {
             return Err("it has internal snapshots".to_owned());
         }
         if let Some(kind) = self.unknown_extension {
@@ -145,6 +168,29 @@ impl Header {
             ));
         }
         Ok(())
+    }
+}
+
+impl Header {
+    /// What every image of this provider has. QEMU wants it right even where it only reads.
+    fn check_form(&self, file_size_bytes: u64) -> Result<(), String> {
+        if 1_u64.checked_shl(self.cluster_bits) != Some(CLUSTER_BYTES) {
+            return Err(format!("its clusters have 2^{} bytes", self.cluster_bits));
+        }
+        if self.refcount_order != REFCOUNT_ORDER {
+            return Err(format!("its reference counts have 2^{} bits", self.refcount_order));
+        }
+        let table_bytes = u64::from(self.refcount_table_clusters) * CLUSTER_BYTES;
+        let end = self.refcount_table_offset.checked_add(table_bytes);
+        let is_inside = self.refcount_table_offset >= CLUSTER_BYTES
+            && self.refcount_table_offset.is_multiple_of(CLUSTER_BYTES)
+            && (1..=REFCOUNT_TABLE_BYTES_MAX).contains(&table_bytes)
+            && end.is_some_and(|end| end <= file_size_bytes);
+        if is_inside {
+            Ok(())
+        } else {
+            Err("its table of reference counts is elsewhere".to_owned())
+        }
     }
 }
 

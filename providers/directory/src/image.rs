@@ -12,6 +12,7 @@ use std::fs::File as StdFile;
 use std::path::Path;
 
 use imago::file::File;
+use imago::format::drivers::ShallowMapping;
 use imago::qcow2::Qcow2;
 use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Storage,
@@ -19,6 +20,8 @@ use imago::{
 };
 use provider_api::{Error, Result};
 
+use crate::areas::Area;
+use crate::call::corrupt;
 use crate::chain::Chain;
 use crate::files;
 use crate::limits::CLUSTER_BYTES;
@@ -127,6 +130,17 @@ fn cluster_size() -> usize {
     usize::try_from(CLUSTER_BYTES).expect("64 KiB fit in any usize")
 }
 
+/// What an image itself has of an area.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// Data.
+    Data,
+    /// The note that it reads as zeroes.
+    Zero,
+    /// Nothing: what is below is read.
+    Below,
+}
+
 /// A checked chain, open for reading.
 pub(crate) struct ImageReader(FormatAccess<File>);
 
@@ -139,6 +153,33 @@ impl ImageReader {
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> Result<()> {
         let read = self.0.read(data, offset);
         read.map_err(|e| Error::io(format!("Cannot read an archive's image at {offset}."), e))
+    }
+
+    /// Calls `work` for the parts of an area, with what the topmost image itself has there.
+    pub(crate) fn each_kept(
+        &self,
+        area: Area,
+        mut work: impl FnMut(Area, Kept) -> Result<()>,
+    ) -> Result<()> {
+        let mut at = area.start;
+        while at < area.end {
+            let (mapping, length_bytes) =
+                self.0.get_shallow_mapping(at, area.end - at).map_err(|e| {
+                    Error::io(format!("Cannot find out where an archive's image has {at}."), e)
+                })?;
+            let kept = match mapping {
+                ShallowMapping::Zero { .. } => Kept::Zero,
+                ShallowMapping::Indirect { offset, .. } if offset == at => Kept::Below,
+                _ => Kept::Data,
+            };
+            if length_bytes == 0 {
+                return Err(corrupt(format!("An archive's image ends before {at}.")));
+            }
+            let part = Area::new(at, area.end.min(at.saturating_add(length_bytes)));
+            work(part, kept)?;
+            at = part.end;
+        }
+        Ok(())
     }
 }
 
@@ -156,5 +197,5 @@ fn open_chain(chain: &Chain) -> Result<FormatAccess<File>> {
             .map_err(failed)?;
         below = Some(FormatAccess::new(image));
     }
-    below.ok_or_else(|| crate::call::corrupt("An image chain is empty."))
+    below.ok_or_else(|| corrupt("An image chain is empty."))
 }

@@ -20,6 +20,7 @@
 //! | whether a commit happened can be told from any process | `commit` |
 //! | a removal changes no byte of what other archives give, wherever it ends | `remove`, `merge` |
 //! | what is read or built upon is not removed | `usage` |
+//! | a changed byte of what an archive gives is found | `verify` |
 //! | what dead runs left goes away, what live runs make does not | `storage` |
 //! | an increment covers exactly what its bitmap marks | `copy` |
 //! | zeroes of an increment hide the base's data | `image`, `store` |
@@ -53,6 +54,7 @@ mod source;
 mod storage;
 mod store;
 mod usage;
+mod verify;
 
 /// Tests alone can stop a removal half way, see the module of debug builds.
 #[cfg(not(debug_assertions))]
@@ -68,7 +70,8 @@ use std::time::Instant;
 
 use provider_api::{
     API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, Description, Error,
-    GuestConfig, Job, JobInfo, Kind, Provider, Result, Status, Uuid, VmRestore,
+    GuestConfig, Job, JobInfo, Kind, Progress, Provider, Result, Status, Uuid, VerifyOptions,
+    VerifyReport, VmRestore,
 };
 
 use call::{blocking, corrupt, limited};
@@ -188,6 +191,7 @@ fn archive_of(storage: &Storage, manifest: &Manifest) -> Archive {
         commit_id: Some(manifest.commit_id),
         protected: attributes::is_protected(storage, &manifest.archive),
         notes: attributes::shown_notes(storage, &manifest.archive),
+        verified: attributes::verified(storage, &manifest.archive),
     }
 }
 
@@ -231,6 +235,7 @@ impl Provider for DirectoryProvider {
                 notes: true,
                 protect: true,
                 remove: true,
+                verify: true,
             },
         }
     }
@@ -297,6 +302,22 @@ impl Provider for DirectoryProvider {
 
     fn remove<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<()>> {
         Box::pin(remove::remove(self.storage.clone(), archive.to_owned(), call))
+    }
+
+    fn verify<'a>(
+        &'a self,
+        archive: &'a str,
+        options: &'a VerifyOptions,
+        progress: &'a dyn Progress,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<VerifyReport>> {
+        Box::pin(verify::verify(self.storage.clone(), archive, options, progress, call))
+    }
+
+    fn unreadable<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Vec<String>>> {
+        let storage = self.storage.clone();
+        let find = blocking(move || storage.unreadable());
+        Box::pin(limited(call, "Looking for damaged archives", find))
     }
 
     fn guest_config<'a>(

@@ -44,7 +44,7 @@ pub(crate) const NAME_TRIES: u32 = 100;
 
 /// Wait for the storage's lock. Its holders rename and sync small files.
 pub(crate) const LOCK_WAIT: Duration = Duration::from_secs(60);
-/// How long a removal waits at its beginning for restores and backups that have the guest's archives
+/// How long a removal waits at its beginning for restores, verifications and backups that have the guest's archives
 /// open. They take minutes to hours, so this only covers their ends. Later, when something may have
 /// been copied already, it waits as for the storage's lock.
 pub(crate) const USE_WAIT: Duration = Duration::from_secs(2);

@@ -15,7 +15,7 @@
 
 use std::collections::HashSet;
 
-use provider_api::{GuestKind, Result, Transferred, Uuid, check_archive_name};
+use provider_api::{Error, GuestKind, Kind, Result, Transferred, Uuid, check_archive_name};
 use serde::{Deserialize, Serialize};
 
 use crate::call::{corrupt, invalid};
@@ -51,6 +51,9 @@ pub(crate) struct Manifest {
     pub(crate) firewall: Option<SmallFile>,
     pub(crate) disks: Vec<Disk>,
     pub(crate) transferred: Transferred,
+    /// Hash of the file as it would be without this line, see [`Manifest::to_text`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) blake3: Option<String>,
 }
 
 /// A configuration file in an archive.
@@ -164,7 +167,28 @@ impl Manifest {
             firewall: None,
             disks: Vec::new(),
             transferred: Transferred::default(),
+            blake3: None,
         }
+    }
+
+    /// The content of the file, with its own hash.
+    pub(crate) fn to_text(&self) -> Result<Vec<u8>> {
+        let bare = Self { blake3: None, ..self.clone() };
+        let hash = blake3::hash(&bare.format()?).to_hex().to_string();
+        Self { blake3: Some(hash), ..bare }.format()
+    }
+
+    fn format(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec_pretty(self)
+            .map_err(|e| Error::with_source(Kind::Other, "Cannot write a manifest.", e))
+    }
+
+    /// Whether the file it was parsed from is, byte by byte, what was once written. A field that is
+    /// added to the format must raise `VERSION`: else older programs would find damage here.
+    pub(crate) fn is_as_written(&self, text: &[u8]) -> Result<bool> {
+        // Archives of early versions have no hash; all that can be said is that nothing is odd.
+        let expected = if self.blake3.is_some() { self.to_text()? } else { self.format()? };
+        Ok(expected == text)
     }
 
     /// Parses and checks the manifest of the archive called `name`.

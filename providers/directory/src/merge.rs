@@ -18,7 +18,7 @@ use provider_api::{Call, Result};
 use crate::areas::Area;
 use crate::call::{check, corrupt};
 use crate::chain::Chain;
-use crate::checksums::{ChecksumReader, ChecksumWriter, Line};
+use crate::checksums::{ChecksumReader, ChecksumWriter, Line, Lines};
 use crate::files;
 use crate::image::{Image, ImageReader};
 use crate::kill_point::step;
@@ -26,12 +26,6 @@ use crate::limits::{BLOCK_BYTES, WINDOW_BYTES};
 use crate::manifest::{Disk, Manifest, checksums_file, image_file};
 use crate::storage::Storage;
 use crate::store::is_zero;
-
-/// The lines of one file of checksums, which can be cut and put back.
-struct Lines {
-    reader: ChecksumReader,
-    next: Option<Line>,
-}
 
 /// One side of a merge.
 struct Side {
@@ -98,29 +92,6 @@ pub(crate) fn merge_disk(
         checksums: merge.checksums.finish()?,
         ..upper_disk.clone()
     })
-}
-
-impl Lines {
-    fn new(mut reader: ChecksumReader) -> Result<Self> {
-        let next = reader.next()?;
-        Ok(Self { reader, next })
-    }
-
-    fn peek(&self) -> Option<&Line> {
-        self.next.as_ref()
-    }
-
-    /// The next line as far as it lies before `end`. Only zeroes are ever cut.
-    fn before(&mut self, end: u64) -> Result<Option<Line>> {
-        let Some(line) = self.next.take_if(|line| line.offset < end) else { return Ok(None) };
-        if line.area().end <= end {
-            self.next = self.reader.next()?;
-            return Ok(Some(line));
-        }
-        self.next =
-            Some(Line { offset: end, length_bytes: line.area().end - end, hash: line.hash });
-        Ok(Some(Line { length_bytes: end - line.offset, ..line }))
-    }
 }
 
 impl Side {

@@ -190,9 +190,7 @@ impl<'a> Removal<'a> {
             }
             step();
         }
-        let text = serde_json::to_vec_pretty(&manifest)
-            .map_err(|e| Error::with_source(Kind::Other, "Cannot write a manifest.", e))?;
-        files::write_new(&run.path().join(MANIFEST_FILE), &text)?;
+        files::write_new(&run.path().join(MANIFEST_FILE), &manifest.to_text()?)?;
         files::sync_directory(run.path())?;
         step();
         Ok(())

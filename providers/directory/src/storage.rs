@@ -369,11 +369,18 @@ impl Storage {
             }
             match self.manifest(&name) {
                 // Somebody's own directory, or an archive removed just now.
-                Err(error) if error.kind == Kind::NotFound => {}
+                Err(error) if error.kind == Kind::NotFound && !self.was_archive(&name) => {}
                 manifest => read.push((name, manifest)),
             }
         }
         Ok(read)
+    }
+
+    /// Whether a directory without manifest holds what only archives have.
+    fn was_archive(&self, name: &str) -> bool {
+        let Ok(mut files) = fs::read_dir(self.archive_path(name)) else { return false };
+        let is_ours = |entry: fs::DirEntry| entry.path().extension().is_some_and(|e| e == "blake3");
+        files.any(|entry| entry.is_ok_and(is_ours))
     }
 
     fn entries(&self) -> Result<Vec<String>> {

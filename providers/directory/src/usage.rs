@@ -3,13 +3,13 @@
 //! holder dies.
 //!
 //! ```text
-//! .vzdump/guests/<kind>-<id>.use       shared: a backup or a restore has archives of the guest open
+//! .vzdump/guests/<kind>-<id>.use       shared: a backup, a restore or a verification has archives open
 //!                                      exclusive: an archive is taken away or replaced now
 //! .vzdump/guests/<kind>-<id>.change    exclusive: an archive is being removed, which may take hours
 //! ```
 //!
 //! A removal holds `change` from its beginning to its end, and `use` only for the moment in which
-//! directories change their names: while it copies, backups and restores may begin. Both are taken
+//! directories change their names: while it copies, those may begin. Both are taken
 //! before the storage's lock, never while it is held.
 
 use std::fs::{File, TryLockError};
@@ -113,7 +113,7 @@ impl Guest {
     fn busy(&self, mode: Mode) -> Error {
         let what = match mode {
             Mode::Use => "are just being replaced",
-            Mode::Exclusive => "are being restored, or a backup builds upon them",
+            Mode::Exclusive => "are being restored or verified, or a backup builds upon them",
             Mode::Change => "are being removed by another task",
         };
         let (kind, id) = (self.kind, self.id);

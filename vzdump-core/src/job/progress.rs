@@ -31,7 +31,7 @@ struct Counts {
 type Devices = BTreeMap<String, Counts>;
 
 /// Progress of one transfer.
-pub(super) struct Meter<'a> {
+pub(crate) struct Meter<'a> {
     guest_id: u32,
     /// Bytes that an earlier backup has.
     reused_bytes: u64,
@@ -76,7 +76,7 @@ impl Drop for Meter<'_> {
 }
 
 impl<'a> Meter<'a> {
-    pub(super) fn new(guest_id: u32, reused_bytes: u64, sink: &'a dyn TaskSink) -> Self {
+    pub(crate) fn new(guest_id: u32, reused_bytes: u64, sink: &'a dyn TaskSink) -> Self {
         Self {
             guest_id,
             reused_bytes,
@@ -89,7 +89,7 @@ impl<'a> Meter<'a> {
     }
 
     /// Since when the transfer runs.
-    pub(super) fn elapsed(&self) -> Duration {
+    pub(crate) fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 
@@ -133,7 +133,7 @@ impl<'a> Meter<'a> {
     }
 
     /// Reports until nothing has moved for `stall`, and then ends.
-    pub(super) async fn run_until_stalled(&self, stall: Duration) {
+    pub(crate) async fn run_until_stalled(&self, stall: Duration) {
         let mut reporter = Reporter::new();
         let (mut beats, mut last_beat) = (0, Instant::now());
         loop {
@@ -149,7 +149,7 @@ impl<'a> Meter<'a> {
     }
 
     /// The last line, with the average rates.
-    pub(super) fn end(&self) {
+    pub(crate) fn end(&self) {
         let progress = self.progress(&self.devices(), &Devices::new(), self.elapsed());
         if progress.total_bytes > 0 {
             self.sink.progress(&progress);

@@ -23,6 +23,7 @@ fn archive(name: &str, time_s: i64) -> Archive {
         commit_id: None,
         protected: false,
         notes: None,
+        verified: None,
     }
 }
 

@@ -18,6 +18,7 @@ mod peer;
 mod provider;
 mod restore;
 mod several;
+mod verify;
 mod world;
 
 /// Not a test: the freeze guard, when this program is started as one.

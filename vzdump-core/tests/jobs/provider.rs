@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use provider_api::{
     Archive, BitmapRequest, BoxFuture, Call, Capabilities, CommitOutcome, Committed, Description,
     Error, GuestBackup, GuestConfig, GuestInfo, Job, JobInfo, Kind, Progress, Provider,
-    RestoreDevice, Result, Status, Transferred, Uuid, VmBackup, VmRestore, VolumeInfo,
-    VolumeSource,
+    RestoreDevice, Result, Status, Transferred, Uuid, VerifyOptions, VerifyReport, VmBackup,
+    VmRestore, VolumeInfo, VolumeSource,
 };
 use tokio::sync::Notify;
 
@@ -60,6 +60,8 @@ pub struct Script {
     pub on_change: Option<Arc<dyn Fn() + Send + Sync>>,
     /// For restores: configuration, firewall rules and disks with their files.
     pub restore: Option<Stored>,
+    /// What a verification finds; without it, one never ends, even if it is cancelled.
+    pub verify: Option<VerifyReport>,
 }
 
 /// An archive to restore.
@@ -209,6 +211,24 @@ impl Provider for FakeProvider {
                 None => Ok(()),
             }
         }))
+    }
+
+    fn verify<'a>(
+        &'a self,
+        _archive: &'a str,
+        _options: &'a VerifyOptions,
+        progress: &'a dyn Progress,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<VerifyReport>> {
+        Box::pin(async move {
+            self.0.call("verify")?;
+            progress.report("scsi0", 30, 30, 0);
+            let report = self.0.script.lock().unwrap().verify.clone();
+            match report {
+                Some(report) => Ok(report),
+                None => std::future::pending().await,
+            }
+        })
     }
 
     fn guest_config<'a>(
