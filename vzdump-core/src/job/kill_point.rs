@@ -40,6 +40,9 @@ pub(crate) fn at(step: &str) {
                 // Cannot fail: a process may always signal itself.
                 let _ = kill_process(getpid(), signal);
             }
+            // It goes to any thread: this one would begin the step before all have stopped, and its
+            // time limits would be over when they go on.
+            std::thread::sleep(std::time::Duration::from_millis(100));
         }
     }
 }
