@@ -15,6 +15,7 @@
 mod btrfs;
 mod dir;
 mod image;
+mod images;
 mod set;
 mod volume;
 
@@ -354,15 +355,6 @@ async fn beside<T: Send + 'static>(
     blocking::run(move || Ok(work())).await.unwrap_or_else(|source| {
         Err(StorageError::Io { what: "wait for the work on", path: "a storage".into(), source })
     })
-}
-
-fn check_exists(volume: &VolumeId, files: &image::ImageFiles) -> Result<(), StorageError> {
-    match files.all().find(|path| !path.is_file()) {
-        None => Ok(()),
-        Some(path) => {
-            Err(StorageError::NotFound { volume: volume.to_string(), path: path.clone() })
-        }
-    }
 }
 
 /// The space of the file system at a path, or at its nearest parent that exists.

@@ -16,14 +16,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use provider_api::BoxFuture;
-
 use super::dir::{in_guest_dir, names_in, stored};
-use super::image::{ImageFiles, check_size, run};
-use super::volume::check_snapshot_name;
+use super::image::{ImageFiles, run};
+use super::images::Images;
 use super::{
-    DirStorage, ImageFormat, Storage, StorageError, StorageStatus, StoredVolume, Unfinished,
-    VolumeId, beside, fs_status,
+    DirStorage, ImageFormat, StorageError, StorageStatus, StoredVolume, Unfinished, VolumeId,
+    fs_status,
 };
 use crate::tools::Tools;
 
@@ -62,20 +60,6 @@ impl BtrfsStorage {
         self.plain.guest_dir(volume.guest_id()).join(format!("{}@{name}", volume.name()))
     }
 
-    fn files(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
-        if is_plain(volume) {
-            return self.plain.files(volume);
-        }
-        self.plain.check_own(volume)?;
-        Ok(ImageFiles::new(&self.subvolume(volume), STEM, volume.format()))
-    }
-
-    fn existing(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
-        let files = self.files(volume)?;
-        super::check_exists(volume, &files)?;
-        Ok(files)
-    }
-
     /// That the path, or where it will be made, is on a btrfs: on anything else this would only look as
     /// if it worked, and what is there would look as if it was gone.
     fn check_file_system(&self) -> Result<(), StorageError> {
@@ -93,7 +77,52 @@ impl BtrfsStorage {
             "has the type btrfs, but there is no btrfs at '{}': is it mounted?",
             path.display()
         );
-        Err(StorageError::Storage { id: self.plain.id().to_owned(), why })
+        Err(StorageError::Storage { id: self.plain.storage_id().to_owned(), why })
+    }
+
+    fn fill(&self, tools: &Tools, volume: &VolumeId, size_bytes: u64) -> Result<(), StorageError> {
+        let files = self.files(volume)?;
+        files.claim_image().map_err(|source| StorageError::Io {
+            what: "make the image",
+            path: files.image.clone(),
+            source,
+        })?;
+        files.claim_data()?;
+        if self.nocow {
+            for path in files.all() {
+                // Possible only while the file is empty.
+                let mut command = Command::new("chattr");
+                command.args(["+C", "--"]).arg(path);
+                run(command).map_err(|message| StorageError::Io {
+                    what: "switch copying on write off (chattr +C) for",
+                    path: path.clone(),
+                    source: io::Error::other(message),
+                })?;
+            }
+        }
+        files.fill(tools, size_bytes)
+    }
+
+    fn snapshot_names(&self, volume: &VolumeId) -> Result<Vec<String>, StorageError> {
+        let prefix = format!("{}@", volume.name());
+        let names = names_in(&self.plain.guest_dir(volume.guest_id()))?;
+        Ok(names.iter().filter_map(|name| name.strip_prefix(&prefix)).map(str::to_owned).collect())
+    }
+}
+
+impl Images for BtrfsStorage {
+    const KIND: &'static str = BTRFS_KIND;
+
+    fn storage_id(&self) -> &str {
+        self.plain.storage_id()
+    }
+
+    fn files(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
+        if is_plain(volume) {
+            return self.plain.files(volume);
+        }
+        self.plain.check_own(volume)?;
+        Ok(ImageFiles::new(&self.subvolume(volume), STEM, volume.format()))
     }
 
     fn allocate_now(
@@ -143,29 +172,6 @@ impl BtrfsStorage {
         }
     }
 
-    fn fill(&self, tools: &Tools, volume: &VolumeId, size_bytes: u64) -> Result<(), StorageError> {
-        let files = self.files(volume)?;
-        files.claim_image().map_err(|source| StorageError::Io {
-            what: "make the image",
-            path: files.image.clone(),
-            source,
-        })?;
-        files.claim_data()?;
-        if self.nocow {
-            for path in files.all() {
-                // Possible only while the file is empty.
-                let mut command = Command::new("chattr");
-                command.args(["+C", "--"]).arg(path);
-                run(command).map_err(|message| StorageError::Io {
-                    what: "switch copying on write off (chattr +C) for",
-                    path: path.clone(),
-                    source: io::Error::other(message),
-                })?;
-            }
-        }
-        files.fill(tools, size_bytes)
-    }
-
     /// Snapshots first, the subvolume last: as long as it is there nobody else gets its name.
     fn free_now(&self, volume: &VolumeId) -> Result<bool, StorageError> {
         let files = self.files(volume)?;
@@ -189,7 +195,7 @@ impl BtrfsStorage {
 
     fn list_now(&self, guest_id: Option<u32>) -> Result<Vec<StoredVolume>, StorageError> {
         self.check_file_system()?;
-        let id = self.plain.id();
+        let id = self.plain.storage_id();
         // Files as in a directory.
         let mut found = self.plain.list_now(guest_id)?;
         found.retain(|stored| is_plain(&stored.volume));
@@ -220,18 +226,11 @@ impl BtrfsStorage {
         Ok(found)
     }
 
-    fn snapshot_names(&self, volume: &VolumeId) -> Result<Vec<String>, StorageError> {
-        let prefix = format!("{}@", volume.name());
-        let names = names_in(&self.plain.guest_dir(volume.guest_id()))?;
-        Ok(names.iter().filter_map(|name| name.strip_prefix(&prefix)).map(str::to_owned).collect())
-    }
-
-    fn snapshot_now(&self, volume: &VolumeId, name: &str) -> Result<(), StorageError> {
-        check_snapshot_name(name)?;
+    fn snapshot_now(&self, _: &Tools, volume: &VolumeId, name: &str) -> Result<(), StorageError> {
         self.existing(volume)?;
         if is_plain(volume) {
             return Err(StorageError::NoSnapshots {
-                id: self.plain.id().to_owned(),
+                id: self.plain.storage_id().to_owned(),
                 kind: BTRFS_KIND,
                 volume: volume.to_string(),
                 format: volume.format(),
@@ -247,14 +246,28 @@ impl BtrfsStorage {
         btrfs(command, "subvolume snapshot", &path)
     }
 
-    fn delete_snapshot_now(&self, volume: &VolumeId, name: &str) -> Result<bool, StorageError> {
-        check_snapshot_name(name)?;
+    fn delete_snapshot_now(
+        &self,
+        _: &Tools,
+        volume: &VolumeId,
+        name: &str,
+    ) -> Result<bool, StorageError> {
         self.existing(volume)?;
         let path = self.snapshot_path(volume, name);
         if is_plain(volume) || !path.exists() {
             return Ok(false);
         }
         delete_subvolume(&path).map(|()| true)
+    }
+
+    fn snapshots_now(&self, _: &Tools, volume: &VolumeId) -> Result<Vec<String>, StorageError> {
+        self.existing(volume)?;
+        if is_plain(volume) { Ok(Vec::new()) } else { self.snapshot_names(volume) }
+    }
+
+    fn status_now(&self) -> Result<StorageStatus, StorageError> {
+        self.check_file_system()?;
+        fs_status(self.plain.path())
     }
 }
 
@@ -297,105 +310,4 @@ fn btrfs(command: Command, doing: &'static str, path: &Path) -> Result<(), Stora
         path: path.to_owned(),
         message: message.lines().last().unwrap_or_default().to_owned(),
     })
-}
-
-impl Storage for BtrfsStorage {
-    fn id(&self) -> &str {
-        self.plain.id()
-    }
-
-    fn kind(&self) -> &'static str {
-        BTRFS_KIND
-    }
-
-    fn volume_path(&self, volume: &VolumeId) -> Result<PathBuf, StorageError> {
-        Ok(self.files(volume)?.image)
-    }
-
-    fn data_path(&self, volume: &VolumeId) -> Result<Option<PathBuf>, StorageError> {
-        Ok(self.files(volume)?.data)
-    }
-
-    fn allocate<'a>(
-        &'a self,
-        tools: &'a Tools,
-        guest_id: u32,
-        name: &'a str,
-        format: ImageFormat,
-        size_bytes: u64,
-    ) -> BoxFuture<'a, Result<VolumeId, StorageError>> {
-        let (this, tools) = (self.clone(), tools.clone());
-        Box::pin(async move {
-            check_size(size_bytes)?;
-            let volume = VolumeId::new(self.id(), guest_id, name, format)?;
-            let new = volume.clone();
-            beside(move || this.allocate_now(&tools, &new, size_bytes)).await?.keep();
-            Ok(volume)
-        })
-    }
-
-    fn resize<'a>(
-        &'a self,
-        tools: &'a Tools,
-        volume: &'a VolumeId,
-        size_bytes: u64,
-    ) -> BoxFuture<'a, Result<(), StorageError>> {
-        let (this, tools, volume) = (self.clone(), tools.clone(), volume.clone());
-        Box::pin(beside(move || {
-            this.existing(&volume)?.resize(&tools, &volume.to_string(), size_bytes)
-        }))
-    }
-
-    fn free<'a>(&'a self, volume: &'a VolumeId) -> BoxFuture<'a, Result<bool, StorageError>> {
-        let (this, volume) = (self.clone(), volume.clone());
-        Box::pin(beside(move || this.free_now(&volume)))
-    }
-
-    fn list(
-        &self,
-        guest_id: Option<u32>,
-    ) -> BoxFuture<'_, Result<Vec<StoredVolume>, StorageError>> {
-        let this = self.clone();
-        Box::pin(beside(move || this.list_now(guest_id)))
-    }
-
-    fn snapshot<'a>(
-        &'a self,
-        _tools: &'a Tools,
-        volume: &'a VolumeId,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StorageError>> {
-        let (this, volume, name) = (self.clone(), volume.clone(), name.to_owned());
-        Box::pin(beside(move || this.snapshot_now(&volume, &name)))
-    }
-
-    fn delete_snapshot<'a>(
-        &'a self,
-        _tools: &'a Tools,
-        volume: &'a VolumeId,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<bool, StorageError>> {
-        let (this, volume, name) = (self.clone(), volume.clone(), name.to_owned());
-        Box::pin(beside(move || this.delete_snapshot_now(&volume, &name)))
-    }
-
-    fn snapshots<'a>(
-        &'a self,
-        _tools: &'a Tools,
-        volume: &'a VolumeId,
-    ) -> BoxFuture<'a, Result<Vec<String>, StorageError>> {
-        let (this, volume) = (self.clone(), volume.clone());
-        Box::pin(beside(move || {
-            this.existing(&volume)?;
-            if is_plain(&volume) { Ok(Vec::new()) } else { this.snapshot_names(&volume) }
-        }))
-    }
-
-    fn status(&self) -> BoxFuture<'_, Result<StorageStatus, StorageError>> {
-        let this = self.clone();
-        Box::pin(beside(move || {
-            this.check_file_system()?;
-            fs_status(this.plain.path())
-        }))
-    }
 }

@@ -9,13 +9,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use provider_api::BoxFuture;
-
-use super::image::{ImageFiles, check_size, image_size, qemu_img};
-use super::volume::{check_snapshot_name, parse_guest_id};
+use super::image::{ImageFiles, image_size, qemu_img};
+use super::images::Images;
+use super::volume::parse_guest_id;
 use super::{
-    ImageFormat, Storage, StorageError, StorageStatus, StoredVolume, Unfinished, VolumeId, beside,
-    fs_status,
+    ImageFormat, StorageError, StorageStatus, StoredVolume, Unfinished, VolumeId, fs_status,
 };
 use crate::tools::Tools;
 
@@ -61,80 +59,6 @@ impl DirStorage {
         Err(StorageError::Storage { id: self.id.clone(), why })
     }
 
-    pub(super) fn files(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
-        self.check_own(volume)?;
-        Ok(ImageFiles::new(&self.guest_dir(volume.guest_id()), volume.name(), volume.format()))
-    }
-
-    /// The files of a volume that must exist.
-    fn existing(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
-        let files = self.files(volume)?;
-        super::check_exists(volume, &files)?;
-        Ok(files)
-    }
-
-    pub(super) fn allocate_now(
-        &self,
-        tools: &Tools,
-        volume: &VolumeId,
-        size_bytes: u64,
-    ) -> Result<Unfinished, StorageError> {
-        let files = self.files(volume)?;
-        let dir = self.guest_dir(volume.guest_id());
-        in_guest_dir(&dir, || files.claim_image()).map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => StorageError::Exists { volume: volume.to_string() },
-            _ => StorageError::Io { what: "make the image", path: files.image.clone(), source },
-        })?;
-        if let Err(error) = files.claim_data() {
-            // What is in its place is not ours to remove.
-            let _ = fs::remove_file(&files.image);
-            return Err(error);
-        }
-        let undo = files.clone();
-        let guest_dir = dir.clone();
-        let unfinished = Unfinished::new(move || {
-            let _ = undo.remove();
-            // Fails as long as there are other volumes, which is right.
-            let _ = fs::remove_dir(guest_dir);
-        });
-        match files.fill(tools, size_bytes) {
-            Ok(()) => Ok(unfinished),
-            Err(error) => {
-                unfinished.undo();
-                Err(error)
-            }
-        }
-    }
-
-    pub(super) fn free_now(&self, volume: &VolumeId) -> Result<bool, StorageError> {
-        let was_there = self.files(volume)?.remove()?;
-        let dir = self.guest_dir(volume.guest_id());
-        if was_there {
-            sync_removal(&dir)?;
-        }
-        let _ = fs::remove_dir(&dir);
-        Ok(was_there)
-    }
-
-    pub(super) fn list_now(
-        &self,
-        guest_id: Option<u32>,
-    ) -> Result<Vec<StoredVolume>, StorageError> {
-        let mut found = Vec::new();
-        for (guest_id, dir) in self.guest_dirs(guest_id)? {
-            for name in names_in(&dir)? {
-                let volume = format!("{}:{guest_id}/{name}", self.id).parse::<VolumeId>();
-                // What is no volume is somebody else's.
-                let Ok(volume) = volume else { continue };
-                let files = self.files(&volume)?;
-                if !files.image.is_dir() {
-                    found.push(stored(volume, &files));
-                }
-            }
-        }
-        Ok(found)
-    }
-
     /// The directories of one guest or of all.
     pub(super) fn guest_dirs(
         &self,
@@ -148,43 +72,18 @@ impl DirStorage {
         Ok(ids.map(|id| (id, self.guest_dir(id))).collect())
     }
 
-    fn snapshot_now(
+    fn change_snapshots(
         &self,
         tools: &Tools,
         volume: &VolumeId,
         change: &str,
         name: &str,
     ) -> Result<(), StorageError> {
-        check_snapshot_name(name)?;
         let files = self.existing(volume)?;
         check_can_snapshot(&self.id, DIR_KIND, volume)?;
         let mut command = Command::new(tools.qemu_img()?);
         command.args(["snapshot", "-q", change, name, "--"]).arg(&files.image);
         qemu_img(command, "change the snapshots of", &files.image).map(drop)
-    }
-
-    pub(super) fn snapshots_now(
-        &self,
-        tools: &Tools,
-        volume: &VolumeId,
-    ) -> Result<Vec<String>, StorageError> {
-        let files = self.existing(volume)?;
-        if volume.format() != ImageFormat::Qcow2 {
-            return Ok(Vec::new());
-        }
-        let mut command = Command::new(tools.qemu_img()?);
-        command.args(["info", "-U", "-f", "qcow2", "--output", "json", "--"]).arg(&files.image);
-        let text = qemu_img(command, "look into", &files.image)?;
-        let odd = |why: String| StorageError::QemuImg {
-            doing: "look into",
-            path: files.image.clone(),
-            message: why,
-        };
-        let info: serde_json::Value =
-            serde_json::from_str(&text).map_err(|error| odd(error.to_string()))?;
-        let snapshots = info["snapshots"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let names = snapshots.iter().map(|snapshot| snapshot["name"].as_str().map(str::to_owned));
-        names.collect::<Option<_>>().ok_or_else(|| odd("a snapshot has no name".to_owned()))
     }
 
     /// That qcow2 images have no snapshot of that name yet: qemu-img would make a second one.
@@ -261,116 +160,128 @@ pub(super) fn stored(volume: VolumeId, files: &ImageFiles) -> StoredVolume {
     StoredVolume { volume, size_bytes, used_bytes: files.used_bytes() }
 }
 
-impl Storage for DirStorage {
-    fn id(&self) -> &str {
+impl Images for DirStorage {
+    const KIND: &'static str = DIR_KIND;
+
+    fn storage_id(&self) -> &str {
         &self.id
     }
 
-    fn kind(&self) -> &'static str {
-        DIR_KIND
+    fn files(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
+        self.check_own(volume)?;
+        Ok(ImageFiles::new(&self.guest_dir(volume.guest_id()), volume.name(), volume.format()))
     }
 
-    fn volume_path(&self, volume: &VolumeId) -> Result<PathBuf, StorageError> {
-        Ok(self.files(volume)?.image)
-    }
-
-    fn data_path(&self, volume: &VolumeId) -> Result<Option<PathBuf>, StorageError> {
-        Ok(self.files(volume)?.data)
-    }
-
-    fn allocate<'a>(
-        &'a self,
-        tools: &'a Tools,
-        guest_id: u32,
-        name: &'a str,
-        format: ImageFormat,
-        size_bytes: u64,
-    ) -> BoxFuture<'a, Result<VolumeId, StorageError>> {
-        let (this, tools) = (self.clone(), tools.clone());
-        Box::pin(async move {
-            check_size(size_bytes)?;
-            let volume = VolumeId::new(&self.id, guest_id, name, format)?;
-            let new = volume.clone();
-            beside(move || this.allocate_now(&tools, &new, size_bytes)).await?.keep();
-            Ok(volume)
-        })
-    }
-
-    fn resize<'a>(
-        &'a self,
-        tools: &'a Tools,
-        volume: &'a VolumeId,
-        size_bytes: u64,
-    ) -> BoxFuture<'a, Result<(), StorageError>> {
-        let (this, tools, volume) = (self.clone(), tools.clone(), volume.clone());
-        Box::pin(beside(move || {
-            this.existing(&volume)?.resize(&tools, &volume.to_string(), size_bytes)
-        }))
-    }
-
-    fn free<'a>(&'a self, volume: &'a VolumeId) -> BoxFuture<'a, Result<bool, StorageError>> {
-        let (this, volume) = (self.clone(), volume.clone());
-        Box::pin(beside(move || this.free_now(&volume)))
-    }
-
-    fn list(
+    fn allocate_now(
         &self,
-        guest_id: Option<u32>,
-    ) -> BoxFuture<'_, Result<Vec<StoredVolume>, StorageError>> {
-        let this = self.clone();
-        Box::pin(beside(move || this.list_now(guest_id)))
-    }
-
-    fn snapshot<'a>(
-        &'a self,
-        tools: &'a Tools,
-        volume: &'a VolumeId,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StorageError>> {
-        let (this, tools) = (self.clone(), tools.clone());
-        let (volume, name) = (volume.clone(), name.to_owned());
-        Box::pin(beside(move || {
-            check_snapshot_name(&name)?;
-            this.check_no_snapshot(&tools, &volume, &name)?;
-            this.snapshot_now(&tools, &volume, "-c", &name)
-        }))
-    }
-
-    fn delete_snapshot<'a>(
-        &'a self,
-        tools: &'a Tools,
-        volume: &'a VolumeId,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<bool, StorageError>> {
-        let (this, tools) = (self.clone(), tools.clone());
-        let (volume, name) = (volume.clone(), name.to_owned());
-        Box::pin(beside(move || {
-            check_snapshot_name(&name)?;
-            let was_there = this.snapshots_now(&tools, &volume)?.contains(&name);
-            if was_there {
-                this.snapshot_now(&tools, &volume, "-d", &name)?;
+        tools: &Tools,
+        volume: &VolumeId,
+        size_bytes: u64,
+    ) -> Result<Unfinished, StorageError> {
+        let files = self.files(volume)?;
+        let dir = self.guest_dir(volume.guest_id());
+        in_guest_dir(&dir, || files.claim_image()).map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => StorageError::Exists { volume: volume.to_string() },
+            _ => StorageError::Io { what: "make the image", path: files.image.clone(), source },
+        })?;
+        if let Err(error) = files.claim_data() {
+            // What is in its place is not ours to remove.
+            let _ = fs::remove_file(&files.image);
+            return Err(error);
+        }
+        let undo = files.clone();
+        let guest_dir = dir.clone();
+        let unfinished = Unfinished::new(move || {
+            let _ = undo.remove();
+            // Fails as long as there are other volumes, which is right.
+            let _ = fs::remove_dir(guest_dir);
+        });
+        match files.fill(tools, size_bytes) {
+            Ok(()) => Ok(unfinished),
+            Err(error) => {
+                unfinished.undo();
+                Err(error)
             }
-            Ok(was_there)
-        }))
+        }
     }
 
-    fn snapshots<'a>(
-        &'a self,
-        tools: &'a Tools,
-        volume: &'a VolumeId,
-    ) -> BoxFuture<'a, Result<Vec<String>, StorageError>> {
-        let (this, tools, volume) = (self.clone(), tools.clone(), volume.clone());
-        Box::pin(beside(move || this.snapshots_now(&tools, &volume)))
+    fn free_now(&self, volume: &VolumeId) -> Result<bool, StorageError> {
+        let was_there = self.files(volume)?.remove()?;
+        let dir = self.guest_dir(volume.guest_id());
+        if was_there {
+            sync_removal(&dir)?;
+        }
+        let _ = fs::remove_dir(&dir);
+        Ok(was_there)
     }
 
-    fn status(&self) -> BoxFuture<'_, Result<StorageStatus, StorageError>> {
-        let path = self.path.clone();
-        Box::pin(beside(move || fs_status(&path)))
+    fn list_now(&self, guest_id: Option<u32>) -> Result<Vec<StoredVolume>, StorageError> {
+        let mut found = Vec::new();
+        for (guest_id, dir) in self.guest_dirs(guest_id)? {
+            for name in names_in(&dir)? {
+                let volume = format!("{}:{guest_id}/{name}", self.id).parse::<VolumeId>();
+                // What is no volume is somebody else's.
+                let Ok(volume) = volume else { continue };
+                let files = self.files(&volume)?;
+                if !files.image.is_dir() {
+                    found.push(stored(volume, &files));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn snapshot_now(
+        &self,
+        tools: &Tools,
+        volume: &VolumeId,
+        name: &str,
+    ) -> Result<(), StorageError> {
+        self.check_no_snapshot(tools, volume, name)?;
+        self.change_snapshots(tools, volume, "-c", name)
+    }
+
+    fn delete_snapshot_now(
+        &self,
+        tools: &Tools,
+        volume: &VolumeId,
+        name: &str,
+    ) -> Result<bool, StorageError> {
+        let was_there = self.snapshots_now(tools, volume)?.iter().any(|other| other == name);
+        if was_there {
+            self.change_snapshots(tools, volume, "-d", name)?;
+        }
+        Ok(was_there)
+    }
+
+    fn snapshots_now(&self, tools: &Tools, volume: &VolumeId) -> Result<Vec<String>, StorageError> {
+        let files = self.existing(volume)?;
+        if volume.format() != ImageFormat::Qcow2 {
+            return Ok(Vec::new());
+        }
+        let mut command = Command::new(tools.qemu_img()?);
+        command.args(["info", "-U", "-f", "qcow2", "--output", "json", "--"]).arg(&files.image);
+        let text = qemu_img(command, "look into", &files.image)?;
+        let odd = |why: String| StorageError::QemuImg {
+            doing: "look into",
+            path: files.image.clone(),
+            message: why,
+        };
+        let info: serde_json::Value =
+            serde_json::from_str(&text).map_err(|error| odd(error.to_string()))?;
+        let snapshots = info["snapshots"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let names = snapshots.iter().map(|snapshot| snapshot["name"].as_str().map(str::to_owned));
+        names.collect::<Option<_>>().ok_or_else(|| odd("a snapshot has no name".to_owned()))
+    }
+
+    fn status_now(&self) -> Result<StorageStatus, StorageError> {
+        fs_status(&self.path)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Storage as _;
     use super::*;
 
     fn storage() -> (tempfile::TempDir, DirStorage) {
