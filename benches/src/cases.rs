@@ -244,9 +244,13 @@ impl Case {
     /// The modes in the order of a round: each mode is first equally often.
     #[must_use]
     pub fn order(&self, round: usize) -> Vec<usize> {
-        let count = self.modes.len();
-        (0..count).map(|n| (n + round) % count.max(1)).collect()
+        turns(self.modes.len(), round).collect()
     }
+}
+
+/// The order of a round: each of `count` ways is first, and last, equally often.
+pub fn turns(count: usize, round: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |n| (n + round) % count)
 }
 
 const fn random(block_bytes: u64, depth: u32) -> Work {

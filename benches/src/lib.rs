@@ -10,6 +10,7 @@
 //! * [`stats`]: medians and their confidence; [`goals`]: what is to be reached.
 //! * [`report`], [`svg`]: tables and plots.
 //! * [`vm`]: backups of a VM, beside plain copying tools.
+//! * [`place`]: where a benchmark works, and until when.
 //! * [`procfs`], [`child`]: what a process used, and its end.
 
 #![forbid(unsafe_code)]
@@ -24,6 +25,7 @@ pub mod generate;
 pub mod goals;
 pub mod guest;
 pub mod nbdcopy;
+pub mod place;
 pub mod procfs;
 pub mod reader;
 pub mod report;

@@ -85,12 +85,18 @@ pub struct Backup {
     pub read_bytes: u64,
 }
 
-/// An installation with one running VM.
+/// An installation with one VM, which is ended when this is dropped.
 #[derive(Debug)]
-pub struct Vm {
+struct Installation {
     programs: Programs,
     folder: tempfile::TempDir,
+}
+
+/// A running VM.
+#[derive(Debug)]
+pub struct Vm {
     session: Session,
+    home: Installation,
 }
 
 impl Vm {
@@ -120,25 +126,17 @@ impl Vm {
             };
         }
         child::run(&mut create, COPY_WITHIN).await.context("cannot make the VM")?;
-        child::run(vzdump(programs, folder.path()).args(["vm", "start", VM]), VM_WITHIN)
+        let home = Installation { programs: programs.clone(), folder };
+        child::run(home.vzdump().args(["vm", "start", VM]), VM_WITHIN)
             .await
             .context("cannot start the VM")?;
         // `vzdump` uses the other two.
-        let socket = folder.path().join("run/vm").join(VM).join("qmp-spare.sock");
+        let socket = home.path("run/vm").join(VM).join("qmp-spare.sock");
         let options = Options { command_timeout: QMP_WITHIN, ..Options::default() };
         let session = Session::connect(&socket, options)
             .await
             .with_context(|| format!("cannot connect to {}", socket.display()))?;
-        Ok(Self { programs: programs.clone(), folder, session })
-    }
-
-    /// Ends the VM.
-    ///
-    /// # Errors
-    /// It does not end.
-    pub async fn stop(self) -> Result<()> {
-        let mut stop = vzdump(&self.programs, self.folder.path());
-        child::run(stop.args(["vm", "stop", VM, "--now"]), VM_WITHIN).await.map(drop)
+        Ok(Self { session, home })
     }
 
     async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
@@ -173,7 +171,7 @@ impl Vm {
     /// The backup fails.
     pub async fn backup(&self) -> Result<Backup> {
         let begin = Instant::now();
-        let mut command = vzdump(&self.programs, self.folder.path());
+        let mut command = self.home.vzdump();
         command.args(["backup", VM, "--storage", BACKUPS, "--output", "json"]);
         let printed = child::run(&mut command, COPY_WITHIN).await?;
         let seconds = begin.elapsed().as_secs_f64();
@@ -189,7 +187,7 @@ impl Vm {
     /// # Errors
     /// They cannot be deleted.
     pub fn forget_backups(&self) -> Result<()> {
-        for entry in fs::read_dir(self.folder.path().join(BACKUPS))? {
+        for entry in fs::read_dir(self.home.path(BACKUPS))? {
             let path = entry?.path();
             if path.is_dir() { fs::remove_dir_all(path)? } else { fs::remove_file(path)? }
         }
@@ -202,7 +200,7 @@ impl Vm {
     /// # Errors
     /// Something fails.
     pub async fn copy(&self, tool: Tool, disk: usize, size_bytes: u64) -> Result<f64> {
-        let image = self.folder.path().join("fleecing.raw");
+        let image = self.home.path("fleecing.raw");
         File::create(&image)?.set_len(size_bytes)?;
         let node = json!({ "driver": "raw", "node-name": "bench-fleecing",
                            "file": { "driver": "file", "filename": image } });
@@ -211,13 +209,13 @@ impl Vm {
             json!({ "device": format!("drive-virtio{disk}"), "fleecing": "bench-fleecing" });
         let request = json!({ "target-id": TARGET, "devices": [device] });
         let infos = self.execute("backup-access-setup", request).await?;
-        let socket = self.folder.path().join("nbd");
+        let socket = self.home.path("nbd");
         let server = json!({ "addr": { "type": "unix", "data": { "path": socket } }, "max-connections": 16 });
         self.execute("nbd-server-start", server).await?;
         let export = json!({ "type": "nbd", "id": "bench", "name": "bench",
                              "node-name": infos[0]["node-name"] });
         self.execute("block-export-add", export).await?;
-        let out = self.folder.path().join("out");
+        let out = self.home.path("out");
         let seconds = self.copy_to(tool, &socket, &out, size_bytes).await;
         let end = json!({ "target-id": TARGET, "success": false });
         self.execute("backup-access-teardown", end).await?;
@@ -231,7 +229,7 @@ impl Vm {
     }
 
     async fn copy_to(&self, tool: Tool, socket: &Path, out: &Path, bytes: u64) -> Result<f64> {
-        let bin = &self.programs.qemu;
+        let bin = &self.home.programs.qemu;
         let mut create = Command::new(bin.join("qemu-img"));
         create.args(["create", "-q", "-f", tool.format()]).arg(out).arg(bytes.to_string());
         child::run(&mut create, VM_WITHIN).await?;
@@ -264,15 +262,27 @@ impl Vm {
     }
 }
 
-impl Drop for Vm {
-    /// Also after a failure no QEMU may stay; its folder goes next.
+impl Installation {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn vzdump(&self) -> Command {
+        vzdump(&self.programs, self.folder.path())
+    }
+}
+
+impl Drop for Installation {
+    /// No QEMU may stay, also after a failure; the folder goes next.
     fn drop(&mut self) {
-        let mut stop = std::process::Command::new(&self.programs.vzdump);
-        stop.arg("--root").arg(self.folder.path()).arg("--qemu-bin").arg(&self.programs.qemu);
-        stop.args(["vm", "stop", VM, "--now"]);
-        // There is nobody to tell: what failed before is reported.
-        let _ =
-            stop.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).status();
+        let mut stop = self.vzdump();
+        let stop = stop.as_std_mut().args(["vm", "stop", VM, "--now"]);
+        match stop.stdout(std::process::Stdio::null()).status() {
+            Ok(status) if status.success() => {}
+            other => {
+                eprintln!("FAILED to stop the VM in {}: {other:?}", self.folder.path().display());
+            }
+        }
     }
 }
 

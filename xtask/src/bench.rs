@@ -47,8 +47,10 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
 
 /// How backups of a VM compare with plain copies.
 fn vm(paths: &Paths, args: &[String]) -> Result<ExitCode> {
-    setup::run()?;
-    qemu::run(paths, &qemu::Options::default())?;
+    if !asks_only(args) {
+        setup::run()?;
+        qemu::run(paths, &qemu::Options::default())?;
+    }
     let programs = [
         "--release",
         "--package",
@@ -61,16 +63,18 @@ fn vm(paths: &Paths, args: &[String]) -> Result<ExitCode> {
         "vzdump",
     ];
     build(paths, &programs)?;
-    let release = paths.root.join("target/release");
-    let status = Command::new(release.join("vm-bench"))
-        .args(["--folder".into(), paths.root.join("target/bench").into_os_string()])
-        .args(["--vzdump".into(), release.join("vzdump").into_os_string()])
+    let status = Command::new(paths.root.join("target/release/vm-bench"))
         .env(QEMU_BIN_ENV, paths.qemu_bin())
         .args(args)
         .stdin(Stdio::null())
         .status()
         .context("vm-bench: cannot start")?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Whether nothing is to be measured.
+fn asks_only(args: &[String]) -> bool {
+    args.iter().any(|arg| ["--help", "-h", "--list"].contains(&arg.as_str()))
 }
 
 fn build(paths: &Paths, programs: &[&str]) -> Result<()> {
@@ -85,7 +89,7 @@ fn build(paths: &Paths, programs: &[&str]) -> Result<()> {
 }
 
 fn fleecing(paths: &Paths, args: &[String]) -> Result<ExitCode> {
-    let asks_only = args.iter().any(|arg| ["--help", "-h", "--list"].contains(&arg.as_str()));
+    let asks_only = asks_only(args);
     if !asks_only {
         setup::run_for_benchmarks()?;
         qemu::run(paths, &qemu::Options::default())?;

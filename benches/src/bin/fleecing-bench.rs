@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use benches::cases::{self, Case, Work};
 use benches::disk::{Disk, check_space};
 use benches::goals::judge;
@@ -15,10 +15,9 @@ use benches::run::Bench;
 use benches::sample::Metric;
 use benches::setup_time::{self, SetupTimes};
 use benches::timeline::{self, Line};
-use benches::{fio, guest, svg};
+use benches::{fio, guest, place, svg};
 use clap::Parser;
 use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
 
 const SETUP: &str = "setup-8x1t";
 const TIMELINE: &str = "timeline";
@@ -140,7 +139,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let result = runtime.block_on(Box::pin(until_stopped(&options)));
+    let result = runtime.block_on(Box::pin(place::until_stopped(measure(&options))));
     // Children are killed when their handles go; only a thread that fills a disk may linger.
     runtime.shutdown_timeout(SHUTDOWN_WITHIN);
     match result {
@@ -150,15 +149,6 @@ fn main() -> ExitCode {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
-    }
-}
-
-async fn until_stopped(options: &Options) -> Result<bool> {
-    let mut terminate = signal(SignalKind::terminate()).context("no signals")?;
-    tokio::select! {
-        result = Box::pin(measure(options)) => result,
-        _ = tokio::signal::ctrl_c() => bail!("interrupted"),
-        _ = terminate.recv() => bail!("terminated"),
     }
 }
 
@@ -210,17 +200,8 @@ async fn measure(options: &Options) -> Result<bool> {
 
 /// The lock keeps other runs away while it is held.
 async fn prepare(options: &Options) -> Result<(Bench, std::fs::File)> {
-    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
-    let bin = options.qemu.clone().unwrap_or_else(|| top.join("target/qemu/bin"));
-    let bin =
-        bin.canonicalize().with_context(|| format!("{}: run ./x qemu first", bin.display()))?;
-    let folder = options.folder.clone().unwrap_or_else(|| top.join("target/bench"));
-    std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    let folder = folder.canonicalize()?;
-    let lock = std::fs::File::create(folder.join("lock")).context("cannot create a lock")?;
-    if lock.try_lock().is_err() {
-        bail!("another benchmark runs in {}; --folder names another one", folder.display());
-    }
+    let bin = place::qemu(options.qemu.as_deref())?;
+    let (folder, lock) = place::folder(options.folder.as_deref())?;
     let size_bytes = options.disk_bytes();
     check_space(&folder, size_bytes)?;
     let in_folder = folder.clone();

@@ -5,15 +5,16 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use benches::cases::turns;
 use benches::disk::{Disk, check_free};
+use benches::place;
 use benches::report::{Table, number, with_range};
 use benches::stats::{Estimate, estimate, ratio};
 use benches::vm::{Content, Programs, Tool, Vm, check_folder};
 use clap::Parser;
 use serde::Serialize;
 use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
 
 const MIB: u64 = 1 << 20;
 /// The sparse disk of the increment.
@@ -28,7 +29,7 @@ const EIGHT_DISKS: &str = "eight disks";
 
 /// Measures backups of a VM by vzdump beside nbdcopy and qemu-img convert of the same snapshot: a full
 /// backup, an increment of a large disk, eight disks at the same time.
-#[derive(Parser, Debug, Clone)]
+#[derive(Parser, Debug)]
 #[command(name = "cargo xtask bench vm", bin_name = "cargo xtask bench vm")]
 struct Options {
     /// Rounds of each case
@@ -48,13 +49,13 @@ struct Options {
     json: Option<PathBuf>,
     /// The folder of the patched QEMU programs
     #[arg(long, env = "VZDUMP_QEMU_BIN", value_name = "DIR")]
-    qemu: PathBuf,
-    /// The program vzdump
+    qemu: Option<PathBuf>,
+    /// The program vzdump (default: beside this one)
     #[arg(long, value_name = "FILE")]
-    vzdump: PathBuf,
+    vzdump: Option<PathBuf>,
     /// Where the disks and backups are (default target/bench)
     #[arg(long, value_name = "DIR")]
-    folder: PathBuf,
+    folder: Option<PathBuf>,
 }
 
 /// One way to do it: its seconds by round; a failed run is none.
@@ -146,18 +147,25 @@ impl Case {
     }
 }
 
-/// The order of a round: each way is first and last equally often.
-fn order(count: usize, round: u32) -> impl Iterator<Item = usize> {
-    (0..count).map(move |n| (n + round as usize) % count)
+/// What all cases work with.
+struct Place {
+    programs: Programs,
+    folder: PathBuf,
+}
+
+impl Place {
+    async fn start(&self, disks: &[Content]) -> Result<Vm> {
+        Vm::start(&self.programs, &self.folder, disks).await
+    }
 }
 
 /// A full backup, and the tools into both formats.
-async fn full(options: &Options, programs: &Programs, disk: &Disk) -> Result<Case> {
+async fn full(options: &Options, place: &Place, disk: &Disk) -> Result<Case> {
     let ways: Vec<&'static str> = [VZDUMP].into_iter().chain(TOOLS.map(Tool::name)).collect();
     let mut case = Case::new("full backup", disk.size_bytes, &ways);
-    let vm = Vm::start(programs, &options.folder, &[Content::File(disk.path.clone())]).await?;
+    let vm = place.start(&[Content::File(disk.path.clone())]).await?;
     for round in 0..options.rounds {
-        for way in order(ways.len(), round) {
+        for way in turns(ways.len(), round as usize) {
             let seconds = match way.checked_sub(1) {
                 None => full_backup(&vm, disk.size_bytes).await,
                 Some(tool) => vm.copy(TOOLS[tool], 0, disk.size_bytes).await,
@@ -165,7 +173,6 @@ async fn full(options: &Options, programs: &Programs, disk: &Disk) -> Result<Cas
             case.add(way, round, seconds);
         }
     }
-    vm.stop().await?;
     case.judge(VZDUMP, Tool::NbdcopyQcow2.name(), 1.0 / 0.95);
     Ok(case)
 }
@@ -178,18 +185,18 @@ async fn full_backup(vm: &Vm, bytes: u64) -> Result<f64> {
 }
 
 /// What changed in a large disk, and a copy of a disk that is not larger than that.
-async fn increment(options: &Options, programs: &Programs) -> Result<Case> {
+async fn increment(options: &Options, place: &Place) -> Result<Case> {
     let dirty = options.dirty * MIB;
     let mut case = Case::new("increment", dirty, &[INCREMENT, COPY]);
-    let changed = Disk::ensure(&options.folder, dirty)?;
+    let changed = Disk::ensure(&place.folder, dirty)?;
     let disks = [Content::File(changed.path), Content::Empty(SPARSE_BYTES)];
-    let vm = Vm::start(programs, &options.folder, &disks).await?;
+    let vm = place.start(&disks).await?;
     // The increments build upon it; it holds the first disk, which does not change later.
     vm.backup().await?;
     for round in 0..options.rounds {
         let pattern = u8::try_from(round % 255 + 1)?;
         vm.write(1, pattern, (u64::from(round) * 7 + 1) << 32, dirty).await?;
-        for way in order(2, round) {
+        for way in turns(2, round as usize) {
             let seconds = match way {
                 0 => vm.backup().await.and_then(|backup| {
                     let read = backup.read_bytes;
@@ -201,61 +208,58 @@ async fn increment(options: &Options, programs: &Programs) -> Result<Case> {
             case.add(way, round, seconds);
         }
     }
-    vm.stop().await?;
     case.judge(INCREMENT, COPY, 1.2);
     Ok(case)
 }
 
 /// The same data on one disk, and on eight that are copied side by side.
-async fn disks(options: &Options, programs: &Programs, disk: &Disk) -> Result<Case> {
+async fn disks(options: &Options, place: &Place, disk: &Disk) -> Result<Case> {
     let mut case = Case::new("disks side by side", disk.size_bytes, &[EIGHT_DISKS, ONE_DISK]);
-    let part = Disk::ensure(&options.folder, disk.size_bytes / 8)?;
+    let part = Disk::ensure(&place.folder, disk.size_bytes / 8)?;
     let eight = vec![Content::File(part.path); 8];
-    let eight = Vm::start(programs, &options.folder, &eight).await?;
-    let one = Vm::start(programs, &options.folder, &[Content::File(disk.path.clone())]).await?;
+    let eight = place.start(&eight).await?;
+    let one = place.start(&[Content::File(disk.path.clone())]).await?;
     for round in 0..options.rounds {
-        for way in order(2, round) {
+        for way in turns(2, round as usize) {
             let seconds = full_backup([&eight, &one][way], disk.size_bytes).await;
             case.add(way, round, seconds);
         }
     }
-    eight.stop().await?;
-    one.stop().await?;
     case.judge(EIGHT_DISKS, ONE_DISK, 1.0);
     Ok(case)
 }
 
 /// Whether everything could be measured.
 async fn measure(options: &Options) -> Result<bool> {
-    std::fs::create_dir_all(&options.folder)
-        .with_context(|| format!("creating {}", options.folder.display()))?;
-    let folder = options.folder.canonicalize()?;
-    let options = &Options { folder: folder.clone(), ..options.clone() };
+    let (folder, _alone) = place::folder(options.folder.as_deref())?;
     check_folder(&folder)?;
-    let lock = std::fs::File::create(folder.join("lock")).context("cannot create a lock")?;
-    if lock.try_lock().is_err() {
-        bail!("another benchmark runs in {}; --folder names another one", folder.display());
-    }
     let bytes = options.data * MIB;
     // The disk, two copies of it in VMs, a backup and a copy; and what increments add.
     let rounds = u64::from(options.rounds);
     let needed = bytes * 5 + options.dirty * MIB * (2 * rounds + 4);
     check_free(&folder, needed, "--data, --dirty and --rounds make that less")?;
-    let programs = Programs {
-        qemu: options.qemu.canonicalize().context("no folder of QEMU")?,
-        vzdump: options.vzdump.canonicalize().context("no program vzdump")?,
+    let vzdump = match &options.vzdump {
+        Some(program) => program.clone(),
+        None => std::env::current_exe()?.with_file_name("vzdump"),
+    };
+    let place = Place {
+        programs: Programs {
+            qemu: place::qemu(options.qemu.as_deref())?,
+            vzdump: vzdump.canonicalize().with_context(|| format!("no {}", vzdump.display()))?,
+        },
+        folder: folder.clone(),
     };
     let disk = Disk::ensure(&folder, bytes)?;
     let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     let mut cases = Vec::new();
     if wanted("full") {
-        cases.push(full(options, &programs, &disk).await?);
+        cases.push(full(options, &place, &disk).await?);
     }
     if wanted("increment") {
-        cases.push(increment(options, &programs).await?);
+        cases.push(increment(options, &place).await?);
     }
     if wanted("disks") {
-        cases.push(disks(options, &programs, &disk).await?);
+        cases.push(disks(options, &place, &disk).await?);
     }
     for case in &cases {
         print!("{}", case.text());
@@ -267,18 +271,10 @@ async fn measure(options: &Options) -> Result<bool> {
     Ok(cases.iter().all(|case| case.errors.is_empty()))
 }
 
-async fn until_stopped(options: &Options) -> Result<bool> {
-    let mut terminate = signal(SignalKind::terminate()).context("no signals")?;
-    tokio::select! {
-        result = Box::pin(measure(options)) => result,
-        _ = tokio::signal::ctrl_c() => bail!("interrupted"),
-        _ = terminate.recv() => bail!("terminated"),
-    }
-}
-
 #[tokio::main]
 async fn main() -> ExitCode {
-    match until_stopped(&Options::parse()).await {
+    let options = Options::parse();
+    match place::until_stopped(measure(&options)).await {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
