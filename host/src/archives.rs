@@ -3,18 +3,14 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::{Duration, Instant};
 
-use provider_api::{
-    Archive, Call, GuestConfig, GuestKind, Verified, check_archive_name, notes_line,
-};
+use provider_api::{Archive, GuestConfig, GuestKind, Verified, check_archive_name, notes_line};
 use serde::Serialize;
 use vzdump_core::config::storage::is_storage_id;
 
-use crate::{CancellationToken, Host, HostError, clean};
+use crate::provider_call::{call, fault, in_time};
+use crate::{Host, HostError, clean};
 
-/// Reading a list or a configuration must not take longer, whatever the storage does.
-const READ_TIMEOUT: Duration = Duration::from_secs(120);
 /// Between storage and name in a volume id.
 const MARK: &str = ":backup/";
 
@@ -89,10 +85,6 @@ pub struct ArchiveList {
     pub problems: Vec<StorageProblem>,
 }
 
-fn call() -> Call {
-    Call { cancel: CancellationToken::new(), deadline: Instant::now().checked_add(READ_TIMEOUT) }
-}
-
 impl Host {
     /// Lists the archives of one storage, or of all. A storage that fails is a problem in the list,
     /// unless it is the one that was asked for.
@@ -118,8 +110,7 @@ impl Host {
 
     async fn list_storage(&self, storage: &str, list: &mut ArchiveList) -> Result<(), HostError> {
         let provider = self.providers.get(storage).map_err(HostError::Storage)?;
-        let fault = |source| HostError::Provider { storage: storage.to_owned(), source };
-        for archive in provider.list(&call()).await.map_err(fault)? {
+        for archive in in_time(provider.list(&call())).await.map_err(fault(storage))? {
             match info(storage, archive) {
                 Ok(info) => list.archives.push(info),
                 Err(problem) => {
@@ -137,8 +128,8 @@ impl Host {
     pub async fn show_config(&self, archive: &str) -> Result<GuestConfig, HostError> {
         let archive = self.resolve_archive(archive).await?;
         let provider = self.providers.get(&archive.storage).map_err(HostError::Storage)?;
-        let config = provider.guest_config(&archive.name, &call()).await;
-        config.map_err(|source| HostError::Provider { storage: archive.storage, source })
+        let config = in_time(provider.guest_config(&archive.name, &call())).await;
+        config.map_err(fault(&archive.storage))
     }
 
     /// The archive of a volume id, or of a name that only one storage has.

@@ -19,6 +19,7 @@ mod doctor;
 mod images;
 mod ionice;
 mod plan;
+mod provider_call;
 mod providers;
 mod retention;
 mod tasks;

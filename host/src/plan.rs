@@ -66,14 +66,13 @@ impl Host {
         // More than there are guests would only make each one's part of the RAM smaller.
         let jobs = usize::from(settings.jobs.unwrap_or(1)).min(ids.len()).max(1);
         let bandwidth = bandwidth(settings.bwlimit_kib_per_s.unwrap_or(0), jobs)?;
-        let minutes = settings.lockwait_minutes.unwrap_or(LOCKWAIT_MINUTES);
         let options = BackupOptions {
             fleecing: settings.fleecing.unwrap_or_default(),
             freeze: request.freeze,
             buffer_size_bytes: request.buffer_size_bytes,
             granularity_bytes: request.granularity_bytes,
             buffer_total_bytes: request.buffer_total_bytes,
-            lock_wait: Duration::from_secs(u64::from(minutes) * 60),
+            lock_wait: minutes(settings.lockwait_minutes.unwrap_or(LOCKWAIT_MINUTES)),
             jobs,
             bandwidth,
             script: settings.script.map(absolute),
@@ -82,9 +81,7 @@ impl Host {
             max_protected: self.max_protected(&storage)?,
             prune: self.retention(&storage, settings.prune_backups)?,
             mode: settings.mode.unwrap_or_default(),
-            stop_wait: settings
-                .stopwait_minutes
-                .map_or(STOP_WAIT, |minutes| Duration::from_secs(u64::from(minutes) * 60)),
+            stop_wait: settings.stopwait_minutes.map_or(STOP_WAIT, minutes),
             ..BackupOptions::new(storage)
         };
         let quiet = settings.quiet.unwrap_or(false);
@@ -184,6 +181,10 @@ fn bandwidth(kib_per_s: u64, guests: usize) -> Result<Option<Budget>, HostError>
         )));
     }
     Ok(Some(Budget::new(rate)))
+}
+
+fn minutes(count: u32) -> Duration {
+    Duration::from_secs(u64::from(count) * 60)
 }
 
 /// A relative path is meant from where the program was started.

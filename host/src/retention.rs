@@ -16,6 +16,7 @@ use vzdump_core::prune::{self, Fate, PruneEntry, Pruner};
 use vzdump_core::retention::Retention;
 
 use crate::archives::utc;
+use crate::provider_call::{call, fault, in_time};
 use crate::{ArchiveName, CancellationToken, Host, HostError, TaskSink};
 
 /// The property of `storage.cfg` and `vzdump.conf` that says what is kept.
@@ -24,9 +25,6 @@ const PRUNE_KEY: &str = "prune-backups";
 const MAX_PROTECTED_KEY: &str = "max-protected-backups";
 /// A guest that is being backed up is not waited for.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
-/// Changing or reading notes and protection must not take longer.
-const CALL_TIMEOUT: Duration = Duration::from_secs(120);
-
 /// What a provider may be unable to do, and its name in words.
 pub(crate) type Ability = (fn(&Capabilities) -> bool, &'static str);
 const NOTES: Ability = (|abilities| abilities.notes, "keep notes");
@@ -347,28 +345,6 @@ impl Host {
             return Ok(provider);
         }
         Err(HostError::Storage(format!("The provider of the storage '{storage}' cannot {what}.")))
-    }
-}
-
-pub(crate) fn call() -> Call {
-    Call { cancel: CancellationToken::new(), deadline: Instant::now().checked_add(CALL_TIMEOUT) }
-}
-
-pub(crate) fn fault(storage: &str) -> impl FnOnce(provider_api::Error) -> HostError {
-    let storage = storage.to_owned();
-    move |source| HostError::Provider { storage, source }
-}
-
-/// For a provider that does not obey its deadline.
-pub(crate) async fn in_time<T>(
-    work: impl Future<Output = provider_api::Result<T>>,
-) -> provider_api::Result<T> {
-    match tokio::time::timeout(CALL_TIMEOUT, work).await {
-        Ok(result) => result,
-        Err(_) => Err(provider_api::Error::new(
-            provider_api::Kind::Cancelled,
-            format!("It does not answer within {} s.", CALL_TIMEOUT.as_secs()),
-        )),
     }
 }
 

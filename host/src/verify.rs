@@ -9,9 +9,11 @@ use provider_api::{
 };
 use serde::Serialize;
 use vzdump_core::job::Limits;
+use vzdump_core::prune::sort_by_guest;
 use vzdump_core::verify::verify;
 
-use crate::retention::{Ability, activate, call, fault, in_time};
+use crate::provider_call::{call, fault, in_time};
+use crate::retention::{Ability, activate};
 use crate::{ArchiveName, CancellationToken, Host, HostError, TaskSink, chain, clean, size};
 
 const VERIFY: Ability = (|abilities| abilities.verify, "verify archives");
@@ -188,14 +190,7 @@ async fn choose(
             ));
         }
     }
-    archives.sort_by(|a, b| {
-        (a.guest_id, a.subtype.to_string(), a.time_s, &a.name).cmp(&(
-            b.guest_id,
-            b.subtype.to_string(),
-            b.time_s,
-            &b.name,
-        ))
-    });
+    sort_by_guest(&mut archives);
     let known = archives.into_iter().map(|a| Wanted { name: a.name.clone(), known: Some(a) });
     let unknown = unreadable.into_iter().map(|name| Wanted { name, known: None });
     Ok(known.chain(unknown).collect())

@@ -28,7 +28,7 @@ use provider_api::{BoxFuture, Call, CancellationToken, GuestKind, Job, JobInfo, 
 use self::hooks::{Hooks, Phase};
 use self::one_guest::{Shared, SharedJob};
 use crate::bandwidth::Budget;
-use crate::guest::{BackupMode, GuestDriver};
+use crate::guest::BackupMode;
 use crate::layout::Layout;
 use crate::retention::Retention;
 use crate::storage::StorageSet;
@@ -390,10 +390,10 @@ pub fn target_lock_path(layout: &Layout, kind: GuestKind, id: u32, storage: &str
     layout.lock_dir().join(format!("backup-{kind}-{id}-{storage}.lock"))
 }
 
-/// Whether a driver's guest is a VM; for words in log lines.
-pub(crate) fn guest_words(driver: &dyn GuestDriver) -> String {
-    match driver.kind() {
-        GuestKind::Qemu => format!("VM {}", driver.id()),
-        GuestKind::Lxc => format!("CT {}", driver.id()),
+/// A guest in log lines.
+pub(crate) fn guest_words(kind: GuestKind, id: u32) -> String {
+    match kind {
+        GuestKind::Qemu => format!("VM {id}"),
+        GuestKind::Lxc => format!("CT {id}"),
     }
 }

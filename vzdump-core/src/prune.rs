@@ -176,14 +176,7 @@ impl Pruner<'_> {
                 false
             }
         });
-        archives.sort_by(|a, b| {
-            (a.guest_id, a.subtype.to_string(), a.time_s, &a.name).cmp(&(
-                b.guest_id,
-                b.subtype.to_string(),
-                b.time_s,
-                &b.name,
-            ))
-        });
+        sort_by_guest(&mut archives);
         Ok(archives)
     }
 
@@ -203,6 +196,18 @@ impl Pruner<'_> {
         });
         entries.collect()
     }
+}
+
+/// Puts archives in order: those of a guest together, the oldest first.
+pub fn sort_by_guest(archives: &mut [Archive]) {
+    archives.sort_by(|a, b| {
+        (a.guest_id, a.subtype.to_string(), a.time_s, &a.name).cmp(&(
+            b.guest_id,
+            b.subtype.to_string(),
+            b.time_s,
+            &b.name,
+        ))
+    });
 }
 
 /// Lists a provider's archives in bounded time.

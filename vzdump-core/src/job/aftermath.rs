@@ -3,9 +3,9 @@
 //! protection, and the removal of older ones. It can only warn: the backup has succeeded. If the process
 //! dies meanwhile, nothing is done later: the backup is the next archive without notes and protection.
 
-use provider_api::{CancellationToken, GuestKind, Provider};
+use provider_api::{CancellationToken, Provider};
 
-use super::{BackupOptions, GuestReport, JobContext, call_within, chain};
+use super::{BackupOptions, GuestReport, JobContext, call_within, chain, guest_words};
 use crate::notes_template::{NotesTemplate, Variables};
 use crate::prune::{Fate, Pruner, list};
 use crate::task_log::TaskSink;
@@ -89,10 +89,7 @@ impl Aftermath<'_> {
 
     async fn set_notes(&self, archive: &str, report: &GuestReport) -> Result<(), String> {
         let Some(template) = &self.options.notes else { return Ok(()) };
-        let words = match report.kind {
-            GuestKind::Qemu => format!("VM {}", report.id),
-            GuestKind::Lxc => format!("CT {}", report.id),
-        };
+        let words = guest_words(report.kind, report.id);
         let notes = NotesTemplate::parse(template)?.expand(&Variables {
             guestname: report.name.as_deref().unwrap_or(&words),
             vmid: report.id,
@@ -109,10 +106,8 @@ impl Aftermath<'_> {
             ));
         }
         self.sink.info("adding notes to backup");
-        let limit = self.ctx.limits.provider_call;
-        let call = call_within(self.cancel, limit);
-        let set = self.provider.set_notes(archive, &notes, &call);
-        in_time(tokio::time::timeout(limit, set).await)
+        let call = call_within(self.cancel, self.ctx.limits.provider_call);
+        self.in_time(self.provider.set_notes(archive, &notes, &call)).await
     }
 
     async fn protect(&self, archive: &str) -> Result<(), String> {
@@ -120,11 +115,19 @@ impl Aftermath<'_> {
             return Ok(());
         }
         self.sink.info("marking backup as protected");
-        let limit = self.ctx.limits.provider_call;
         // Not cancelled: unprotected it could be pruned by the next job.
-        let call = call_within(&CancellationToken::new(), limit);
-        let set = self.provider.set_protected(archive, true, &call);
-        in_time(tokio::time::timeout(limit, set).await)
+        let call = call_within(&CancellationToken::new(), self.ctx.limits.provider_call);
+        self.in_time(self.provider.set_protected(archive, true, &call)).await
+    }
+
+    async fn in_time(
+        &self,
+        work: impl Future<Output = provider_api::Result<()>>,
+    ) -> Result<(), String> {
+        match tokio::time::timeout(self.ctx.limits.provider_call, work).await {
+            Ok(result) => result.map_err(|error| chain(&error)),
+            Err(_) => Err("the provider did not answer in time".to_owned()),
+        }
     }
 
     async fn prune(&self, archive: &str, report: &mut GuestReport) -> Result<(), String> {
@@ -156,15 +159,6 @@ impl Aftermath<'_> {
         let count = report.pruned.len();
         self.sink.info(&format!("pruned {count} backup(s) not covered by keep-retention policy"));
         Ok(())
-    }
-}
-
-type InTime = Result<provider_api::Result<()>, tokio::time::error::Elapsed>;
-
-fn in_time(result: InTime) -> Result<(), String> {
-    match result {
-        Ok(result) => result.map_err(|error| chain(&error)),
-        Err(_) => Err("the provider did not answer in time".to_owned()),
     }
 }
 

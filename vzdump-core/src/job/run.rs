@@ -333,7 +333,7 @@ impl<'a> Run<'a> {
         if keep {
             self.sink.warn(&format!(
                 "something could not be undone; the next backup of {} will try again ({})",
-                guest_words(self.driver),
+                guest_words(self.driver.kind(), self.driver.id()),
                 journal.path().display()
             ));
             return Ok(());
