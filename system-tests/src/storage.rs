@@ -251,7 +251,7 @@ impl Storage {
             .with_context(|| format!("connecting to the export {export}"))
     }
 
-    /// The dirty areas of an access, as offset and length, as a backup client sees them.
+    /// The dirty areas of an access, see [`dirty_areas`].
     ///
     /// # Errors
     /// The snapshot cannot be exported or asked, or it has no bitmap.
@@ -261,14 +261,7 @@ impl Storage {
         let name = self.export_snapshot(info).await?;
         let how = Connection { contexts: &[&dirty], timeout: LIMIT };
         let snapshot = self.client_with(&name, how).await?;
-        let mut extents = snapshot.extents(&dirty, 0, snapshot.size_bytes());
-        let mut areas = Vec::new();
-        while let Some(extent) = extents.next().await? {
-            if extent.flags & context::DIRTY != 0 {
-                areas.push((extent.offset, extent.len));
-            }
-        }
-        Ok(areas)
+        dirty_areas(&snapshot, &dirty).await
     }
 
     /// Exports a snapshot and connects to it.
@@ -449,6 +442,21 @@ fn free_socket(folder: &tempfile::TempDir, name: &str) -> PathBuf {
     let path = folder.path().join(name);
     drop(std::fs::remove_file(&path));
     path
+}
+
+/// The areas that a dirty bitmap marks, as offset and length, as a backup client sees them.
+///
+/// # Errors
+/// The server does not tell.
+pub async fn dirty_areas(client: &Client, bitmap: &str) -> Result<Vec<(u64, u64)>> {
+    let mut extents = client.extents(bitmap, 0, client.size_bytes());
+    let mut areas = Vec::new();
+    while let Some(extent) = extents.next().await.context("dirty areas")? {
+        if extent.flags & context::DIRTY != 0 {
+            areas.push((extent.offset, extent.len));
+        }
+    }
+    Ok(areas)
 }
 
 /// The description of a raw node.

@@ -18,6 +18,7 @@ use super::machine::Machine;
 use super::plan::{AccessPlan, DevicePlan, Reader};
 use super::tally::{COMPARED, READERS_KILLED, RELEASED};
 use crate::qemu::bin_dir;
+use crate::storage::dirty_areas;
 use crate::stress::model::{Moment, SECTOR};
 use crate::stress::reader::{Reading, Tolerated, check};
 
@@ -87,20 +88,14 @@ impl Snapshot {
         let Some(dirty) = dirty else {
             return Ok(std::iter::once(0..self.sectors).collect());
         };
-        let mut areas = Vec::new();
-        let mut bytes = 0;
-        let mut extents = client.extents(dirty, 0, client.size_bytes());
-        while let Some(extent) = extents.next().await.context("dirty areas")? {
-            if extent.flags & context::DIRTY != 0 {
-                bytes += extent.len;
-                areas.push(extent.offset / SECTOR..extent.end() / SECTOR);
-            }
-        }
+        let areas = dirty_areas(client, dirty).await?;
+        let bytes: u64 = areas.iter().map(|(_, len)| len).sum();
         ensure!(self.info["dirty"] == bytes, "{bytes} dirty bytes, but {}", self.info);
         if self.all_readable {
             return Ok(std::iter::once(0..self.sectors).collect());
         }
-        Ok(areas)
+        let sectors = |(offset, len)| offset / SECTOR..(offset + len) / SECTOR;
+        Ok(areas.into_iter().map(sectors).collect())
     }
 
     /// All reads fail.

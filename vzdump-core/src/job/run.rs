@@ -53,6 +53,16 @@ pub(super) struct Run<'a> {
 /// An error of a step, in words.
 pub(super) type StepResult<T = Event> = Result<T, String>;
 
+/// What a step of the driver may use, apart from the driver itself.
+fn task<'a>(
+    journal: Option<&'a Journal>,
+    sink: &'a dyn TaskSink,
+    hooks: &'a GuestHooks<'a>,
+) -> StepResult<Task<'a>> {
+    let journal = journal.ok_or("the journal is not open")?;
+    Ok(Task { journal, sink, hooks })
+}
+
 fn words(error: impl std::error::Error + 'static) -> String {
     chain(&error)
 }
@@ -241,15 +251,13 @@ impl<'a> Run<'a> {
     }
 
     async fn prepare(&mut self) -> StepResult {
-        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink, hooks: self.hooks };
+        let task = task(self.journal.as_ref(), self.sink, self.hooks)?;
         let has_disks = self.driver.prepare(task).await.map_err(words)?;
         Ok(Event::Prepared { has_disks })
     }
 
     async fn enter_mode(&mut self) -> StepResult<()> {
-        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink, hooks: self.hooks };
+        let task = task(self.journal.as_ref(), self.sink, self.hooks)?;
         self.volumes = self.driver.enter_mode(task).await.map_err(words)?;
         self.report.disks_size_bytes =
             self.volumes.iter().fold(0, |sum, volume| sum.saturating_add(volume.size_bytes));
@@ -257,8 +265,7 @@ impl<'a> Run<'a> {
     }
 
     async fn resume(&mut self) -> StepResult<()> {
-        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink, hooks: self.hooks };
+        let task = task(self.journal.as_ref(), self.sink, self.hooks)?;
         self.report.point_in_time.downtime_ms = self.driver.resume(task).await.map_err(words)?;
         Ok(())
     }
@@ -273,8 +280,7 @@ impl<'a> Run<'a> {
     }
 
     async fn point_in_time(&mut self) -> StepResult<()> {
-        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink, hooks: self.hooks };
+        let task = task(self.journal.as_ref(), self.sink, self.hooks)?;
         let result = self.driver.point_in_time(&self.requests, task).await;
         self.report.point_in_time = result.map_err(words)?;
         Ok(())
@@ -283,8 +289,7 @@ impl<'a> Run<'a> {
     async fn transfer(&mut self) -> StepResult<()> {
         let source = self.driver.source();
         let backup = self.backup.as_mut().ok_or("the provider's backup is not begun")?;
-        let journal = self.journal.as_ref().ok_or("the journal is not open")?;
-        let task = Task { journal, sink: self.sink, hooks: self.hooks };
+        let task = task(self.journal.as_ref(), self.sink, self.hooks)?;
         self.report.reused_bytes = reused_bytes(&self.driver.volumes());
         let meter = Meter::new(self.driver.id(), self.report.reused_bytes, self.sink);
         let stall = self.ctx.limits.transfer_stall;
