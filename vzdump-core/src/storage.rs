@@ -28,6 +28,7 @@ use provider_api::BoxFuture;
 use crate::blocking;
 use crate::tools::{MissingTool, Tools};
 
+pub(crate) use btrfs::BTRFS_MAGIC;
 pub use btrfs::{BTRFS_KIND, BtrfsStorage};
 pub use dir::{DIR_KIND, DirStorage};
 pub use image::image_size;

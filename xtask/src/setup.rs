@@ -43,6 +43,7 @@ const TESTS: &[&str] = &[
     "kmod",
     "libnbd-bin",
     "lz4",
+    "mount",
     "nbdkit",
     "procps",
     // The generated QMP reference.

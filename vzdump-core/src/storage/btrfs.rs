@@ -28,7 +28,7 @@ use crate::tools::Tools;
 /// The kind of storage this module serves.
 pub const BTRFS_KIND: &str = "btrfs";
 /// `BTRFS_SUPER_MAGIC` of the kernel.
-const BTRFS_MAGIC: u64 = 0x9123_683e;
+pub(crate) const BTRFS_MAGIC: u64 = 0x9123_683e;
 /// What the files in a subvolume are called, before their endings.
 const STEM: &str = "disk";
 /// What the program says of a directory that is not there.

@@ -22,7 +22,9 @@ use crate::config::{OptionList, parse_bool};
 use crate::guest::{GuestError, Task};
 use crate::job::chain;
 use crate::journal::{Entry, FleecingImage};
-use crate::storage::{DEFAULT_STORAGE, ImageFormat, Storage, VolumeId, fleecing_prefix};
+use crate::storage::{
+    BTRFS_MAGIC, DEFAULT_STORAGE, ImageFormat, Storage, VolumeId, fleecing_prefix,
+};
 use crate::task_log::size_config;
 use crate::vm::create::parse_size;
 
@@ -31,8 +33,10 @@ const LIMIT_MIN_BYTES: u64 = 1 << 20;
 const REFLINK_BYTES: std::ops::RangeInclusive<u64> = 4096..=1 << 20;
 /// What is given back to see whether a storage can do that.
 const HOLE_BYTES: u64 = 64 << 10;
-/// File systems that share blocks between files: `BTRFS_SUPER_MAGIC`, `XFS_SUPER_MAGIC`.
-const REFLINK_FILE_SYSTEMS: [u64; 2] = [0x9123_683e, 0x5846_5342];
+/// `XFS_SUPER_MAGIC` of the kernel.
+const XFS_MAGIC: u64 = 0x5846_5342;
+/// File systems that share blocks between files.
+const REFLINK_FILE_SYSTEMS: [u64; 2] = [BTRFS_MAGIC, XFS_MAGIC];
 
 /// The property string `fleecing`: `storage=fast,limit=20G,reflink=64K,scsi1=big`, with vzdump's
 /// `enabled=1` in front of it or not.
