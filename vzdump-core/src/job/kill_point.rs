@@ -5,7 +5,7 @@
 //! Between commit and teardown there are milliseconds; a test that hoped to hit them would prove
 //! nothing on the day it misses.
 
-use rustix::process::{Signal, getpid, kill_process};
+use nix::sys::signal::{Signal, raise};
 
 use super::state::Action;
 use crate::journal::Entry;
@@ -31,18 +31,19 @@ pub(crate) fn journalled(entry: &Entry) {
 
 /// Signals this process if this is the chosen step.
 pub(crate) fn at(step: &str) {
-    let faults: [(&str, &[Signal]); 3] =
-        [(KILL, &[Signal::KILL]), (STOP, &[Signal::STOP]), (TERM, &[Signal::TERM, Signal::INT])];
+    let faults: [(&str, &[Signal]); 3] = [
+        (KILL, &[Signal::SIGKILL]),
+        (STOP, &[Signal::SIGSTOP]),
+        (TERM, &[Signal::SIGTERM, Signal::SIGINT]),
+    ];
     for (variable, signals) in faults {
         if std::env::var(variable).is_ok_and(|chosen| chosen == step) {
             tracing::warn!(step, ?signals, "on request of {variable}");
             for &signal in signals {
-                // Cannot fail: a process may always signal itself.
-                let _ = kill_process(getpid(), signal);
+                // To this thread, not to the process: another thread would take the signal a while
+                // later, with the step begun and its time limits running.
+                let _ = raise(signal);
             }
-            // It goes to any thread: this one would begin the step before all have stopped, and its
-            // time limits would be over when they go on.
-            std::thread::sleep(std::time::Duration::from_millis(100));
         }
     }
 }
