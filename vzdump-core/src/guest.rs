@@ -12,7 +12,7 @@
 //! error. The lower row is never cancelled, nor is `resume`; the job bounds their time. After a failure
 //! between `enter_mode` and `resume`, `resume` is called before the lower row.
 
-use provider_api::{BitmapRequest, BoxFuture, GuestKind, VmBackup, VolumeInfo};
+use provider_api::{BitmapRequest, BoxFuture, ContainerBackup, GuestKind, VmBackup, VolumeInfo};
 
 use crate::job::hooks::GuestHooks;
 use crate::journal::{Journal, JournalError};
@@ -63,6 +63,15 @@ impl GuestError {
     ) -> impl FnOnce(E) -> Self {
         move |source| Self::step(doing, source)
     }
+}
+
+/// What a provider is given of a guest.
+#[derive(Debug, Clone)]
+pub enum GuestSource {
+    /// A virtual machine's configuration and disks.
+    Vm(VmBackup),
+    /// A container's configuration and file tree.
+    Container(ContainerBackup),
 }
 
 /// What happens to a running guest for the point in time of its backup.
@@ -201,8 +210,8 @@ pub trait GuestDriver: Send {
     /// Offers the frozen disks.
     fn open_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;
 
-    /// What the provider is given: configuration and, once the source is open, the disks.
-    fn source(&self) -> VmBackup;
+    /// What the provider is given: configuration and, once the source is open, the disks or the tree.
+    fn source(&self) -> GuestSource;
 
     /// Ends only when the point in time is lost, and says why.
     fn watch<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, GuestError>;

@@ -314,14 +314,8 @@ async fn start_job(
     cancel: &CancellationToken,
 ) -> Result<Box<dyn Job>, String> {
     let description = provider.describe();
-    let oldest = provider_api::API_VERSION - provider_api::API_AGE;
-    if !(oldest..=provider_api::API_VERSION).contains(&description.api_version) {
-        return Err(format!(
-            "the provider '{}' has API version {}, this host speaks {oldest} to {}",
-            clean(&description.name),
-            description.api_version,
-            provider_api::API_VERSION
-        ));
+    if let Err(why) = provider_api::check_api_version(description.api_version) {
+        return Err(format!("{}: {why}", clean(&description.name)));
     }
     let start = async {
         activate(provider, &ctx.limits, cancel).await?;

@@ -2,11 +2,14 @@
 //! One job and the backup of one guest within it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{BoxFuture, Call, Result};
+use crate::{
+    BoxFuture, Call, ContainerBackup, ContainerTransferred, DirtyRegions, Error, Kind, Result,
+};
 
 /// Kind of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -70,6 +73,21 @@ pub struct VolumeInfo {
     pub device: String,
     /// Size in bytes.
     pub size_bytes: u64,
+    /// The disk's volume id on the host, such as `local:100/vm-100-disk-0.qcow2`; none if it is not in a
+    /// storage. For people and logs: it may change without the disk being another one.
+    pub volume_id: Option<String>,
+}
+
+/// What of a disk can be read when a bitmap says what changed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Readable {
+    /// What changed. The guest pays for nothing else.
+    #[default]
+    Dirty,
+    /// All of it, so that the provider may still make a full backup, or compare. Costs the guest as
+    /// much as a full backup.
+    All,
 }
 
 /// Which dirty bitmap the provider wants for a disk.
@@ -83,6 +101,8 @@ pub enum BitmapRequest {
     Use {
         /// Generation of the provider's last committed backup of the disk.
         generation: String,
+        /// What must be readable.
+        readable: Readable,
     },
 }
 
@@ -112,6 +132,17 @@ pub enum Access {
         /// Name of the dirty bitmap for the metadata context `qemu:dirty-bitmap:<name>`; present
         /// unless the mode is `None`.
         bitmap: Option<String>,
+    },
+    /// A file that reads as the point in time, of exactly the disk's size. A hole punched into it
+    /// (`fallocate(FALLOC_FL_PUNCH_HOLE)`) releases what was stored; a read of a released area, or of one
+    /// that `regions` does not name, fails. Open it with `O_DIRECT` (offsets, lengths and memory aligned
+    /// to 4096 bytes), because the kernel's read-ahead would meet such areas. It is no regular file of a
+    /// disk: it vanishes when the backup ends.
+    File {
+        /// Path of the file.
+        path: PathBuf,
+        /// What must be read: what changed, or the whole disk.
+        regions: Arc<dyn DirtyRegions>,
     },
 }
 
@@ -197,6 +228,22 @@ pub trait GuestBackup: Send {
         progress: &'a dyn Progress,
         call: &'a Call,
     ) -> BoxFuture<'a, Result<Transferred>>;
+
+    /// Copies a container's file tree. Called once, after the point in time, instead of
+    /// [`GuestBackup::plan_volumes`] and [`GuestBackup::backup_vm`]. An error fails this guest's backup and
+    /// is followed by `abort`; so does an archive without entries from a tree that has some.
+    ///
+    /// Only called with [`crate::Capabilities::container`].
+    fn backup_container<'a>(
+        &'a mut self,
+        backup: ContainerBackup,
+        progress: &'a dyn Progress,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<ContainerTransferred>> {
+        let _ = (backup, progress, call);
+        let error = Error::new(Kind::Invalid, "This provider backs up no containers.");
+        Box::pin(std::future::ready(Err(error)))
+    }
 
     /// Makes the backup durable under the host's id, and only then returns. The next
     /// [`crate::Provider::commit_outcome`] of that id, from any process, must agree.

@@ -4,7 +4,8 @@
 //! ```text
 //! Provider ── start_job ──► Job ── start_guest ──► GuestBackup
 //!                                                    │ plan_volumes   which bitmaps, which generation
-//!                                                    │ backup_vm      read the frozen disks
+//!                                                    │ backup_vm      read the frozen disks, or
+//!                                                    │ backup_container   the frozen file tree
 //!                                                    ├─ commit(id)    durable before it returns
 //!                                                    └─ abort(why)
 //! ```
@@ -23,16 +24,24 @@
 
 #![forbid(unsafe_code)]
 
+mod container;
 mod error;
 mod guest;
+mod regions;
 mod restore;
 mod verify;
 
+pub use container::{
+    CommandEnd, Compression, ContainerBackup, ContainerCommand, ContainerData, ContainerMount,
+    ContainerRestore, ContainerRunner, ContainerTransferred, IGNORED_MAX, IdMapRange, Identity,
+    IgnoredEntry,
+};
 pub use error::{Error, Kind, Result};
 pub use guest::{
     Access, BitmapMode, BitmapRequest, Committed, GuestBackup, GuestInfo, GuestKind, Job, JobInfo,
-    Progress, Transferred, VmBackup, Volume, VolumeInfo,
+    Progress, Readable, Transferred, VmBackup, Volume, VolumeInfo,
 };
+pub use regions::{DirtyRegions, NextRegions, Region, RegionPage, RegionReader};
 pub use restore::{RestoreDevice, VmRestore, VolumeSource};
 pub use verify::{
     DAMAGE_MAX, Damage, DamagedArea, Verified, VerifyExtent, VerifyOptions, VerifyReport,
@@ -48,14 +57,37 @@ pub use uuid::Uuid;
 
 /// Version of this contract. A provider states the version it was written for.
 ///
-/// Until the first release it stays 1 whatever changes. From then on a change that a provider of
-/// the version before need not know (a new method with a default, a new capability, a new field that
-/// may be missing) raises it together with [`API_AGE`]; any other change raises it and sets
-/// [`API_AGE`] to 0.
-pub const API_VERSION: u32 = 1;
+/// A change that a provider of the version before need not know (a new method with a default, a new
+/// capability, a new field that may be missing) raises it together with [`API_AGE`]; any other change
+/// raises it and sets [`API_AGE`] to 0. What a host does not know of a newer provider it leaves
+/// unused; what a provider does not know it never sees, because the capability for it is missing.
+///
+/// | version | age | what came |
+/// |---|---|---|
+/// | 1 | 0 | virtual machines over NBD, notes, protection, removal, verification |
+/// | 2 | 1 | [`Access::File`], containers, [`Provider::properties`], logs, slow commits, late fulls |
+pub const API_VERSION: u32 = 2;
 /// How many versions back a host still accepts: `API_VERSION - API_AGE ..= API_VERSION`.
-pub const API_AGE: u32 = 0;
+pub const API_AGE: u32 = 1;
 
+/// Whether a host with this contract works with a provider written for `version`; see
+/// [`API_VERSION`].
+///
+/// # Errors
+/// A sentence that names both versions.
+pub fn check_api_version(version: u32) -> std::result::Result<(), String> {
+    let oldest = API_VERSION - API_AGE;
+    if (oldest..=API_VERSION).contains(&version) {
+        return Ok(());
+    }
+    Err(format!(
+        "The provider was written for version {version} of the contract; this program knows \
+         {oldest} to {API_VERSION}."
+    ))
+}
+
+/// Longest log of a guest's backup that is kept with its archive, in bytes.
+pub const LOG_BYTES_MAX: usize = 1 << 20;
 /// Longest notes of an archive, in bytes.
 pub const NOTES_BYTES_MAX: usize = 64 << 10;
 /// What [`Archive::notes`] shows of their first line at most, in bytes.
@@ -105,6 +137,62 @@ pub struct Capabilities {
     /// Verifies archives: [`Provider::verify`].
     #[serde(default)]
     pub verify: bool,
+    /// Backs up virtual machines from files: [`Access::File`]. With [`Capabilities::vm_nbd`], too, the
+    /// host chooses NBD.
+    #[serde(default)]
+    pub vm_file: bool,
+    /// Commits so slowly (uploads, tapes) that the guest must not pay for it meanwhile: when
+    /// [`GuestBackup::backup_vm`] has returned, the host withdraws the disks and drops the old data
+    /// that QEMU kept for them, before it calls [`GuestBackup::commit`]. Which changes count for
+    /// the next increment is still decided by the commit.
+    #[serde(default)]
+    pub slow_commit: bool,
+    /// Any part of a disk that is restored can be read at any time, in any order and again
+    /// ([`VolumeSource`] as NBD): a guest may be started before it is restored.
+    #[serde(default)]
+    pub random_read: bool,
+    /// Backs up containers: [`GuestBackup::backup_container`].
+    #[serde(default)]
+    pub container: bool,
+    /// Restores containers: [`Provider::restore_container_init`].
+    #[serde(default)]
+    pub container_restore: bool,
+    /// Keeps the log of a guest's backup with its archive: [`Provider::keep_log`].
+    #[serde(default)]
+    pub log: bool,
+}
+
+/// Type of a property's value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PropertyKind {
+    /// Any text on one line.
+    Text,
+    /// An absolute path.
+    Path,
+    /// A whole number that is not negative.
+    Number,
+    /// `0` or `1`.
+    Flag,
+}
+
+/// One property that a storage of this provider may have in `storage.cfg`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Property {
+    /// Its name, `[a-z][a-z0-9-]{0,31}`.
+    pub name: String,
+    /// Type of its value.
+    pub kind: PropertyKind,
+    /// Whether a storage without it is refused.
+    #[serde(default)]
+    pub required: bool,
+    /// Whether it is a secret: it is kept apart from `storage.cfg`, readable by root only, and never
+    /// shown or logged.
+    #[serde(default)]
+    pub sensitive: bool,
+    /// One sentence for people.
+    #[serde(default)]
+    pub description: String,
 }
 
 /// Space of the storage behind a provider.
@@ -178,6 +266,13 @@ pub trait Provider: Send + Sync {
     /// Says what this provider is. Called often; must not block or do I/O.
     fn describe(&self) -> Description;
 
+    /// The properties that its storages have in `storage.cfg`, besides those that every storage has
+    /// (`content`, `disable`, `nodes`, `prune-backups`, `max-protected-backups`). Called often; must not
+    /// block or do I/O.
+    fn properties(&self) -> Vec<Property> {
+        Vec::new()
+    }
+
     /// Makes the storage ready, and removes what dead jobs and removals left in it. Called once per job,
     /// restore, prune, removal or verification before anything else, also while others are under way; must be
     /// idempotent. An error fails that task before any guest or archive is touched. May take minutes.
@@ -232,7 +327,22 @@ pub trait Provider: Send + Sync {
         unsupported(archive, "cannot be protected")
     }
 
-    /// Removes one archive, with its notes, and gives its space back. Other archives give the same
+    /// Keeps the log of the backup that made an archive, and replaces an earlier one. Called once after
+    /// the commit, with at most [`LOG_BYTES_MAX`] bytes of UTF-8 text; an error is only a warning. The
+    /// log goes when the archive is removed.
+    ///
+    /// Only called with [`Capabilities::log`].
+    fn keep_log<'a>(
+        &'a self,
+        archive: &'a str,
+        log: &'a str,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        let _ = (log, call);
+        unsupported(archive, "cannot have a log")
+    }
+
+    /// Removes one archive, with its notes and log, and gives its space back. Other archives give the same
     /// bytes before, during and after it, whatever fails or crashes meanwhile: if others need this one
     /// (increments), what they need is kept for them (the provider merges it into them), or nothing
     /// is changed and the error is [`Kind::HasDependents`].
@@ -317,6 +427,19 @@ pub trait Provider: Send + Sync {
         archive: &'a str,
         call: &'a Call,
     ) -> BoxFuture<'a, Result<Box<dyn VmRestore>>>;
+
+    /// Begins the restore of a container's archive. [`ContainerRestore::cleanup`] is called exactly once
+    /// on every path unless the host dies.
+    ///
+    /// Only called with [`Capabilities::container_restore`].
+    fn restore_container_init<'a>(
+        &'a self,
+        archive: &'a str,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn ContainerRestore>>> {
+        let _ = call;
+        unsupported(archive, "cannot be restored as a container by this provider")
+    }
 }
 
 fn unsupported<'a, T: Send + 'a>(archive: &str, what: &str) -> BoxFuture<'a, Result<T>> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use futures_util::future::try_join_all;
 use provider_api::{
     BitmapRequest, BoxFuture, Call, Committed, GuestBackup, GuestInfo, GuestKind, Job, Progress,
-    Result, Transferred, Uuid, VmBackup, Volume, VolumeInfo,
+    Readable, Result, Transferred, Uuid, VmBackup, Volume, VolumeInfo,
 };
 use tracing::{info, warn};
 
@@ -113,7 +113,7 @@ impl DirectoryBackup {
             requests.push(match base {
                 Some((generation, chain)) => {
                     self.plans.insert(volume.device.clone(), chain);
-                    BitmapRequest::Use { generation }
+                    BitmapRequest::Use { generation, readable: Readable::Dirty }
                 }
                 None => BitmapRequest::New,
             });

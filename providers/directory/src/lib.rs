@@ -236,6 +236,8 @@ impl Provider for DirectoryProvider {
                 protect: true,
                 remove: true,
                 verify: true,
+                random_read: true,
+                ..Capabilities::default()
             },
         }
     }

@@ -6,7 +6,7 @@
 mod common;
 
 use common::{Bench, GuestDisk, Random, Recorder, Snapshot, scribble, text, vm};
-use provider_api::{BitmapMode, BitmapRequest, Call, Kind, Provider, Uuid, Volume};
+use provider_api::{BitmapMode, BitmapRequest, Call, Kind, Provider, Readable, Uuid, Volume};
 
 const ODD_SIZE: u64 = (10 << 20) + 7 * 512;
 
@@ -93,7 +93,10 @@ async fn a_bitmap_with_another_sum_than_announced_fails_the_backup() {
 
     let mut guest = bench.start(1).await;
     let requests = guest.plan_volumes(&[disk.info()], &bench.call).await.unwrap();
-    assert_eq!(requests, [BitmapRequest::Use { generation: "g1".to_owned() }]);
+    assert_eq!(
+        requests,
+        [BitmapRequest::Use { generation: "g1".to_owned(), readable: Readable::Dirty }]
+    );
     let snapshot = disk.snapshot().await;
     let mut volume = disk.volume(&snapshot, &requests[0], "g2").await;
     volume.dirty_bytes = volume.dirty_bytes.map(|bytes| bytes + 65536);
@@ -142,12 +145,13 @@ async fn plans_ask_for_an_increment_only_where_one_is_possible() {
     let (first, _) = bench.back_up(1, &[&disk], "g1").await.unwrap();
     let plan = async |id: u32, device: &str, size_bytes: u64| {
         let mut guest = bench.start(id).await;
-        let info = provider_api::VolumeInfo { device: device.to_owned(), size_bytes };
+        let info =
+            provider_api::VolumeInfo { device: device.to_owned(), size_bytes, volume_id: None };
         let requests = guest.plan_volumes(&[info], &bench.call).await.unwrap();
         guest.abort("only a question", &bench.call).await.unwrap();
         requests[0].clone()
     };
-    let known = BitmapRequest::Use { generation: "g1".to_owned() };
+    let known = BitmapRequest::Use { generation: "g1".to_owned(), readable: Readable::Dirty };
     assert_eq!(plan(1, "scsi0", ODD_SIZE).await, known);
     assert_eq!(plan(2, "scsi0", ODD_SIZE).await, BitmapRequest::New, "another guest");
     assert_eq!(plan(1, "scsi1", ODD_SIZE).await, BitmapRequest::New, "another disk");
@@ -196,7 +200,8 @@ async fn what_was_stored_is_released_and_a_refusal_is_told_once() {
     }
     // Without a generation nothing can follow.
     let mut guest = bench.start(1).await;
-    let info = provider_api::VolumeInfo { device: "scsi0".to_owned(), size_bytes: size };
+    let info =
+        provider_api::VolumeInfo { device: "scsi0".to_owned(), size_bytes: size, volume_id: None };
     assert_eq!(guest.plan_volumes(&[info], &bench.call).await.unwrap(), [BitmapRequest::New]);
     guest.abort("done", &bench.call).await.unwrap();
 }

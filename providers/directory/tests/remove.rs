@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use common::{
     Bench, GuestDisk, Random, copy, end_with_parent, provider, run, scribble, start_child, text,
 };
-use provider_api::{Archive, BitmapRequest, Call, Kind, Provider, Uuid};
+use provider_api::{Archive, BitmapRequest, Call, Kind, Provider, Readable, Uuid};
 use serde_json::Value;
 
 const STORAGE: &str = "DIRECTORY_TEST_STORAGE";
@@ -315,7 +315,7 @@ async fn after_the_newest_is_removed_the_next_backup_asks_for_what_is_there() {
     let infos = guest.disks.iter().map(GuestDisk::info).collect::<Vec<_>>();
     let requests = backup.plan_volumes(&infos, &call).await.unwrap();
     // QEMU's bitmap is one of the generation "g2": asked for "g1" it gives a full backup.
-    let asked = BitmapRequest::Use { generation: "g1".into() };
+    let asked = BitmapRequest::Use { generation: "g1".into(), readable: Readable::Dirty };
     assert_eq!(requests, [asked.clone(), asked]);
     backup.abort("seen", &call).await.unwrap();
     // With nothing left nothing is asked for.
@@ -351,8 +351,7 @@ async fn back_up_as_qemu(guest: &mut Guest, number: usize, held: &mut Option<Str
     let reference = disk.reference(&format!("history-{number}"));
     let mut backup = guest.bench.start(1).await;
     let asked = backup.plan_volumes(&[disk.info()], &call).await.unwrap().remove(0);
-    let is_usable =
-        matches!(&asked, BitmapRequest::Use { generation } if Some(generation) == held.as_ref());
+    let is_usable = matches!(&asked, BitmapRequest::Use { generation, .. } if Some(generation) == held.as_ref());
     let request = if is_usable { asked } else { BitmapRequest::New };
     let snapshot = disk.snapshot().await;
     let generation = format!("h{number}");

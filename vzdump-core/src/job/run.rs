@@ -18,7 +18,7 @@ use super::progress::Meter;
 use super::report::{GuestReport, millis};
 use super::state::{Action, Event, Machine, Outcome};
 use super::{BackupOptions, JobContext, Limits, call_within, chain, guest_words};
-use crate::guest::{GuestDriver, GuestError, Task, VolumeReport};
+use crate::guest::{GuestDriver, GuestError, GuestSource, Task, VolumeReport};
 use crate::journal::{Begin, Entry, Journal, TaskKind};
 use crate::task_log::{TaskSink, size, transferred};
 
@@ -287,7 +287,9 @@ impl<'a> Run<'a> {
     }
 
     async fn transfer(&mut self) -> StepResult<()> {
-        let source = self.driver.source();
+        let GuestSource::Vm(source) = self.driver.source() else {
+            return Err("the guest is no virtual machine".to_owned());
+        };
         let backup = self.backup.as_mut().ok_or("the provider's backup is not begun")?;
         let task = task(self.journal.as_ref(), self.sink, self.hooks)?;
         self.report.reused_bytes = reused_bytes(&self.driver.volumes());
@@ -397,7 +399,7 @@ fn check_requests(requests: &[BitmapRequest], disks: usize) -> Result<(), String
         ));
     }
     for request in requests {
-        if let BitmapRequest::Use { generation } = request {
+        if let BitmapRequest::Use { generation, .. } = request {
             let is_plain = generation.bytes().all(|b| b.is_ascii_graphic());
             if generation.is_empty() || generation.len() > GENERATION_BYTES_MAX || !is_plain {
                 return Err("the provider asked for a generation that cannot be one".to_owned());
@@ -451,7 +453,10 @@ mod tests {
 
     #[test]
     fn a_provider_s_plan_is_checked() {
-        let using = |text: &str| BitmapRequest::Use { generation: text.to_owned() };
+        let using = |text: &str| BitmapRequest::Use {
+            generation: text.to_owned(),
+            readable: provider_api::Readable::Dirty,
+        };
         assert!(check_requests(&[BitmapRequest::New, using("abc")], 2).is_ok());
         assert!(check_requests(&[BitmapRequest::New], 2).is_err());
         for bad in ["", "a b", "a\n", &"x".repeat(256)] {

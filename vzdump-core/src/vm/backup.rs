@@ -27,8 +27,10 @@ mod watch;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use provider_api::{BitmapRequest, BoxFuture, GuestKind, Uuid, VmBackup, VolumeInfo};
-use qmp_client::backup::{self, AccessInfo, BackupAccess, BitmapMode, Device, SetupRequest};
+use provider_api::{BitmapRequest, BoxFuture, GuestKind, Uuid, VolumeInfo};
+use qmp_client::backup::{
+    self, AccessInfo, BackupAccess, BitmapMode, Device, Readable, SetupRequest,
+};
 use qmp_client::commands::{QueryStatus, RunState};
 use qmp_client::{Error, EventStream, Session};
 
@@ -42,7 +44,7 @@ use super::freeze_guard::{self, FreezeLimits, Frozen, GuardCommand};
 use super::runner;
 use crate::config::guest::{DiskEntry, VmConfig};
 use crate::guest::{
-    AccessStats, BackupMode, GuestDriver, GuestError, PointInTime, Task, VolumeReport,
+    AccessStats, BackupMode, GuestDriver, GuestError, GuestSource, PointInTime, Task, VolumeReport,
 };
 use crate::job::{BackupOptions, JobContext, chain};
 use crate::journal::{Entry, ProcessStamp};
@@ -258,8 +260,12 @@ impl VmDriver {
             device.bitmap_mode = Some(match request {
                 BitmapRequest::None => BitmapMode::None,
                 BitmapRequest::New => BitmapMode::New,
-                BitmapRequest::Use { generation } => {
+                BitmapRequest::Use { generation, readable } => {
                     device.generation = Some(generation.clone());
+                    device.readable = Some(match readable {
+                        provider_api::Readable::Dirty => Readable::Dirty,
+                        provider_api::Readable::All => Readable::All,
+                    });
                     BitmapMode::Use
                 }
             });
@@ -483,8 +489,8 @@ impl GuestDriver for VmDriver {
         Box::pin(self.do_open_source(task))
     }
 
-    fn source(&self) -> VmBackup {
-        self.make_source()
+    fn source(&self) -> GuestSource {
+        GuestSource::Vm(self.make_source())
     }
 
     fn watch<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, GuestError> {

@@ -100,7 +100,10 @@ async fn the_report_and_the_log_have_every_number() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_increment_uses_the_bitmap_of_its_generation() {
-    let using = || BitmapRequest::Use { generation: "gen-1".into() };
+    let using = || BitmapRequest::Use {
+        generation: "gen-1".into(),
+        readable: provider_api::Readable::Dirty,
+    };
     let script = Script { requests: vec![using(), BitmapRequest::None], ..Script::default() };
     let world = World::with("", script);
     let report = world.backup().await;

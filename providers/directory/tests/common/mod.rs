@@ -185,7 +185,7 @@ impl GuestDisk {
     }
 
     pub(crate) fn info(&self) -> VolumeInfo {
-        VolumeInfo { device: self.device.clone(), size_bytes: self.size_bytes }
+        VolumeInfo { device: self.device.clone(), size_bytes: self.size_bytes, volume_id: None }
     }
 
     /// The volume as the host would hand it over.

@@ -116,6 +116,7 @@ impl VmDriver {
         let volume = |disk: &disks::Disk| VolumeInfo {
             device: disk.key.clone(),
             size_bytes: disk.size_bytes,
+            volume_id: Some(disk.volume.clone()),
         };
         Ok(self.disks.iter().map(volume).collect())
     }
