@@ -157,7 +157,7 @@ pub struct Capabilities {
     /// Restores containers: [`Provider::restore_container_init`].
     #[serde(default)]
     pub container_restore: bool,
-    /// Keeps the log of a guest's backup with its archive: [`Provider::keep_log`].
+    /// Keeps the log of a guest's backup with its archive: [`Provider::keep_log`], [`Provider::log`].
     #[serde(default)]
     pub log: bool,
 }
@@ -340,6 +340,15 @@ pub trait Provider: Send + Sync {
     ) -> BoxFuture<'a, Result<()>> {
         let _ = (log, call);
         unsupported(archive, "cannot have a log")
+    }
+
+    /// The log that [`Provider::keep_log`] keeps for an archive; empty without one. At any time, as with
+    /// notes. [`Kind::NotFound`] without such an archive.
+    ///
+    /// Only called with [`Capabilities::log`].
+    fn log<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<String>> {
+        let _ = call;
+        unsupported(archive, "has no log")
     }
 
     /// Removes one archive, with its notes and log, and gives its space back. Other archives give the same
