@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! An asynchronous NBD client over Unix sockets.
+//! An asynchronous NBD client and server over Unix sockets.
 //!
 //! ```no_run
 //! # async fn example() -> provider_nbd::Result<()> {
@@ -27,7 +27,8 @@
 //! The server is not trusted: whatever it sends is checked and bounded, and a reply that does not
 //! fit a request ends the connection with [`Error::Protocol`].
 //!
-//! [`wire`] has the messages of the protocol in both directions, for a server to share.
+//! [`server`] serves disks that the process makes up, and [`wire`] has the messages of the protocol
+//! in both directions, which both share.
 
 #![forbid(unsafe_code)]
 
@@ -39,6 +40,7 @@ mod facts;
 mod negotiate;
 mod pending;
 mod reader;
+pub mod server;
 pub mod wire;
 
 pub use client::{Client, Options};

@@ -11,3 +11,4 @@ mod nbdkit;
 mod peer;
 mod qemu;
 mod requests;
+mod server;
