@@ -301,6 +301,9 @@ pub(crate) struct BackupArgs {
     /// what storage.cfg says of the storage, else vzdump.conf, else all
     #[arg(long, value_name = "RULES")]
     pub(crate) prune_backups: Option<Retention>,
+    /// Whether to remove archives by these rules: 0 or 1 [default: 1]
+    #[arg(long, value_name = "0|1", value_parser = zero_or_one)]
+    pub(crate) remove: Option<bool>,
     /// Notes of the archives; {{guestname}}, {{vmid}}, {{node}}, {{cluster}}, \n and \\ are replaced
     #[arg(long, value_name = "TEXT")]
     pub(crate) notes_template: Option<String>,
@@ -440,6 +443,14 @@ pub(crate) struct RestoreArgs {
     /// Keep settings of the archive that run code or open files of this host, such as `args`
     #[arg(long)]
     pub(crate) allow_raw_config: bool,
+}
+
+fn zero_or_one(text: &str) -> Result<bool, String> {
+    match text {
+        "0" => Ok(false),
+        "1" => Ok(true),
+        _ => Err("it is 0 or 1".to_owned()),
+    }
 }
 
 #[cfg(test)]

@@ -250,6 +250,7 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
         script: args.script,
         quiet: args.quiet.then_some(true),
         prune_backups: args.prune_backups,
+        remove: args.remove,
         notes_template: args.notes_template,
         protected: args.protected.then_some(true),
         ..BackupSettings::default()

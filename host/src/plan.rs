@@ -9,7 +9,9 @@ use vzdump_core::config::backup::{BackupSettings, Selection};
 use vzdump_core::config::guest::VmConfig;
 use vzdump_core::config::jobs::{read_job, read_pool};
 use vzdump_core::config::read_text;
+use vzdump_core::host_budget::{HostRam, HostRate};
 use vzdump_core::job::{BackupOptions, STOP_WAIT};
+use vzdump_core::vm::create::parse_size;
 use vzdump_core::vm::runner;
 
 use crate::{Host, HostError};
@@ -18,6 +20,10 @@ use crate::{Host, HostError};
 const LOCKWAIT_MINUTES: u32 = 180;
 /// The lowest priority that is not idle, as with vzdump.
 const IONICE: u8 = 7;
+/// Keys of `vzdump.conf` alone: what all tasks of the host may read, in KiB/s, ...
+const HOST_BWLIMIT_KEY: &str = "host-bwlimit";
+/// ... and what they may have of RAM for old data.
+const HOST_BUFFER_KEY: &str = "host-buffer-total";
 
 /// What to back up, and how, as far as the caller says it.
 #[derive(Debug, Clone)]
@@ -65,7 +71,13 @@ impl Host {
         };
         // More than there are guests would only make each one's part of the RAM smaller.
         let jobs = usize::from(settings.jobs.unwrap_or(1)).min(ids.len()).max(1);
-        let bandwidth = bandwidth(settings.bwlimit_kib_per_s.unwrap_or(0), jobs)?;
+        let limits = self.host_limits()?;
+        let bandwidth =
+            self.bandwidth(settings.bwlimit_kib_per_s, limits.bwlimit_kib_per_s, jobs)?;
+        let prune = match settings.remove {
+            Some(false) => None,
+            _ => self.retention(&storage, settings.prune_backups)?,
+        };
         let options = BackupOptions {
             fleecing: settings.fleecing.unwrap_or_default(),
             freeze: request.freeze,
@@ -75,11 +87,12 @@ impl Host {
             lock_wait: minutes(settings.lockwait_minutes.unwrap_or(LOCKWAIT_MINUTES)),
             jobs,
             bandwidth,
+            host_ram: limits.buffer_total_bytes.map(|total| HostRam::new(&self.layout, total)),
             script: settings.script.map(absolute),
             notes: settings.notes_template,
             protected: settings.protected.unwrap_or(false),
             max_protected: self.max_protected(&storage)?,
-            prune: self.retention(&storage, settings.prune_backups)?,
+            prune,
             mode: settings.mode.unwrap_or_default(),
             stop_wait: settings.stopwait_minutes.map_or(STOP_WAIT, minutes),
             ..BackupOptions::new(storage)
@@ -106,7 +119,8 @@ impl Host {
         }
         let text = read_text(&self.layout.settings_path())?.unwrap_or_default();
         let config = VmConfig::parse(&text);
-        let ours = config.pairs().filter(|(key, _)| *key != crate::QEMU_BIN_KEY);
+        let of_host = [crate::QEMU_BIN_KEY, HOST_BWLIMIT_KEY, HOST_BUFFER_KEY];
+        let ours = config.pairs().filter(|(key, _)| !of_host.contains(key));
         let (mut defaults, more) = BackupSettings::parse(ours, "vzdump.conf")?;
         notices.extend(more);
         if defaults.selection.take().is_some() {
@@ -115,6 +129,39 @@ impl Host {
         // Asked for again by `Host::retention`: what storage.cfg says of the storage goes before it.
         defaults.prune_backups = None;
         Ok((all.or(defaults), notices))
+    }
+
+    /// What `vzdump.conf` says of the host. 0 is no limit.
+    fn host_limits(&self) -> Result<HostLimits, HostError> {
+        let text = read_text(&self.layout.settings_path())?.unwrap_or_default();
+        let config = VmConfig::parse(&text);
+        let invalid =
+            |key, why: String| HostError::Settings(format!("vzdump.conf: '{key}': {why}"));
+        let bwlimit = config.get(HOST_BWLIMIT_KEY).map(|text| {
+            text.parse().map_err(|_| invalid(HOST_BWLIMIT_KEY, format!("'{text}' is no number.")))
+        });
+        let buffer = config.get(HOST_BUFFER_KEY);
+        let buffer =
+            buffer.map(|text| parse_size(text).map_err(|why| invalid(HOST_BUFFER_KEY, why)));
+        Ok(HostLimits {
+            bwlimit_kib_per_s: bwlimit.transpose()?.filter(|&limit| limit > 0),
+            buffer_total_bytes: buffer.transpose()?.filter(|&total| total > 0),
+        })
+    }
+
+    /// The budget of a job for its own limit and the host's, both in KiB/s.
+    fn bandwidth(
+        &self,
+        own: Option<u64>,
+        host: Option<u64>,
+        guests: usize,
+    ) -> Result<Option<Budget>, HostError> {
+        let own = own.filter(|&limit| limit > 0).map(|limit| rate("bwlimit", limit, guests));
+        let host = host.map(|limit| rate(HOST_BWLIMIT_KEY, limit, guests)).transpose()?;
+        let own = own.transpose()?;
+        let Some(host) = host else { return Ok(own.map(Budget::new)) };
+        let shared = HostRate::open(&self.layout, host).map_err(HostError::Settings)?;
+        Ok(Some(Budget::new(own.map_or(host, |own| own.min(host))).within(shared)))
     }
 
     /// The numbers of the chosen guests, each once.
@@ -164,23 +211,25 @@ fn check_node(node: Option<&str>) -> Result<(), HostError> {
     Err(HostError::Settings(format!("The job is for the host '{node}', but this is '{own}'.")))
 }
 
-/// The budget for a limit in KiB/s, 0 is none.
-fn bandwidth(kib_per_s: u64, guests: usize) -> Result<Option<Budget>, HostError> {
-    if kib_per_s == 0 {
-        return Ok(None);
-    }
-    let too_much = || HostError::Settings(format!("'bwlimit': {kib_per_s} KiB/s is too much."));
+/// What all tasks of a host may use together.
+struct HostLimits {
+    bwlimit_kib_per_s: Option<u64>,
+    buffer_total_bytes: Option<u64>,
+}
+
+/// A limit in KiB/s as bytes per second, if it is enough for so many guests.
+fn rate(key: &str, kib_per_s: u64, guests: usize) -> Result<u64, HostError> {
+    let too_much = || HostError::Settings(format!("'{key}': {kib_per_s} KiB/s is too much."));
     let rate = kib_per_s.checked_mul(1024).ok_or_else(too_much)?;
     let least = MIN_BYTES_PER_S.saturating_mul(guests as u64);
     if rate < least {
         return Err(HostError::Settings(format!(
-            "'bwlimit': {kib_per_s} KiB/s is too little for {} guests at the same time; at least {} \
-             KiB/s are needed, or 0 for no limit.",
-            guests,
+            "'{key}': {kib_per_s} KiB/s is too little for {guests} guests at the same time; at least \
+             {} KiB/s are needed, or 0 for no limit.",
             least >> 10
         )));
     }
-    Ok(Some(Budget::new(rate)))
+    Ok(rate)
 }
 
 fn minutes(count: u32) -> Duration {

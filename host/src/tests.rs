@@ -294,6 +294,51 @@ fn the_command_line_goes_before_the_job_and_the_job_before_vzdump_conf() {
 }
 
 #[test]
+fn the_limits_of_the_host_go_with_those_of_the_job() {
+    let (dir, host) = host_with_guests();
+    let conf = |text: &str| fs::write(dir.path().join("etc/vzdump.conf"), text).unwrap();
+    let plan = |limit| {
+        let settings = BackupSettings {
+            bwlimit_kib_per_s: limit,
+            storage: Some("backups".into()),
+            ..guests(&[100])
+        };
+        host.plan_backup(request(settings))
+    };
+    conf("host-bwlimit: 4096\nhost-buffer-total: 1G\n");
+    for (own, rate) in
+        [(None, 4 << 20), (Some(0), 4 << 20), (Some(1024), 1 << 20), (Some(9000), 4 << 20)]
+    {
+        let plan = plan(own).unwrap();
+        assert_eq!(plan.options.bandwidth.unwrap().rate_bytes_per_s(), rate, "{own:?}");
+        assert_eq!(plan.options.host_ram.unwrap().total_bytes(), 1 << 30);
+        assert!(plan.notices.is_empty(), "{:?}", plan.notices);
+    }
+    conf("host-bwlimit: 0\nhost-buffer-total: 0\n");
+    let unlimited = plan(None).unwrap();
+    assert!(unlimited.options.bandwidth.is_none() && unlimited.options.host_ram.is_none());
+    for (text, fault) in [
+        ("host-bwlimit: fast\n", "vzdump.conf: 'host-bwlimit': 'fast' is no number"),
+        ("host-bwlimit: 100\n", "'host-bwlimit': 100 KiB/s is too little"),
+        ("host-buffer-total: lots\n", "vzdump.conf: 'host-buffer-total'"),
+    ] {
+        conf(text);
+        let error = plan(None).unwrap_err().to_string();
+        assert!(error.contains(fault), "{error}");
+    }
+}
+
+#[test]
+fn nothing_is_pruned_where_remove_is_0() {
+    let (_dir, host) = host_with_guests();
+    let rules: Retention = "keep-last=1".parse().unwrap();
+    for (remove, prune) in [(None, Some(rules)), (Some(true), Some(rules)), (Some(false), None)] {
+        let settings = BackupSettings { prune_backups: Some(rules), remove, ..guests(&[100]) };
+        assert_eq!(host.plan_backup(request(settings)).unwrap().options.prune, prune);
+    }
+}
+
+#[test]
 fn options_that_make_no_sense_are_refused_before_anything_is_begun() {
     let (_dir, host) = host_with_guests();
     let none = host.plan_backup(request(BackupSettings::default())).unwrap_err().to_string();

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// How often a wait looks again.
 pub const POLL_EVERY: Duration = Duration::from_millis(20);
@@ -116,6 +116,20 @@ impl Guarded {
     pub fn wait(&mut self, timeout: Duration, stop: &Stop) -> Result<ExitStatus> {
         let what = format!("end of {}", self.name);
         stop.wait_for(&what, timeout, || self.try_wait())
+    }
+
+    /// Waits until the process stands still, as it does after SIGSTOP.
+    ///
+    /// # Errors
+    /// It ended, it did not stop in time, or a stop of the test was requested.
+    pub fn wait_until_stopped(&self, timeout: Duration, stop: &Stop) -> Result<()> {
+        let stat = format!("/proc/{}/stat", self.id());
+        stop.wait_for(&format!("{} to stand still", self.name), timeout, || {
+            let text = std::fs::read_to_string(&stat).with_context(|| stat.clone())?;
+            let state = text.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+            ensure!(state != Some('Z'), "{} ended before it stood still", self.name);
+            Ok((state == Some('T')).then_some(()))
+        })
     }
 
     /// Sends a signal.

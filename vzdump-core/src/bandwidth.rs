@@ -9,12 +9,16 @@
 //!
 //! Nobody is assigned a part: who wants to read takes a turn, and turns are given in the order in
 //! which they were asked for. So what one disk does not use, or has no use for any more, goes to the
-//! others at once, and a new one gets its share with its first turn.
+//! others at once, and a new one gets its share with its first turn. With a rate for the host, too
+//! ([`HostRate`]), each turn waits for both; a guest has one turn at a time in it, so guests of
+//! different processes get the same of it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use crate::host_budget::HostRate;
 
 /// The smallest rate for each of the guests that are worked on at the same time. A provider may have
 /// 64 MiB of one guest in flight and gives up a request that takes five minutes.
@@ -26,15 +30,19 @@ const BURST: Duration = Duration::from_millis(100);
 
 /// When bytes may pass, by a clock that starts at zero. Pure.
 #[derive(Debug)]
-struct Ledger {
+pub(crate) struct Ledger {
     rate_bytes_per_s: u64,
     /// Until when the rate is promised away.
     booked: Duration,
 }
 
 impl Ledger {
+    pub(crate) fn new(rate_bytes_per_s: u64, booked: Duration) -> Self {
+        Self { rate_bytes_per_s, booked }
+    }
+
     /// Books bytes, and says when they may pass.
-    fn book(&mut self, now: Duration, bytes: u64) -> Duration {
+    pub(crate) fn book(&mut self, now: Duration, bytes: u64) -> Duration {
         let start = self.booked.max(now.saturating_sub(BURST));
         let ns = u128::from(bytes) * 1_000_000_000 / u128::from(self.rate_bytes_per_s.max(1));
         let takes = Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX));
@@ -43,19 +51,26 @@ impl Ledger {
     }
 }
 
-/// The budget of a host. Clones are the same budget.
+/// The budget of a job. Clones are the same budget.
 #[derive(Debug, Clone)]
 pub struct Budget {
     ledger: Arc<Mutex<Ledger>>,
     start: Instant,
+    host: Option<Arc<HostRate>>,
 }
 
 impl Budget {
     /// A budget of this rate in bytes per second.
     #[must_use]
     pub fn new(rate_bytes_per_s: u64) -> Self {
-        let ledger = Ledger { rate_bytes_per_s, booked: Duration::ZERO };
-        Self { ledger: Arc::new(Mutex::new(ledger)), start: Instant::now() }
+        let ledger = Ledger::new(rate_bytes_per_s, Duration::ZERO);
+        Self { ledger: Arc::new(Mutex::new(ledger)), start: Instant::now(), host: None }
+    }
+
+    /// The same, within what all tasks of the host may read together.
+    #[must_use]
+    pub fn within(self, host: HostRate) -> Self {
+        Self { host: Some(Arc::new(host)), ..self }
     }
 
     /// The rate in bytes per second.
@@ -76,9 +91,20 @@ impl Budget {
         GuestShare { budget: self.clone(), turn: Arc::default() }
     }
 
-    fn book(&self, bytes: u64) -> Instant {
-        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
-        self.start + ledger.book(self.start.elapsed(), bytes)
+    async fn book(&self, bytes: u64) -> Instant {
+        let own = {
+            let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+            self.start + ledger.book(self.start.elapsed(), bytes)
+        };
+        let Some(host) = &self.host else { return own };
+        match host.book(bytes).await {
+            Ok(wait) => own.max(Instant::now() + wait),
+            Err(error) => {
+                // A backup must not fail for it; the job's own limit holds.
+                tracing::warn!(error, "the host's bandwidth limit is not kept");
+                own
+            }
+        }
     }
 }
 
@@ -110,7 +136,7 @@ impl DiskShare {
         // Both queues are in the order of asking.
         let _of_the_disk = self.turn.lock().await;
         let _of_the_guest = self.guest.turn.lock().await;
-        tokio::time::sleep_until(self.guest.budget.book(bytes)).await;
+        tokio::time::sleep_until(self.guest.budget.book(bytes).await).await;
     }
 }
 
@@ -124,7 +150,7 @@ mod tests {
 
     #[test]
     fn bytes_pass_at_the_rate_and_a_pause_is_not_saved_up() {
-        let mut ledger = Ledger { rate_bytes_per_s: 1000, booked: Duration::ZERO };
+        let mut ledger = Ledger::new(1000, Duration::ZERO);
         let second = Duration::from_secs(1);
         assert_eq!(ledger.book(Duration::ZERO, 1000), second);
         assert_eq!(ledger.book(Duration::ZERO, 500), second * 3 / 2);

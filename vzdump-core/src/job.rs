@@ -29,6 +29,7 @@ use self::hooks::{Hooks, Phase};
 use self::one_guest::{Shared, SharedJob};
 use crate::bandwidth::Budget;
 use crate::guest::BackupMode;
+use crate::host_budget::HostRam;
 use crate::layout::Layout;
 use crate::retention::Retention;
 use crate::storage::StorageSet;
@@ -157,6 +158,8 @@ pub struct BackupOptions {
     /// RAM for old data of all disks of all guests that are worked on at the same time, in bytes;
     /// by default only that of each disk is bounded.
     pub buffer_total_bytes: Option<u64>,
+    /// What all backups of the host may have of RAM together; by default any.
+    pub host_ram: Option<HostRam>,
     /// The hook script.
     pub script: Option<PathBuf>,
     /// What happens to a running guest for the point in time.
@@ -182,6 +185,7 @@ impl BackupOptions {
             jobs: 1,
             bandwidth: None,
             buffer_total_bytes: None,
+            host_ram: None,
             script: None,
             mode: BackupMode::default(),
             stop_wait: STOP_WAIT,

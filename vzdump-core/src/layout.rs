@@ -221,6 +221,12 @@ impl Layout {
         self.run.join("lock")
     }
 
+    /// What all tasks of the host share, see [`crate::host_budget`].
+    #[must_use]
+    pub fn budget_dir(&self) -> PathBuf {
+        self.run.join("budget")
+    }
+
     /// The lock that a start and a stop of one VM hold while they work.
     #[must_use]
     pub fn vm_power_lock_path(&self, id: u32) -> PathBuf {

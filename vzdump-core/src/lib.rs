@@ -9,7 +9,7 @@
 //! config, storage        Proxmox VE's files and the images they name
 //! vm::{qemu_cmdline,runner}  a VM's process
 //! guest, vm::backup      the driver of one guest's backup
-//! bandwidth              what all guests of a host may read together
+//! bandwidth, host_budget what guests may read together, and have of RAM
 //! job, task_log, journal jobs, their log lines, and what a crash leaves behind
 //! retention, prune       which archives are kept, and the removal of the others
 //! notes_template         the text that archives are described with
@@ -22,6 +22,7 @@ pub mod bandwidth;
 mod blocking;
 pub mod config;
 pub mod guest;
+pub mod host_budget;
 pub mod job;
 pub mod journal;
 pub mod layout;

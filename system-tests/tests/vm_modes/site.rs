@@ -203,24 +203,14 @@ impl Site {
     /// Starts a backup that stands still when it reaches the step.
     pub fn backup_stopped_at(&self, step: &str, mode: &str) -> Collected {
         let mut backup = self.spawn_backup(mode, &[(STOP_AT, step)]);
-        self.wait_until_stopped(&mut backup, step);
+        let stopped = backup.process().wait_until_stopped(SOON, &self.stop);
+        stopped.unwrap_or_else(|error| panic!("{step}: {error:#}"));
         backup
     }
 
     pub fn spawn_backup(&self, mode: &str, environment: &[(&str, &str)]) -> Collected {
         let words = ["backup", "100", "--storage", "backups", "--mode", mode];
         self.vzdump.spawn_with(&words, environment).unwrap()
-    }
-
-    fn wait_until_stopped(&self, backup: &mut Collected, step: &str) {
-        let stat = PathBuf::from(format!("/proc/{}/stat", backup.process().id()));
-        let ready = || {
-            let text = std::fs::read_to_string(&stat)?;
-            let state = text.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-            assert_ne!(state, Some('Z'), "the backup ended before {step}");
-            Ok((state == Some('T')).then_some(()))
-        };
-        self.stop.wait_for(&format!("the backup's step {step}"), SOON, ready).unwrap();
     }
 
     /// Has a backup go on that stands still; its end.

@@ -125,6 +125,8 @@ pub struct BackupSettings {
     pub protected: Option<bool>,
     /// Which archives of each guest stay afterwards.
     pub prune_backups: Option<Retention>,
+    /// Whether archives are removed by these rules; they are unless this is false.
+    pub remove: Option<bool>,
     /// Where and how old data is kept.
     pub fleecing: Option<FleecingOptions>,
     /// Whether only warnings and errors are printed.
@@ -183,6 +185,7 @@ impl BackupSettings {
             "notes-template" => self.notes_template = Some(value.to_owned()),
             "protected" => self.protected = Some(boolean(value)?),
             "prune-backups" => self.prune_backups = Some(value.parse()?),
+            "remove" => self.remove = Some(boolean(value)?),
             "fleecing" => self.fleecing = Some(value.parse()?),
             "quiet" => self.quiet = Some(boolean(value)?),
             "node" => self.node = Some(value.to_owned()),
@@ -207,6 +210,7 @@ impl BackupSettings {
             notes_template: self.notes_template.or(lower.notes_template),
             protected: self.protected.or(lower.protected),
             prune_backups: self.prune_backups.or(lower.prune_backups),
+            remove: self.remove.or(lower.remove),
             fleecing: self.fleecing.or(lower.fleecing),
             quiet: self.quiet.or(lower.quiet),
             node: self.node.or(lower.node),

@@ -46,15 +46,22 @@ use crate::config::guest::{DiskEntry, VmConfig};
 use crate::guest::{
     AccessStats, BackupMode, GuestDriver, GuestError, GuestSource, PointInTime, Task, VolumeReport,
 };
+use crate::host_budget::RamShare;
 use crate::job::{BackupOptions, JobContext, chain};
 use crate::journal::{Entry, ProcessStamp};
 use crate::layout::{Layout, Monitor};
 use crate::storage::{StorageSet, VolumeId};
-use crate::task_log::{bitmap_status, clean};
+use crate::task_log::{TaskSink, bitmap_status, clean, size};
 use crate::tools::Tools;
 
 /// The command all of this stands on.
 const SETUP_COMMAND: &str = "backup-access-setup";
+
+/// QEMU's RAM for old data of a disk, if nothing is said of it.
+const BUFFER_BYTES_DEFAULT: u64 = 64 << 20;
+
+/// A guest's part of the host's RAM that is too small to be of use.
+const RAM_BYTES_MIN: u64 = 1 << 20;
 
 /// How long QEMU keeps the access of a job that does not live any more.
 const LEASE_S: u32 = 60;
@@ -106,6 +113,8 @@ pub struct VmDriver {
     is_open: bool,
     /// With a bandwidth limit: the way to each disk's export.
     limited: Vec<LimitedDisk>,
+    /// Where the host's RAM is shared out: this guest's part.
+    ram: Option<RamShare>,
     stats: Option<AccessStats>,
 }
 
@@ -145,6 +154,7 @@ impl VmDriver {
             server: None,
             is_open: false,
             limited: Vec::new(),
+            ram: None,
             stats: None,
         })
     }
@@ -273,13 +283,43 @@ impl VmDriver {
         });
         let mut setup = SetupRequest::new(target_id, devices.collect());
         setup.buffer_size_bytes = self.options.buffer_size_bytes;
-        // Guests that run at the same time cannot lend each other RAM, so each has its part.
-        let guests = self.options.jobs.max(1) as u64;
-        setup.buffer_total_bytes = self.options.buffer_total_bytes.map(|total| total / guests);
+        setup.buffer_total_bytes = self.buffer_total_bytes();
+        match &self.ram {
+            // Without a buffer at all, as that of a few KiB would only cost time.
+            Some(share) if share.bytes < RAM_BYTES_MIN => setup.buffer_size_bytes = Some(0),
+            Some(share) => setup.buffer_total_bytes = Some(share.bytes),
+            None => {}
+        }
         setup.fleecing_limit_bytes = self.options.fleecing.limit_bytes;
         setup.granularity_bytes = self.options.granularity_bytes;
         setup.lease_s = Some(LEASE_S);
         setup
+    }
+
+    /// This guest's part of what the guests of the job may have together: those that run at the same
+    /// time cannot lend each other RAM.
+    fn buffer_total_bytes(&self) -> Option<u64> {
+        let guests = self.options.jobs.max(1) as u64;
+        self.options.buffer_total_bytes.map(|total| total / guests)
+    }
+
+    /// Takes this guest's part of the host's RAM for old data, if that is shared out.
+    async fn take_ram(&mut self, sink: &dyn TaskSink) -> Result<(), GuestError> {
+        let Some(host) = &self.options.host_ram else { return Ok(()) };
+        let each = self.options.buffer_size_bytes.unwrap_or(BUFFER_BYTES_DEFAULT);
+        let all = each.saturating_mul(self.disks.len() as u64);
+        let wanted = self.buffer_total_bytes().map_or(all, |total| total.min(all));
+        let share = host.take(wanted).await;
+        let share = share.map_err(GuestError::at("take RAM of the host's budget"))?;
+        if share.bytes < wanted {
+            sink.info(&format!(
+                "other backups have the RAM of 'host-buffer-total': {} for old data, not {}",
+                size(share.bytes),
+                size(wanted)
+            ));
+        }
+        self.ram = Some(share);
+        Ok(())
     }
 
     /// Freezes the guest's file systems if that is wanted and possible. That it is not never fails

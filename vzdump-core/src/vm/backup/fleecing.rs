@@ -168,6 +168,7 @@ pub(super) struct Fleecing {
 
 impl VmDriver {
     pub(super) async fn do_acquire(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        self.take_ram(task.sink).await?;
         let mut warned = BTreeSet::new();
         if self.options.fleecing.is_refused && !self.disks.is_empty() {
             task.sink.warn(
@@ -273,6 +274,7 @@ impl VmDriver {
     }
 
     pub(super) async fn do_release(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        self.ram = None;
         let mut first = None;
         while let Some(image) = self.fleecing.pop() {
             if let Err(error) = self.release_image(&image).await {
