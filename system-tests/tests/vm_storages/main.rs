@@ -8,6 +8,7 @@
 #![allow(unreachable_pub, reason = "modules of one test program")]
 
 mod bitmaps;
+mod budget;
 mod fleecing;
 mod leftovers;
 mod place;
