@@ -86,6 +86,23 @@ const ODD_WRITES: [(u64, u64); 9] = [
     (DISK_BYTES - 512, 512),
 ];
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_cannot_write_to_a_snapshot_22() {
+    let (storage, guest) = one_disk(MIB).await;
+    let disk = Mirror::filled(guest).await;
+    let infos = storage.setup(json!([{ "device": "disk0" }])).await.unwrap();
+    let snapshot = storage.snapshot(&infos[0]).await.unwrap();
+    for force in [false, true] {
+        let written = snapshot.write(64 * KIB, Bytes::from(vec![0xee; 4096]), force).await;
+        assert!(written.is_err(), "a write of a client was taken");
+    }
+    let options = ZeroOptions::default();
+    assert!(snapshot.write_zeroes(0, 4096, options).await.is_err(), "zeroes were taken");
+    assert_same(&snapshot, &disk.bytes).await;
+    disk.check().await;
+    storage.quit().await.unwrap();
+}
+
 #[tokio::test]
 async fn old_data_stays_readable_around_guest_writes_of_odd_sizes() {
     for (format, buffer_bytes) in [("raw", 64 * MIB), ("raw", 0), ("qcow2", 0)] {

@@ -9,6 +9,7 @@
 
 mod bitmaps;
 mod budget;
+mod chains;
 mod fleecing;
 mod leftovers;
 mod place;

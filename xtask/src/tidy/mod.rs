@@ -5,6 +5,7 @@ mod deps;
 mod files;
 mod lexer;
 mod qapi;
+mod scenarios;
 
 use std::process::{Command, ExitCode};
 
@@ -38,6 +39,7 @@ pub(crate) fn report(paths: &Paths) -> Result<(u64, u64)> {
     let files = tracked_files(paths)?;
     rules.extend(files::check(&paths.root, &files)?);
     rules.push(qapi::check(&paths.root, &files)?);
+    rules.push(scenarios::check(&paths.root, &files)?);
     let mut counts = (0, 0);
     for rule in &rules {
         if rule.broken.is_empty() {
