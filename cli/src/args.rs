@@ -77,7 +77,7 @@ pub(crate) enum Command {
         #[arg(long)]
         firewall: bool,
     },
-    /// Restore an archive as a new guest
+    /// Restore an archive, or single disks of it
     Restore(RestoreArgs),
     /// Read archives again and compare them with what was stored
     Verify(VerifyArgs),
@@ -426,17 +426,38 @@ impl KeepArgs {
 pub(crate) struct RestoreArgs {
     /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
     pub(crate) archive: String,
-    /// Number of the new guest
-    pub(crate) new_id: u32,
+    /// Number of the guest
+    pub(crate) id: u32,
+    /// Restore this disk only, to the drive of that name, or to the drive or volume TARGET of the guest
+    #[arg(long = "disk", value_name = "DISK[=TARGET]")]
+    pub(crate) disks: Vec<String>,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Storage of the disks; by default where they were
     #[arg(long)]
     pub(crate) storage: Option<String>,
     /// Format of the disks; by default what they were
     #[arg(long, value_enum)]
     pub(crate) format: Option<DiskFormat>,
+    /// Replace the guest of this number; with --disk, remove the volumes that are replaced
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Remove the disks that are replaced before the new ones are made
+    #[arg(long, requires = "force", conflicts_with = "disks")]
+    pub(crate) in_place: bool,
+    /// Give the guest new network addresses and a new UUID
+    #[arg(long, conflicts_with = "disks")]
+    pub(crate) unique: bool,
     /// Start the guest afterwards
     #[arg(long)]
     pub(crate) start: bool,
+    /// Disks that are copied at the same time
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub(crate) parallel: u8,
+    /// Most KiB that are written per second; disks are then copied one after the other
+    #[arg(long, value_name = "KIB")]
+    pub(crate) bwlimit: Option<u64>,
     /// Restore even if the disks could outgrow the storage
     #[arg(long)]
     pub(crate) overcommit: bool,

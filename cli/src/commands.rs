@@ -10,19 +10,18 @@ use anyhow::{Context, anyhow};
 use serde_json::{Value, json};
 use vzdump_host::{
     BackupRequest, BackupSettings, CancellationToken, CreateOptions, DiskContent, DoctorReport,
-    Host, ImageFormat, Overrides, RestoreRequest, Selection, StartOptions, StopOptions, Stopped,
-    VmStatus, size,
+    Host, ImageFormat, Overrides, Selection, StartOptions, StopOptions, Stopped, VmStatus, size,
 };
 
 use crate::archives::verified_text;
-use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, RestoreArgs, VmCommand};
+use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, VmCommand};
 use crate::output::{self, Failure, Output, printable, table};
 use crate::pages;
 use crate::signals::cancel_on_signal;
 use crate::task::{Notices, Screen};
 
 /// A guest's backup failed; the program's own exit code of -1.
-const GUEST_FAILED: u8 = 255;
+pub(crate) const GUEST_FAILED: u8 = 255;
 
 pub(crate) type CommandResult = Result<ExitCode, Failure>;
 
@@ -151,24 +150,6 @@ impl Run<'_> {
         drop(screen);
         let success = report.is_success();
         // The lines have said it all to people.
-        self.output.result(&task_result(json!(report), success), String::new);
-        Ok(if success { ExitCode::SUCCESS } else { ExitCode::from(GUEST_FAILED) })
-    }
-
-    async fn restore(&self, args: RestoreArgs) -> CommandResult {
-        let request = RestoreRequest {
-            archive: args.archive,
-            new_id: args.new_id,
-            storage: args.storage,
-            format: args.format.map(Into::into),
-            start: args.start,
-            allow_raw_config: args.allow_raw_config,
-            overcommit: args.overcommit,
-        };
-        let screen = Screen::new(self.output, false);
-        let report = self.host.restore(request, &screen, self.cancel).await?;
-        drop(screen);
-        let success = report.is_success();
         self.output.result(&task_result(json!(report), success), String::new);
         Ok(if success { ExitCode::SUCCESS } else { ExitCode::from(GUEST_FAILED) })
     }

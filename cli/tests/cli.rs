@@ -178,6 +178,54 @@ fn a_vm_is_backed_up_twice_and_restored() {
 }
 
 #[test]
+fn a_vm_is_planned_replaced_and_gets_a_single_disk_back() {
+    let place = Place::new();
+    for wrong in [
+        &["restore", "a", "100", "--in-place"][..],
+        &["restore", "a", "100", "--disk", "scsi0", "--unique"],
+        &["restore", "a", "100", "--parallel", "0"],
+    ] {
+        assert_eq!(place.run(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+    if !place.has_qemu() {
+        return;
+    }
+    let source = place.path("source");
+    let [old, new] = [0x5a, 0xa5].map(|byte| vec![byte; 3 << 20]);
+    fs::write(&source, &old).unwrap();
+    let from = source.to_str().unwrap();
+    place.json(&["vm", "create", "100", "--memory", "64", "--disk-from", from, "--disk", "1M"]);
+    place.json(&["backup", "100"]);
+    let archive = place.json(&["list"])["archives"][0]["volid"].as_str().unwrap().to_owned();
+    let image = |n: u32| place.path(&format!("state/storage/images/100/vm-100-disk-{n}.raw"));
+    fs::write(image(0), &new).unwrap();
+
+    let refused = place.run(&["restore", &archive, "100", "--dry-run"]);
+    assert_eq!(refused.status.code(), Some(1));
+    let text = String::from_utf8(refused.stderr).unwrap();
+    assert!(text.contains("VM 100 exists already") && text.contains("--force"), "{text}");
+    let plan = place.json(&["restore", &archive, "100", "--force", "--dry-run"]);
+    assert_eq!(plan["removed"].as_array().unwrap().len(), 2, "{plan}");
+    assert_eq!((&plan["replaces"], &plan["problem"]), (&true.into(), &Value::Null));
+    let text = place.run(&["restore", &archive, "100", "--force", "--dry-run"]).stdout;
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.contains("removed  local:100/vm-100-disk-0.raw"), "{text}");
+    assert!(fs::read(image(0)).unwrap() == new, "a plan changed a disk");
+
+    place.json(&["restore", &archive, "100", "--disk", "virtio0"]);
+    assert!(fs::read(image(0)).unwrap() == new && fs::read(image(2)).unwrap() == old);
+    let config = fs::read_to_string(place.path("etc/qemu-server/100.conf")).unwrap();
+    assert!(config.contains("unused0: local:100/vm-100-disk-0.raw"), "{config}");
+
+    let report = place.json(&["restore", &archive, "100", "--force", "--start"]);
+    assert_eq!(report["started"], true, "{report}");
+    place.json(&["vm", "stop", "100", "--now"]);
+    // What was set aside is still there.
+    assert!(fs::read(image(0)).unwrap() == new && !image(2).exists());
+    assert!(fs::read(image(3)).unwrap() == old);
+}
+
+#[test]
 fn archives_are_verified_and_damage_is_told() {
     let place = Place::new();
     for wrong in

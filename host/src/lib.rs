@@ -57,7 +57,9 @@ pub use vzdump_core::guest::BackupMode;
 pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
 pub use vzdump_core::job::{JOBS_MAX, chain};
 pub use vzdump_core::prune::Fate;
-pub use vzdump_core::restore::{RestoreReport, RestoredVolume};
+pub use vzdump_core::restore::{
+    DiskChoice, PlannedSpace, PlannedVolume, RestorePlan, RestoreReport, RestoredVolume,
+};
 pub use vzdump_core::retention::{KeepCounts, Retention};
 pub use vzdump_core::storage::ImageFormat;
 pub use vzdump_core::task_log::{Level, Progress, TaskSink, clean, duration, size};
@@ -93,6 +95,9 @@ pub enum HostError {
     /// An archive's name.
     #[error("{0}")]
     Archive(String),
+    /// A restore would be refused.
+    #[error("It would not be restored: {0}")]
+    Refused(String),
     /// The provider failed.
     #[error("The storage '{storage}' failed.")]
     Provider {

@@ -2,28 +2,70 @@
 //! Backups and restores.
 
 use vzdump_core::job;
-use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
+use vzdump_core::restore::{
+    DiskChoice, RestoreOptions, RestorePlan, RestoreReport, plan_restore, restore_vm,
+};
 use vzdump_core::storage::ImageFormat;
 
 use crate::{BackupPlan, CancellationToken, Host, HostError, JobReport, TaskSink, ionice};
 
 /// What to restore, and how.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct RestoreRequest {
     /// The archive: its volume id, or a name that only one storage has.
     pub archive: String,
-    /// Number of the new guest.
-    pub new_id: u32,
+    /// Number of the guest.
+    pub id: u32,
+    /// Single disks, for a guest that is there; by default the whole guest.
+    pub disks: Vec<DiskChoice>,
     /// Storage of the new volumes; by default those of the archive's configuration.
     pub storage: Option<String>,
     /// Format of the new volumes; by default those of the archive's configuration.
     pub format: Option<ImageFormat>,
+    /// Replace the guest of this number; with single disks, remove what they replace.
+    pub force: bool,
+    /// Remove the disks that are replaced before the new ones are made.
+    pub in_place: bool,
+    /// Give the guest new network addresses and a new UUID.
+    pub unique: bool,
+    /// Disks that are copied at the same time.
+    pub parallel: Option<u8>,
+    /// Most KiB that are written per second; 0 is no limit.
+    pub bwlimit_kib_per_s: Option<u64>,
     /// Start the guest afterwards.
     pub start: bool,
     /// Keep lines of the configuration that run code or open files of this host.
     pub allow_raw_config: bool,
     /// Restore even if the disks could outgrow the storage.
     pub overcommit: bool,
+}
+
+impl RestoreRequest {
+    fn options(self, source_storage: String) -> Result<RestoreOptions, HostError> {
+        Ok(RestoreOptions {
+            source_storage,
+            disks: self.disks,
+            storage: self.storage,
+            format: self.format,
+            force: self.force,
+            in_place: self.in_place,
+            unique: self.unique,
+            parallel: self.parallel,
+            limit_bytes_per_s: bytes_per_s(self.bwlimit_kib_per_s)?,
+            start: self.start,
+            allow_raw_config: self.allow_raw_config,
+            overcommit: self.overcommit,
+        })
+    }
+}
+
+/// A limit in bytes; none for 0.
+fn bytes_per_s(kib_per_s: Option<u64>) -> Result<Option<u64>, HostError> {
+    let Some(kib_per_s) = kib_per_s.filter(|limit| *limit > 0) else { return Ok(None) };
+    let too_much = || HostError::Settings(format!("'bwlimit': {kib_per_s} KiB/s is too much."));
+    // QEMU counts in 63 bits.
+    let bytes = kib_per_s.checked_mul(1024).filter(|bytes| i64::try_from(*bytes).is_ok());
+    bytes.map(Some).ok_or_else(too_much)
 }
 
 impl Host {
@@ -50,31 +92,42 @@ impl Host {
         Ok(Box::pin(job).await)
     }
 
-    /// Restores an archive as a new guest. What goes wrong with the guest is in the report. Must be
+    /// Restores an archive, or single disks of it. What goes wrong with the guest is in the report. Must be
     /// awaited to its end; cancel it by the token.
     ///
     /// # Errors
-    /// [`HostError::Archive`], [`HostError::Storage`] when there is nothing to restore.
+    /// [`HostError::Archive`], [`HostError::Storage`] when there is nothing to restore,
+    /// [`HostError::Settings`].
     pub async fn restore(
         &self,
         request: RestoreRequest,
         sink: &dyn TaskSink,
         cancel: &CancellationToken,
     ) -> Result<RestoreReport, HostError> {
-        let archive = self.resolve_archive(&request.archive).await?;
+        let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
         let provider = self.providers.get(&archive.storage).map_err(HostError::Storage)?;
-        let options = RestoreOptions {
-            source_storage: archive.storage,
-            storage: request.storage,
-            format: request.format,
-            start: request.start,
-            allow_raw_config: request.allow_raw_config,
-            overcommit: request.overcommit,
-        };
+        let options = request.options(archive.storage)?;
         let ctx = self.context()?;
-        let (provider, id) = (provider.as_ref(), request.new_id);
+        let provider = provider.as_ref();
         let job = restore_vm(&ctx, provider, &archive.name, id, &options, sink, cancel);
         Ok(Box::pin(job).await)
+    }
+
+    /// Finds out what [`Host::restore`] would do. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Host::restore`], and [`HostError::Refused`] for what it would refuse.
+    pub async fn plan_restore(
+        &self,
+        request: RestoreRequest,
+        cancel: &CancellationToken,
+    ) -> Result<RestorePlan, HostError> {
+        let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
+        let provider = self.providers.get(&archive.storage).map_err(HostError::Storage)?;
+        let options = request.options(archive.storage)?;
+        let ctx = self.context()?;
+        let plan = plan_restore(&ctx, provider.as_ref(), &archive.name, id, &options, cancel);
+        Box::pin(plan).await.map_err(HostError::Refused)
     }
 
     pub(crate) fn default_backup_storage(&self) -> Result<String, HostError> {

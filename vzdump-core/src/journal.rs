@@ -273,6 +273,15 @@ pub enum Entry {
         /// Its path.
         path: PathBuf,
     },
+    /// A guest that exists is to be replaced, or some of its disks.
+    Replace {
+        /// Its volumes that go when nothing names them any more.
+        frees: Vec<String>,
+        /// They go before the new ones are made.
+        in_place: bool,
+    },
+    /// The new configuration lies beside the old one and is about to take its place.
+    Switch,
     /// The guest is made: its volumes belong to the new guest.
     Complete,
 }
@@ -454,6 +463,10 @@ pub struct Record {
     pub volumes: Vec<String>,
     /// Files of a restore.
     pub files: Vec<PathBuf>,
+    /// Old volumes that go, and whether that is before the new ones are made; none if no guest is replaced.
+    pub replaces: Option<(Vec<String>, bool)>,
+    /// The new configuration was about to take the place of the old one.
+    pub switching: bool,
     /// The restore was complete.
     pub complete: bool,
 }
@@ -487,6 +500,8 @@ impl Record {
             outcome: None,
             volumes: Vec::new(),
             files: Vec::new(),
+            replaces: None,
+            switching: false,
             complete: false,
         }
     }
@@ -522,6 +537,8 @@ impl Record {
             Entry::Volume { volume } => self.volumes.push(volume),
             Entry::Forget { volume } => self.volumes.retain(|name| *name != volume),
             Entry::File { path } => self.files.push(path),
+            Entry::Replace { frees, in_place } => self.replaces = Some((frees, in_place)),
+            Entry::Switch => self.switching = true,
             Entry::Complete => self.complete = true,
         }
         Ok(())

@@ -8,7 +8,8 @@
 //! What belongs to a QEMU that has ended needs no QMP. Every step may be repeated.
 //!
 //! For a new guest, restored or not: a configuration that names one of the new volumes makes it
-//! complete, because it is written in one step and last; else the volumes are freed.
+//! complete, because it is written in one step and last; else the volumes are freed. For one that is
+//! replaced: `restore/replace.rs`.
 //!
 //! The caller holds the guest's lock. Whoever writes a journal holds it from before the journal is
 //! made until nobody writes to it any more, so no journal found belongs to a task under way, even if
@@ -29,6 +30,7 @@ use crate::guest::GuestError;
 use crate::job::commit::ask_outcome;
 use crate::job::{JobContext, backup_lock_path, chain};
 use crate::lock::{FileLock, LockError};
+use crate::restore;
 use crate::storage::VolumeId;
 use crate::task_log::TaskSink;
 use crate::vm::backup::ops;
@@ -134,6 +136,10 @@ async fn recover_journal(
     sink.warn(&format!("cleaning up after an interrupted {what} of guest {}", begin.guest_id));
     match begin.task {
         TaskKind::Backup => recover_backup(ctx, &record, sink).await?,
+        TaskKind::Restore if record.replaces.is_some() => {
+            restore::replace::recover(ctx, &record, sink).await?;
+            remove_directories(ctx, &record).await?;
+        }
         TaskKind::Restore | TaskKind::Create => recover_new(ctx, &record, what, sink).await?,
     }
     super::remove(journal).await.map_err(|error| chain(&error))

@@ -82,7 +82,7 @@ impl NewVolumes {
 }
 
 /// Frees a volume in bounded time; one that is not there is no error.
-pub(super) async fn free_within(
+pub(crate) async fn free_within(
     ctx: &JobContext,
     volume: &VolumeId,
     limit: Duration,

@@ -35,7 +35,7 @@ pub(super) enum Source {
     Nbd { options: String },
 }
 
-/// A fresh volume that reads as zeroes.
+/// Where a disk is copied to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Target<'a> {
     /// What `qemu-img` takes for it.
@@ -43,6 +43,10 @@ pub(super) struct Target<'a> {
     /// Its files.
     pub(super) files: &'a [&'a Path],
     pub(super) size_bytes: u64,
+    /// It reads as zeroes, so that none need be written.
+    pub(super) is_zero: bool,
+    /// Most bytes that are written per second.
+    pub(super) limit_bytes_per_s: Option<u64>,
 }
 
 /// Checks what the provider offers.
@@ -146,8 +150,16 @@ pub(super) async fn copy(
         Source::File { file, is_device } => (file_options(is_device), Stdio::from(file)),
         Source::Nbd { options } => (options, Stdio::null()),
     };
-    let mut child = Command::new(qemu_img)
-        .args(["convert", "-p", "-n", "--target-is-zero", "--target-image-opts", "--"])
+    let mut command = Command::new(qemu_img);
+    command.args(["convert", "-p", "-n", "--target-image-opts"]);
+    if target.is_zero {
+        command.arg("--target-is-zero");
+    }
+    if let Some(limit) = target.limit_bytes_per_s {
+        command.args(["-r", &limit.to_string()]);
+    }
+    let mut child = command
+        .arg("--")
         .arg(options)
         .arg(target.options)
         .stdin(stdin)

@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use provider_api::RestoreDevice;
 
-use super::RestoreOptions;
-use crate::config::guest::{VmConfig, is_disk_key};
+use super::old::{self, Fates};
+use super::{DiskChoice, RestoreOptions};
+use crate::config::guest::{DiskEntry, VmConfig, is_disk_key};
+use crate::job::chain;
 use crate::storage::{DEFAULT_STORAGE, ImageFormat, Storage, StorageSet, VolumeId};
-use crate::task_log::{clean, size};
+use crate::task_log::clean;
 
 /// The most disks a VM can have.
 const DISKS_MAX: usize = 128;
@@ -19,7 +21,9 @@ const SIZE_MAX_BYTES: u64 = 1 << 50;
 /// One disk to be made.
 #[derive(Debug, Clone)]
 pub(super) struct PlannedDisk {
-    /// Its key in the configuration and its name in the archive.
+    /// Its name in the archive.
+    pub(super) device: String,
+    /// Its key in the new configuration.
     pub(super) key: String,
     /// Its size.
     pub(super) size_bytes: u64,
@@ -29,17 +33,46 @@ pub(super) struct PlannedDisk {
     pub(super) format: ImageFormat,
 }
 
-/// Matches the archive's devices with its configuration.
+/// What is going to be done.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// The disks to be made.
+    pub(super) disks: Vec<PlannedDisk>,
+    /// What becomes of the volumes of a guest that is there already.
+    pub(super) fates: Fates,
+    /// What is odd.
+    pub(super) warnings: Vec<String>,
+}
+
+/// Matches the archive's devices with its configuration, and with the guest that is there.
 pub(super) fn plan(
-    config: &VmConfig,
+    id: u32,
+    archived: &VmConfig,
+    old: Option<&VmConfig>,
     devices: &[RestoreDevice],
     storages: &StorageSet,
     options: &RestoreOptions,
-) -> Result<(Vec<PlannedDisk>, Vec<String>), String> {
+) -> Result<Plan, String> {
     let sizes = check_devices(devices)?;
-    let mut planned = Vec::new();
+    match old {
+        Some(old) if !options.disks.is_empty() => {
+            plan_disks(id, archived, old, &sizes, storages, options)
+        }
+        _ => plan_guest(id, archived, old, &sizes, storages, options),
+    }
+}
+
+fn plan_guest(
+    id: u32,
+    archived: &VmConfig,
+    old: Option<&VmConfig>,
+    sizes: &BTreeMap<&str, u64>,
+    storages: &StorageSet,
+    options: &RestoreOptions,
+) -> Result<Plan, String> {
+    let mut disks: Vec<PlannedDisk> = Vec::new();
     let mut warnings = Vec::new();
-    for disk in config.disks().map_err(|error| crate::job::chain(&error))? {
+    for disk in archived.disks().map_err(|error| chain(&error))? {
         if disk.is_cdrom {
             continue;
         }
@@ -54,17 +87,68 @@ pub(super) fn plan(
                 disk.key
             ));
         };
-        let (storage, format) = place(&disk.volume, storages, options, &mut warnings)?;
-        planned.push(PlannedDisk { key: disk.key, size_bytes, storage, format });
+        let (storage, format) = place(&[&disk.volume], storages, options, &mut warnings)?;
+        let (device, key) = (disk.key.clone(), disk.key);
+        disks.push(PlannedDisk { device, key, size_bytes, storage, format });
     }
-    let known: HashSet<&str> = planned.iter().map(|disk| disk.key.as_str()).collect();
-    for device in devices.iter().filter(|device| !known.contains(device.device.as_str())) {
+    let known: HashSet<&str> = disks.iter().map(|disk| disk.device.as_str()).collect();
+    for device in sizes.keys().filter(|device| !known.contains(*device)) {
         warnings.push(format!(
-            "the data of '{}' is not restored: the configuration has no such disk",
-            device.device
+            "the data of '{device}' is not restored: the configuration has no such disk"
         ));
     }
-    Ok((planned, warnings))
+    let fates = match old {
+        Some(old) => old::fates_of_all(id, old, archived, &known)?,
+        None => Fates::default(),
+    };
+    Ok(Plan { disks, fates, warnings })
+}
+
+fn plan_disks(
+    id: u32,
+    archived: &VmConfig,
+    old: &VmConfig,
+    sizes: &BTreeMap<&str, u64>,
+    storages: &StorageSet,
+    options: &RestoreOptions,
+) -> Result<Plan, String> {
+    let words = |error| chain(&error);
+    let (archived, drives) = (archived.disks().map_err(words)?, old.disks().map_err(words)?);
+    let mut disks: Vec<PlannedDisk> = Vec::new();
+    let mut warnings = Vec::new();
+    for DiskChoice { device, target } in &options.disks {
+        let Some(&size_bytes) = sizes.get(device.as_str()) else {
+            let has = sizes.keys().copied().collect::<Vec<_>>().join(", ");
+            return Err(format!("the archive has no disk '{}'; it has {has}", clean(device)));
+        };
+        let key = target_key(id, target.as_ref().unwrap_or(device), &drives)?;
+        if disks.iter().any(|disk| disk.key == key) {
+            return Err(format!("two disks are to be restored to '{key}'"));
+        }
+        let now = drives.iter().find(|drive| drive.key == key);
+        if now.is_some_and(|drive| drive.is_cdrom) {
+            return Err(format!("'{key}' of VM {id} is a CD-ROM drive"));
+        }
+        let was = archived.iter().find(|drive| drive.key == *device);
+        let volumes: Vec<&str> =
+            [now, was].into_iter().flatten().map(|drive| drive.volume.as_str()).collect();
+        let (storage, format) = place(&volumes, storages, options, &mut warnings)?;
+        disks.push(PlannedDisk { device: device.clone(), key, size_bytes, storage, format });
+    }
+    let keys: HashSet<&str> = disks.iter().map(|disk| disk.key.as_str()).collect();
+    let fates = old::fates_of_disks(id, old, &keys, options.force)?;
+    Ok(Plan { disks, fates, warnings })
+}
+
+/// The drive that is meant: a key, or the volume that it has now.
+fn target_key(id: u32, target: &str, drives: &[DiskEntry]) -> Result<String, String> {
+    if is_disk_key(target) {
+        return Ok(target.to_owned());
+    }
+    let drive = drives.iter().find(|drive| drive.volume == target);
+    drive.map(|drive| drive.key.clone()).ok_or_else(|| {
+        format!("'{}' is no drive of VM {id}: name one, or the volume it has", clean(target))
+    })
 }
 
 /// The provider's list is untrusted.
@@ -87,16 +171,16 @@ fn check_devices(devices: &[RestoreDevice]) -> Result<BTreeMap<&str, u64>, Strin
     Ok(sizes)
 }
 
-/// Storage and format: as asked for, else as before, else the default.
+/// Storage and format: as asked for, else as the first volume has them that is one, else the default.
 fn place(
-    volume: &str,
+    volumes: &[&str],
     storages: &StorageSet,
     options: &RestoreOptions,
     warnings: &mut Vec<String>,
 ) -> Result<(Arc<dyn Storage>, ImageFormat), String> {
-    let old = volume.parse::<VolumeId>().ok();
+    let old = volumes.iter().find_map(|volume| volume.parse::<VolumeId>().ok());
     let format = options.format.or(old.as_ref().map(VolumeId::format)).unwrap_or(ImageFormat::Raw);
-    let words = |error| crate::job::chain(&error);
+    let words = |error| chain(&error);
     if let Some(id) = &options.storage {
         return Ok((storages.images(id).map_err(words)?, format));
     }
@@ -104,38 +188,12 @@ fn place(
         match storages.images(old.storage()) {
             Ok(storage) => return Ok((storage, format)),
             Err(error) => {
-                let error = crate::job::chain(&error);
+                let error = chain(&error);
                 warnings.push(format!("using the storage '{DEFAULT_STORAGE}': {error}"));
             }
         }
     }
     Ok((storages.images(DEFAULT_STORAGE).map_err(words)?, format))
-}
-
-/// Compares what the disks can take with what is free, per storage that has its own space.
-pub(super) async fn check_space(
-    planned: &[PlannedDisk],
-    options: &RestoreOptions,
-) -> Result<(), String> {
-    let mut needed: BTreeMap<u64, (u64, u64, &str)> = BTreeMap::new();
-    for disk in planned {
-        // What does not tell its space may still have enough.
-        let Ok(status) = disk.storage.status().await else { continue };
-        let entry =
-            needed.entry(status.pool_id).or_insert((0, status.available_bytes, disk.storage.id()));
-        entry.0 = entry.0.saturating_add(disk.size_bytes);
-    }
-    for (needed_bytes, free_bytes, storage) in needed.into_values() {
-        if needed_bytes > free_bytes && !options.overcommit {
-            return Err(format!(
-                "the disks need up to {}, but the storage '{storage}' has {} free; use \
-                 --overcommit if they are mostly empty",
-                size(needed_bytes),
-                size(free_bytes)
-            ));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -164,7 +222,8 @@ mod tests {
         );
         let devices = [device("scsi0", 512), device("scsi1", 1024), device("scsi2", 512)];
         let options = RestoreOptions { overcommit: true, ..RestoreOptions::default() };
-        let (planned, warnings) = plan(&config, &devices, &storages, &options).unwrap();
+        let Plan { disks: planned, warnings, .. } =
+            plan(200, &config, None, &devices, &storages, &options).unwrap();
         let found: Vec<_> = planned
             .iter()
             .map(|disk| (disk.key.as_str(), disk.storage.id(), disk.format))
@@ -179,7 +238,7 @@ mod tests {
         );
         assert_eq!(warnings.len(), 1, "{warnings:?}");
         let options = RestoreOptions { storage: Some("none".into()), ..options };
-        assert!(plan(&config, &devices, &storages, &options).is_err());
+        assert!(plan(200, &config, None, &devices, &storages, &options).is_err());
     }
 
     #[test]
@@ -195,21 +254,45 @@ mod tests {
             vec![device("../x", 512), device("scsi0", 512)],
             vec![device("scsi0", 512), device("scsi0", 512)],
         ] {
-            assert!(plan(&config, &bad, &storages, &options).is_err(), "{bad:?}");
+            assert!(plan(200, &config, None, &bad, &storages, &options).is_err(), "{bad:?}");
         }
-        let (planned, warnings) =
-            plan(&config, &[device("scsi0", 512), device("scsi9", 512)], &storages, &options)
-                .unwrap();
-        assert_eq!((planned.len(), warnings.len()), (1, 1));
+        let devices = [device("scsi0", 512), device("scsi9", 512)];
+        let plan = plan(200, &config, None, &devices, &storages, &options).unwrap();
+        assert_eq!((plan.disks.len(), plan.warnings.len()), (1, 1));
     }
 
-    #[tokio::test]
-    async fn space_is_checked_beforehand() {
+    #[test]
+    fn single_disks_find_the_drive_they_are_meant_for() {
         let (_root, storages) = storages();
-        let config = VmConfig::parse("scsi0: local:100/a.raw\n");
-        let options = RestoreOptions::default();
-        let (planned, _) = plan(&config, &[device("scsi0", 1 << 50)], &storages, &options).unwrap();
-        let error = check_space(&planned, &options).await.unwrap_err();
-        assert!(error.contains("--overcommit"), "{error}");
+        let archived = VmConfig::parse("scsi0: local:100/a.raw\nscsi1: fast:100/b.qcow2\n");
+        let old = VmConfig::parse("scsi0: fast:200/x.qcow2\nide2: none,media=cdrom\n");
+        let devices = [device("scsi0", 512), device("scsi1", 1024)];
+        let plan = |choices: &[(&str, Option<&str>)]| {
+            let disks = choices.iter().map(|(device, target)| DiskChoice {
+                device: (*device).to_owned(),
+                target: target.map(str::to_owned),
+            });
+            let options = RestoreOptions { disks: disks.collect(), ..RestoreOptions::default() };
+            plan(200, &archived, Some(&old), &devices, &storages, &options)
+        };
+        let found = |choices: &[(&str, Option<&str>)]| {
+            let disks = plan(choices).unwrap().disks;
+            let disk = &disks[0];
+            (disk.key.clone(), disk.storage.id().to_owned(), disk.format, disk.size_bytes)
+        };
+        let qcow2 = ImageFormat::Qcow2;
+        assert_eq!(found(&[("scsi0", None)]), ("scsi0".into(), "fast".into(), qcow2, 512));
+        let by_volume = [("scsi1", Some("fast:200/x.qcow2"))];
+        assert_eq!(found(&by_volume), ("scsi0".into(), "fast".into(), qcow2, 1024));
+        assert_eq!(found(&[("scsi1", Some("scsi7"))]).0, "scsi7");
+        for (bad, words) in [
+            (vec![("scsi5", None)], "no disk 'scsi5'; it has scsi0, scsi1"),
+            (vec![("scsi0", Some("ide2"))], "CD-ROM"),
+            (vec![("scsi0", Some("local:200/other.raw"))], "no drive of VM 200"),
+            (vec![("scsi0", None), ("scsi1", Some("scsi0"))], "two disks"),
+        ] {
+            let error = plan(&bad).unwrap_err();
+            assert!(error.contains(words), "{error}");
+        }
     }
 }

@@ -11,7 +11,9 @@ use crate::config::storage::is_storage_id;
 const SNAPSHOT_NAME_MAX_BYTES: usize = 40;
 
 /// Format of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum ImageFormat {
     /// The disk's bytes as they are.
@@ -73,7 +75,7 @@ impl fmt::Display for ImageFormat {
 }
 
 /// The name of an image, `local:100/vm-100-disk-0.raw`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VolumeId {
     storage: String,
     guest_id: u32,

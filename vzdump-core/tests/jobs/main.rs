@@ -16,6 +16,7 @@ mod hooks;
 mod modes;
 mod peer;
 mod provider;
+mod replace;
 mod restore;
 mod several;
 mod verify;
@@ -46,5 +47,13 @@ fn pid_holder_entry() {
 fn backup_entry() {
     if let Some(root) = std::env::var_os("VZDUMP_TEST_ROOT") {
         world::backup_in_child(std::path::Path::new(&root));
+    }
+}
+
+/// Not a test: one restore in a process of its own, which is killed at a step.
+#[test]
+fn restore_entry() {
+    if let Some(root) = std::env::var_os("VZDUMP_TEST_RESTORE_ROOT") {
+        replace::restore_in_child(std::path::Path::new(&root));
     }
 }

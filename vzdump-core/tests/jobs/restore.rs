@@ -13,10 +13,10 @@ use vzdump_core::storage::ImageFormat;
 use crate::provider::{ARCHIVE, Script, Stored};
 use crate::world::World;
 
-const NEW_ID: u32 = 200;
+pub const NEW_ID: u32 = 200;
 
 /// Two disks: one with data in it, one empty; the second was a qcow2 image.
-fn stored(dir: &Path) -> Stored {
+pub fn stored(dir: &Path) -> Stored {
     let mut disk = vec![0_u8; 1 << 20];
     disk[4096..8192].fill(0xa5);
     let files = [dir.join("scsi0.raw"), dir.join("virtio1.raw")];
@@ -35,7 +35,7 @@ fn stored(dir: &Path) -> Stored {
     }
 }
 
-fn world(change: impl FnOnce(&mut Stored), fail: Option<&'static str>) -> World {
+pub fn world(change: impl FnOnce(&mut Stored), fail: Option<&'static str>) -> World {
     let world = World::new();
     let dir = world.root.canonicalize().unwrap();
     let mut stored = stored(&dir);
@@ -46,7 +46,7 @@ fn world(change: impl FnOnce(&mut Stored), fail: Option<&'static str>) -> World 
     world
 }
 
-async fn restore(world: &World, options: &RestoreOptions) -> RestoreReport {
+pub async fn restore(world: &World, options: &RestoreOptions) -> RestoreReport {
     let World { ctx, provider, sink, cancel, .. } = world;
     restore_vm(ctx, provider, ARCHIVE, NEW_ID, options, sink, cancel).await
 }
@@ -65,7 +65,7 @@ fn assert_nothing_made(world: &World, what: &str) {
     assert!(private.is_empty(), "{what}: {private:?}");
 }
 
-fn assert_pairs(world: &World, what: &str) {
+pub fn assert_pairs(world: &World, what: &str) {
     let count = |name| world.provider.count(name);
     assert_eq!(
         count("volume_init"),

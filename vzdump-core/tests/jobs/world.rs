@@ -84,7 +84,7 @@ pub fn own_command(entry: &str) -> Command {
     command
 }
 
-fn context(root: &Path, provider: &FakeProvider) -> JobContext {
+pub fn context(root: &Path, provider: &FakeProvider) -> JobContext {
     let layout = Layout::new(Some(root.to_owned()));
     let storages = StorageSet::new(&StorageConfig::default(), &layout);
     let limits = Limits {

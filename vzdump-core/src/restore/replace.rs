@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Puts a restored configuration in the place of the one that a guest has.
+//!
+//! ```text
+//!  stage     the new configuration and the new rules lie beside the old ones, durably
+//!  Switch    journalled; from here on "no staged configuration" means "switched"
+//!  rename    the new configuration is there, in one step
+//!  finish    rules; then the old volumes, of which nothing is named any more
+//! ```
+//!
+//! A crash before the rename leaves the old guest as it was; the recovery undoes. After it the
+//! recovery finishes. The guest's lock and its power lock are held throughout.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::blocking;
+use crate::config::guest::VmConfig;
+use crate::config::{ConfigError, write_atomically};
+use crate::job::{JobContext, chain};
+use crate::journal::volumes::free_within;
+use crate::journal::{self, Entry, Journal, Record, sync_dir};
+use crate::layout::Layout;
+use crate::storage::VolumeId;
+use crate::task_log::TaskSink;
+
+/// What the names of staged files end in.
+const STAGED: &str = ".restore";
+
+fn staged(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // No name that anything reads as a configuration.
+    path.with_file_name(format!(".{name}{STAGED}"))
+}
+
+fn staged_files(layout: &Layout, id: u32) -> [PathBuf; 2] {
+    [staged(&layout.vm_config_path(id)), staged(&layout.firewall_path(id))]
+}
+
+/// Stages and switches. After an error before the switch the old configuration is in place; what is staged is
+/// removed by [`unstage`].
+pub(super) async fn switch(
+    layout: &Layout,
+    id: u32,
+    config: &VmConfig,
+    firewall: Option<Vec<u8>>,
+    journal: &Journal,
+) -> Result<(), String> {
+    let [staged_config, staged_firewall] = staged_files(layout, id);
+    let (text, to) = (config.to_string(), staged_config.clone());
+    beside(move || {
+        if let Some(rules) = firewall {
+            write_atomically(&staged_firewall, &rules, false)?;
+        }
+        write_atomically(&to, text.as_bytes(), false)
+    })
+    .await?;
+    journal.append(Entry::Switch).await.map_err(|error| chain(&error))?;
+    let to = layout.vm_config_path(id);
+    beside(move || {
+        let fault = |source| ConfigError::Write { path: to.clone(), source };
+        fs::rename(&staged_config, &to).map_err(fault)
+    })
+    .await?;
+    #[cfg(debug_assertions)]
+    crate::job::kill_point::at("restore:switched");
+    Ok(())
+}
+
+/// Removes what is staged.
+pub(super) async fn unstage(layout: &Layout, id: u32) -> Result<(), String> {
+    for path in staged_files(layout, id) {
+        remove_file(path).await?;
+    }
+    Ok(())
+}
+
+/// What follows a switch: the rules, and the old volumes, which go only when nothing brings the
+/// old configuration back. Returns what is left to do.
+pub(super) async fn finish(ctx: &JobContext, id: u32, frees: &[VolumeId]) -> Vec<String> {
+    let layout = &ctx.layout;
+    let (config, firewall) = (layout.vm_config_path(id), layout.firewall_path(id));
+    let settled = blocking::run(move || {
+        config.parent().map_or(Ok(()), sync_dir)?;
+        match fs::rename(staged(&firewall), &firewall) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => firewall.parent().map_or(Ok(()), sync_dir),
+        }
+    });
+    if let Err(error) = settled.await {
+        return vec![format!(
+            "the restored configuration of VM {id} may be lost by a power cut, so the volumes it \
+             replaced are kept: {error}"
+        )];
+    }
+    free_unnamed(ctx, id, frees).await.err().into_iter().flatten().collect()
+}
+
+/// Frees volumes that the guest's configuration does not name.
+pub(super) async fn free_unnamed(
+    ctx: &JobContext,
+    id: u32,
+    frees: &[VolumeId],
+) -> Result<(), Vec<String>> {
+    let config = VmConfig::read(&ctx.layout.vm_config_path(id));
+    let config = config.map_err(|error| vec![chain(&error)])?.unwrap_or_default();
+    let mut problems = Vec::new();
+    for volume in frees {
+        if volume.guest_id() == id && !config.names_volume(&volume.to_string()) {
+            problems.extend(free_within(ctx, volume, ctx.limits.undo).await.err());
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+/// Undoes or finishes a restore that died while it replaced a guest or some of its disks.
+pub(crate) async fn recover(
+    ctx: &JobContext,
+    record: &Record,
+    sink: &dyn TaskSink,
+) -> Result<(), String> {
+    let id = record.begin.guest_id;
+    let Some((frees, in_place)) = &record.replaces else { return Ok(()) };
+    let frees: Vec<VolumeId> = frees.iter().filter_map(|text| text.parse().ok()).collect();
+    let [staged_config, _] = staged_files(&ctx.layout, id);
+    let is_staged = blocking::run(move || staged_config.try_exists())
+        .await
+        .map_err(|error| error.to_string())?;
+    if record.complete || (record.switching && !is_staged) {
+        sink.info(&format!("the interrupted restore of VM {id} had replaced its disks"));
+        journal::append_to(&record.path, Entry::Complete).await.map_err(|error| chain(&error))?;
+        let left = finish(ctx, id, &frees).await;
+        return left.into_iter().next().map_or(Ok(()), Err);
+    }
+    unstage(&ctx.layout, id).await?;
+    let new: Vec<VolumeId> = record.volumes.iter().filter_map(|text| text.parse().ok()).collect();
+    let both = if *in_place { [new, frees].concat() } else { new };
+    let freed = free_unnamed(ctx, id, &both).await;
+    let now = VmConfig::read(&ctx.layout.vm_config_path(id)).map_err(|error| chain(&error))?;
+    if now.is_some_and(|config| config.get("lock") == Some(super::old::LOCK)) {
+        sink.warn(&format!(
+            "the disks that the restore of VM {id} was to replace are gone, as '--in-place' allows; \
+             restore it again"
+        ));
+    }
+    freed.map_err(|problems| problems.join("; "))
+}
+
+async fn remove_file(path: PathBuf) -> Result<(), String> {
+    let shown = path.display().to_string();
+    match blocking::run(move || fs::remove_file(path)).await {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(format!("cannot remove '{shown}': {error}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Awaited to its end, so that nobody undoes what is still being done.
+pub(super) async fn beside(
+    write: impl FnOnce() -> Result<(), ConfigError> + Send + 'static,
+) -> Result<(), String> {
+    let written = blocking::run(move || Ok(write())).await.map_err(|error| error.to_string())?;
+    written.map_err(|error| chain(&error))
+}

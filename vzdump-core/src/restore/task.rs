@@ -1,0 +1,640 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The steps of one restore.
+
+use std::collections::BTreeMap;
+use std::future::{Future, ready};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use provider_api::{
+    CancellationToken, GuestConfig, GuestKind, Provider, RestoreDevice, VmRestore, VolumeSource,
+    check_archive_name,
+};
+
+use super::config::{self, Merge, NewVolume};
+use super::copy::{self, Source};
+use super::meter::Meter;
+use super::plan::{self, Plan, PlannedDisk};
+use super::replace::{self, beside};
+use super::{
+    PARALLEL_DISKS, PlannedVolume, RestoreOptions, RestorePlan, RestoreReport, RestoredVolume, old,
+    space,
+};
+use crate::blocking;
+use crate::config::guest::VmConfig;
+use crate::config::write_atomically;
+use crate::job::{JobContext, activate, backup_lock_path, call_within, chain};
+use crate::journal::recover::{self, Leftover};
+use crate::journal::volumes::NewVolumes;
+use crate::journal::{Begin, Entry, Journal, TaskKind};
+use crate::layout::{check_guest_id, check_socket_path, make_private_dir};
+use crate::lock::FileLock;
+use crate::storage::VolumeId;
+use crate::task_log::{TaskSink, clean, size};
+use crate::vm::backup::short_id;
+use crate::vm::{leftovers, runner};
+
+/// Largest configuration taken from an archive.
+const CONFIG_BYTES_MAX: usize = 1 << 20;
+
+pub(super) struct Restore<'a> {
+    pub(super) ctx: &'a JobContext,
+    pub(super) provider: &'a dyn Provider,
+    pub(super) archive: &'a str,
+    pub(super) id: u32,
+    pub(super) options: &'a RestoreOptions,
+    pub(super) sink: &'a dyn TaskSink,
+    pub(super) cancel: &'a CancellationToken,
+}
+
+/// What an archive says of its guest.
+struct Archived {
+    config: VmConfig,
+    firewall: Option<Vec<u8>>,
+}
+
+/// What was made so far.
+struct Made {
+    new: NewVolumes,
+    private_dir: PathBuf,
+    firewall: Option<PathBuf>,
+    /// Old disks are gone already.
+    is_cleared: bool,
+}
+
+type Step<T> = Result<T, String>;
+type Volumes = BTreeMap<String, NewVolume>;
+
+/// A step that tests kill the process at.
+fn step(name: &str) {
+    #[cfg(debug_assertions)]
+    crate::job::kill_point::at(name);
+    #[cfg(not(debug_assertions))]
+    let _ = name;
+}
+
+fn words(error: impl std::error::Error + 'static) -> String {
+    chain(&error)
+}
+
+impl Restore<'_> {
+    pub(super) async fn run(&self, report: &mut RestoreReport) -> Step<()> {
+        self.check_request()?;
+        let lock_path = backup_lock_path(&self.ctx.layout, GuestKind::Qemu, self.id);
+        let _lock = FileLock::try_acquire(&lock_path, &format!("VM {}", self.id)).map_err(words)?;
+        self.cancellable(self.recover()).await?;
+        // Held to the end, so that nobody starts a guest whose disks are being replaced.
+        let power = self.power_lock()?;
+        let old = old::find(self.ctx, self.id, self.options)?;
+        let archived = self.open_archive().await?;
+        let mut source = self.begin_source().await?;
+        let result = self.with_source(source.as_mut(), archived, old.as_ref(), report).await;
+        self.end_source(source, report).await;
+        result?;
+        drop(power);
+        if self.options.start {
+            self.start(report).await;
+        }
+        Ok(())
+    }
+
+    /// The checks alone.
+    pub(super) async fn plan(&self) -> Step<RestorePlan> {
+        self.check_request()?;
+        let old = old::find(self.ctx, self.id, self.options)?;
+        let archived = self.open_archive().await?;
+        let source = self.begin_source().await?;
+        let result = self.show_plan(source.devices(), &archived, old.as_ref()).await;
+        let call = call_within(&CancellationToken::new(), self.ctx.limits.undo);
+        let ended = within(self.ctx.limits.undo, "end the restore", async {
+            source.cleanup(&call).await.map_err(words)
+        });
+        let ended = ended.await;
+        let mut plan = result?;
+        plan.warnings.extend(ended.err());
+        Ok(plan)
+    }
+
+    fn check_request(&self) -> Step<()> {
+        check_archive_name(self.archive)?;
+        check_guest_id(self.id).map_err(words)?;
+        let options = self.options;
+        if options.in_place && (!options.force || !options.disks.is_empty()) {
+            return Err("--in-place is for a whole VM that is replaced with --force".to_owned());
+        }
+        if options.unique && !options.disks.is_empty() {
+            return Err("--unique is for a whole VM".to_owned());
+        }
+        match options.limit_bytes_per_s {
+            Some(0) => Err("a limit of 0 bytes per second would copy nothing".to_owned()),
+            _ => Ok(()),
+        }
+    }
+
+    fn power_lock(&self) -> Step<FileLock> {
+        let path = self.ctx.layout.vm_power_lock_path(self.id);
+        FileLock::try_acquire(&path, &format!("The power state of VM {}", self.id)).map_err(words)
+    }
+
+    async fn recover(&self) -> Step<()> {
+        let left = recover::recover_guest(self.ctx, GuestKind::Qemu, self.id, self.sink);
+        if let Some(Leftover { reason, .. }) = left.await.map_err(words)?.first() {
+            return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
+        }
+        leftovers::remove_of_guest(self.ctx, self.id, self.sink).await;
+        Ok(())
+    }
+
+    async fn open_archive(&self) -> Step<Archived> {
+        self.cancellable(activate(self.provider, &self.ctx.limits, self.cancel)).await?;
+        let limit = self.ctx.limits.provider_call;
+        self.cancellable(within(limit, "read the configuration", self.read_config())).await
+    }
+
+    async fn read_config(&self) -> Step<Archived> {
+        let call = call_within(self.cancel, self.ctx.limits.provider_call);
+        let GuestConfig { config, firewall } =
+            self.provider.guest_config(self.archive, &call).await.map_err(words)?;
+        let firewall_len = firewall.as_ref().map_or(0, Vec::len);
+        if config.is_empty() {
+            return Err("the archive has no configuration".to_owned());
+        }
+        if config.len() > CONFIG_BYTES_MAX || firewall_len > CONFIG_BYTES_MAX {
+            return Err("the archive's configuration is too large to be one".to_owned());
+        }
+        let config = VmConfig::from_bytes(config).map_err(words)?;
+        // Rules are the guest's, not a disk's.
+        let firewall = firewall.filter(|_| self.options.disks.is_empty());
+        Ok(Archived { config, firewall })
+    }
+
+    async fn begin_source(&self) -> Step<Box<dyn VmRestore>> {
+        let limit = self.ctx.limits.provider_call;
+        let call = call_within(self.cancel, limit);
+        self.cancellable(within(limit, "begin the restore", async {
+            self.provider.restore_vm_init(self.archive, &call).await.map_err(words)
+        }))
+        .await
+    }
+
+    async fn make_plan(
+        &self,
+        devices: &[RestoreDevice],
+        archived: &Archived,
+        old: Option<&VmConfig>,
+    ) -> Step<(Plan, Vec<space::PlannedSpace>)> {
+        let JobContext { storages, layout, limits, tools, .. } = self.ctx;
+        let plan = plan::plan(self.id, &archived.config, old, devices, storages, self.options)?;
+        tools.qemu_img().map_err(words)?;
+        let firewall = layout.firewall_path(self.id);
+        if old.is_none() && archived.firewall.is_some() && firewall.exists() {
+            return Err(format!("there are firewall rules already ('{}')", firewall.display()));
+        }
+        let (id, places) = (self.id, space::places(self.id, &plan.disks)?);
+        let config_dir = layout.vm_config_dir();
+        let can_write = blocking::run(move || {
+            Ok(space::check_dir(&config_dir).and_then(|()| space::check_writable(id, &places)))
+        });
+        let freed = if self.options.in_place { plan.fates.frees.clone() } else { <_>::default() };
+        let look = async {
+            can_write.await.map_err(|error| error.to_string())??;
+            Ok(space::measure(&plan.disks, &freed, storages).await)
+        };
+        let space = self.cancellable(within_storage(limits.undo, look)).await?;
+        Ok((plan, space))
+    }
+
+    async fn show_plan(
+        &self,
+        devices: &[RestoreDevice],
+        archived: &Archived,
+        old: Option<&VmConfig>,
+    ) -> Step<RestorePlan> {
+        let (plan, space) = self.make_plan(devices, archived, old).await?;
+        let disks: Vec<PlannedVolume> = plan.disks.iter().map(PlannedDisk::shown).collect();
+        let volumes = disks.iter().map(|disk| {
+            let volume = format!("{}:{}/(new)", disk.storage, self.id);
+            (disk.key.clone(), NewVolume { volume, size_bytes: disk.size_bytes })
+        });
+        let (config, more) = self.new_config(&plan, archived, old, &volumes.collect())?;
+        let problem = space::check(&space).err().filter(|_| !self.options.overcommit);
+        Ok(RestorePlan {
+            id: self.id,
+            archive: self.archive.to_owned(),
+            replaces: old.is_some(),
+            disks,
+            removed: plan.fates.frees.iter().map(ToString::to_string).collect(),
+            stays: plan.fates.stays,
+            unused: plan.fates.unused.into_iter().collect(),
+            space,
+            firewall: archived.firewall.is_some(),
+            config: config.to_string(),
+            warnings: plan.warnings.iter().chain(&more).map(|warning| clean(warning)).collect(),
+            problem,
+        })
+    }
+
+    fn new_config(
+        &self,
+        plan: &Plan,
+        archived: &Archived,
+        old: Option<&VmConfig>,
+        volumes: &Volumes,
+    ) -> Step<(VmConfig, Vec<String>)> {
+        if let (false, Some(old)) = (self.options.disks.is_empty(), old) {
+            let pairs = plan.disks.iter().map(|disk| (disk.device.clone(), disk.key.clone()));
+            let pairs: Vec<_> = pairs.collect();
+            let config = config::attach(old, &archived.config, &pairs, volumes, &plan.fates);
+            return Ok((config.map_err(words)?, Vec::new()));
+        }
+        let merge = Merge {
+            volumes,
+            allow_raw_config: self.options.allow_raw_config,
+            unique: self.options.unique,
+            old: old.map(|old| (old, &plan.fates)),
+        };
+        config::rewrite(&archived.config, merge).map_err(words)
+    }
+
+    async fn with_source(
+        &self,
+        source: &mut dyn VmRestore,
+        archived: Archived,
+        old: Option<&VmConfig>,
+        report: &mut RestoreReport,
+    ) -> Step<()> {
+        let (plan, space) = self.make_plan(source.devices(), &archived, old).await?;
+        if !self.options.overcommit {
+            space::check(&space)?;
+        }
+        self.warn(report, plan.warnings.clone());
+        let mut made = self.begin(&plan, old).await?;
+        let result = self.make(source, &plan, archived, old, &mut made, report).await;
+        // Nothing of the provider's is in there any more.
+        let dir_removed = remove_dir(made.private_dir.clone()).await;
+        match result {
+            Ok(()) => {
+                self.warn(report, dir_removed.err());
+                self.complete(made, &plan, report).await;
+                Ok(())
+            }
+            Err(error) => {
+                let is_cleared = made.is_cleared;
+                let problems = self.undo(made, dir_removed).await;
+                self.warn(report, problems);
+                Err(if is_cleared { in_place_failed(&error) } else { error })
+            }
+        }
+    }
+
+    /// The journal and the private directory.
+    async fn begin(&self, plan: &Plan, old: Option<&VmConfig>) -> Step<Made> {
+        let storage = &self.options.source_storage;
+        let begin = Begin::new(TaskKind::Restore, GuestKind::Qemu, self.id, storage)
+            .map_err(|error| format!("cannot read /proc of this process: {error}"))?;
+        // Short, because sockets are made in it.
+        let private_dir = self.ctx.layout.run().join(format!("r-{}", short_id()));
+        check_socket_path(&private_dir.join("socket-of-a-provider")).map_err(words)?;
+        let journal = Journal::create(&self.ctx.layout, begin).await.map_err(words)?;
+        let made =
+            Made { new: NewVolumes::new(journal), private_dir, firewall: None, is_cleared: false };
+        let result = self.begin_journal(&made, plan, old.is_some()).await;
+        if let Err(error) = result {
+            let problems = self.undo(made, Ok(())).await;
+            problems.iter().for_each(|problem| self.sink.warn(problem));
+            return Err(error);
+        }
+        Ok(made)
+    }
+
+    async fn begin_journal(&self, made: &Made, plan: &Plan, replaces: bool) -> Step<()> {
+        let journal = &made.new.journal;
+        if replaces {
+            let frees = plan.fates.frees.iter().map(ToString::to_string).collect();
+            let entry = Entry::Replace { frees, in_place: self.options.in_place };
+            journal.append(entry).await.map_err(words)?;
+        }
+        let entry = Entry::Directory { path: made.private_dir.clone() };
+        journal.append(entry).await.map_err(words)?;
+        make_private_dir(&made.private_dir).map_err(words)
+    }
+
+    /// Offer, fill, withdraw, switch.
+    async fn make(
+        &self,
+        source: &mut dyn VmRestore,
+        plan: &Plan,
+        archived: Archived,
+        old: Option<&VmConfig>,
+        made: &mut Made,
+        report: &mut RestoreReport,
+    ) -> Step<()> {
+        let mut offered = Vec::new();
+        let sources = self.offer(source, &plan.disks, &made.private_dir, &mut offered).await;
+        let filled = match sources {
+            Ok(sources) => {
+                step("restore:offered");
+                self.fill(sources, plan, old, made).await
+            }
+            Err(error) => Err(error),
+        };
+        for device in offered.into_iter().rev() {
+            self.withdraw(source, &device, report).await;
+        }
+        let volumes = filled?;
+        let (config, warnings) = self.new_config(plan, &archived, old, &volumes)?;
+        self.warn(report, warnings);
+        if self.cancel.is_cancelled() {
+            return Err("the restore was cancelled".to_owned());
+        }
+        report.volumes = volumes
+            .into_iter()
+            .map(|(device, NewVolume { volume, size_bytes })| RestoredVolume {
+                device,
+                volume,
+                size_bytes,
+            })
+            .collect();
+        if old.is_some() {
+            let journal = &made.new.journal;
+            let layout = &self.ctx.layout;
+            return replace::switch(layout, self.id, &config, archived.firewall, journal).await;
+        }
+        self.write_new(&config, archived.firewall, made).await
+    }
+
+    /// Has all disks offered, before anything is allocated for one of them. Notes for which ones the
+    /// provider was asked.
+    async fn offer(
+        &self,
+        source: &mut dyn VmRestore,
+        disks: &[PlannedDisk],
+        private_dir: &Path,
+        offered: &mut Vec<String>,
+    ) -> Step<Vec<Source>> {
+        let mut sources = Vec::new();
+        for PlannedDisk { device, size_bytes, .. } in disks {
+            // Its cleanup is due also after it failed.
+            offered.push(device.clone());
+            let limit = self.ctx.limits.provider_call;
+            let call = call_within(self.cancel, limit);
+            let offer = within(limit, "offer the disk", async {
+                source.volume_init(device, private_dir, &call).await.map_err(words)
+            });
+            let opened = async {
+                let offer: VolumeSource = offer.await?;
+                copy::open(&offer, private_dir, *size_bytes).await
+            };
+            let opened = self.cancellable(opened).await;
+            sources.push(opened.map_err(|error| format!("the disk '{device}': {error}"))?);
+        }
+        Ok(sources)
+    }
+
+    async fn withdraw(&self, source: &mut dyn VmRestore, device: &str, report: &mut RestoreReport) {
+        // Not cancelled.
+        let call = call_within(&CancellationToken::new(), self.ctx.limits.undo);
+        let withdrawn = within(self.ctx.limits.undo, "withdraw the disk", async {
+            source.volume_cleanup(device, &call).await.map_err(words)
+        });
+        let withdrawn = withdrawn.await;
+        self.warn(report, withdrawn.err());
+    }
+
+    async fn fill(
+        &self,
+        sources: Vec<Source>,
+        plan: &Plan,
+        old: Option<&VmConfig>,
+        made: &mut Made,
+    ) -> Step<Volumes> {
+        if let (true, Some(old)) = (self.options.in_place, old) {
+            self.clear(old, plan, made).await?;
+        }
+        let mut targets = Vec::new();
+        for disk in &plan.disks {
+            let PlannedDisk { storage, format, size_bytes, .. } = disk;
+            let new = made.new.allocate(self.ctx, storage.as_ref(), self.id, *format, *size_bytes);
+            let volume = self.cancellable(async { new.await.map_err(words) }).await?;
+            let size = size(*size_bytes);
+            self.sink.info(&format!("restoring '{}' to '{volume}' ({size})", disk.device));
+            targets.push((disk, volume));
+        }
+        step("restore:allocated");
+        self.cancellable(self.copy_all(sources, &targets)).await?;
+        step("restore:filled");
+        Ok(targets
+            .into_iter()
+            .map(|(disk, volume)| {
+                let (volume, size_bytes) = (volume.to_string(), disk.size_bytes);
+                (disk.key.clone(), NewVolume { volume, size_bytes })
+            })
+            .collect())
+    }
+
+    async fn copy_all(
+        &self,
+        sources: Vec<Source>,
+        targets: &[(&PlannedDisk, VolumeId)],
+    ) -> Step<()> {
+        let shown = targets.iter().map(|(disk, _)| (disk.device.clone(), disk.size_bytes));
+        let meter = &Meter::new(self.id, shown, self.sink);
+        let copies = sources.into_iter().zip(targets).enumerate().map(
+            |(index, (source, (disk, volume)))| async move {
+                let told = |done| meter.tell(index, done);
+                let copied = self.copy(source, disk, volume, told).await;
+                copied.map_err(|error| format!("the disk '{}': {error}", disk.device))
+            },
+        );
+        // A limit is one of all disks together.
+        let at_once = match self.options.limit_bytes_per_s {
+            Some(_) => 1,
+            None => self.options.parallel.unwrap_or(PARALLEL_DISKS).max(1),
+        };
+        stream::iter(copies).buffer_unordered(at_once.into()).try_for_each(|()| ready(Ok(()))).await
+    }
+
+    async fn copy(
+        &self,
+        source: Source,
+        disk: &PlannedDisk,
+        volume: &VolumeId,
+        told: impl FnMut(u64),
+    ) -> Step<()> {
+        let path = disk.storage.volume_path(volume).map_err(words)?;
+        let data = disk.storage.data_path(volume).map_err(words)?;
+        let options = disk.storage.image_options(volume).map_err(words)?;
+        let files: Vec<&Path> = [path.as_path()].into_iter().chain(data.as_deref()).collect();
+        let target = copy::Target {
+            options: &options,
+            files: &files,
+            size_bytes: disk.size_bytes,
+            is_zero: true,
+            limit_bytes_per_s: self.options.limit_bytes_per_s,
+        };
+        let stall = self.ctx.limits.transfer_stall;
+        copy::copy(&self.ctx.tools, source, target, stall, told).await
+    }
+
+    /// Removes the old disks, as asked for: first the guest is one that cannot be started.
+    async fn clear(&self, old: &VmConfig, plan: &Plan, made: &mut Made) -> Step<()> {
+        if self.cancel.is_cancelled() {
+            return Err("the restore was cancelled".to_owned());
+        }
+        let stub = old::stub(old, &plan.fates)?;
+        let path = self.ctx.layout.vm_config_path(self.id);
+        beside(move || stub.write(&path)).await?;
+        made.is_cleared = true;
+        step("restore:locked");
+        let frees: Vec<VolumeId> = plan.fates.frees.iter().cloned().collect();
+        frees.iter().for_each(|volume| self.sink.info(&format!("removing '{volume}'")));
+        let freed = replace::free_unnamed(self.ctx, self.id, &frees).await;
+        freed.map_err(|problems| problems.join("; "))?;
+        step("restore:cleared");
+        Ok(())
+    }
+
+    /// Makes a new VM exist.
+    async fn write_new(
+        &self,
+        config: &VmConfig,
+        firewall: Option<Vec<u8>>,
+        made: &mut Made,
+    ) -> Step<()> {
+        if let Some(rules) = firewall {
+            let path = self.ctx.layout.firewall_path(self.id);
+            if path.exists() {
+                return Err(format!("there are firewall rules already ('{}')", path.display()));
+            }
+            let entry = Entry::File { path: path.clone() };
+            made.new.journal.append(entry).await.map_err(words)?;
+            made.firewall = Some(path.clone());
+            beside(move || write_atomically(&path, &rules, true)).await?;
+        }
+        let (config, path) = (config.clone(), self.ctx.layout.vm_config_path(self.id));
+        beside(move || config.write_new(&path)).await
+    }
+
+    /// From here on the VM exists; what is left can only warn.
+    async fn complete(&self, made: Made, plan: &Plan, report: &mut RestoreReport) {
+        let journal = made.new.journal;
+        if let Err(error) = journal.append(Entry::Complete).await {
+            tracing::warn!(%error, "the end of a restore was not journalled");
+        }
+        // Of new volumes none is among them: those of a restore in place are gone already.
+        let frees: Vec<VolumeId> = plan.fates.frees.iter().cloned().collect();
+        let left = replace::finish(self.ctx, self.id, &frees).await;
+        step("restore:finished");
+        let is_done = left.is_empty();
+        self.warn(report, left);
+        if is_done {
+            report.removed = frees.iter().map(ToString::to_string).collect();
+            let removed = journal.remove().await;
+            self.warn(report, removed.err().map(words));
+        }
+    }
+
+    /// Removes what was made; returns what could not be removed.
+    async fn undo(&self, mut made: Made, dir_removed: Step<()>) -> Vec<String> {
+        let mut problems: Vec<String> = dir_removed.err().into_iter().collect();
+        problems.extend(made.new.free(self.ctx).await);
+        problems.extend(replace::unstage(&self.ctx.layout, self.id).await.err());
+        if let Some(path) = made.firewall
+            && let Err(error) = blocking::run(move || std::fs::remove_file(path)).await
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            problems.push(format!("cannot remove the firewall rules: {error}"));
+        }
+        // What is left is the recovery's.
+        if problems.is_empty()
+            && let Err(error) = made.new.journal.remove().await
+        {
+            problems.push(words(error));
+        }
+        problems
+    }
+
+    async fn end_source(&self, source: Box<dyn VmRestore>, report: &mut RestoreReport) {
+        let limit = self.ctx.limits.undo;
+        let call = call_within(&CancellationToken::new(), limit);
+        let ended =
+            within(limit, "end the restore", async { source.cleanup(&call).await.map_err(words) });
+        let ended = ended.await;
+        self.warn(report, ended.err());
+    }
+
+    async fn start(&self, report: &mut RestoreReport) {
+        let JobContext { layout, tools, storages, .. } = self.ctx;
+        let options = runner::StartOptions::default();
+        match runner::start(layout, tools, storages, self.id, options).await {
+            Ok(started) => {
+                report.started = true;
+                self.warn(report, started.notices);
+            }
+            Err(error) => {
+                self.warn(
+                    report,
+                    [format!("the VM is restored but not started: {}", chain(&error))],
+                );
+            }
+        }
+    }
+
+    fn warn(&self, report: &mut RestoreReport, warnings: impl IntoIterator<Item = String>) {
+        for warning in warnings {
+            self.sink.warn(&warning);
+            report.warnings.push(clean(&warning));
+        }
+    }
+
+    async fn cancellable<T>(&self, step: impl Future<Output = Step<T>>) -> Step<T> {
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err("the restore was cancelled".to_owned()),
+            result = step => result,
+        }
+    }
+}
+
+impl PlannedDisk {
+    fn shown(&self) -> PlannedVolume {
+        PlannedVolume {
+            device: self.device.clone(),
+            key: self.key.clone(),
+            size_bytes: self.size_bytes,
+            storage: self.storage.id().to_owned(),
+            format: self.format,
+        }
+    }
+}
+
+fn in_place_failed(error: &str) -> String {
+    format!(
+        "{error}. The disks that were to be replaced are gone, as --in-place allows, and the VM is \
+         locked; restore it again"
+    )
+}
+
+async fn within<T>(limit: Duration, doing: &str, step: impl Future<Output = Step<T>>) -> Step<T> {
+    match tokio::time::timeout(limit, step).await {
+        Ok(result) => result.map_err(|error| format!("the provider could not {doing}: {error}")),
+        Err(_) => Err(format!("the provider did not {doing} within {} seconds", limit.as_secs())),
+    }
+}
+
+/// Looks at storages, of which one may hang.
+async fn within_storage<T>(limit: Duration, step: impl Future<Output = Step<T>>) -> Step<T> {
+    let late = || format!("a storage did not answer within {} seconds", limit.as_secs());
+    tokio::time::timeout(limit, step).await.unwrap_or_else(|_| Err(late()))
+}
+
+async fn remove_dir(dir: PathBuf) -> Step<()> {
+    let shown = dir.display().to_string();
+    match blocking::run(move || std::fs::remove_dir_all(dir)).await {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(format!("cannot remove the directory '{shown}': {error}"))
+        }
+        _ => Ok(()),
+    }
+}
