@@ -2,8 +2,8 @@
 //! What a job needs of a guest's kind, so that it treats virtual machines and containers alike.
 //!
 //! ```text
-//!  prepare ─► enter_mode ─► acquire ─► point_in_time ─► resume ─► open_source ─► (watch) ┐
-//!  cleanup ◄─ leave_mode ◄─ release ◄─ close_source ◄─ teardown(success) ◄───────────────┘
+//!  prepare ─► enter_mode ─► acquire ─► point_in_time ─► resume ─► open_source ─► (watch) ─► [drop_data] ┐
+//!  cleanup ◄─ leave_mode ◄─ release ◄─ close_source ◄─ teardown(success) ◄─────────────────────────────┘
 //! ```
 //!
 //! The job calls each at most once and the lower row in this order for every one of the upper row
@@ -215,6 +215,14 @@ pub trait GuestDriver: Send {
 
     /// Ends only when the point in time is lost, and says why.
     fn watch<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, GuestError>;
+
+    /// Withdraws the frozen disks and drops the old data that is kept for them, because the provider
+    /// has read everything and its commit will take long. Whether the backup is durable is not known
+    /// yet, so [`GuestDriver::teardown`] still follows. Drivers for which waiting costs nothing do nothing.
+    fn drop_data<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        let _ = task;
+        Box::pin(std::future::ready(Ok(())))
+    }
 
     /// Withdraws the frozen disks.
     fn close_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;

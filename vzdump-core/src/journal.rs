@@ -192,6 +192,16 @@ pub struct FleecingImage {
     pub volume: String,
 }
 
+/// A disk that a storage daemon offers as a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileExport {
+    /// What the daemon's command line tells it by, see
+    /// [`crate::vm::process::VmProcess::of_daemon_mark`].
+    pub mark: String,
+    /// The file, which is a mount.
+    pub path: PathBuf,
+}
+
 /// One line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "entry", rename_all = "snake_case")]
@@ -246,6 +256,8 @@ pub enum Entry {
         /// Ids of the exports.
         exports: Vec<String>,
     },
+    /// A storage daemon is about to be started that offers a disk as a file.
+    FileExport(FileExport),
     /// The provider is about to be asked to commit.
     Committing {
         /// The host's id of the commit.
@@ -455,6 +467,8 @@ pub struct Record {
     pub access: Option<String>,
     /// Socket and exports of the NBD server; `None` if it was not started.
     pub nbd: Option<(PathBuf, Vec<String>)>,
+    /// Disks that were offered as files.
+    pub file_exports: Vec<FileExport>,
     /// The commit that was begun.
     pub committing: Option<Uuid>,
     /// What is known of it.
@@ -496,6 +510,7 @@ impl Record {
             kept_alive: false,
             access: None,
             nbd: None,
+            file_exports: Vec::new(),
             committing: None,
             outcome: None,
             volumes: Vec::new(),
@@ -527,6 +542,7 @@ impl Record {
             Entry::KeepAlive => self.kept_alive = true,
             Entry::Access { target_id } => self.access = Some(target_id),
             Entry::NbdServer { socket, exports } => self.nbd = Some((socket, exports)),
+            Entry::FileExport(export) => self.file_exports.push(export),
             Entry::Committing { id } => self.committing = Some(id),
             Entry::Outcome { id, outcome } => {
                 if self.committing != Some(id) {
@@ -641,6 +657,7 @@ mod tests {
         let layout = Layout::new(Some(root.path().to_owned()));
         let journal = Journal::create(&layout, begin()).await.unwrap();
         let id = Uuid::new_v4();
+        let file = FileExport { mark: "m".into(), path: "/f".into() };
         let image = FleecingImage { node: "n".into(), volume: "local:100/f.raw".into() };
         for entry in [
             Entry::Qemu { process: ProcessStamp::current().unwrap() },
@@ -650,6 +667,7 @@ mod tests {
             Entry::Access { target_id: "vzdump:store".into() },
             Entry::Thawed,
             Entry::NbdServer { socket: "/s".into(), exports: vec!["scsi0".into()] },
+            Entry::FileExport(file.clone()),
             Entry::ShutDown,
             Entry::Start { mark: "m".into(), is_to_run: true },
             Entry::KeepAlive,
@@ -663,7 +681,7 @@ mod tests {
         assert!(list(&layout, Some((GuestKind::Qemu, 10))).unwrap().is_empty());
         let record = read(&found[0]).unwrap();
         assert!(record.begin.owner.is_alive() && !record.frozen);
-        assert_eq!(record.fleecing, [image]);
+        assert_eq!((record.fleecing, record.file_exports), (vec![image], vec![file]));
         assert_eq!((record.held, record.kept_alive), (Some(Held::ShutDown), true));
         assert_eq!((&record.ran, record.started), (&record.qemu, Some(("m".to_owned(), true))));
         assert_eq!((record.committing, record.outcome), (Some(id), Some(KnownOutcome::Committed)));

@@ -19,7 +19,7 @@ use crate::guest::GuestDriver as _;
 use crate::journal::recover::{self, Leftover};
 use crate::lock::{FileLock, LockError};
 use crate::task_log::{FileLog, GuestLines, TaskSink, Tee, duration};
-use crate::vm::backup::VmDriver;
+use crate::vm::backup::{Mechanism, VmDriver};
 use crate::vm::leftovers;
 
 /// The provider's job; its guests are begun one after the other.
@@ -161,7 +161,11 @@ impl<'a> Shared<'a> {
             return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
         }
         leftovers::remove_of_guest(self.ctx, id, sink).await;
-        VmDriver::open(self.ctx, id, self.options).map_err(|error| chain(&error))
+        let capabilities = self.provider.describe().capabilities;
+        let mechanism = Mechanism::of(&capabilities).ok_or_else(|| {
+            format!("the provider of the storage '{}' backs up no VMs", self.options.storage)
+        })?;
+        VmDriver::open(self.ctx, id, self.options, mechanism).map_err(|error| chain(&error))
     }
 
     async fn lock_guest(&self, id: u32, sink: &dyn TaskSink) -> Result<[FileLock; 2], String> {

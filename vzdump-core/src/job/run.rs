@@ -98,7 +98,7 @@ impl<'a> Run<'a> {
     /// Runs the backup to its end; the result is in the report.
     pub(super) async fn finish(mut self) {
         self.report.name = self.driver.name();
-        let mut machine = Machine::new();
+        let mut machine = Machine::new(self.provider.describe().capabilities.slow_commit);
         loop {
             let action = machine.current();
             if let Action::Finish(verdict) = action {
@@ -140,7 +140,8 @@ impl<'a> Run<'a> {
     fn note(&mut self, action: Action, error: String) {
         let is_undo = matches!(
             action,
-            Action::CloseSource
+            Action::DropData
+                | Action::CloseSource
                 | Action::Teardown { .. }
                 | Action::Release
                 | Action::LeaveMode
@@ -186,6 +187,7 @@ impl<'a> Run<'a> {
             Action::RecordOutcome => self.record_outcome().await?,
             Action::Acquire
             | Action::OpenSource
+            | Action::DropData
             | Action::CloseSource
             | Action::Teardown { .. }
             | Action::Release
@@ -205,6 +207,7 @@ impl<'a> Run<'a> {
         match action {
             Action::Acquire => self.driver.acquire(task).await,
             Action::OpenSource => self.driver.open_source(task).await,
+            Action::DropData => self.driver.drop_data(task).await,
             Action::CloseSource => self.driver.close_source(task).await,
             Action::Teardown { success } => self.driver.teardown(success, task).await,
             Action::Release => self.driver.release(task).await,

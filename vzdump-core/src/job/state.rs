@@ -5,6 +5,8 @@
 //!  OpenJournal ► StartGuest ► Prepare ► EnterMode ► PlanVolumes ► Acquire ► PointInTime ► Resume ►
 //!                                └─(no disks)────────────────────────► Transfer ◄─── OpenSource ◄─┘
 //!                                                                          │
+//!                                       (slow commit)  DropData ◄──────────┤
+//!                                                          │               │
 //!  every failure or cancellation: what was begun is      JournalCommit ◄───┘
 //!  undone, the newest first, each once                         ▼
 //!       │                                                   Commit ─error► AskOutcome
@@ -22,6 +24,9 @@
 //!   requests, and with them all of QEMU, for as long as a storage hangs.
 //! - After `EnterMode` comes `Resume`: after the point in time, and if it was not reached or failed
 //!   then, first of all that is undone, because a guest must not wait for anything that is undone.
+//! - `DropData` comes only after the provider has read everything, so that it fails costs the guest
+//!   something, and the backup nothing: the commit follows all the same. Which changes count for the
+//!   next increment is decided by the teardown alone.
 //! - A failure while undoing changes neither the verdict nor what is undone after it.
 
 /// What is to be done next.
@@ -47,6 +52,8 @@ pub enum Action {
     OpenSource,
     /// Have the provider copy.
     Transfer,
+    /// Withdraw the frozen disks and drop their old data, because the commit will take long.
+    DropData,
     /// Write down the commit's id, durably.
     JournalCommit,
     /// Have the provider commit.
@@ -128,17 +135,19 @@ pub struct Machine {
     leftovers: bool,
     /// The guest may be held for the point in time.
     is_held: bool,
+    /// The provider commits slowly.
+    is_slow: bool,
 }
 
 impl Default for Machine {
     fn default() -> Self {
-        Self::new()
+        Self::new(false)
     }
 }
 
 impl Machine {
-    /// A backup that has not begun.
-    pub fn new() -> Self {
+    /// A backup that has not begun; `is_slow` if its provider commits slowly.
+    pub fn new(is_slow: bool) -> Self {
         Self {
             current: Action::OpenJournal,
             undo: vec![Action::CloseJournal { keep: false }],
@@ -146,6 +155,7 @@ impl Machine {
             unwinding: false,
             leftovers: false,
             is_held: false,
+            is_slow,
         }
     }
 
@@ -187,7 +197,9 @@ impl Machine {
             (Action::Commit, _) => self.decide(Outcome::Committed),
             (Action::AskOutcome, Event::Known(outcome)) => self.decide(outcome),
             (Action::AskOutcome, _) => self.decide(Outcome::Unknown),
+            (Action::DropData, _) => Action::JournalCommit,
             (_, Event::Failed) => self.unwind(),
+            (Action::Transfer, _) if self.is_slow => Action::DropData,
             (Action::Prepare, Event::Prepared { has_disks: false }) => Action::Transfer,
             (current, _) => forward(current),
         };
@@ -254,7 +266,7 @@ fn forward(current: Action) -> Action {
         Action::PointInTime => Action::Resume,
         Action::Resume => Action::OpenSource,
         Action::OpenSource => Action::Transfer,
-        Action::Transfer => Action::JournalCommit,
+        Action::Transfer | Action::DropData => Action::JournalCommit,
         Action::JournalCommit => Action::Commit,
         other => unreachable!("{other:?} is not a step on the way to the commit"),
     }
@@ -300,7 +312,7 @@ mod tests {
             LeaveMode, OpenJournal, OpenSource, PlanVolumes, PointInTime, Prepare, RecordOutcome,
             Release, Resume, StartGuest, Teardown, Transfer,
         };
-        let seen = run(&mut Machine::new(), good);
+        let seen = run(&mut Machine::new(false), good);
         assert_eq!(
             seen,
             [
@@ -330,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_guest_without_disks_needs_no_point_in_time() {
-        let seen = run(&mut Machine::new(), |action| match action {
+        let seen = run(&mut Machine::new(false), |action| match action {
             Action::Prepare => Event::Prepared { has_disks: false },
             other => good(other),
         });
@@ -347,10 +359,10 @@ mod tests {
 
     #[test]
     fn every_failure_before_the_commit_undoes_what_was_begun() {
-        let order = run(&mut Machine::new(), good);
+        let order = run(&mut Machine::new(false), good);
         let commit = order.iter().position(|a| *a == Action::Commit).expect("there is a commit");
         for failing in &order[..commit] {
-            let seen = run(&mut Machine::new(), |action| {
+            let seen = run(&mut Machine::new(false), |action| {
                 if action == *failing { Event::Failed } else { good(action) }
             });
             assert_eq!(seen.last(), Some(&Action::Finish(Verdict::Failed)), "{failing:?}");
@@ -382,7 +394,7 @@ mod tests {
             (Outcome::NotCommitted, false, Verdict::Failed),
             (Outcome::Unknown, false, Verdict::Unknown),
         ] {
-            let seen = run(&mut Machine::new(), |action| match action {
+            let seen = run(&mut Machine::new(false), |action| match action {
                 Action::Commit => Event::Failed,
                 Action::AskOutcome => Event::Known(outcome),
                 other => good(other),
@@ -395,9 +407,56 @@ mod tests {
         }
     }
 
+    /// Whatever becomes of the data and of the commit: the data is dropped before the commit, and the
+    /// teardown comes after it and tells the truth.
+    #[test]
+    fn a_slow_commit_begins_when_the_data_is_dropped() {
+        let outcomes = [
+            (Some(Outcome::Committed), true),
+            (Some(Outcome::NotCommitted), false),
+            (Some(Outcome::Unknown), false),
+            (None, true),
+        ];
+        for (dropped, (outcome, success)) in
+            [Event::Done, Event::Failed].into_iter().flat_map(|d| outcomes.map(|o| (d, o)))
+        {
+            let seen = run(&mut Machine::new(true), |action| match (action, outcome) {
+                (Action::DropData, _) => dropped,
+                (Action::Commit, Some(_)) => Event::Failed,
+                (Action::AskOutcome, Some(outcome)) => Event::Known(outcome),
+                (other, _) => good(other),
+            });
+            let at = |wanted: Action| seen.iter().position(|action| *action == wanted);
+            let order = [
+                Action::Transfer,
+                Action::DropData,
+                Action::JournalCommit,
+                Action::Commit,
+                Action::RecordOutcome,
+                Action::Teardown { success },
+                Action::CloseSource,
+            ];
+            let places = order.map(|action| at(action).expect("each is there once"));
+            assert!(places.is_sorted(), "{seen:?}");
+            assert_eq!(at(Action::Teardown { success: !success }), None, "{seen:?}");
+        }
+    }
+
+    #[test]
+    fn data_is_dropped_early_only_for_a_slow_commit() {
+        let seen = run(&mut Machine::new(false), good);
+        assert!(!seen.contains(&Action::DropData));
+        // Nor before everything is read.
+        let seen = run(&mut Machine::new(true), |action| match action {
+            Action::Transfer => Event::Failed,
+            other => good(other),
+        });
+        assert!(!seen.contains(&Action::DropData) && !seen.contains(&Action::Commit));
+    }
+
     #[test]
     fn a_failing_question_is_an_unknown_outcome() {
-        let seen = run(&mut Machine::new(), |action| match action {
+        let seen = run(&mut Machine::new(false), |action| match action {
             Action::Commit | Action::AskOutcome => Event::Failed,
             other => good(other),
         });
@@ -415,7 +474,7 @@ mod tests {
             Action::Cleanup,
             Action::RecordOutcome,
         ] {
-            let seen = run(&mut Machine::new(), |action| {
+            let seen = run(&mut Machine::new(false), |action| {
                 if action == failing { Event::Failed } else { good(action) }
             });
             let keep = failing != Action::RecordOutcome;
@@ -432,7 +491,7 @@ mod tests {
     fn the_guest_goes_on_first_whatever_fails() {
         // The first that fails, and one bit for each action after it.
         for (first, later) in (0..16).flat_map(|first| (0_u32..1 << 10).map(move |l| (first, l))) {
-            let mut machine = Machine::new();
+            let mut machine = Machine::new(false);
             let mut step = 0;
             let seen = run(&mut machine, |action| {
                 let is_later = step > first && later >> (step - first - 1) & 1 == 1;
@@ -453,7 +512,7 @@ mod tests {
 
     #[test]
     fn cancellation_begins_with_the_journal_ends_at_the_commit_and_waits_for_the_guest() {
-        let mut machine = Machine::new();
+        let mut machine = Machine::new(false);
         let mut at_commit = false;
         while !matches!(machine.current(), Action::Finish(_)) {
             at_commit |= machine.current() == Action::Commit;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Cleans up after tasks that died, from their journals.
 //!
-//! For a backup, in this order: thaw, and let a guest run again that was paused or shut down; ask what became of a commit that was begun (nothing is torn
+//! For a backup, in this order: thaw, and let a guest run again that was paused or shut down; end the
+//! storage daemons that offered its disks as files, and remove their mounts; ask what became of a commit that was begun (nothing is torn
 //! down while that is open); tear the access down with its exports, as a success only if the
 //! commit is durable; stop the NBD server, if it is ours; detach and free the fleecing images; remove directories; leave
 //! QEMU as it would be without the backup, which may be to end it; remove the journal.
@@ -23,7 +24,7 @@ use provider_api::{CommitOutcome, GuestKind};
 use qmp_client::{Session, backup};
 
 use super::volumes::free_within;
-use super::{Entry, JournalError, KnownOutcome, ProcessStamp, Record, TaskKind};
+use super::{Entry, FileExport, JournalError, KnownOutcome, ProcessStamp, Record, TaskKind};
 use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::guest::GuestError;
@@ -33,8 +34,8 @@ use crate::lock::{FileLock, LockError};
 use crate::restore;
 use crate::storage::VolumeId;
 use crate::task_log::TaskSink;
-use crate::vm::backup::ops;
 use crate::vm::backup::power::{self, Change, Vm};
+use crate::vm::backup::{file, ops};
 use crate::vm::freeze_guard::thaw_directly;
 use crate::vm::process::VmProcess;
 
@@ -167,6 +168,10 @@ async fn recover_backup(
         power::log_again(again.map_err(|error| chain(&error))?, id, None, sink);
         super::append_to(&record.path, Entry::Resumed).await.map_err(|error| chain(&error))?;
     }
+    // Nobody can read them any more: what they read from went with the task's process.
+    for export in &record.file_exports {
+        withdraw_file(ctx, export).await?;
+    }
     let is_committed = settle_commit(ctx, record, sink).await?;
     let qemu = qemu_of(record)?;
     // Before anything was acquired in QEMU it need not be asked, and may be busy or hang.
@@ -275,6 +280,16 @@ async fn undo_in_qemu(
             .map_err(GuestError::at(format!("detach the fleecing image '{}'", image.volume)))?;
     }
     Ok(())
+}
+
+async fn withdraw_file(ctx: &JobContext, export: &FileExport) -> Result<(), String> {
+    // A journal is our own, but a wrong path here would cost too much.
+    if !export.path.starts_with(ctx.layout.run()) {
+        return Err(format!("the file '{}' is not one of ours", export.path.display()));
+    }
+    let withdrawn = bounded(ctx, file::withdraw(export)).await;
+    withdrawn
+        .map_err(|error| format!("cannot withdraw the file '{}': {error}", export.path.display()))
 }
 
 async fn free_named(ctx: &JobContext, volume: &str) -> Result<(), String> {

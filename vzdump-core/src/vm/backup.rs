@@ -8,7 +8,8 @@
 //!  acquire        images, blockdev-add            release       blockdev-del, images freed
 //!  point_in_time  freeze or pause, setup, thaw    teardown      query, backup-access-teardown,
 //!  resume         guest runs again                              which ends the exports
-//!  open_source    nbd-server-start, exports       close_source  nbd-server-stop, after teardown
+//!  open_source    nbd-server-start, exports,      close_source  files withdrawn, nbd-server-stop,
+//!                 files if they are wanted                      after teardown
 //! ```
 //!
 //! What was begun is noted here and in the journal before it is done, so that the right column
@@ -16,18 +17,21 @@
 //! only files are left to be removed.
 
 mod disks;
+pub(crate) mod file;
 mod fleecing;
-mod limited;
 pub(crate) mod ops;
 pub(crate) mod power;
+mod regions;
+mod relay;
 mod source;
 mod stats;
 mod watch;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use provider_api::{BitmapRequest, BoxFuture, GuestKind, Uuid, VolumeInfo};
+use provider_api::{BitmapRequest, BoxFuture, Capabilities, GuestKind, Uuid, VolumeInfo};
 use qmp_client::backup::{
     self, AccessInfo, BackupAccess, BitmapMode, Device, Readable, SetupRequest,
 };
@@ -35,11 +39,13 @@ use qmp_client::commands::{QueryStatus, RunState};
 use qmp_client::{Error, EventStream, Session};
 
 use self::disks::Disk;
+use self::file::FileDisk;
 use self::fleecing::Fleecing;
 pub use self::fleecing::FleecingOptions;
 pub(crate) use self::fleecing::is_ours as is_our_fleecing_image;
-use self::limited::LimitedDisk;
 use self::power::Power;
+use self::regions::ExportRegions;
+use self::relay::Relay;
 use super::freeze_guard::{self, FreezeLimits, Frozen, GuardCommand};
 use super::runner;
 use crate::config::guest::{DiskEntry, VmConfig};
@@ -48,7 +54,7 @@ use crate::guest::{
 };
 use crate::host_budget::RamShare;
 use crate::job::{BackupOptions, JobContext, chain};
-use crate::journal::{Entry, ProcessStamp};
+use crate::journal::{Entry, FileExport, ProcessStamp};
 use crate::layout::{Layout, Monitor};
 use crate::storage::{StorageSet, VolumeId};
 use crate::task_log::{TaskSink, bitmap_status, clean, size};
@@ -69,6 +75,30 @@ const LEASE_S: u32 = 60;
 /// How long the end of a QEMU that has closed its monitor is waited for.
 const END_WAIT: Duration = Duration::from_secs(10);
 
+/// For one request of our own to the NBD server.
+const NBD_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How a provider reads the disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mechanism {
+    /// NBD exports.
+    Nbd,
+    /// Files.
+    File,
+}
+
+impl Mechanism {
+    /// The one to use with a provider; none if it backs up no VMs.
+    #[must_use]
+    pub fn of(capabilities: &Capabilities) -> Option<Self> {
+        match (capabilities.vm_nbd, capabilities.vm_file) {
+            (true, _) => Some(Self::Nbd),
+            (false, true) => Some(Self::File),
+            (false, false) => None,
+        }
+    }
+}
+
 /// The target id of a storage.
 pub fn target_id(storage: &str) -> String {
     format!("vzdump:{storage}")
@@ -82,6 +112,19 @@ struct Server {
     is_started: bool,
 }
 
+/// A disk as the NBD server offers it.
+#[derive(Debug)]
+struct Offered {
+    device: String,
+    /// Name of the export.
+    export: String,
+    size_bytes: u64,
+    /// The bitmap that tells what changed; none if all of the disk is wanted.
+    reused_bitmap: Option<String>,
+    /// How much is wanted, as QEMU said when the point in time was taken.
+    wanted_bytes: u64,
+}
+
 /// The backup of one VM.
 pub struct VmDriver {
     layout: Layout,
@@ -90,6 +133,7 @@ pub struct VmDriver {
     guard: GuardCommand,
     freeze_limits: FreezeLimits,
     options: BackupOptions,
+    mechanism: Mechanism,
     id: u32,
     config: VmConfig,
     firewall: Option<Vec<u8>>,
@@ -111,10 +155,15 @@ pub struct VmDriver {
     server: Option<Server>,
     /// Exports and server are ready.
     is_open: bool,
-    /// With a bandwidth limit: the way to each disk's export.
-    limited: Vec<LimitedDisk>,
     /// Where the host's RAM is shared out: this guest's part.
     ram: Option<RamShare>,
+    /// With a bandwidth limit, or for files: the way to each disk's export.
+    relays: Vec<Relay>,
+    /// Files that were begun.
+    file_exports: Vec<FileExport>,
+    files: Vec<FileDisk>,
+    /// For files: what is to be read of each disk.
+    regions: Vec<Arc<ExportRegions>>,
     stats: Option<AccessStats>,
 }
 
@@ -123,7 +172,12 @@ impl VmDriver {
     ///
     /// # Errors
     /// [`GuestError::Refused`]; the configuration cannot be read.
-    pub fn open(ctx: &JobContext, id: u32, options: &BackupOptions) -> Result<Self, GuestError> {
+    pub fn open(
+        ctx: &JobContext,
+        id: u32,
+        options: &BackupOptions,
+        mechanism: Mechanism,
+    ) -> Result<Self, GuestError> {
         let layout = &ctx.layout;
         let config = VmConfig::read(&layout.vm_config_path(id))
             .map_err(GuestError::at(format!("read the configuration of VM {id}")))?
@@ -137,6 +191,7 @@ impl VmDriver {
             guard: ctx.guard.clone(),
             freeze_limits: ctx.limits.freeze,
             options: options.clone(),
+            mechanism,
             id,
             config,
             firewall,
@@ -153,8 +208,11 @@ impl VmDriver {
             run_dir: None,
             server: None,
             is_open: false,
-            limited: Vec::new(),
             ram: None,
+            relays: Vec::new(),
+            file_exports: Vec::new(),
+            files: Vec::new(),
+            regions: Vec::new(),
             stats: None,
         })
     }
@@ -535,6 +593,10 @@ impl GuestDriver for VmDriver {
 
     fn watch<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, GuestError> {
         Box::pin(self.do_watch(task))
+    }
+
+    fn drop_data<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.do_drop_data(task))
     }
 
     fn close_source<'a>(&'a mut self, _task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {

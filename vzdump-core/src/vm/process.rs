@@ -76,7 +76,19 @@ impl VmProcess {
     /// # Errors
     /// `/proc` cannot be listed.
     pub fn of_mark(mark: &str) -> io::Result<Option<Self>> {
-        let wanted = ["-chardev".to_owned(), mark_argument(mark)];
+        Self::of_arguments(&["-chardev".to_owned(), mark_argument(mark)])
+    }
+
+    /// The storage daemon that was started with this mark.
+    ///
+    /// # Errors
+    /// `/proc` cannot be listed.
+    pub fn of_daemon_mark(mark: &str) -> io::Result<Option<Self>> {
+        Self::of_arguments(&[DAEMON_MARK_OPTION.to_owned(), mark_argument(mark)])
+    }
+
+    /// The process among whose arguments these two follow one another.
+    fn of_arguments(wanted: &[String; 2]) -> io::Result<Option<Self>> {
         for entry in std::fs::read_dir("/proc")? {
             // Processes come and go meanwhile.
             let Ok(entry) = entry else { continue };
@@ -84,7 +96,10 @@ impl VmProcess {
             let Some(process) = pid.map(Self::of_pid).transpose().ok().flatten().flatten() else {
                 continue;
             };
-            if process.arguments().is_ok_and(|all| all.windows(2).any(|pair| pair == wanted)) {
+            if process
+                .arguments()
+                .is_ok_and(|all| all.windows(2).any(|pair| pair == wanted.as_slice()))
+            {
                 return Ok(Some(process));
             }
         }
@@ -119,6 +134,9 @@ impl VmProcess {
         Ok(Some(ProcessHandle { fd }))
     }
 }
+
+/// What comes before a mark in a storage daemon's command line.
+pub(crate) const DAEMON_MARK_OPTION: &str = "--chardev";
 
 /// What a mark is in QEMU's command line: a character device that nothing uses.
 pub(crate) fn mark_argument(mark: &str) -> String {

@@ -155,8 +155,13 @@ fn ready<'a, T: Send + 'a>(value: T) -> BoxFuture<'a, T> {
 impl Provider for FakeProvider {
     fn describe(&self) -> Description {
         let api_version = provider_api::API_VERSION;
-        let capabilities =
-            Capabilities { notes: true, protect: true, remove: true, ..Capabilities::default() };
+        let capabilities = Capabilities {
+            vm_nbd: true,
+            notes: true,
+            protect: true,
+            remove: true,
+            ..Capabilities::default()
+        };
         Description { name: "fake".into(), api_version, capabilities }
     }
 

@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The frozen disks, offered over NBD on a socket that only the backup's owner can reach.
+//! The frozen disks, offered over NBD on a socket that only the backup's owner can reach, or as files
+//! behind it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use provider_api::{Access, BitmapMode, VmBackup, Volume};
+use provider_nbd::{Client, Options};
 use qmp_client::Error;
 use qmp_client::backup::{AccessInfo, BitmapAction};
-use qmp_client::commands::{BitmapRef, NbdExportAdd, NbdServerStart};
+use qmp_client::commands::{BitmapRef, BlockExportDel, NbdExportAdd, NbdServerStart, RemoveMode};
 
 use super::disks::Disk;
-use super::limited::LimitedDisk;
-use super::{Server, VmDriver, ops, short_id};
+use super::file::{self, FileDisk};
+use super::regions::ExportRegions;
+use super::relay::{Passing, Relay};
+use super::{Mechanism, NBD_TIMEOUT, Offered, Server, VmDriver, ops, short_id};
+use crate::bandwidth::{Budget, GuestShare};
 use crate::blocking;
 use crate::guest::{GuestError, Task};
-use crate::journal::Entry;
+use crate::journal::{Entry, FileExport};
 use crate::layout::{check_socket_path, make_private_dir};
 
 /// Name of the socket of QEMU's server.
@@ -50,15 +56,58 @@ impl VmDriver {
                 .await
                 .map_err(GuestError::at(format!("export the disk '{}'", disk.key)))?;
         }
-        if let Some(budget) = &self.options.bandwidth {
-            let share = budget.guest();
-            for index in 0..self.disks.len() {
-                let own = dir.join(format!("lim{index}"));
-                let disk = LimitedDisk::open(own, dir.join(NBD_SOCKET), share.disk());
-                self.limited.push(disk.map_err(GuestError::at("open a socket for a disk"))?);
-            }
+        self.open_relays(&dir).map_err(GuestError::at("open a socket for a disk"))?;
+        if self.mechanism == Mechanism::File {
+            self.open_files(&dir, task).await?;
         }
         self.is_open = true;
+        Ok(())
+    }
+
+    fn open_relays(&mut self, dir: &Path) -> std::io::Result<()> {
+        let share = self.options.bandwidth.as_ref().map(Budget::guest);
+        for index in 0..self.disks.len() {
+            let passing = Passing {
+                share: share.as_ref().map(GuestShare::disk),
+                trims_zeroes: self.mechanism == Mechanism::File,
+            };
+            if passing.does_something() {
+                let own = dir.join(format!("disk{index}"));
+                self.relays.push(Relay::open(own, dir.join(NBD_SOCKET), passing)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Offers all disks as files, beside the sockets.
+    async fn open_files(&mut self, dir: &Path, task: Task<'_>) -> Result<(), GuestError> {
+        for (index, (disk, info)) in self.disks.iter().zip(&self.infos).enumerate() {
+            let name = format!("file{index}");
+            let mark = format!("vzdump-{}-{}-{index}", self.id, short_id());
+            let export = FileExport { mark, path: dir.join(name) };
+            task.journal.append(Entry::FileExport(export.clone())).await?;
+            self.file_exports.push(export.clone());
+            let socket = self.relays[index].socket();
+            let file =
+                FileDisk::open(&self.tools, export, socket, &disk.key, disk.size_bytes).await?;
+            self.files.push(file);
+            let regions = ExportRegions::new(dir.join(NBD_SOCKET), offered(disk, info)?);
+            self.regions.push(Arc::new(regions));
+        }
+        Ok(())
+    }
+
+    /// Ends the daemons of all files that were begun, and removes their mounts.
+    async fn withdraw_files(&mut self) -> Result<(), GuestError> {
+        for regions in std::mem::take(&mut self.regions) {
+            regions.close().await;
+        }
+        while let Some(export) = self.file_exports.last() {
+            let doing = format!("withdraw the file '{}'", export.path.display());
+            file::withdraw(export).await.map_err(GuestError::at(doing))?;
+            self.file_exports.pop();
+        }
+        self.files.clear();
         Ok(())
     }
 
@@ -68,10 +117,44 @@ impl VmDriver {
 
     pub(super) async fn do_close_source(&mut self) -> Result<(), GuestError> {
         self.is_open = false;
-        self.limited.clear();
+        self.withdraw_files().await?;
+        self.relays.clear();
         // The directory stays with a server that stays: its socket tells the recovery whose it is.
         self.stop_server().await?;
         remove_dir(self.run_dir.take()).await
+    }
+
+    /// Withdraws the disks from the provider, has QEMU forget all old data, and closes the exports, so
+    /// that the guest pays for nothing while the commit is under way. The access stays: it keeps the
+    /// bitmaps until the commit is known.
+    pub(super) async fn do_drop_data(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        if !self.is_open {
+            return Ok(());
+        }
+        self.is_open = false;
+        self.withdraw_files().await?;
+        self.relays.clear();
+        let server = self.server.as_ref().map(|server| server.socket.clone());
+        if let Some(socket) = server {
+            for disk in &self.disks {
+                release_all(&socket, disk).await.map_err(GuestError::at(format!(
+                    "drop the old data of the disk '{}'",
+                    disk.key
+                )))?;
+            }
+        }
+        let session = self.session()?.clone();
+        for id in self.export_ids() {
+            let mode = Some(RemoveMode::Hard);
+            session
+                .execute(BlockExportDel { id: id.clone(), mode })
+                .await
+                .map_err(GuestError::at(format!("close the export '{id}'")))?;
+        }
+        self.stop_server().await?;
+        remove_dir(self.run_dir.take()).await?;
+        task.sink.info("the provider has read everything; old data is dropped before the commit");
+        Ok(())
     }
 
     async fn stop_server(&mut self) -> Result<(), GuestError> {
@@ -99,14 +182,36 @@ impl VmDriver {
         if let Some(Server { socket, .. }) = self.server.as_ref().filter(|_| self.is_open) {
             let pairs = self.disks.iter().zip(&self.infos).enumerate();
             let offered = pairs.map(|(index, (disk, info))| {
-                let limited = self.limited.get(index).map(LimitedDisk::socket);
-                volume_of(disk, info, limited.unwrap_or(socket).to_owned())
+                let access = match (self.files.get(index), self.regions.get(index)) {
+                    (Some(file), Some(regions)) => {
+                        let regions = Arc::clone(regions);
+                        Access::File { path: file.path().to_owned(), regions }
+                    }
+                    _ => Access::Nbd {
+                        socket: self
+                            .relays
+                            .get(index)
+                            .map_or(socket.as_path(), Relay::socket)
+                            .to_owned(),
+                        export: disk.key.clone(),
+                        bitmap: info.bitmap_name.clone(),
+                    },
+                };
+                volume_of(disk, info, access)
             });
             volumes = offered.collect();
         }
         let config = self.config.for_backup().to_string().into_bytes();
         VmBackup { config, firewall: self.firewall.clone(), volumes }
     }
+}
+
+/// Tells the snapshot of a disk that nothing of it is needed any more.
+async fn release_all(socket: &Path, disk: &Disk) -> provider_nbd::Result<()> {
+    let options = Options { timeout: Some(NBD_TIMEOUT), ..Options::default() };
+    let client = Client::connect_unix(socket, &disk.key, options).await?;
+    client.trim(0, disk.size_bytes).await?;
+    client.disconnect().await
 }
 
 /// Removes a private directory; one that is not there is no error.
@@ -136,21 +241,44 @@ fn export_of(disk: &Disk, info: &AccessInfo) -> NbdExportAdd {
     }
 }
 
-fn volume_of(disk: &Disk, info: &AccessInfo, socket: PathBuf) -> Volume {
-    let bitmap = info.bitmap_name.clone();
-    let bitmap_mode = match (&bitmap, &info.bitmap_action) {
+fn bitmap_mode(info: &AccessInfo) -> BitmapMode {
+    match (&info.bitmap_name, &info.bitmap_action) {
         (None, _) => BitmapMode::None,
         (Some(_), BitmapAction::Used) => BitmapMode::Reuse,
         // Whatever a newer QEMU did: copying everything is never wrong.
         (Some(_), _) => BitmapMode::New,
-    };
+    }
+}
+
+fn volume_of(disk: &Disk, info: &AccessInfo, access: Access) -> Volume {
     Volume {
         device: disk.key.clone(),
         size_bytes: disk.size_bytes,
-        access: Access::Nbd { socket, export: disk.key.clone(), bitmap },
-        bitmap_mode,
+        access,
+        bitmap_mode: bitmap_mode(info),
         bitmap_action: info.bitmap_action.as_str().to_owned(),
         generation: info.generation.clone(),
         dirty_bytes: info.dirty_bytes,
     }
+}
+
+fn offered(disk: &Disk, info: &AccessInfo) -> Result<Offered, GuestError> {
+    let reused_bitmap = info.bitmap_name.clone().filter(|_| bitmap_mode(info) == BitmapMode::Reuse);
+    let wanted_bytes = match (&reused_bitmap, info.dirty_bytes) {
+        (None, _) => disk.size_bytes,
+        (Some(_), Some(dirty_bytes)) => dirty_bytes,
+        (Some(_), None) => {
+            return Err(GuestError::Refused(format!(
+                "QEMU does not say how much of the disk '{}' has changed.",
+                disk.key
+            )));
+        }
+    };
+    Ok(Offered {
+        device: disk.key.clone(),
+        export: disk.key.clone(),
+        size_bytes: disk.size_bytes,
+        reused_bitmap,
+        wanted_bytes,
+    })
 }

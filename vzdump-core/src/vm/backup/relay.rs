@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The way to one disk's export when a bandwidth limit is set: a socket of our own, behind which all
-//! that QEMU sends waits for its turn in the budget.
+//! A way of our own to one disk's export: a socket between QEMU and whoever reads the disk, for what QEMU
+//! itself does not do.
 //!
-//! Bytes are passed on as they are, so everything that the export can do works as without a limit.
-//! Requests are not held up: a trim or a question about a bitmap costs next to nothing. Why this is
-//! not done within QEMU is in `docs/design/0013`.
+//! With a bandwidth limit all that QEMU sends waits for its turn in the budget; why this is not done
+//! within QEMU is in `docs/design/0013`. For a disk that is offered as a file, writes of zeroes become
+//! trims ([`requests`]). All else is passed on as it is, so everything that the export can do works
+//! as without it. Requests are not held up: a trim or a question about a bitmap costs next to nothing.
+
+mod requests;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{JoinHandle, JoinSet};
@@ -22,19 +25,35 @@ const CONNECTIONS_MAX: usize = 16;
 /// What is passed on in one turn.
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// One disk's export, read at a limited rate. Dropping it closes all connections.
+/// What happens on the way.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Passing {
+    /// What QEMU sends waits for its turn in this.
+    pub(super) share: Option<DiskShare>,
+    /// Writes of zeroes that need not leave space behind become trims.
+    pub(super) trims_zeroes: bool,
+}
+
+impl Passing {
+    /// Whether it differs from no way of our own.
+    pub(super) fn does_something(&self) -> bool {
+        self.share.is_some() || self.trims_zeroes
+    }
+}
+
+/// A way to one disk's export. Dropping it closes all connections.
 #[derive(Debug)]
-pub(super) struct LimitedDisk {
+pub(super) struct Relay {
     socket: PathBuf,
     task: JoinHandle<()>,
 }
 
-impl LimitedDisk {
+impl Relay {
     /// Listens at `socket`, for clients of the server at `upstream`.
-    pub(super) fn open(socket: PathBuf, upstream: PathBuf, share: DiskShare) -> io::Result<Self> {
+    pub(super) fn open(socket: PathBuf, upstream: PathBuf, passing: Passing) -> io::Result<Self> {
         check_socket_path(&socket).map_err(io::Error::other)?;
         let listener = UnixListener::bind(&socket)?;
-        let task = tokio::spawn(serve(listener, upstream, share));
+        let task = tokio::spawn(serve(listener, upstream, passing));
         Ok(Self { socket, task })
     }
 
@@ -44,20 +63,20 @@ impl LimitedDisk {
     }
 }
 
-impl Drop for LimitedDisk {
+impl Drop for Relay {
     fn drop(&mut self) {
         // The connections belong to the task.
         self.task.abort();
     }
 }
 
-async fn serve(listener: UnixListener, upstream: PathBuf, share: DiskShare) {
+async fn serve(listener: UnixListener, upstream: PathBuf, passing: Passing) {
     let mut connections = JoinSet::new();
     loop {
         let client = match listener.accept().await {
             Ok((client, _)) => client,
             Err(error) => {
-                tracing::warn!(%error, "no more connections to a limited disk");
+                tracing::warn!(%error, "no more connections to a disk");
                 // Those that there are go on.
                 while connections.join_next().await.is_some() {}
                 return;
@@ -65,10 +84,10 @@ async fn serve(listener: UnixListener, upstream: PathBuf, share: DiskShare) {
         };
         while connections.try_join_next().is_some() {}
         if connections.len() < CONNECTIONS_MAX {
-            let (upstream, share) = (upstream.clone(), share.clone());
+            let (upstream, passing) = (upstream.clone(), passing.clone());
             connections.spawn(async move {
-                if let Err(error) = connect(client, &upstream, &share).await {
-                    tracing::debug!(%error, "a connection to a limited disk ended");
+                if let Err(error) = connect(client, &upstream, &passing).await {
+                    tracing::debug!(%error, "a connection to a disk ended");
                 }
             });
         }
@@ -76,16 +95,20 @@ async fn serve(listener: UnixListener, upstream: PathBuf, share: DiskShare) {
 }
 
 /// Passes on one connection until QEMU's side of it ends.
-async fn connect(client: UnixStream, upstream: &Path, share: &DiskShare) -> io::Result<()> {
+async fn connect(client: UnixStream, upstream: &Path, passing: &Passing) -> io::Result<()> {
     let (from_qemu, mut to_qemu) = UnixStream::connect(upstream).await?.into_split();
     let (mut from_client, to_client) = client.into_split();
     let requests = async {
-        let copied = tokio::io::copy(&mut from_client, &mut to_qemu).await;
+        let copied = if passing.trims_zeroes {
+            requests::pass_on(&mut BufReader::new(from_client), &mut to_qemu).await
+        } else {
+            tokio::io::copy(&mut from_client, &mut to_qemu).await.map(drop)
+        };
         // QEMU then closes its side.
         to_qemu.shutdown().await?;
-        copied.map(drop)
+        copied
     };
-    let replies = pass_on(from_qemu, to_client, share);
+    let replies = pass_on(from_qemu, to_client, passing.share.as_ref());
     tokio::pin!(requests, replies);
     tokio::select! {
         replies = &mut replies => return replies,
@@ -97,7 +120,7 @@ async fn connect(client: UnixStream, upstream: &Path, share: &DiskShare) -> io::
 async fn pass_on(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
-    share: &DiskShare,
+    share: Option<&DiskShare>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK_BYTES];
     loop {
@@ -105,7 +128,9 @@ async fn pass_on(
         if count == 0 {
             return to.shutdown().await;
         }
-        share.pass(count as u64).await;
+        if let Some(share) = share {
+            share.pass(count as u64).await;
+        }
         to.write_all(&buffer[..count]).await?;
     }
 }
@@ -136,7 +161,8 @@ mod tests {
         tokio::spawn(answer(UnixListener::bind(&upstream).unwrap()));
         let budget = Budget::new(1 << 20);
         let share = budget.guest().disk();
-        let disk = LimitedDisk::open(dir.path().join("lim0"), upstream, share).unwrap();
+        let passing = Passing { share: Some(share), ..Passing::default() };
+        let disk = Relay::open(dir.path().join("lim0"), upstream, passing).unwrap();
         let start = Instant::now();
         let read = async || {
             let mut client = UnixStream::connect(disk.socket()).await.unwrap();
