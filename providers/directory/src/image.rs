@@ -102,13 +102,32 @@ impl Image {
         if !self.is_increment {
             return Ok(());
         }
+        if self.must_write_zeroes(offset, length_bytes) {
+            return self.write_plain_zeroes(offset, length_bytes);
+        }
         self.access.write_zeroes(offset, length_bytes).map_err(|e| self.write_failed(offset, e))
     }
 
     /// Makes an area read as zeroes that may have data, and gives the space of that back.
     pub(crate) fn discard_to_zero(&mut self, offset: u64, length_bytes: u64) -> Result<()> {
+        if self.must_write_zeroes(offset, length_bytes) {
+            return self.write_plain_zeroes(offset, length_bytes);
+        }
         let discarded = self.access.discard_to_zero(offset, length_bytes);
         discarded.map_err(|e| self.write_failed(offset, e))
+    }
+
+    /// On a disk smaller than a cluster `imago` 0.2.6 computes the end of a zero area that is not the disk's
+    /// end as less than 0: it panics, or without overflow checks zeroes more than was asked for.
+    fn must_write_zeroes(&self, offset: u64, length_bytes: u64) -> bool {
+        let size_bytes = self.access.size();
+        size_bytes < CLUSTER_BYTES && offset.saturating_add(length_bytes) < size_bytes
+    }
+
+    /// At most a cluster.
+    fn write_plain_zeroes(&self, offset: u64, length_bytes: u64) -> Result<()> {
+        let length = usize::try_from(length_bytes).map_err(|_| corrupt("An area is too long."))?;
+        self.write(offset, &vec![0; length])
     }
 
     fn write_failed(&self, offset: u64, error: std::io::Error) -> Error {

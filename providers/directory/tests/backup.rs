@@ -43,6 +43,20 @@ async fn a_full_backup_restores_byte_exact() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn zeroes_within_a_disk_smaller_than_a_cluster_are_only_they() {
+    let bench = Bench::new().await;
+    let disk = GuestDisk::create(bench.path(), "scsi0", 9 * 512, 512);
+    disk.edit(async |client| client.write(0, vec![7; 9 * 512].into(), false).await.unwrap()).await;
+    bench.back_up(7, &[&disk], "g0").await.unwrap();
+    let zeroes = provider_nbd::ZeroOptions::default();
+    disk.edit(async |client| client.write_zeroes(1024, 512, zeroes).await.unwrap()).await;
+    let truth = disk.reference("zeroed");
+    let (archive, moved) = bench.back_up(7, &[&disk], "g1").await.unwrap();
+    assert_eq!(moved.total_bytes, 512);
+    bench.check_restore(&archive, "scsi0", &truth).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_chain_of_increments_restores_each_step() {
     // Sub-cluster dirty areas, zeroes over data of the base, and odd sizes must not lose a byte.
     for (seed, granularity, size) in [(2, 65536, ODD_SIZE), (3, 4096, ODD_SIZE), (4, 512, 5 << 20)]

@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is done with archives: restores, notes, protection, verification, removal.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use futures_util::future::join_all;
+use provider_api::{
+    BitmapRequest, Error, Kind, LOG_BYTES_MAX, NOTES_BYTES_MAX, Provider, VerifyExtent,
+    VerifyOptions, VerifyReport, notes_line,
+};
+
+use super::Verdict;
+use crate::bench::{Ctx, Made};
+use crate::fault::{Checked, Fault, clean, ensure, words};
+
+/// Files of a storage that are looked at for one to be damaged.
+const FILES_MAX: usize = 100_000;
+
+/// So many backups of one guest, oldest first.
+async fn some(ctx: &Ctx, provider: &dyn Provider, count: usize) -> Checked<Vec<Made>> {
+    let mut vm = ctx.usual_vm().await?;
+    let mut all = Vec::new();
+    for _ in 0..count {
+        all.push(ctx.back_up(provider, &mut vm).await?);
+        vm.scribble(4).await?;
+    }
+    Ok(all)
+}
+
+pub(super) async fn restores(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let all = some(ctx, provider.as_ref(), 2).await?;
+    // Two archives of a chain, and one of them twice, at the same time.
+    let at_once = [&all[0], &all[1], &all[1]];
+    let restores = at_once.map(|made| ctx.check_restore(provider.as_ref(), made));
+    for result in join_all(restores).await {
+        result.map_err(|fault| fault.at("Three restores at once"))?;
+    }
+    // A disk that the archive does not have, then a restore that reads nothing.
+    let call = ctx.call();
+    let begun = provider.restore_vm_init(&all[0].archive, &call);
+    let mut restore = ctx.expect("restore_vm_init", begun).await?;
+    let dir = ctx.bench.private_dir()?;
+    let offered = restore.volume_init("scsi99", &dir, &call);
+    let offered = ctx.answer("volume_init", offered).await?;
+    let cleaned = ctx.expect("volume_cleanup", restore.volume_cleanup("scsi99", &call)).await;
+    ctx.expect("cleanup", restore.cleanup(&call)).await?;
+    ensure(offered.is_err(), || "volume_init works for a disk that is not there.".to_owned())?;
+    cleaned?;
+    ctx.check_restore(provider.as_ref(), &all[0]).await?;
+    Ok(Verdict::Passed)
+}
+
+pub(super) async fn random_read(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let all = some(ctx, provider.as_ref(), 2).await?;
+    ctx.read_at_random(provider.as_ref(), &all[1]).await?;
+    Ok(Verdict::Passed)
+}
+
+pub(super) async fn notes(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let all = some(ctx, provider.as_ref(), 1).await?;
+    let name = &all[0].archive;
+    let long = "\u{20ac} long\n".repeat(NOTES_BYTES_MAX / 9);
+    let texts =
+        ["", "one line", "\n\n  first\n\tsecond \u{1f512}\n", &long, "../x: {{guestname}}\n", ""];
+    for text in texts {
+        let call = ctx.call();
+        ctx.expect("set_notes", provider.set_notes(name, text, &call)).await?;
+        let other = ctx.bare_provider().await?;
+        let kept = ctx.expect("notes", other.notes(name, &call)).await?;
+        ensure(kept == text, || {
+            format!(
+                "Notes of {} bytes come back with {} bytes, or changed.",
+                text.len(),
+                kept.len()
+            )
+        })?;
+        let list = ctx.list(other.as_ref()).await?;
+        let shown = list.get(name).and_then(|archive| archive.notes.clone());
+        ensure(shown == notes_line(text), || {
+            format!(
+                "list shows the notes {:?}, not {:?}.",
+                shown.as_deref().map(clean),
+                notes_line(text).as_deref().map(clean)
+            )
+        })
+        .map_err(|fault| fault.advise("Use `notes_line`."))?;
+    }
+    Ok(Verdict::Passed)
+}
+
+pub(super) async fn log(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let all = some(ctx, provider.as_ref(), 1).await?;
+    let name = &all[0].archive;
+    let long = "INFO: \u{e4}\n".repeat(LOG_BYTES_MAX / 9);
+    let call = ctx.call();
+    let kept = ctx.expect("log", provider.log(name, &call)).await?;
+    ensure(kept.is_empty(), || "There is a log before one was kept.".to_owned())?;
+    for text in ["INFO: first\n", &long, "INFO: last"] {
+        let call = ctx.call();
+        ctx.expect("keep_log", provider.keep_log(name, text, &call)).await?;
+        let other = ctx.bare_provider().await?;
+        let kept = ctx.expect("log", other.log(name, &call)).await?;
+        ensure(kept == text, || {
+            format!(
+                "A log of {} bytes comes back with {} bytes, or changed.",
+                text.len(),
+                kept.len()
+            )
+        })?;
+    }
+    Ok(Verdict::Passed)
+}
+
+pub(super) async fn protect(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let all = some(ctx, provider.as_ref(), 2).await?;
+    let name = &all[1].archive;
+    for protected in [true, true, false, false, true] {
+        let call = ctx.call();
+        ctx.expect("set_protected", provider.set_protected(name, protected, &call)).await?;
+        let other = ctx.bare_provider().await?;
+        let list = ctx.list(other.as_ref()).await?;
+        ensure(list.get(name).is_some_and(|archive| archive.protected == protected), || {
+            format!("Archive {name} is not listed with protected = {protected}.")
+        })?;
+    }
+    let call = ctx.call();
+    let refused = ctx.answer("remove", provider.remove(name, &call)).await?;
+    must_be("remove of a protected archive", refused, Kind::Protected)?;
+    ctx.check_still_restores(provider.as_ref(), &all[1]).await?;
+    let call = ctx.call();
+    ctx.expect("set_protected", provider.set_protected(name, false, &call)).await?;
+    ctx.expect("remove", provider.remove(name, &call)).await?;
+    let list = ctx.list(provider.as_ref()).await?;
+    ensure(!list.contains_key(name), || format!("Archive {name} is listed after its removal."))?;
+    Ok(Verdict::Passed)
+}
+
+fn must_be<T>(what: &str, result: Result<T, Error>, kind: Kind) -> Checked {
+    match result {
+        Ok(_) => Err(Fault::new(format!("{what} works; it must be refused as {kind:?}."))),
+        Err(error) if error.kind == kind => Ok(()),
+        Err(error) => Err(Fault::new(format!(
+            "{what} is refused as {:?}, not as {kind:?}: {}",
+            error.kind,
+            clean(&error.message)
+        ))),
+    }
+}
+
+async fn verify_one(
+    ctx: &Ctx,
+    provider: &dyn Provider,
+    archive: &str,
+    extent: VerifyExtent,
+) -> Checked<VerifyReport> {
+    let options = VerifyOptions { extent, known_sound: Vec::new() };
+    let call = ctx.call();
+    let silent = super::trouble::Silent;
+    ctx.expect("verify", provider.verify(archive, &options, &silent, &call)).await
+}
+
+pub(super) async fn verify(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let all = some(ctx, provider.as_ref(), 3).await?;
+    for extent in [VerifyExtent::Sample { percent: 30, seed: 7 }, VerifyExtent::All] {
+        for made in &all {
+            let name = &made.archive;
+            let report = verify_one(ctx, provider.as_ref(), name, extent).await?;
+            if let Some(damage) = report.damage.first() {
+                return Err(Fault::new(format!(
+                    "verify calls the sound archive {name} damaged: {}",
+                    clean(&damage.problem)
+                )));
+            }
+            ensure(report.damage_count == 0, || format!("verify counts damage in {name}."))?;
+            let list = ctx.list(ctx.bare_provider().await?.as_ref()).await?;
+            let verified = list.get(name).and_then(|archive| archive.verified);
+            ensure(verified.is_some_and(|v| v.extent == extent && v.damage_count == 0), || {
+                format!("The verification of {name} is not listed: {verified:?}.")
+            })?;
+        }
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Flips one bit of a file that belongs to an archive of the kit.
+pub(super) async fn damage(ctx: &Ctx) -> Checked<Verdict> {
+    let Some(dir) = ctx.bench.options.data_dir.clone() else {
+        let why = "the kit does not know where the storage keeps its data (--data-dir)";
+        return Ok(Verdict::NotTested(why.to_owned()));
+    };
+    let provider = ctx.provider().await?;
+    let before = files(&dir);
+    let all = some(ctx, provider.as_ref(), 1).await?;
+    let name = &all[0].archive;
+    let Some(file) = largest_new(&before, &files(&dir)) else {
+        let why = format!("no file below {} is new after a backup", dir.display());
+        return Ok(Verdict::NotTested(why));
+    };
+    let shown = file.strip_prefix(&dir).unwrap_or(&file).display().to_string();
+    let flipped =
+        flip_bit(&file).map_err(|e| Fault::new(format!("Cannot damage {shown}: {e}.")))?;
+    let report = verify_one(ctx, provider.as_ref(), name, VerifyExtent::All).await;
+    let restored = ctx.restore(provider.as_ref(), name, &all[0].truth).await;
+    // As it was, so that the archive can be removed as a sound one.
+    flip_bit_at(&file, flipped).map_err(|e| Fault::new(format!("Cannot mend {shown}: {e}.")))?;
+    let report = report?;
+    if report.is_sound() && report.damage.is_empty() {
+        let fault = Fault::new(format!(
+            "verify finds nothing with bit 0 of byte {flipped} of {shown} flipped."
+        ));
+        return Err(fault.advise("Compare with checksums that were made when the data was read."));
+    }
+    ensure(report.damage.iter().all(|damage| !damage.problem.is_empty()), || {
+        "verify finds damage and does not say which.".to_owned()
+    })?;
+    if restored.is_err() {
+        ctx.remark("A restore notices the damage, too.");
+    }
+    Ok(Verdict::Passed)
+}
+
+type Files = BTreeMap<PathBuf, (u64, Option<SystemTime>)>;
+
+/// All regular files below a directory, with size and time.
+fn files(dir: &Path) -> Files {
+    let mut found = Files::new();
+    let mut open = vec![dir.to_owned()];
+    while let Some(dir) = open.pop() {
+        let Ok(entries) = std::fs::read_dir(&dir) else { continue };
+        for entry in entries.flatten() {
+            let Ok(meta) = entry.metadata() else { continue };
+            if meta.is_dir() {
+                open.push(entry.path());
+            } else if meta.is_file() && found.len() < FILES_MAX {
+                found.insert(entry.path(), (meta.len(), meta.modified().ok()));
+            }
+        }
+    }
+    found
+}
+
+/// The largest file that was not there before: data rather than an index.
+fn largest_new(before: &Files, after: &Files) -> Option<PathBuf> {
+    let new = after.iter().filter(|(path, (size, _))| !before.contains_key(*path) && *size > 0);
+    new.max_by_key(|(_, (size, _))| *size).map(|(path, _)| path.clone())
+}
+
+/// Flips bit 0 in the middle of the data, and says where.
+fn flip_bit(file: &Path) -> std::io::Result<u64> {
+    let content = std::fs::read(file)?;
+    // The middle of what is not zero: holes of a sparse file say nothing about it.
+    let data: Vec<usize> = (0..content.len()).filter(|n| content[*n] != 0).collect();
+    let at = data.get(data.len() / 2).copied().unwrap_or(content.len() / 2) as u64;
+    flip_bit_at(file, at)?;
+    Ok(at)
+}
+
+fn flip_bit_at(file: &Path, at: u64) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::File::options().read(true).write(true).open(file)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at)?;
+    byte[0] ^= 1;
+    file.write_all_at(&byte, at)
+}
+
+/// Removes archives of a chain, in every order that matters.
+pub(super) async fn remove(ctx: &Ctx) -> Checked<Verdict> {
+    // The base, the middle, the end of a chain of four.
+    for victim in [0, 2, 3] {
+        let provider = ctx.provider().await?;
+        let provider = provider.as_ref();
+        let mut vm = ctx.usual_vm().await?;
+        let mut all = Vec::new();
+        for _ in 0..4 {
+            all.push(ctx.back_up(provider, &mut vm).await?);
+            vm.scribble(4).await?;
+        }
+        let name = all[victim].archive.clone();
+        let call = ctx.call();
+        let removed = ctx.answer("remove", provider.remove(&name, &call)).await?;
+        let at = |fault: Fault| fault.at(&format!("After removal {victim} of a chain of 4"));
+        judge_removal(ctx, provider, &mut all, victim, removed).await.map_err(at)?;
+        for made in &all {
+            ctx.check_restore(provider, made).await.map_err(at)?;
+        }
+        // The next increment builds upon what is there.
+        let next = ctx.back_up(provider, &mut vm).await.map_err(at)?;
+        let is_gone = all.iter().all(|made| made.archive != name);
+        if is_gone && victim == 3 {
+            let wanted = next.requests.iter().any(|request| {
+                matches!(request, BitmapRequest::Use { generation, .. }
+                    if next_asks_for_gone(generation, &all))
+            });
+            ensure(!wanted, || {
+                "The backup after a removal wants to build upon the archive that was removed."
+                    .to_owned()
+            })?;
+        }
+        ctx.check_restore(provider, &next).await.map_err(at)?;
+        for made in &all {
+            ctx.check_restore(provider, made).await.map_err(at)?;
+        }
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Whether a generation is none of the archives that are left.
+fn next_asks_for_gone(generation: &String, left: &[Made]) -> bool {
+    !left.iter().flat_map(|made| made.generations.iter().flatten()).any(|g| g == generation)
+}
+
+/// Judges the answer to a removal, and takes the archive from the list if it is gone.
+async fn judge_removal(
+    ctx: &Ctx,
+    provider: &dyn Provider,
+    all: &mut Vec<Made>,
+    victim: usize,
+    removed: Result<(), Error>,
+) -> Checked {
+    let name = all[victim].archive.clone();
+    let list = ctx.list(provider).await?;
+    match removed {
+        Ok(()) => {
+            ensure(!list.contains_key(&name), || {
+                format!("Archive {name} is listed after its removal.")
+            })?;
+            all.remove(victim);
+        }
+        Err(error) if error.kind == Kind::HasDependents => {
+            ensure(list.contains_key(&name), || {
+                format!("The removal of {name} is refused, and it is gone.")
+            })?;
+            ensure(victim + 1 < all.len(), || {
+                "The removal of the newest archive is refused because of dependents.".to_owned()
+            })?;
+            let are_known = error.dependents.iter().all(|name| list.contains_key(name));
+            ensure(!error.dependents.is_empty() && are_known, || {
+                format!(
+                    "The removal of {name} is refused, and the archives that need it are not named."
+                )
+            })?;
+            ctx.remark("An archive that others need cannot be removed before them.");
+        }
+        Err(error) => return Err(Fault::new(format!("remove fails: {}", words(&error)))),
+    }
+    for made in all.iter() {
+        ensure(list.contains_key(&made.archive), || {
+            format!("Archive {} is gone, too.", made.archive)
+        })?;
+    }
+    Ok(())
+}
+
+/// Removes what a retention would: the oldest, those first that were made last.
+pub(super) async fn prune(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let provider = provider.as_ref();
+    let mut vm = ctx.usual_vm().await?;
+    let mut all: Vec<Made> = Vec::new();
+    for _ in 0..6 {
+        all.push(ctx.back_up(provider, &mut vm).await?);
+        vm.scribble(4).await?;
+    }
+    for victim in [4, 2, 1, 0] {
+        let call = ctx.call();
+        let removed = provider.remove(&all[victim].archive, &call);
+        let removed = ctx.answer("remove", removed).await?;
+        judge_removal(ctx, provider, &mut all, victim, removed).await?;
+        for made in &all {
+            ctx.check_restore(provider, made).await?;
+        }
+    }
+    let next = ctx.back_up(provider, &mut vm).await?;
+    for made in all.iter().chain([&next]) {
+        ctx.check_restore(provider, made).await?;
+    }
+    Ok(Verdict::Passed)
+}

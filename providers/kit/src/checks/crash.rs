@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Processes that die: everything of a provider is dropped, and a new one has to tell what became of it.
+
+use std::time::Duration;
+
+use provider_api::{CommitOutcome, Provider, Uuid};
+
+use super::Verdict;
+use crate::bench::{Ctx, Made};
+use crate::fault::{Checked, Fault, ensure};
+use crate::machine::Vm;
+
+/// A commit is left alone after so long.
+const PATIENCE_MS: [u64; 7] = [0, 1, 2, 5, 10, 25, 100];
+
+pub(super) async fn crash(ctx: &Ctx) -> Checked<Verdict> {
+    let mut vm = ctx.usual_vm().await?;
+    let provider = ctx.provider().await?;
+    let full = ctx.back_up(provider.as_ref(), &mut vm).await?;
+    drop(provider);
+    for step in ["start_guest", "plan_volumes", "backup_vm"] {
+        let at = |fault: Fault| fault.at(&format!("Death after {step}"));
+        vm.scribble(3).await?;
+        let archive = die_after(ctx, &mut vm, step).await.map_err(at)?;
+        vm.machine.as_dyn().thaw(false).await.map_err(Fault::new)?;
+        let provider = ctx.provider().await.map_err(at)?;
+        let list = ctx.list(provider.as_ref()).await.map_err(at)?;
+        ensure(!list.contains_key(&archive), || format!("Archive {archive} is listed."))
+            .map_err(at)?;
+        let made = ctx.back_up(provider.as_ref(), &mut vm).await.map_err(at)?;
+        for made in [&made, &full] {
+            ctx.check_restore(provider.as_ref(), made).await.map_err(at)?;
+        }
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Begins a backup and drops all of it, and the provider.
+async fn die_after(ctx: &Ctx, vm: &mut Vm, step: &str) -> Checked<String> {
+    let provider = ctx.provider().await?;
+    let mut begun = ctx.begin(provider.as_ref(), vm).await?;
+    if step != "start_guest" {
+        let requests = ctx.plan(begun.backup.as_mut(), vm).await?;
+        if step == "backup_vm" {
+            let copied = ctx.copy(begun.backup.as_mut(), vm, &requests).await?;
+            ctx.expect("backup_vm", async { copied.result }).await?;
+        }
+    }
+    Ok(begun.archive)
+}
+
+pub(super) async fn outcome(ctx: &Ctx) -> Checked<Verdict> {
+    let mut vm = ctx.usual_vm().await?;
+    let provider = ctx.provider().await?;
+    let mut sound = vec![ctx.back_up(provider.as_ref(), &mut vm).await?];
+    drop(provider);
+    for patience_ms in PATIENCE_MS {
+        let at = |fault: Fault| fault.at(&format!("A commit left alone after {patience_ms} ms"));
+        vm.scribble(3).await?;
+        let left = leave_commit(ctx, &mut vm, Duration::from_millis(patience_ms)).await;
+        let (made, was_committed) = left.map_err(at)?;
+        let outcome = judge(ctx, &made, was_committed).await.map_err(at);
+        let is_committed = matches!(outcome, Ok(CommitOutcome::Committed { .. }));
+        vm.machine.as_dyn().thaw(is_committed).await.map_err(Fault::new)?;
+        outcome?;
+        if is_committed {
+            sound.push(made);
+        }
+    }
+    let provider = ctx.provider().await?;
+    vm.scribble(3).await?;
+    sound.push(ctx.back_up(provider.as_ref(), &mut vm).await?);
+    for made in &sound {
+        ctx.check_restore(provider.as_ref(), made).await?;
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Begins a commit, and drops everything while it is under way.
+async fn leave_commit(ctx: &Ctx, vm: &mut Vm, patience: Duration) -> Checked<(Made, bool)> {
+    let provider = ctx.provider().await?;
+    let mut begun = ctx.begin(provider.as_ref(), vm).await?;
+    let requests = ctx.plan(begun.backup.as_mut(), vm).await?;
+    let copied = ctx.copy(begun.backup.as_mut(), vm, &requests).await?;
+    ctx.expect("backup_vm", async { copied.result }).await?;
+    ctx.note_made(&begun.archive);
+    let commit_id = Uuid::new_v4();
+    let call = ctx.call();
+    let commit = begun.backup.commit(commit_id, &call);
+    let result = tokio::time::timeout(patience, commit).await;
+    let was_committed = matches!(result, Ok(Ok(_)));
+    let made = Made {
+        archive: begun.archive,
+        commit_id,
+        truth: copied.truth,
+        requests,
+        modes: copied.volumes.iter().map(|volume| volume.bitmap_mode).collect(),
+        generations: copied.volumes.iter().map(|volume| volume.generation.clone()).collect(),
+        transferred: provider_api::Transferred::default(),
+    };
+    Ok((made, was_committed))
+}
+
+/// What new processes say must agree with each other, with the list and with the data.
+async fn judge(ctx: &Ctx, made: &Made, was_committed: bool) -> Checked<CommitOutcome> {
+    let provider = ctx.bare_provider().await?;
+    let outcome = ctx.outcome(provider.as_ref(), made.commit_id).await?;
+    let name = &made.archive;
+    if was_committed {
+        ensure(outcome != CommitOutcome::NotCommitted, || {
+            "commit returned, and then commit_outcome says not_committed.".to_owned()
+        })?;
+    }
+    agree(ctx, provider.as_ref(), made, &outcome).await?;
+    let other = ctx.provider().await?;
+    // What was begun may still go on somewhere.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let again = ctx.outcome(other.as_ref(), made.commit_id).await?;
+    ensure(again == outcome, || {
+        format!("commit_outcome of archive {name} is {outcome:?}, and later {again:?}.")
+    })
+    .map_err(|fault| fault.advise("Once it was told, the outcome must never change."))?;
+    agree(ctx, other.as_ref(), made, &outcome).await?;
+    Ok(outcome)
+}
+
+async fn agree(
+    ctx: &Ctx,
+    provider: &dyn Provider,
+    made: &Made,
+    outcome: &CommitOutcome,
+) -> Checked {
+    let name = &made.archive;
+    let is_listed = ctx.list(provider).await?.contains_key(name);
+    match outcome {
+        CommitOutcome::Committed { archive } => {
+            ensure(archive == name, || "commit_outcome names another archive.".to_owned())?;
+            ensure(is_listed, || {
+                format!("commit_outcome says committed, and archive {name} is not listed.")
+            })?;
+            ctx.check_restore(provider, made).await
+        }
+        _ => ensure(!is_listed, || {
+            format!("commit_outcome says {outcome:?}, and archive {name} is listed.")
+        }),
+    }
+}

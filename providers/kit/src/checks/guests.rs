@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Guests at once, guests with hostile names and files, and a storage that is busy.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use futures_util::future::{join, join_all};
+use provider_api::{JobInfo, Uuid};
+
+use super::Verdict;
+use super::backup::check_config;
+use super::basics::ask_status;
+use crate::bench::Ctx;
+use crate::fault::{Checked, Fault, ensure};
+use crate::machine::Vm;
+use crate::snapshot::Trouble;
+
+/// `list` during a backup must answer in this time.
+const LIST_LIMIT: Duration = Duration::from_secs(5);
+/// Guests of one job at once.
+const GUESTS: usize = 3;
+
+/// Three guests of one job at the same time.
+pub(super) async fn concurrent(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let size = ctx.bench.options.size_bytes / 2;
+    let mut vms = Vec::new();
+    for _ in 0..GUESTS {
+        vms.push(ctx.vm(&[size, 512 * 9]).await?);
+    }
+    for round in 0..2 {
+        let start_time_s = ctx.bench.time_s();
+        let call = ctx.call();
+        let job = provider.start_job(JobInfo { start_time_s }, &call);
+        let mut job = ctx.expect("start_job", job).await?;
+        let mut begun = Vec::new();
+        for vm in &vms {
+            begun.push(ctx.start_guest(job.as_mut(), vm, start_time_s).await?);
+        }
+        let guests =
+            begun.into_iter().zip(&mut vms).map(|((mut backup, archive), vm)| async move {
+                let requests = ctx.plan(backup.as_mut(), vm).await?;
+                let copied = ctx.copy(backup.as_mut(), vm, &requests).await?;
+                ctx.expect("backup_vm", async { copied.result }).await?;
+                ctx.note_made(&archive);
+                let call = ctx.call();
+                let commit = backup.commit(Uuid::new_v4(), &call);
+                let committed = ctx.answer("commit", commit).await?;
+                vm.machine.as_dyn().thaw(committed.is_ok()).await.map_err(Fault::new)?;
+                let committed = ctx.expect("commit", async { committed }).await?;
+                vm.scribble(2).await?;
+                Ok((committed.archive, copied.truth))
+            });
+        let done: Vec<Checked<_>> = join_all(guests).await;
+        let call = ctx.call();
+        ctx.expect("finish", job.finish(&call)).await?;
+        for result in done {
+            let at = |fault: Fault| fault.at(&format!("Round {round} of {GUESTS} guests at once"));
+            let (archive, truth) = result.map_err(at)?;
+            ctx.restore(provider.as_ref(), &archive, &truth).await.map_err(at)?;
+        }
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Names as guests have them, and as nobody should.
+pub(super) async fn names(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let names: [Option<String>; 10] = [
+        None,
+        Some(String::new()),
+        Some("../../../../etc/passwd".to_owned()),
+        Some("/".to_owned()),
+        Some("a\nb\r\n\tc".to_owned()),
+        Some("\u{1b}[2J\u{7}\u{0}".to_owned()),
+        Some("$(reboot) `reboot`; reboot | reboot && 'reboot\" --help".to_owned()),
+        Some("\u{202e}\u{1f512} \u{e4}\u{f6}\u{fc} \u{0301}".to_owned()),
+        Some("-rf".to_owned()),
+        Some("x".repeat(4096)),
+    ];
+    for name in names {
+        let mut vm = ctx.vm(&[64 << 10]).await?;
+        vm.name = name.clone();
+        let at = |fault: Fault| fault.at(&format!("A guest named {:?}", shortened(&name)));
+        let made = ctx.back_up(provider.as_ref(), &mut vm).await.map_err(at)?;
+        ctx.check_restore(provider.as_ref(), &made).await.map_err(at)?;
+    }
+    Ok(Verdict::Passed)
+}
+
+fn shortened(name: &Option<String>) -> String {
+    name.as_deref().unwrap_or("(nothing)").chars().take(24).collect()
+}
+
+pub(super) async fn configs(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let all_bytes: Vec<u8> = (0..=255).collect();
+    let configs: [(Vec<u8>, Option<Vec<u8>>); 5] = [
+        (Vec::new(), None),
+        (Vec::new(), Some(Vec::new())),
+        (all_bytes.clone(), Some(all_bytes)),
+        (b"name: x\r\nargs: $(reboot)\n\xff\xfe without an end".to_vec(), None),
+        (vec![b'#'; 512 << 10], Some(vec![b'\n'; 64 << 10])),
+    ];
+    for (n, (config, firewall)) in configs.into_iter().enumerate() {
+        let mut vm: Vm = ctx.vm(&[64 << 10]).await?;
+        (vm.config, vm.firewall) = (config, firewall);
+        let place = format!("Configuration {n}, of {} bytes", vm.config.len());
+        let at = |fault: Fault| fault.at(&place);
+        let made = ctx.back_up(provider.as_ref(), &mut vm).await;
+        let made = made.map_err(&at)?;
+        check_config(ctx, provider.as_ref(), &vm, &made).await.map_err(at)?;
+    }
+    Ok(Verdict::Passed)
+}
+
+/// A slow disk keeps a backup under way, and the storage is asked meanwhile.
+pub(super) async fn load(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let mut vm = ctx.usual_vm().await?;
+    let delay = Some(Duration::from_millis(100));
+    vm.sim()?.set_trouble(Trouble { delay, ..Trouble::default() });
+    let is_over = AtomicBool::new(false);
+    let backup = async {
+        let made = ctx.back_up(provider.as_ref(), &mut vm).await;
+        is_over.store(true, Ordering::Relaxed);
+        made
+    };
+    let asking = async {
+        let mut asked = 0;
+        while !is_over.load(Ordering::Relaxed) {
+            ask_status(ctx, provider.as_ref()).await?;
+            let begin = Instant::now();
+            ctx.list(provider.as_ref()).await?;
+            ensure(begin.elapsed() < LIST_LIMIT, || {
+                format!("list takes {} ms during a backup.", begin.elapsed().as_millis())
+            })?;
+            asked += 1;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok::<_, Fault>(asked)
+    };
+    let (made, asked) = join(backup, asking).await;
+    made?;
+    let asked = asked.map_err(|fault| fault.at("During a backup"))?;
+    if asked < 3 {
+        ctx.remark("The backup was too fast to ask much during it.");
+    }
+    Ok(Verdict::Passed)
+}
