@@ -105,6 +105,9 @@ pub(crate) enum Command {
         /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
         archive: String,
     },
+    /// For those who write providers
+    #[command(subcommand)]
+    Provider(ProviderCommand),
     /// Check programs and storages, and what dead tasks left behind
     Doctor {
         /// Clean up after dead tasks
@@ -170,6 +173,35 @@ pub(crate) enum StorageCommand {
         #[arg(long)]
         unused: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ProviderCommand {
+    /// Prove that the provider of a storage keeps the contract
+    Check(Box<CheckArgs>),
+}
+
+/// Guests are made up, with disks that are simulated; archives of others are left alone.
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The storage
+    pub(crate) storage: String,
+    /// Only this check; may be repeated
+    #[arg(long, value_name = "CHECK")]
+    pub(crate) only: Vec<String>,
+    /// Size of the larger disks, 1M to 1G [default: 4M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+    /// Length of the long chain of increments [default: 30]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1000))]
+    pub(crate) chain: Option<u32>,
+    /// Make the same disks as an earlier run, whose number it told
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u32>,
+    /// Where the storage keeps its data, to flip a bit of the kit's own archive in it [default: the
+    /// storage's path]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -14,11 +14,13 @@ use vzdump_host::{
 };
 
 use crate::archives::verified_text;
-use crate::args::{BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, VmCommand};
+use crate::args::{
+    BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, ProviderCommand, VmCommand,
+};
 use crate::output::{self, Failure, Output, printable, table};
-use crate::pages;
 use crate::signals::cancel_on_signal;
 use crate::task::{Notices, Screen};
+use crate::{pages, provider};
 
 /// A guest's backup failed; the program's own exit code of -1.
 pub(crate) const GUEST_FAILED: u8 = 255;
@@ -34,7 +36,11 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
     }
     let cancel = cancel_on_signal().context("cannot watch for signals")?;
     let overrides = Overrides { qemu_bin: cli.global.qemu_bin };
-    let host = Host::open(cli.global.root, &overrides)?;
+    let root = cli.global.root;
+    if let Command::Provider(ProviderCommand::Check(args)) = cli.command {
+        return provider::check(root, overrides, *args, *output, &cancel).await;
+    }
+    let host = Host::open(root, &overrides)?;
     let run = Run { host: &host, output: *output, cancel: &cancel };
     match cli.command {
         Command::Vm(VmCommand::Create(args)) => run.create(*args).await,
@@ -57,7 +63,9 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
         Command::Protect { archive } => run.protect(&archive, true).await,
         Command::Unprotect { archive } => run.protect(&archive, false).await,
         Command::Doctor { fix } => run.doctor(fix).await,
-        Command::Completion { .. } | Command::Man { .. } => Ok(ExitCode::SUCCESS),
+        Command::Completion { .. } | Command::Man { .. } | Command::Provider(_) => {
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 

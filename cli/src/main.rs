@@ -18,6 +18,7 @@ mod commands;
 mod images;
 mod output;
 mod pages;
+mod provider;
 mod restore;
 mod signals;
 mod task;

@@ -226,6 +226,25 @@ fn a_vm_is_planned_replaced_and_gets_a_single_disk_back() {
 }
 
 #[test]
+fn a_provider_is_checked_and_nothing_of_that_stays() {
+    let place = Place::new();
+    assert_eq!(place.run(&["provider", "check", "nowhere"]).status.code(), Some(1));
+    assert_eq!(place.run(&["provider", "check", "backups", "--size", "1K"]).status.code(), Some(1));
+    let unknown = place.run(&["provider", "check", "backups", "--only", "luck"]);
+    assert!(String::from_utf8(unknown.stderr).unwrap().contains("there are: describe,"));
+    let some = ["provider", "check", "backups", "--only", "incremental", "--only", "log"];
+    // No QEMU of ours is needed.
+    let report = place.json(&[&some[..], &["--seed", "7", "--size", "1M"]].concat());
+    let results: Vec<_> =
+        report["checks"].as_array().unwrap().iter().map(|c| &c["result"]).collect();
+    assert_eq!(results, ["passed", "not_supported"]);
+    assert_eq!((&report["grade"], &report["seed"]), (&"conforming".into(), &7.into()));
+    let text = String::from_utf8(place.run(&some).stdout).unwrap();
+    assert!(text.contains("1 passed, 0 failed, 1 not supported"), "{text}");
+    assert_eq!(place.json(&["list"])["archives"].as_array().unwrap().len(), 0);
+}
+
+#[test]
 fn archives_are_verified_and_damage_is_told() {
     let place = Place::new();
     for wrong in

@@ -18,6 +18,7 @@ mod archives;
 mod doctor;
 mod images;
 mod ionice;
+mod kit;
 mod plan;
 mod provider_call;
 mod providers;
@@ -43,8 +44,13 @@ use vzdump_core::vm::runner::{self, RunnerError};
 pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem, utc};
 pub use doctor::{Check, DoctorReport, Pending};
 pub use images::{ImageInfo, ImageUse, StorageState};
+pub use kit::{KitRequest, OpenHost, check_provider};
 pub use plan::{BackupPlan, BackupRequest};
 pub use provider_api::{Damage, GuestKind, Verified, VerifyExtent};
+pub use provider_kit::{
+    CheckResult, Counts, Grade, Outcome, Report as KitReport, SIZE_BYTES_MAX as KIT_SIZE_BYTES_MAX,
+    SIZE_BYTES_MIN as KIT_SIZE_BYTES_MIN, check_names,
+};
 pub use providers::{StorageInfo, StorageUse};
 pub use retention::{PruneReport, PruneRequest, PrunedArchive};
 pub use tasks::RestoreRequest;

@@ -52,7 +52,7 @@ fn failed_start(seed: u64, fault: Fault, observer: &dyn Observer) -> Report {
         capabilities: Capabilities::default(),
         seed,
         source: "none".to_owned(),
-        grade: grade(&checks),
+        grade: grade(&checks, false),
         checks,
         left: Vec::new(),
     }
@@ -139,7 +139,7 @@ impl Kit {
             capabilities: self.description.capabilities,
             seed: self.bench.options.seed,
             source: self.source.to_owned(),
-            grade: grade(&checks),
+            grade: grade(&checks, checks.len() == CHECKS.len()),
             checks,
             left: left.into_iter().collect(),
         }

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The commands for those who write providers.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::anyhow;
+use serde_json::json;
+use vzdump_host::{
+    CancellationToken, Host, KIT_SIZE_BYTES_MAX, KIT_SIZE_BYTES_MIN, KitReport, KitRequest,
+    Outcome, Overrides, check_provider, size,
+};
+
+use crate::args::CheckArgs;
+use crate::commands::{CommandResult, task_result};
+use crate::output::{Output, printable, table};
+use crate::task::Screen;
+
+/// Checks a provider. Fails if it does not keep the contract.
+pub(crate) async fn check(
+    root: Option<PathBuf>,
+    overrides: Overrides,
+    args: CheckArgs,
+    output: Output,
+    cancel: &CancellationToken,
+) -> CommandResult {
+    let allowed = KIT_SIZE_BYTES_MIN..=KIT_SIZE_BYTES_MAX;
+    if let Some(wanted) = args.size.filter(|size| !allowed.contains(size)) {
+        let (least, most) = (size(KIT_SIZE_BYTES_MIN), size(KIT_SIZE_BYTES_MAX));
+        let wanted = size(wanted);
+        return Err(anyhow!("--size {wanted}: disks of {least} to {most} are simulated").into());
+    }
+    let request = KitRequest {
+        storage: args.storage,
+        only: args.only,
+        size_bytes: args.size,
+        chain_steps: args.chain,
+        seed: args.seed,
+        data_dir: args.data_dir,
+    };
+    let screen = Screen::new(output, false);
+    let open = Arc::new(move || Host::open(root.clone(), &overrides));
+    let report = check_provider(open, request, &screen, cancel).await?;
+    drop(screen);
+    let success = report.is_success();
+    output.result(&task_result(json!(report), success), || text(&report));
+    Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn text(report: &KitReport) -> String {
+    let rows = report.checks.iter().map(|check| {
+        let result = match &check.outcome {
+            Outcome::Passed { .. } => "passed".to_owned(),
+            Outcome::Failed { .. } => "FAILED".to_owned(),
+            Outcome::NotSupported { capability } => format!("not supported ({capability})"),
+            Outcome::NotTested { .. } => "not tested".to_owned(),
+        };
+        vec![check.name.clone(), check.title.clone(), result, format!("{} ms", check.elapsed_ms)]
+    });
+    let mut text = table(&["CHECK", "WHAT", "RESULT", "TIME"], rows.collect());
+    for check in &report.checks {
+        text.push_str(&details(&check.name, &check.outcome));
+    }
+    for archive in &report.left {
+        text.push_str(&format!("left in the storage: {}\n", printable(archive)));
+    }
+    let counts = report.counts();
+    text.push_str(&format!(
+        "{}: {} ({} passed, {} failed, {} not supported, {} not tested; {}; --seed {})\n",
+        printable(&report.provider),
+        report.grade,
+        counts.passed,
+        counts.failed,
+        counts.not_supported,
+        counts.not_tested,
+        report.source,
+        report.seed
+    ));
+    text
+}
+
+/// What there is to say of a check beside its result.
+fn details(name: &str, outcome: &Outcome) -> String {
+    let mut text = String::new();
+    match outcome {
+        Outcome::Failed { why, advice } => {
+            text.push_str(&format!("{name}: {}\n", printable(why)));
+            if let Some(advice) = advice {
+                text.push_str(&format!("  what to do: {}\n", printable(advice)));
+            }
+        }
+        Outcome::Passed { remarks } => {
+            for remark in remarks {
+                text.push_str(&format!("{name}: remark: {}\n", printable(remark)));
+            }
+        }
+        Outcome::NotTested { why } => text.push_str(&format!("{name}: {}\n", printable(why))),
+        Outcome::NotSupported { .. } => {}
+    }
+    text
+}
