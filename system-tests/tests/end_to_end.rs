@@ -292,6 +292,8 @@ fn the_chain_of_a_guest_goes_on_after_it_was_shut_down_and_started() {
     assert!(!full.is_increment());
     scene.assert_guest_writes(&mut console);
     scene.lab.stop_vm(SOURCE_VM).unwrap();
+    // A power button would have done, too, but not in every guest.
+    console.wait_for("GUEST SHUTDOWN BY THE AGENT", SOON, &scene.lab.stop).unwrap();
 
     let mut console = scene.lab.start(SOURCE_VM).unwrap().console;
     scene.assert_guest_writes(&mut console);

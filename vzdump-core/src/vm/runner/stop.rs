@@ -3,14 +3,19 @@
 //!
 //! A QEMU may stay when its guest has switched off: during a backup, which needs it to the end, or
 //! because the administrator wants that (`-no-shutdown`).
+//!
+//! A guest with an agent is asked through it, which works also where nobody listens to the power button
+//! (a desktop that asks its user, a locked screen); else, and if that does not help, its button is pressed.
 
 use std::io;
 use std::time::{Duration, Instant};
 
 use provider_api::GuestKind;
-use qmp_client::Session;
+use qmp_client::agent::{Agent, AgentOptions};
 use qmp_client::commands::{QueryStatus, RunState, StatusInfo, SystemPowerdown};
+use qmp_client::{Error, Session};
 use rustix::process::Signal;
+use serde_json::json;
 
 use super::{
     KILL_TIMEOUT, RunnerError, connect, find_process, power_lock, power_lock_within, read_config,
@@ -27,6 +32,9 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
 const LONG_LOCK_TIMEOUT: Duration = Duration::from_secs(90);
 /// How often a guest that shuts down is looked at.
 const SHUTDOWN_POLL: Duration = Duration::from_millis(500);
+
+/// An agent that works answers at once, but says nothing of a shutdown that begins.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How to stop a VM.
 #[derive(Debug, Clone, Copy)]
@@ -126,22 +134,52 @@ enum Asked {
     Runs,
 }
 
-/// Presses the guest's power button and waits for what it does.
+/// Asks the guest's agent to shut the guest down. False if there is none, or it does not want to.
+async fn ask_agent(layout: &Layout, id: u32) -> bool {
+    if !read_config(layout, id).is_ok_and(|config| config.agent_enabled()) {
+        return false;
+    }
+    let options = AgentOptions {
+        connect_timeout: AGENT_TIMEOUT,
+        command_timeout: AGENT_TIMEOUT,
+        ..AgentOptions::default()
+    };
+    let ask = async {
+        let agent = Agent::connect(layout.agent_socket(id), options).await?;
+        agent.execute_raw("guest-shutdown", json!({ "mode": "powerdown" }), None).await
+    };
+    match ask.await {
+        // It worked a moment ago, when the connection was made, and says nothing of success.
+        Ok(_) | Err(Error::Timeout { .. } | Error::Disconnected) => true,
+        Err(error) => {
+            tracing::debug!(vm = id, %error, "the agent does not shut the guest down");
+            false
+        }
+    }
+}
+
+async fn press_button(layout: &Layout, id: u32) -> qmp_client::Result<()> {
+    connect(layout, id).await?.execute(SystemPowerdown).await.map(drop)
+}
+
+/// Asks the guest to shut down and waits for what it does.
 async fn ask_guest(
     layout: &Layout,
     id: u32,
     handle: &ProcessHandle,
     timeout: Duration,
 ) -> io::Result<Asked> {
-    let press = async {
-        let session = connect(layout, id).await?;
-        let status = session.execute(QueryStatus).await?;
-        if status.running {
-            session.execute(SystemPowerdown).await?;
+    let begin = Instant::now();
+    let mut is_pressed = false;
+    let ask = async {
+        let status = connect(layout, id).await?.execute(QueryStatus).await?;
+        if status.running && !ask_agent(layout, id).await {
+            press_button(layout, id).await?;
+            is_pressed = true;
         }
-        Ok::<_, qmp_client::Error>(status)
+        Ok::<_, Error>(status)
     };
-    match press.await {
+    match ask.await {
         Ok(StatusInfo { status: RunState::Shutdown, .. }) => return Ok(Asked::Off),
         Ok(StatusInfo { running: false, .. }) => return Ok(Asked::Runs),
         Ok(_) => {}
@@ -150,8 +188,13 @@ async fn ask_guest(
             return Ok(Asked::Runs);
         }
     }
-    let deadline = Instant::now() + timeout;
+    let deadline = begin + timeout;
     loop {
+        if !is_pressed && begin.elapsed() > timeout / 2 {
+            // Said before only by the agent; a QEMU that cannot be asked now ends, or hangs.
+            let _ = press_button(layout, id).await;
+            is_pressed = true;
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         if handle.wait(left.min(SHUTDOWN_POLL)).await? {
             return Ok(Asked::Ended);
@@ -231,5 +274,57 @@ pub async fn end_if(
 fn remove_sockets(layout: &Layout, id: u32) {
     for socket in sockets(layout, id) {
         let _ = std::fs::remove_file(socket);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+    use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+    use tokio::net::UnixListener;
+
+    use super::*;
+    use crate::config::guest::VmConfig;
+
+    /// Asks the agent of a VM with this configuration, which answers to a shutdown with this.
+    async fn asked(config: &str, answer: Option<&'static str>) -> bool {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(Some(dir.path().to_owned()));
+        VmConfig::parse(config).write(&layout.vm_config_path(100)).unwrap();
+        layout.make_vm_run_dir(100).unwrap();
+        let listener = UnixListener::bind(layout.agent_socket(100)).unwrap();
+        let agent = tokio::spawn(async move {
+            let (reader, mut writer) = listener.accept().await.unwrap().0.into_split();
+            let mut lines = BufReader::new(reader).split(b'\n');
+            while let Ok(Some(line)) = lines.next_segment().await {
+                let line: Vec<u8> = line.into_iter().filter(|byte| *byte != 0xff).collect();
+                let Ok(request) = serde_json::from_slice::<Value>(&line) else { continue };
+                let reply = if request["execute"] == "guest-shutdown" {
+                    assert_eq!(request["arguments"]["mode"], "powerdown");
+                    answer.map(str::to_owned)
+                } else {
+                    Some(format!("\u{0}{}", json!({ "return": request["arguments"]["id"] })))
+                };
+                let Some(reply) = reply else { continue };
+                let bytes: Vec<u8> =
+                    reply.bytes().map(|byte| if byte == 0 { 0xff } else { byte }).collect();
+                writer.write_all(&bytes).await.unwrap();
+                writer.write_all(b"\n").await.unwrap();
+            }
+        });
+        let is_asked = ask_agent(&layout, 100).await;
+        agent.abort();
+        is_asked
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_with_an_agent_is_asked_through_it() {
+        let refusal = r#"{"error": {"class": "GenericError", "desc": "no shutdown here"}}"#;
+        assert!(asked("agent: 1\n", None).await, "it says nothing of success");
+        assert!(asked("agent: enabled=1\n", Some(r#"{"return": {}}"#)).await);
+        assert!(!asked("agent: 1\n", Some(refusal)).await, "its refusal was not noticed");
+        assert!(!asked("name: x\n", None).await, "there is none");
+        let nobody = Layout::new(Some("/nonexistent".into()));
+        assert!(!ask_agent(&nobody, 100).await);
     }
 }
