@@ -62,6 +62,15 @@ impl Run<'_> {
         Ok(ExitCode::SUCCESS)
     }
 
+    pub(crate) async fn show_log(&self, archive: &str) -> CommandResult {
+        let log = self.or_cancelled(self.host.log(archive)).await??;
+        self.output.result(&json!({ "log": log }), || {
+            let end = if log.is_empty() || log.ends_with('\n') { "" } else { "\n" };
+            format!("{}{end}", printable(&log))
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+
     pub(crate) async fn notes(&self, archive: &str, text: Option<&str>) -> CommandResult {
         let Some(text) = text else {
             let notes = self.or_cancelled(self.host.notes(archive)).await??;

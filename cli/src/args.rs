@@ -88,6 +88,11 @@ pub(crate) enum Command {
         /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
         archive: String,
     },
+    /// Print the log of the backup that made an archive
+    ShowLog {
+        /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
+        archive: String,
+    },
     /// Print the notes of an archive, or replace them
     Notes {
         /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name

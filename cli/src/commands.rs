@@ -59,6 +59,7 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
         Command::Verify(args) => run.verify(args).await,
         Command::Prune(args) => run.prune(args).await,
         Command::Remove { archive } => run.remove(&archive).await,
+        Command::ShowLog { archive } => run.show_log(&archive).await,
         Command::Notes { archive, text } => run.notes(&archive, text.as_deref()).await,
         Command::Protect { archive } => run.protect(&archive, true).await,
         Command::Unprotect { archive } => run.protect(&archive, false).await,

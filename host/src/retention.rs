@@ -28,6 +28,7 @@ const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// What a provider may be unable to do, and its name in words.
 pub(crate) type Ability = (fn(&Capabilities) -> bool, &'static str);
 const NOTES: Ability = (|abilities| abilities.notes, "keep notes");
+const LOG: Ability = (|abilities| abilities.log, "keep logs");
 const PROTECT: Ability = (|abilities| abilities.protect, "protect archives");
 const REMOVE: Ability = (|abilities| abilities.remove, "remove archives");
 
@@ -278,6 +279,16 @@ impl Host {
         let (name, provider) = self.open_archive(archive, NOTES).await?;
         let notes = in_time(provider.notes(&name.name, &call())).await;
         notes.map_err(fault(&name.storage))
+    }
+
+    /// The log of the backup that made an archive.
+    ///
+    /// # Errors
+    /// As [`Host::notes`].
+    pub async fn log(&self, archive: &str) -> Result<String, HostError> {
+        let (name, provider) = self.open_archive(archive, LOG).await?;
+        let log = in_time(provider.log(&name.name, &call())).await;
+        log.map_err(fault(&name.storage))
     }
 
     /// Replaces the notes of an archive; empty ones are removed.

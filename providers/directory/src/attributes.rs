@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What may change about a committed archive: its notes, its protection, its last verification.
+//! What may change about a committed archive: its notes, its protection, its last verification, and the
+//! log of the backup that made it.
 //!
 //! Each is a file in the archive's directory, so they are copied and removed with it: `notes` holds
-//! the text, `protected` is empty and counts by being there, `verified` is JSON. They are written, and
+//! the text, `protected` is empty and counts by being there, `verified` is JSON, `log` is text. They are written, and
 //! looked at before a removal, under the storage's lock.
 
 use std::fs;
 use std::path::Path;
 
-use provider_api::{Error, Kind, NOTES_BYTES_MAX, Result, Verified, check_notes, notes_line};
+use provider_api::{
+    Error, Kind, LOG_BYTES_MAX, NOTES_BYTES_MAX, Result, Verified, check_notes, notes_line,
+};
 
 use crate::call::{corrupt, invalid};
 use crate::files;
@@ -18,6 +21,7 @@ use crate::storage::{Storage, StorageLock};
 const NOTES_FILE: &str = "notes";
 const PROTECTED_FILE: &str = "protected";
 const VERIFIED_FILE: &str = "verified";
+const LOG_FILE: &str = "log";
 
 /// All notes of an archive, whose name has been checked; empty without any.
 pub(crate) fn notes(storage: &Storage, archive: &str) -> Result<String> {
@@ -93,7 +97,32 @@ pub(crate) fn set_verified(
     files::replace(&storage.archive_path(archive).join(VERIFIED_FILE), &text)
 }
 
-/// Takes notes and protection over into a directory that will replace the archive's. It holds other
+/// The log of an archive's backup; empty without one.
+pub(crate) fn log(storage: &Storage, archive: &str) -> Result<String> {
+    let path = storage.archive_path(archive).join(LOG_FILE);
+    let bytes = files::read_if_exists(&path, LOG_BYTES_MAX as u64)?.unwrap_or_default();
+    String::from_utf8(bytes)
+        .map_err(|_| corrupt(format!("The log of archive {archive} is not text.")))
+}
+
+/// Keeps the log of an archive's backup.
+pub(crate) fn set_log(
+    storage: &Storage,
+    archive: &str,
+    log: &str,
+    _lock: &StorageLock,
+) -> Result<()> {
+    if log.len() > LOG_BYTES_MAX {
+        return Err(invalid(format!(
+            "A log of {} bytes is longer than {LOG_BYTES_MAX}.",
+            log.len()
+        )));
+    }
+    storage.manifest(archive)?;
+    files::replace(&storage.archive_path(archive).join(LOG_FILE), log.as_bytes())
+}
+
+/// Takes notes, protection and log over into a directory that will replace the archive's. It holds other
 /// files, which nobody has verified.
 pub(crate) fn copy(
     storage: &Storage,
@@ -104,6 +133,10 @@ pub(crate) fn copy(
     let path = storage.archive_path(archive).join(NOTES_FILE);
     if let Some(notes) = files::read_if_exists(&path, NOTES_BYTES_MAX as u64)? {
         files::write_new(&target.join(NOTES_FILE), &notes)?;
+    }
+    let path = storage.archive_path(archive).join(LOG_FILE);
+    if let Some(log) = files::read_if_exists(&path, LOG_BYTES_MAX as u64)? {
+        files::write_new(&target.join(LOG_FILE), &log)?;
     }
     if is_protected(storage, archive) {
         files::write_new(&target.join(PROTECTED_FILE), b"")?;

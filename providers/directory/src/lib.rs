@@ -237,6 +237,7 @@ impl Provider for DirectoryProvider {
                 remove: true,
                 verify: true,
                 random_read: true,
+                log: true,
                 ..Capabilities::default()
             },
         }
@@ -300,6 +301,28 @@ impl Provider for DirectoryProvider {
             attributes::set_protected(storage, &archive, protected, lock)
         });
         Box::pin(limited(call, "Changing an archive's protection", set))
+    }
+
+    fn keep_log<'a>(
+        &'a self,
+        archive: &'a str,
+        log: &'a str,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        let (archive, log) = (archive.to_owned(), log.to_owned());
+        let keep = self
+            .locked(call, move |storage, lock| attributes::set_log(storage, &archive, &log, lock));
+        Box::pin(limited(call, "Keeping a log", keep))
+    }
+
+    fn log<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<String>> {
+        let storage = self.storage.clone();
+        let archive = archive.to_owned();
+        let read = blocking(move || {
+            storage.manifest(&archive)?;
+            attributes::log(&storage, &archive)
+        });
+        Box::pin(limited(call, "Reading a log", read))
     }
 
     fn remove<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<()>> {

@@ -415,12 +415,18 @@ async fn protection_and_notes_stay_with_their_archive() {
     storage.set_protected(base, false, &call).await.unwrap();
     storage.set_protected(middle, true, &call).await.unwrap();
     storage.set_notes(middle, "\nbefore the update\nby night", &call).await.unwrap();
+    storage.keep_log(middle, "first", &call).await.unwrap();
+    storage.keep_log(middle, "INFO: one\n", &call).await.unwrap();
+    storage.keep_log("none", "x", &call).await.unwrap_err();
+    storage.keep_log(top, &"x".repeat(provider_api::LOG_BYTES_MAX + 1), &call).await.unwrap_err();
+    assert_eq!(storage.log(top, &call).await.unwrap(), "");
     storage.set_notes(top, "x", &call).await.unwrap();
     storage.set_notes(top, "", &call).await.unwrap();
     assert!(storage.set_notes(top, "\u{7}", &call).await.is_err());
     assert!(storage.set_notes("none", "x", &call).await.is_err());
     storage.remove(base, &call).await.unwrap();
     assert_eq!(storage.notes(middle, &call).await.unwrap(), "\nbefore the update\nby night");
+    assert_eq!(storage.log(middle, &call).await.unwrap(), "INFO: one\n");
     assert_eq!(storage.notes(top, &call).await.unwrap(), "");
     let mut list = storage.list(&call).await.unwrap();
     list.sort_by(|a, b| a.name.cmp(&b.name));

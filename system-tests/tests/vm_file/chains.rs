@@ -175,3 +175,21 @@ async fn a_daemon_that_is_killed_fails_the_backup_and_leaves_nothing() {
     let next = scene.good_backup().await;
     scene.assert_holds(&next, &scene.bytes, "after a killed daemon");
 }
+
+/// By the directory provider, whose archives the program shows.
+#[test]
+fn the_log_of_a_backup_is_kept_with_its_archive_and_shown() {
+    let place = crate::place::Place::new("");
+    place.create(&["--disk", "1M"]);
+    place.start();
+    let guest = place.good_backup(&[]);
+    let archive = format!("backups:backup/{}", guest["archive"].as_str().unwrap());
+    let shown = place.run(&["show-log", &archive]);
+    let log = shown["log"].as_str().unwrap();
+    for line in ["Starting Backup of VM 100", "creating archive", "dirty-bitmap status"] {
+        assert!(log.contains(line), "{line:?} is missing in {log}");
+    }
+    place.run(&["remove", &archive]);
+    let gone = place.vzdump.finish(&["show-log", &archive], crate::place::SOON).unwrap();
+    assert!(!gone.status.success(), "the log of an archive that is gone is shown");
+}

@@ -1,17 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is done to the archive of a guest once its backup is durable and QEMU knows it: notes,
-//! protection, and the removal of older ones. It can only warn: the backup has succeeded. If the process
+//! protection, its log, and the removal of older ones. It can only warn: the backup has succeeded. If the process
 //! dies meanwhile, nothing is done later: the backup is the next archive without notes and protection.
 
-use provider_api::{CancellationToken, Provider};
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::path::Path;
+
+use provider_api::{CancellationToken, LOG_BYTES_MAX, Provider};
 
 use super::{BackupOptions, GuestReport, JobContext, call_within, chain, guest_words};
+use crate::blocking;
 use crate::notes_template::{NotesTemplate, Variables};
 use crate::prune::{Fate, Pruner, list};
 use crate::task_log::TaskSink;
 
 /// What the cluster's name is on a host that belongs to none.
 const NO_CLUSTER: &str = "standalone node";
+
+/// The line that says that a part of a log is left out is shorter.
+const NOTE_BYTES_MAX: usize = 128;
 
 /// Checks what can be known before any guest is touched.
 ///
@@ -77,6 +85,9 @@ impl Aftermath<'_> {
         if let Err(error) = self.protect(&archive).await {
             self.warn(report, format!("the archive is not protected: {error}"));
         }
+        if let Err(error) = self.keep_log(&archive, report).await {
+            self.warn(report, format!("the archive has no log: {error}"));
+        }
         if let Err(error) = self.prune(&archive, report).await {
             self.warn(report, format!("older archives are not pruned: {error}"));
         }
@@ -118,6 +129,19 @@ impl Aftermath<'_> {
         // Not cancelled: unprotected it could be pruned by the next job.
         let call = call_within(&CancellationToken::new(), self.ctx.limits.provider_call);
         self.in_time(self.provider.set_protected(archive, true, &call)).await
+    }
+
+    /// Hands over the log as far as it is written: what follows is about other archives, or comes when
+    /// this one may have been pruned.
+    async fn keep_log(&self, archive: &str, report: &GuestReport) -> Result<(), String> {
+        let Some(path) = report.log_path.clone() else { return Ok(()) };
+        if !self.provider.describe().capabilities.log {
+            return Ok(());
+        }
+        let read = blocking::run(move || read_log(&path, LOG_BYTES_MAX)).await;
+        let log = read.map_err(|error| format!("it cannot be read: {error}"))?;
+        let call = call_within(self.cancel, self.ctx.limits.provider_call);
+        self.in_time(self.provider.keep_log(archive, &log, &call)).await
     }
 
     async fn in_time(
@@ -162,8 +186,63 @@ impl Aftermath<'_> {
     }
 }
 
+/// Reads a log. Of one that is too long the middle is left out, by whole lines, and a line says so.
+fn read_log(path: &Path, bytes_max: usize) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let size_bytes = file.metadata()?.len();
+    let mut read = |from, length: usize| {
+        file.seek(SeekFrom::Start(from))?;
+        let mut bytes = Vec::new();
+        (&file).take(length as u64).read_to_end(&mut bytes)?;
+        Ok::<_, io::Error>(bytes)
+    };
+    if size_bytes <= bytes_max as u64 {
+        let text = String::from_utf8_lossy(&read(0, bytes_max)?).into_owned();
+        // It grows where bytes are no text.
+        return Ok(text[..text.floor_char_boundary(bytes_max)].to_owned());
+    }
+    let half = bytes_max.saturating_sub(NOTE_BYTES_MAX) / 2;
+    let (begin, end) = (read(0, half)?, read(size_bytes - half as u64, half)?);
+    let begin = &begin[..begin.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1)];
+    let end = &end[end.iter().position(|byte| *byte == b'\n').map_or(end.len(), |at| at + 1)..];
+    let left_out = size_bytes - begin.len() as u64 - end.len() as u64;
+    let note = format!("[{left_out} bytes of the log are left out here]\n");
+    let text = [begin, note.as_bytes(), end].concat();
+    let text = String::from_utf8_lossy(&text);
+    Ok(text[..text.floor_char_boundary(bytes_max)].to_owned())
+}
+
 fn host_name() -> String {
     // Only fails without /proc; notes can do without it.
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_of_a_long_log_is_left_out_by_whole_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let lines: Vec<String> =
+            (0..1000).map(|number| format!("line {number} \u{e9}\n")).collect();
+        let whole = lines.concat();
+        std::fs::write(&path, &whole).unwrap();
+        assert_eq!(read_log(&path, whole.len()).unwrap(), whole);
+        for bytes_max in [whole.len() - 1, 5000, 1000, 200] {
+            let log = read_log(&path, bytes_max).unwrap();
+            assert!(log.len() <= bytes_max);
+            let (kept, notes): (Vec<_>, Vec<_>) =
+                log.split_inclusive('\n').partition(|line| lines.iter().any(|own| own == line));
+            let [note] = notes.as_slice() else { panic!("{notes:?}") };
+            let kept_bytes: usize = kept.iter().map(|line| line.len()).sum();
+            let left_out = whole.len() - kept_bytes;
+            assert_eq!(*note, format!("[{left_out} bytes of the log are left out here]\n"));
+            assert!(whole.starts_with(kept[0]) && whole.ends_with(kept[kept.len() - 1]));
+        }
+        std::fs::write(&path, [0xff; 10]).unwrap();
+        assert!(read_log(&path, 10).unwrap().len() <= 10);
+    }
 }

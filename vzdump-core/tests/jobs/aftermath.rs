@@ -73,6 +73,7 @@ async fn notes_protection_and_pruning_come_after_the_teardown_in_this_order() {
     assert_eq!(report.pruned, ["old-1", "old-2"]);
     let notes = format!("{ARCHIVE}: web 100\nby standalone node");
     let protected = format!("{ARCHIVE}: true");
+    let log = format!("{ARCHIVE}: log");
     assert_eq!(
         calls_after_commit(&world),
         [
@@ -80,6 +81,8 @@ async fn notes_protection_and_pruning_come_after_the_teardown_in_this_order() {
             &notes,
             "set_protected",
             &protected,
+            "keep_log",
+            &log,
             "list",
             "remove",
             "old-2",
@@ -107,6 +110,7 @@ async fn notes_protection_and_pruning_come_after_the_teardown_in_this_order() {
 async fn what_fails_after_the_commit_only_warns() {
     for (call, text) in [
         ("set_notes", "the archive has no notes: scripted failure of set_notes"),
+        ("keep_log", "the archive has no log: scripted failure of keep_log"),
         ("set_protected", "the archive is not protected: scripted failure of set_protected"),
         ("list", "older archives are not pruned: scripted failure of list"),
         ("remove", "'old-1' was not removed: scripted failure of remove"),

@@ -158,6 +158,7 @@ impl Provider for FakeProvider {
         let capabilities = Capabilities {
             vm_nbd: true,
             notes: true,
+            log: true,
             protect: true,
             remove: true,
             ..Capabilities::default()
@@ -189,6 +190,17 @@ impl Provider for FakeProvider {
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<()>> {
         ready(self.0.change("set_notes", &format!("{archive}: {notes}")))
+    }
+
+    fn keep_log<'a>(
+        &'a self,
+        archive: &'a str,
+        log: &'a str,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<()>> {
+        let lines = log.lines().count();
+        assert!(lines > 3 && log.contains("creating archive"), "{log}");
+        ready(self.0.change("keep_log", &format!("{archive}: log")))
     }
 
     fn set_protected<'a>(
