@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod directory;
+mod faults;
+mod files;
 
 use provider_kit::{Outcome, Report};
 

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A provider that is right passes, and each way to be wrong is caught by the check that is for it.
+
+use std::time::Duration;
+
+use provider_kit::{Grade, KitOptions, NoObserver, Outcome, Report, check, check_names};
+
+use crate::files::{Fault, Setup};
+use crate::{failed, shown};
+
+/// The check that catches each fault.
+const CAUGHT_BY: &[(Fault, &str)] = &[
+    (Fault::AbortLeavesArchive, "abort"),
+    (Fault::ActivatesOnce, "activate"),
+    (Fault::AsksForOldGeneration, "incremental"),
+    (Fault::BaseIsUnlisted, "full"),
+    (Fault::BlindVerify, "damage"),
+    (Fault::CommitsAnyway, "commit-outcome"),
+    (Fault::ConfigIsText, "hostile-configs"),
+    (Fault::CrashLeavesArchive, "crash"),
+    (Fault::DirtySumIgnored, "wrong-sum"),
+    (Fault::DuplicateInList, "full"),
+    (Fault::EndlessBackup, "full"),
+    (Fault::EndlessNotes, "notes"),
+    (Fault::FalseAlarm, "verify"),
+    (Fault::FirewallLost, "full"),
+    (Fault::ForgetsCommits, "full"),
+    (Fault::HugeGeneration, "incremental"),
+    (Fault::IgnoresBitmap, "incremental"),
+    (Fault::IgnoresCancel, "cancel"),
+    (Fault::KeepsProtectedNot, "protect"),
+    (Fault::ListedEarly, "full"),
+    (Fault::LogCut, "log"),
+    (Fault::NameOfGuest, "hostile-names"),
+    (Fault::NeverAnswers, "status"),
+    (Fault::NoDisksFail, "no-disks"),
+    (Fault::NoIncrement, "incremental"),
+    (Fault::NotesCut, "notes"),
+    (Fault::OneTemporaryPlace, "concurrent"),
+    (Fault::Panics, "full"),
+    (Fault::PathForRandomRead, "random-read"),
+    (Fault::PendingForEver, "unknown"),
+    (Fault::ProgressPastEnd, "full"),
+    (Fault::ReadsClean, "incremental"),
+    (Fault::ReleasesUnread, "full"),
+    (Fault::RemoveIsRefused, "remove"),
+    (Fault::RemoveTakesNext, "prune"),
+    (Fault::SameBytesAgain, "full"),
+    (Fault::ShortFile, "sizes"),
+    (Fault::SilentProgress, "full"),
+    (Fault::SizeIgnored, "wrong-size"),
+    (Fault::SizeRounded, "sizes"),
+    (Fault::SkipsLastArea, "incremental"),
+    (Fault::SlowStatus, "status"),
+    (Fault::SlowStatus, "load"),
+    (Fault::SocketElsewhere, "full"),
+    (Fault::SwallowsErrors, "failing-request"),
+    (Fault::SwallowsErrors, "lost-disks"),
+    (Fault::SymbolicLink, "full"),
+    (Fault::TooFewRequests, "full"),
+    (Fault::UnknownIsIo, "unknown"),
+    (Fault::UsedAboveTotal, "status"),
+    (Fault::WrongKind, "full"),
+    (Fault::WrongPropertyName, "describe"),
+    (Fault::WrongTime, "full"),
+    (Fault::WrongTotal, "full"),
+    (Fault::ZeroesLost, "incremental"),
+    // The same faults, seen in other lights.
+    (Fault::SkipsLastArea, "chain"),
+    (Fault::IgnoresBitmap, "empty-increment"),
+    (Fault::AsksForOldGeneration, "late-full"),
+    (Fault::ZeroesLost, "changed-disks"),
+    (Fault::SymbolicLink, "restores"),
+];
+
+async fn run(setup: Setup, only: &str) -> Report {
+    let options = KitOptions {
+        size_bytes: 1 << 20,
+        seed: 42,
+        data_dir: Some(setup.dir.clone()),
+        only: if only.is_empty() { Vec::new() } else { vec![only.to_owned()] },
+        call_limit: Duration::from_secs(if only.is_empty() { 60 } else { 5 }),
+        ..KitOptions::default()
+    };
+    check(setup.factory(), options, &NoObserver, &Default::default()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_without_faults_is_complete() {
+    let dir = tempfile::Builder::new().prefix("kit-files").tempdir().unwrap();
+    let report = run(Setup::new(dir.path().to_owned(), None), "").await;
+    assert_eq!(report.grade, Grade::Complete, "{}", shown(&report));
+    assert_eq!(report.left, [""; 0]);
+    let remarks = report.checks.iter().filter_map(|check| match &check.outcome {
+        Outcome::Passed { remarks } => Some(remarks.join(" ")),
+        _ => None,
+    });
+    let is_blame = |text: &String| {
+        !text.is_empty() && !text.contains("too fast") && !text.contains("notices the damage")
+    };
+    let remarks = remarks.filter(is_blame);
+    assert_eq!(remarks.collect::<Vec<_>>(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_fault_is_caught_by_its_check() {
+    let mut passed = Vec::new();
+    let all = CAUGHT_BY.iter().map(|(fault, name)| async move {
+        let dir = tempfile::Builder::new().prefix("kit-fault").tempdir().unwrap();
+        let report = run(Setup::new(dir.path().to_owned(), Some(*fault)), name).await;
+        (fault, name, report)
+    });
+    // Not all at once: some measure time.
+    let mut all = futures_util::StreamExt::buffer_unordered(futures_util::stream::iter(all), 4);
+    while let Some((fault, name, report)) = futures_util::StreamExt::next(&mut all).await {
+        println!("{fault:?}: {}", shown(&report));
+        if failed(&report) != [*name] {
+            passed.push(format!("{fault:?} by {name}: {}", shown(&report)));
+        }
+    }
+    assert_eq!(passed, [""; 0], "not caught");
+}
+
+#[test]
+fn every_check_has_a_fault_that_it_catches() {
+    let without: Vec<_> = check_names()
+        .map(|(name, _)| name)
+        .filter(|name| !CAUGHT_BY.iter().any(|(_, check)| check == name))
+        .collect();
+    assert_eq!(without, [""; 0]);
+}
