@@ -116,8 +116,9 @@ pub struct Description {
     pub capabilities: Capabilities,
 }
 
-/// Optional abilities of a provider.
+/// Optional abilities of a provider; what it does not mention it cannot do.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Capabilities {
     /// Backs up virtual machines over NBD.
     pub vm_nbd: bool,
@@ -126,39 +127,29 @@ pub struct Capabilities {
     /// Makes incremental backups of virtual machines from dirty bitmaps.
     pub vm_incremental: bool,
     /// Keeps notes: [`Provider::notes`], [`Provider::set_notes`].
-    #[serde(default)]
     pub notes: bool,
     /// Protects archives: [`Provider::set_protected`].
-    #[serde(default)]
     pub protect: bool,
     /// Removes archives: [`Provider::remove`].
-    #[serde(default)]
     pub remove: bool,
     /// Verifies archives: [`Provider::verify`].
-    #[serde(default)]
     pub verify: bool,
     /// Backs up virtual machines from files: [`Access::File`]. With [`Capabilities::vm_nbd`], too, the
     /// host chooses NBD.
-    #[serde(default)]
     pub vm_file: bool,
     /// Commits so slowly (uploads, tapes) that the guest must not pay for it meanwhile: when
     /// [`GuestBackup::backup_vm`] has returned, the host withdraws the disks and drops the old data
     /// that QEMU kept for them, before it calls [`GuestBackup::commit`]. Which changes count for
     /// the next increment is still decided by the commit.
-    #[serde(default)]
     pub slow_commit: bool,
     /// Any part of a disk that is restored can be read at any time, in any order and again
     /// ([`VolumeSource`] as NBD): a guest may be started before it is restored.
-    #[serde(default)]
     pub random_read: bool,
     /// Backs up containers: [`GuestBackup::backup_container`].
-    #[serde(default)]
     pub container: bool,
     /// Restores containers: [`Provider::restore_container_init`].
-    #[serde(default)]
     pub container_restore: bool,
     /// Keeps the log of a guest's backup with its archive: [`Provider::keep_log`], [`Provider::log`].
-    #[serde(default)]
     pub log: bool,
 }
 

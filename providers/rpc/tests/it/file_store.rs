@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The Python example, driven through the protocol.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use provider_api::{
+    Archive, BitmapMode, BitmapRequest, BoxFuture, Call, CommandEnd, CommitOutcome, Compression,
+    ContainerBackup, ContainerCommand, ContainerData, ContainerRunner, Error, GuestBackup,
+    GuestInfo, GuestKind, Identity, JobInfo, Kind, Provider, Readable, Result, Uuid, VmBackup,
+    VolumeInfo, VolumeSource,
+};
+use provider_rpc::RpcProvider;
+
+use crate::bench::{Bench, Notes, call, region, vm};
+
+const EXAMPLE: &str = "python/file-store.py";
+const SIZE: usize = (3 << 20) + 512;
+
+fn guest(kind: GuestKind, start_time_s: i64) -> GuestInfo {
+    GuestInfo { kind, id: 100, name: Some("web".to_owned()), start_time_s }
+}
+
+async fn start_guest(
+    provider: &RpcProvider,
+    kind: GuestKind,
+    start_time_s: i64,
+) -> Box<dyn GuestBackup> {
+    provider.activate(&call()).await.unwrap();
+    let mut job = provider.start_job(JobInfo { start_time_s }, &call()).await.unwrap();
+    let backup = job.start_guest(guest(kind, start_time_s), &call()).await.unwrap();
+    job.finish(&call()).await.unwrap();
+    backup
+}
+
+async fn plan(backup: &mut dyn GuestBackup) -> BitmapRequest {
+    let size_bytes = SIZE as u64;
+    let volumes = [VolumeInfo { device: "scsi0".to_owned(), size_bytes, volume_id: None }];
+    backup.plan_volumes(&volumes, &call()).await.unwrap().remove(0)
+}
+
+/// A disk with data, holes and an odd end.
+fn disk(path: &Path) -> Vec<u8> {
+    let mut content: Vec<u8> = (0..SIZE).map(|at| (at / 512 % 251) as u8 + 1).collect();
+    content[1 << 20..2 << 20].fill(0);
+    content[5000..9000].fill(0);
+    std::fs::write(path, &content).unwrap();
+    content
+}
+
+async fn full(provider: &RpcProvider, path: &Path, time_s: i64) -> (String, Vec<u8>) {
+    let content = disk(path);
+    let mut backup = start_guest(provider, GuestKind::Qemu, time_s).await;
+    assert_eq!(plan(&mut *backup).await, BitmapRequest::New);
+    let (mib, end) = (1 << 20, SIZE as u64);
+    let regions = vec![
+        region(0, mib, false),
+        region(mib, mib, true),
+        region(2 * mib, end - 2 * mib, false),
+    ];
+    let backup_vm = vm(path, regions, BitmapMode::New, "one");
+    (store(backup, backup_vm).await, content)
+}
+
+async fn store(mut backup: Box<dyn GuestBackup>, vm: VmBackup) -> String {
+    let notes = Notes::default();
+    let moved = backup.backup_vm(vm, &notes, &call()).await.unwrap();
+    assert!(moved.read_bytes + moved.zero_bytes >= moved.total_bytes, "{moved:?}");
+    assert!(!notes.0.lock().unwrap().is_empty(), "no progress was reported");
+    let name = backup.archive_name().to_owned();
+    let committed = backup.commit(Uuid::new_v4(), &call()).await.unwrap();
+    assert_eq!(committed.archive, name);
+    name
+}
+
+async fn restored(provider: &RpcProvider, archive: &str, bench: &Bench) -> Vec<u8> {
+    let mut restore = provider.restore_vm_init(archive, &call()).await.unwrap();
+    assert_eq!(restore.devices()[0].size_bytes, SIZE as u64);
+    let source = restore.volume_init("scsi0", bench.dir.path(), &call()).await.unwrap();
+    let VolumeSource::Path(path) = source else { panic!("{source:?}") };
+    let content = std::fs::read(path).unwrap();
+    restore.volume_cleanup("scsi0", &call()).await.unwrap();
+    restore.cleanup(&call()).await.unwrap();
+    content
+}
+
+async fn listed(provider: &RpcProvider) -> Vec<Archive> {
+    provider.list(&call()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_backup_and_an_increment_restore_exactly() {
+    let bench = Bench::with_example(EXAMPLE);
+    let provider = bench.start().await.unwrap();
+    let path = bench.dir.path().join("disk");
+    let (first, old) = full(&provider, &path, 1_800_000_000).await;
+    assert_eq!(first, "vzdump-qemu-100-2027_01_15-08_00_00");
+
+    let mut new = disk(&path);
+    new[100_000..140_000].fill(7);
+    new[200_000..300_000].fill(0);
+    new[SIZE - 512..].fill(9);
+    std::fs::write(&path, &new).unwrap();
+    let mut backup = start_guest(&provider, GuestKind::Qemu, 1_800_000_100).await;
+    let asked = BitmapRequest::Use { generation: "one".to_owned(), readable: Readable::Dirty };
+    assert_eq!(plan(&mut *backup).await, asked);
+    let regions = vec![
+        region(98_304, 45_056, false),
+        region(196_608, 106_496, false),
+        region(1 << 20, 4096, true),
+        region(SIZE as u64 - 512, 512, false),
+    ];
+    let second = store(backup, vm(&path, regions, BitmapMode::Reuse, "two")).await;
+
+    assert!(restored(&provider, &first, &bench).await == old, "the full backup is wrong");
+    assert!(restored(&provider, &second, &bench).await == new, "the increment is wrong");
+    let archives = listed(&provider).await;
+    assert_eq!(archives.len(), 2);
+    assert_eq!(archives[1].base.as_ref(), Some(&first));
+    let config = provider.guest_config(&second, &call()).await.unwrap();
+    assert!(config.config.starts_with(b"name: web") && config.firewall.is_some());
+
+    // The stored parts of the snapshot were given back.
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap());
+    assert!(blocks * 512 < SIZE as u64, "nothing was released");
+
+    let error = provider.remove(&first, &call()).await.unwrap_err();
+    assert_eq!((error.kind, error.dependents), (Kind::HasDependents, vec![second.clone()]));
+    provider.set_protected(&second, true, &call()).await.unwrap();
+    assert_eq!(provider.remove(&second, &call()).await.unwrap_err().kind, Kind::Protected);
+    provider.set_protected(&second, false, &call()).await.unwrap();
+    let restore = provider.restore_vm_init(&second, &call()).await.unwrap();
+    assert_eq!(provider.remove(&second, &call()).await.unwrap_err().kind, Kind::InUse);
+    restore.cleanup(&call()).await.unwrap();
+    provider.remove(&second, &call()).await.unwrap();
+    provider.remove(&first, &call()).await.unwrap();
+    assert_eq!(provider.remove(&first, &call()).await.unwrap_err().kind, Kind::NotFound);
+    assert!(listed(&provider).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn notes_and_logs_are_kept() {
+    let bench = Bench::with_example(EXAMPLE);
+    let provider = bench.start().await.unwrap();
+    let (name, _) = full(&provider, &bench.dir.path().join("disk"), 1_800_000_000).await;
+    provider.set_notes(&name, "before the\nupdate", &call()).await.unwrap();
+    assert_eq!(provider.notes(&name, &call()).await.unwrap(), "before the\nupdate");
+    assert_eq!(listed(&provider).await[0].notes.as_deref(), Some("before the"));
+    let log = "line\n".repeat(200_000);
+    provider.keep_log(&name, &log, &call()).await.unwrap();
+    assert_eq!(std::fs::read_to_string(bench.archives().join(&name).join("log")).unwrap(), log);
+    assert_eq!(provider.log(&name, &call()).await.unwrap(), log);
+    for bad in ["../x", "vzdump-qemu-1", ".commits", "a/b"] {
+        assert_eq!(provider.notes(bad, &call()).await.unwrap_err().kind, Kind::NotFound, "{bad}");
+    }
+    let status = provider.status(&call()).await.unwrap();
+    assert!(status.total_bytes > status.used_bytes && status.used_bytes > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_outcome_of_a_commit_is_known_to_every_process() {
+    let bench = Bench::with_example(EXAMPLE);
+    let provider = bench.start().await.unwrap();
+    let path = bench.dir.path().join("disk");
+    disk(&path);
+    let mut backup = start_guest(&provider, GuestKind::Qemu, 1_800_000_000).await;
+    let whole = vec![region(0, SIZE as u64, false)];
+    let notes = Notes::default();
+    backup.backup_vm(vm(&path, whole.clone(), BitmapMode::New, "x"), &notes, &call()).await.unwrap();
+    let (id, never) = (Uuid::new_v4(), Uuid::new_v4());
+    let archive = backup.commit(id, &call()).await.unwrap().archive;
+    let other = bench.start().await.unwrap();
+    let call = call();
+    let outcome = |id| other.commit_outcome(id, &call);
+    assert_eq!(outcome(id).await.unwrap(), CommitOutcome::Committed { archive });
+    assert_eq!(outcome(never).await.unwrap(), CommitOutcome::NotCommitted);
+    // What was said once is binding: that commit is refused now.
+    disk(&path);
+    let mut late = start_guest(&provider, GuestKind::Qemu, 1_800_000_200).await;
+    late.backup_vm(vm(&path, whole, BitmapMode::New, "y"), &notes, &call).await.unwrap();
+    assert!(late.commit(never, &call).await.is_err());
+    assert_eq!(listed(&other).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_aborted_or_killed_backup_left_goes_away() {
+    let bench = Bench::with_example(EXAMPLE);
+    let left = || {
+        let names = bench.archives().read_dir().unwrap().map(|e| e.unwrap().file_name());
+        names.filter(|name| name.to_str().unwrap().starts_with(".tmp-")).count()
+    };
+    let provider = bench.start().await.unwrap();
+    let backup = start_guest(&provider, GuestKind::Qemu, 1_800_000_000).await;
+    assert_eq!(left(), 1);
+    backup.abort("a test", &call()).await.unwrap();
+    assert_eq!(left(), 0);
+    let _alive = start_guest(&provider, GuestKind::Qemu, 1_800_000_000).await;
+    // A second process leaves what the first one is making alone.
+    let other = bench.start().await.unwrap();
+    other.activate(&call()).await.unwrap();
+    assert_eq!(left(), 1);
+    crate::faults::kill(&bench);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while left() > 0 {
+        assert!(std::time::Instant::now() < deadline, "it stays");
+        let _ = other.activate(&call()).await;
+    }
+}
+
+/// Runs a command as it is.
+#[derive(Debug)]
+struct Plain;
+
+impl ContainerRunner for Plain {
+    fn command<'a>(
+        &'a self,
+        command: ContainerCommand,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<CommandEnd>> {
+        Box::pin(async move {
+            assert_eq!(command.identity, Identity::MappedRoot);
+            let mut child = tokio::process::Command::new(&command.argv[0]);
+            child.args(&command.argv[1..]).stdout(command.stdout.unwrap());
+            let output = child.stderr(std::process::Stdio::piped()).kill_on_drop(true).spawn();
+            let output = output.unwrap().wait_with_output().await;
+            let output = output.map_err(|error| Error::io("tar", error))?;
+            let stderr_tail = String::from_utf8_lossy(&output.stderr).into_owned();
+            Ok(CommandEnd { exit_code: output.status.code().unwrap_or(137), stderr_tail })
+        })
+    }
+}
+
+pub(crate) fn container(tree: &Path) -> ContainerBackup {
+    ContainerBackup {
+        config: b"hostname: web\n".to_vec(),
+        firewall: None,
+        tree: tree.to_owned(),
+        host_tree: tree.to_owned(),
+        mounts: Vec::new(),
+        id_map: Vec::new(),
+        exclude: vec!["/tmp".to_owned(), "*.swp".to_owned()],
+        bandwidth_limit: None,
+        runner: Arc::new(Plain),
+    }
+}
+
+pub(crate) fn tree(root: &Path) {
+    for dir in ["etc", "tmp"] {
+        std::fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    std::fs::write(root.join("etc/hostname"), "web\n").unwrap();
+    std::fs::write(root.join("etc/.hostname.swp"), "x").unwrap();
+    std::fs::write(root.join("tmp/file"), "x").unwrap();
+    std::os::unix::fs::symlink("/nowhere", root.join("etc/link")).unwrap();
+}
+
+/// Backs a small tree up and checks what the archive holds.
+pub(crate) async fn back_up_container(bench: &Bench) {
+    let provider = bench.start().await.unwrap();
+    let root = bench.dir.path().join("tree");
+    tree(&root);
+    let mut backup = start_guest(&provider, GuestKind::Lxc, 1_800_000_000).await;
+    let notes = Notes::default();
+    let moved = backup.backup_container(container(&root), &notes, &call()).await.unwrap();
+    // The root, etc, hostname and the link; not tmp, nor what editors left.
+    assert_eq!(moved.entries, 4, "{moved:?}");
+    let archive = backup.commit(Uuid::new_v4(), &call()).await.unwrap().archive;
+    assert_eq!(listed(&provider).await[0].subtype, GuestKind::Lxc);
+
+    let mut restore = provider.restore_container_init(&archive, &call()).await.unwrap();
+    let data = restore.data(bench.dir.path(), &call()).await.unwrap();
+    let ContainerData::Tar { path, compression: Compression::None } = data else {
+        panic!("{data:?}")
+    };
+    let target = bench.dir.path().join("target");
+    std::fs::create_dir(&target).unwrap();
+    let mut tar = std::process::Command::new("tar");
+    assert!(tar.arg("-xf").arg(path).arg("-C").arg(&target).status().unwrap().success());
+    assert_eq!(std::fs::read_to_string(target.join("etc/hostname")).unwrap(), "web\n");
+    assert!(!target.join("tmp").exists() && target.join("etc/link").is_symlink());
+    restore.cleanup(&call()).await.unwrap();
+    provider.remove(&archive, &call()).await.unwrap();
+    assert!(listed(&provider).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_is_read_through_the_runner() {
+    back_up_container(&Bench::with_example(EXAMPLE)).await;
+}
