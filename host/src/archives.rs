@@ -109,7 +109,7 @@ impl Host {
     }
 
     async fn list_storage(&self, storage: &str, list: &mut ArchiveList) -> Result<(), HostError> {
-        let provider = self.providers.get(storage).map_err(HostError::Storage)?;
+        let provider = self.providers.get(storage).await.map_err(HostError::Storage)?;
         for archive in in_time(provider.list(&call())).await.map_err(fault(storage))? {
             match info(storage, archive) {
                 Ok(info) => list.archives.push(info),
@@ -127,7 +127,7 @@ impl Host {
     /// [`HostError::Archive`], [`HostError::Storage`], [`HostError::Provider`].
     pub async fn show_config(&self, archive: &str) -> Result<GuestConfig, HostError> {
         let archive = self.resolve_archive(archive).await?;
-        let provider = self.providers.get(&archive.storage).map_err(HostError::Storage)?;
+        let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
         let config = in_time(provider.guest_config(&archive.name, &call())).await;
         config.map_err(fault(&archive.storage))
     }

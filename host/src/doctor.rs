@@ -114,7 +114,7 @@ impl Host {
     async fn activate_storages(&self) -> Vec<Check> {
         let mut checks = Vec::new();
         for id in self.providers.backup_ids() {
-            let Ok(provider) = self.providers.get(&id) else { continue };
+            let Ok(provider) = self.providers.get(&id).await else { continue };
             let activate =
                 within(ACTIVATE_TIMEOUT, |call| async move { provider.activate(&call).await });
             if let Err(found) = activate.await {
@@ -141,7 +141,7 @@ impl Host {
     async fn check_storages(&self) -> Vec<Check> {
         let mut checks = Vec::new();
         for id in self.providers.backup_ids() {
-            let found = match self.providers.get(&id) {
+            let found = match self.providers.get(&id).await {
                 Err(error) => Err(error),
                 Ok(provider) => {
                     within(STATUS_TIMEOUT, |call| async move { provider.status(&call).await })

@@ -97,7 +97,7 @@ impl Host {
                     .await
                 }
             },
-            StorageUse::Backups => match self.providers.get(id) {
+            StorageUse::Backups => match self.providers.get(id).await {
                 Err(error) => Err(error),
                 Ok(provider) => {
                     within(async move {

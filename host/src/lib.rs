@@ -75,7 +75,7 @@ pub use vzdump_core::vm::destroy::Destroyed;
 pub use vzdump_core::vm::freeze_guard::{SUBCOMMAND as GUARD_SUBCOMMAND, run_guard};
 pub use vzdump_core::vm::runner::{StartOptions, Started, StopOptions, Stopped, VmStatus};
 
-use providers::StorageProviders;
+use providers::{Plugins, StorageProviders};
 
 /// Why a task could not be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +143,8 @@ impl HostError {
 
 /// Key of `vzdump.conf`: the directory of the QEMU programs.
 pub(crate) const QEMU_BIN_KEY: &str = "qemu-bin";
+/// Key of `vzdump.conf`: the directory of the providers' executables.
+pub(crate) const PROVIDER_DIR_KEY: &str = "provider-dir";
 
 /// The name of this host, without its domain.
 pub(crate) fn own_name() -> String {
@@ -179,7 +181,10 @@ impl Host {
         let tools = Tools::find(overrides.qemu_bin.as_deref(), setting);
         let storages = StorageConfig::read(&layout.storage_config_path())?;
         let storages = StorageSet::new(&storages, &layout);
-        let providers = Arc::new(StorageProviders::new(&storages, &tools));
+        let provider_dir = settings.get(PROVIDER_DIR_KEY).map(PathBuf::from);
+        let provider_dir = provider_dir.unwrap_or_else(|| layout.provider_dir());
+        let plugins = Plugins { layout: &layout, dir: provider_dir };
+        let providers = Arc::new(StorageProviders::new(&storages, &tools, &plugins));
         Ok(Self { layout, tools, storages, providers })
     }
 

@@ -119,7 +119,8 @@ impl Host {
         }
         let text = read_text(&self.layout.settings_path())?.unwrap_or_default();
         let config = VmConfig::parse(&text);
-        let of_host = [crate::QEMU_BIN_KEY, HOST_BWLIMIT_KEY, HOST_BUFFER_KEY];
+        let of_host =
+            [crate::QEMU_BIN_KEY, crate::PROVIDER_DIR_KEY, HOST_BWLIMIT_KEY, HOST_BUFFER_KEY];
         let ours = config.pairs().filter(|(key, _)| !of_host.contains(key));
         let (mut defaults, more) = BackupSettings::parse(ours, "vzdump.conf")?;
         notices.extend(more);

@@ -1,20 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The providers of `storage.cfg`: one per storage whose type is the name of one.
+//! The providers of `storage.cfg`: one per storage whose type is the name of one, built in or an executable
+//! in the plugin directory. Executables are started when their storage is used first.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use provider_api::{BoxFuture, Provider};
 use provider_directory::{DirectoryOptions, DirectoryProvider, ToolPaths};
+use provider_rpc::{RpcOptions, RpcProvider, is_plugin_name};
 use serde::Serialize;
+use tokio::sync::OnceCell;
 use vzdump_core::config::storage::StorageSection;
-use vzdump_core::job::Providers;
+use vzdump_core::job::{Providers, chain};
+use vzdump_core::layout::Layout;
 use vzdump_core::storage::StorageSet;
 use vzdump_core::tools::Tools;
 
 /// The type of storages that [`provider_directory`] serves.
 const DIRECTORY_KIND: &str = "directory";
+
+/// What every storage may have, whatever its provider.
+const COMMON_PROPERTIES: [&str; 5] =
+    ["content", "disable", "nodes", "prune-backups", "max-protected-backups"];
 
 /// What a storage is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -44,23 +52,65 @@ pub struct StorageInfo {
 /// The providers of all storages, by the storage's name.
 pub(crate) struct StorageProviders {
     infos: Vec<StorageInfo>,
-    /// The provider, or why there is none.
-    by_id: BTreeMap<String, Result<Arc<dyn Provider>, String>>,
+    by_id: BTreeMap<String, Entry>,
+}
+
+enum Entry {
+    /// Built in: the provider, or why there is none.
+    BuiltIn(Result<Arc<dyn Provider>, String>),
+    /// An executable, and its process once it was used.
+    Plugin(Box<RpcOptions>, OnceCell<Arc<dyn Provider>>),
+}
+
+/// Where plugins are, and what they are told.
+pub(crate) struct Plugins<'a> {
+    pub(crate) layout: &'a Layout,
+    /// The directory of their executables.
+    pub(crate) dir: PathBuf,
+}
+
+impl Plugins<'_> {
+    fn program(&self, kind: &str) -> Option<PathBuf> {
+        let program = self.dir.join(kind);
+        (is_plugin_name(kind) && program.exists()).then_some(program)
+    }
+
+    fn entry(&self, section: &StorageSection, program: PathBuf) -> Entry {
+        if section.is_disabled() {
+            return Entry::BuiltIn(Err(disabled(&section.id)));
+        }
+        let own = |(name, _): &&(String, String)| !COMMON_PROPERTIES.contains(&name.as_str());
+        let options = RpcOptions {
+            program,
+            storage: section.id.clone(),
+            properties: section.properties.iter().filter(own).cloned().collect(),
+            secrets_path: self.layout.storage_secrets_path(&section.id),
+            tap: None,
+        };
+        Entry::Plugin(Box::new(options), OnceCell::new())
+    }
 }
 
 impl StorageProviders {
-    pub(crate) fn new(storages: &StorageSet, tools: &Tools) -> Self {
+    pub(crate) fn new(storages: &StorageSet, tools: &Tools, plugins: &Plugins<'_>) -> Self {
         let mut infos = Vec::new();
         let mut by_id = BTreeMap::new();
         for section in storages.sections() {
-            let used_for = match section.kind.as_str() {
-                kind if StorageSet::is_image_kind(kind) => StorageUse::Images,
-                DIRECTORY_KIND => StorageUse::Backups,
-                _ => StorageUse::Unsupported,
+            let entry = match section.kind.as_str() {
+                kind if StorageSet::is_image_kind(kind) => Err(StorageUse::Images),
+                DIRECTORY_KIND => Ok(Entry::BuiltIn(directory(section, tools))),
+                kind => match plugins.program(kind) {
+                    Some(program) => Ok(plugins.entry(section, program)),
+                    None => Err(StorageUse::Unsupported),
+                },
             };
-            if used_for == StorageUse::Backups {
-                by_id.insert(section.id.clone(), directory(section, tools));
-            }
+            let used_for = match entry {
+                Ok(entry) => {
+                    by_id.insert(section.id.clone(), entry);
+                    StorageUse::Backups
+                }
+                Err(other) => other,
+            };
             let (id, kind) = (section.id.clone(), section.kind.clone());
             infos.push(StorageInfo { id, kind, used_for, disabled: section.is_disabled() });
         }
@@ -77,9 +127,18 @@ impl StorageProviders {
         self.infos.iter().filter(used).map(|info| info.id.clone()).collect()
     }
 
-    pub(crate) fn get(&self, storage: &str) -> Result<Arc<dyn Provider>, String> {
-        if let Some(provider) = self.by_id.get(storage) {
-            return provider.clone();
+    pub(crate) async fn get(&self, storage: &str) -> Result<Arc<dyn Provider>, String> {
+        match self.by_id.get(storage) {
+            Some(Entry::BuiltIn(provider)) => return provider.clone(),
+            Some(Entry::Plugin(options, cell)) => {
+                let start = || async {
+                    let provider = RpcProvider::start((**options).clone()).await?;
+                    Ok::<_, provider_api::Error>(Arc::new(provider) as Arc<dyn Provider>)
+                };
+                let started = cell.get_or_try_init(start).await;
+                return started.cloned().map_err(|error| chain(&error));
+            }
+            None => {}
         }
         Err(match self.infos.iter().find(|info| info.id == storage) {
             None => format!(
@@ -106,14 +165,18 @@ impl Providers for StorageProviders {
         &'a self,
         storage: &'a str,
     ) -> BoxFuture<'a, Result<Arc<dyn Provider>, String>> {
-        Box::pin(async move { self.get(storage) })
+        Box::pin(self.get(storage))
     }
+}
+
+fn disabled(id: &str) -> String {
+    format!("The storage '{id}' is disabled in storage.cfg.")
 }
 
 fn directory(section: &StorageSection, tools: &Tools) -> Result<Arc<dyn Provider>, String> {
     let id = &section.id;
     if section.is_disabled() {
-        return Err(format!("The storage '{id}' is disabled in storage.cfg."));
+        return Err(disabled(id));
     }
     let path = section
         .get("path")

@@ -161,7 +161,7 @@ impl Host {
                 None => self.default_backup_storage()?,
             },
         };
-        let provider = self.providers.get(&storage).map_err(HostError::Storage)?;
+        let provider = self.providers.get(&storage).await.map_err(HostError::Storage)?;
         let retention = self.retention(&storage, request.retention)?.ok_or_else(|| {
             HostError::Storage(format!(
                 "Nothing says what to keep in the storage '{storage}': use --keep-last and the like, \
@@ -341,17 +341,17 @@ impl Host {
         ability: Ability,
     ) -> Result<(ArchiveName, Arc<dyn Provider>), HostError> {
         let name = self.resolve_archive(archive).await?;
-        let provider = self.able_provider(&name.storage, ability)?;
+        let provider = self.able_provider(&name.storage, ability).await?;
         Ok((name, provider))
     }
 
     /// The provider of a storage, if it can do what is wanted.
-    pub(crate) fn able_provider(
+    pub(crate) async fn able_provider(
         &self,
         storage: &str,
         (is_able, what): Ability,
     ) -> Result<Arc<dyn Provider>, HostError> {
-        let provider = self.providers.get(storage).map_err(HostError::Storage)?;
+        let provider = self.providers.get(storage).await.map_err(HostError::Storage)?;
         if is_able(&provider.describe().capabilities) {
             return Ok(provider);
         }

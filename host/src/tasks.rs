@@ -82,7 +82,7 @@ impl Host {
         cancel: &CancellationToken,
     ) -> Result<JobReport, HostError> {
         let BackupPlan { ids, notices, options, ionice, .. } = plan;
-        let provider = self.providers.get(&options.storage).map_err(HostError::Storage)?;
+        let provider = self.providers.get(&options.storage).await.map_err(HostError::Storage)?;
         let ctx = self.context()?;
         notices.iter().for_each(|notice| sink.warn(notice));
         if let Err(why) = ionice::set(*ionice).await {
@@ -105,7 +105,7 @@ impl Host {
         cancel: &CancellationToken,
     ) -> Result<RestoreReport, HostError> {
         let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
-        let provider = self.providers.get(&archive.storage).map_err(HostError::Storage)?;
+        let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
         let options = request.options(archive.storage)?;
         let ctx = self.context()?;
         let provider = provider.as_ref();
@@ -123,7 +123,7 @@ impl Host {
         cancel: &CancellationToken,
     ) -> Result<RestorePlan, HostError> {
         let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
-        let provider = self.providers.get(&archive.storage).map_err(HostError::Storage)?;
+        let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
         let options = request.options(archive.storage)?;
         let ctx = self.context()?;
         let plan = plan_restore(&ctx, provider.as_ref(), &archive.name, id, &options, cancel);

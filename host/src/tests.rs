@@ -48,6 +48,46 @@ async fn a_storage_that_holds_no_backups_is_refused_by_name() {
     }
 }
 
+/// The example in Python, as an administrator would install it.
+const PLUGIN: &[u8] = include_bytes!("../../providers/examples/python/file-store.py");
+
+#[tokio::test]
+async fn a_type_is_the_name_of_a_program_in_the_plugin_directory() {
+    use std::os::unix::fs::PermissionsExt;
+    let storages = "file-store: vault\n\tpath ROOT/vault\n\tprune-backups keep-last=1\n\n\
+                    file-store: wrong\n\tcolour red\n\nother-store: other\n\nfile-store: off\n\tdisable\n";
+    let (dir, _) = host(storages);
+    let program = dir.path().join("lib/providers/file-store");
+    fs::create_dir_all(program.parent().unwrap()).unwrap();
+    fs::write(dir.path().join("new"), PLUGIN).unwrap();
+    fs::set_permissions(dir.path().join("new"), PermissionsExt::from_mode(0o755)).unwrap();
+    fs::rename(dir.path().join("new"), &program).unwrap();
+    let host = Host::open(Some(dir.path().into()), &Overrides::default()).unwrap();
+    let uses: Vec<_> = host.storages().into_iter().map(|s| s.used_for).collect();
+    let (backups, other) = (StorageUse::Backups, StorageUse::Unsupported);
+    assert_eq!(uses[..4], [backups, backups, other, backups]);
+    assert!(host.list(Some("vault")).await.unwrap().archives.is_empty());
+    let error = host.list(Some("wrong")).await.unwrap_err().to_string();
+    assert!(
+        error.contains("'colour', which its provider does not know; it knows: path, max-chain")
+    );
+    let error = host.list(Some("off")).await.unwrap_err().to_string();
+    assert!(error.contains("is disabled"), "{error}");
+
+    // Nothing is started before it is used: a program that cannot be started disturbs nobody.
+    fs::set_permissions(&program, PermissionsExt::from_mode(0o644)).unwrap();
+    let host = Host::open(Some(dir.path().into()), &Overrides::default()).unwrap();
+    assert_eq!(host.storages().len(), 5);
+    let error = host.list(Some("vault")).await.unwrap_err().to_string();
+    assert!(error.contains("is not executable (chmod +x)"), "{error}");
+
+    // Another directory may be named.
+    let settings = format!("provider-dir: {}\n", dir.path().join("elsewhere").display());
+    fs::write(dir.path().join("etc/vzdump.conf"), settings).unwrap();
+    let host = Host::open(Some(dir.path().into()), &Overrides::default()).unwrap();
+    assert_eq!(host.storages()[0].used_for, StorageUse::Unsupported);
+}
+
 #[tokio::test]
 async fn an_archive_that_does_not_exist_is_named() {
     let (_dir, host) = host(STORAGES);
@@ -136,7 +176,7 @@ async fn store(host: &Host, id: u32, days: &[i64]) -> Vec<String> {
         fn report(&self, _device: &str, _done: u64, _total: u64, _zero: u64) {}
         fn log(&self, _line: &str) {}
     }
-    let (provider, call) = (host.providers.get("backups").unwrap(), Call::default());
+    let (provider, call) = (host.providers.get("backups").await.unwrap(), Call::default());
     provider.activate(&call).await.unwrap();
     let mut volids = Vec::new();
     for day in days {

@@ -132,7 +132,7 @@ impl Host {
         let mut work = Vec::new();
         // All that may be wrong with the request, before hours of reading.
         for storage in storages {
-            let provider = self.able_provider(&storage, VERIFY)?;
+            let provider = self.able_provider(&storage, VERIFY).await?;
             activate(provider.as_ref(), &storage, cancel).await?;
             let of_storage = names.iter().filter(|name| name.storage == storage);
             let of_storage: Vec<_> = of_storage.map(|name| name.name.as_str()).collect();

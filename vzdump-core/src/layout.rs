@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where everything is: configuration, state and run-time files.
 //!
-//! With a root `R` the three trees are `R/etc`, `R/state` and `R/run`; without one they are
-//! `/etc/vzdump`, `/var/lib/vzdump` and `/run/vzdump`. All paths are absolute, so that a change of
+//! With a root `R` the trees are `R/etc`, `R/state`, `R/run` and `R/lib`; without one they are
+//! `/etc/vzdump`, `/var/lib/vzdump`, `/run/vzdump` and `/usr/lib/vzdump`. All paths are absolute, so that a change of
 //! the working directory cannot move them.
 
 use std::os::unix::ffi::OsStrExt;
@@ -80,6 +80,7 @@ pub struct Layout {
     etc: PathBuf,
     state: PathBuf,
     run: PathBuf,
+    lib: PathBuf,
 }
 
 impl Layout {
@@ -91,12 +92,18 @@ impl Layout {
                 // Only fails for an empty path or without a working directory; either way the
                 // first access then names the path that does not exist.
                 let root = std::path::absolute(&root).unwrap_or(root);
-                Self { etc: root.join("etc"), state: root.join("state"), run: root.join("run") }
+                Self {
+                    etc: root.join("etc"),
+                    state: root.join("state"),
+                    run: root.join("run"),
+                    lib: root.join("lib"),
+                }
             }
             None => Self {
                 etc: "/etc/vzdump".into(),
                 state: "/var/lib/vzdump".into(),
                 run: "/run/vzdump".into(),
+                lib: "/usr/lib/vzdump".into(),
             },
         }
     }
@@ -123,6 +130,18 @@ impl Layout {
     #[must_use]
     pub fn settings_path(&self) -> PathBuf {
         self.etc.join("vzdump.conf")
+    }
+
+    /// The executables of providers that are programs of their own, unless the settings name another one.
+    #[must_use]
+    pub fn provider_dir(&self) -> PathBuf {
+        self.lib.join("providers")
+    }
+
+    /// The secrets of a storage; need not exist.
+    #[must_use]
+    pub fn storage_secrets_path(&self, storage: &str) -> PathBuf {
+        self.etc.join("priv/storage").join(format!("{storage}.pw"))
     }
 
     /// The backup jobs.
@@ -291,7 +310,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_root_moves_all_three_trees() {
+    fn a_root_moves_all_trees() {
         let layout = Layout::new(Some("/r".into()));
         assert_eq!(layout.vm_config_path(100), Path::new("/r/etc/qemu-server/100.conf"));
         assert_eq!(layout.journal_dir(), Path::new("/r/state/journal"));
@@ -300,6 +319,9 @@ mod tests {
             Path::new("/r/run/vm/100/qmp-backup.sock")
         );
         assert_eq!(Layout::new(None).run(), Path::new("/run/vzdump"));
+        assert_eq!(layout.provider_dir(), Path::new("/r/lib/providers"));
+        let secrets = layout.storage_secrets_path("store");
+        assert_eq!(secrets, Path::new("/r/etc/priv/storage/store.pw"));
     }
 
     #[test]

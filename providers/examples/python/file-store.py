@@ -229,8 +229,7 @@ class Snapshot:
             self.can_release = False
 
 
-# ---- The store ---------------------------------------------------------------------------------------------
-
+# ---- The store ---------------------------------------------------------------------------------------
 
 class Store:
     def __init__(self, path):
@@ -369,8 +368,7 @@ def size_of(path):
     return sum(os.lstat(os.path.join(path, name)).st_blocks * 512 for name in os.listdir(path))
 
 
-# ---- Backups -------------------------------------------------------------------------------------------------
-
+# ---- Backups -----------------------------------------------------------------------------------------
 
 class Backup:
     """One guest's backup, in a temporary directory until it is committed."""
@@ -455,7 +453,7 @@ class Backup:
                         moved["zero_bytes"] += length
                         source.release(offset, length)
                     else:
-                        self.copy_area(request, source, data, offset, length, moved)
+                        self.copy_area(request, device, source, data, offset, length, moved)
                     zero = moved["zero_bytes"]
                     request.progress(device, moved["total_bytes"], expected, zero)
         finally:
@@ -466,9 +464,8 @@ class Backup:
         request.progress(device, moved["total_bytes"], expected, moved["zero_bytes"], now=True)
         return moved
 
-    def copy_area(self, request, source, data, offset, length, moved):
-        zeroes = bytes(BLOCK_BYTES)
-        end = offset + length
+    def copy_area(self, request, device, source, data, offset, length, moved):
+        zeroes, end = bytes(BLOCK_BYTES), offset + length
         while offset < end:
             request.check()
             # One block less than the buffer has: the read may begin within a block.
@@ -484,8 +481,8 @@ class Backup:
             source.release(offset, count)
             moved["read_bytes"] += count
             offset += count
-            request.progress(os.path.basename(data.name)[:-5], moved["total_bytes"] - (end - offset),
-                             moved["total_bytes"], moved["zero_bytes"])
+            done = moved["total_bytes"] - (end - offset)
+            request.progress(device, done, moved["total_bytes"], moved["zero_bytes"])
 
     def copy_files(self, request, params):
         self.keep_config(params)
@@ -571,8 +568,7 @@ def count_entries(request, path):
     return entries, read_bytes
 
 
-# ---- Restores --------------------------------------------------------------------------------------------------
-
+# ---- Restores ----------------------------------------------------------------------------------------
 
 class Restore:
     """Keeps an archive and those it builds upon from being removed, and puts disks together."""
@@ -639,8 +635,7 @@ class Restore:
             held.close()
 
 
-# ---- The methods -----------------------------------------------------------------------------------------------
-
+# ---- The methods -------------------------------------------------------------------------------------
 
 class Provider:
     def __init__(self):

@@ -26,8 +26,7 @@ use crate::process::{self, END_GRACE, Process, SecretsPipe, Started};
 use crate::serve::Served;
 use crate::tap::{Direction, Tap};
 use crate::wire::{
-    Incoming, LINE_BYTES_MAX, Line, LineReader, METHOD_NOT_FOUND, WireError, shorten,
-    shorten_bytes,
+    Incoming, LINE_BYTES_MAX, Line, LineReader, METHOD_NOT_FOUND, WireError, shorten, shorten_bytes,
 };
 
 /// Most requests that a plugin works on at the same time; further ones wait.
@@ -588,12 +587,7 @@ async fn write_all(shared: Arc<Shared>, mut stdin: ChildStdin, mut inbox: mpsc::
     }
 }
 
-async fn run(
-    shared: Arc<Shared>,
-    mut process: Process,
-    stdout: ChildStdout,
-    stderr: ChildStderr,
-) {
+async fn run(shared: Arc<Shared>, mut process: Process, stdout: ChildStdout, stderr: ChildStderr) {
     let mut words = tokio::spawn(read_stderr(Arc::clone(&shared), stderr));
     let mut stdout = LineReader::new(BufReader::new(stdout), LINE_BYTES_MAX, false);
     let fault = tokio::select! {

@@ -51,8 +51,7 @@ impl Job for RpcJob {
                 "name": guest.name,
                 "start_time_s": guest.start_time_s.to_string(),
             });
-            let started: WireGuest =
-                self.connection.request("start_guest", params, call).await?;
+            let started: WireGuest = self.connection.request("start_guest", params, call).await?;
             let connection = Arc::clone(&self.connection);
             let WireGuest { guest, archive_name } = started;
             Ok(Box::new(RpcGuest { connection, handle: guest, archive_name }) as _)

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use command_fds::FdMapping;
 use command_fds::CommandFdExt;
+use command_fds::FdMapping;
 use provider_api::{Error, Kind, Result};
 use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, geteuid, kill_process_group};

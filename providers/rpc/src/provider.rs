@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use provider_api::{
-    API_AGE, API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome,
-    ContainerRestore, Damage, DamagedArea, Description, Error, GuestConfig, GuestKind, Job,
-    JobInfo, Kind, LOG_BYTES_MAX, Progress, Property, Provider, Result, Status, Uuid, Verified, VerifyExtent,
+    API_AGE, API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, ContainerRestore,
+    Damage, DamagedArea, Description, Error, GuestConfig, GuestKind, Job, JobInfo, Kind,
+    LOG_BYTES_MAX, Progress, Property, Provider, Result, Status, Uuid, Verified, VerifyExtent,
     VerifyOptions, VerifyReport, VmRestore, check_api_version,
 };
 use serde::Deserialize;
@@ -138,7 +138,8 @@ async fn connect(options: &RpcOptions, call: &Call) -> Result<(Connection, Decla
     let mut declared: Declared = connection.request("initialize", hello, call).await?;
     let fault = |why: String| Error::new(Kind::Invalid, format!("The provider {name} {why}."));
     declared.name = shorten(&declared.name, 100);
-    check_api_version(declared.api_version).map_err(|why| fault(format!("cannot be used: {why}")))?;
+    check_api_version(declared.api_version)
+        .map_err(|why| fault(format!("cannot be used: {why}")))?;
     settings::check_declared(&declared.properties).map_err(fault)?;
     let settings = settings::read(
         &options.storage,
@@ -325,11 +326,8 @@ struct WireArea {
 impl From<WireReport> for VerifyReport {
     fn from(wire: WireReport) -> Self {
         let named = u64::try_from(wire.damage.len()).unwrap_or(u64::MAX);
-        let mut report = Self {
-            read_bytes: wire.read_bytes.0,
-            blocks: wire.blocks.0,
-            ..Self::default()
-        };
+        let mut report =
+            Self { read_bytes: wire.read_bytes.0, blocks: wire.blocks.0, ..Self::default() };
         for damage in wire.damage {
             let area = damage.area.map(|area| DamagedArea {
                 offset: area.offset.0,

@@ -131,7 +131,8 @@ pub(crate) fn request(
         }
         if inner.running.len() >= PLUGIN_REQUESTS_MAX {
             let why = format!("sent more than {PLUGIN_REQUESTS_MAX} requests at the same time");
-            let refused = error_reply(&id, &refusal(CONTRACT_ERROR, format!("The provider {why}.")));
+            let refused =
+                error_reply(&id, &refusal(CONTRACT_ERROR, format!("The provider {why}.")));
             return if shared.try_send(refused) { Ok(()) } else { Err(why) };
         }
         inner.running.insert(key.clone(), cancel.clone());
@@ -326,7 +327,8 @@ async fn command(
     cancel: &CancellationToken,
 ) -> std::result::Result<Value, Refusal> {
     let found = lock(&shared.served.0).runners.get(&params.container).cloned();
-    let (runner, offer) = found.ok_or_else(|| unknown("files of a container", &params.container))?;
+    let (runner, offer) =
+        found.ok_or_else(|| unknown("files of a container", &params.container))?;
     let words = params.argv.len() + params.env.len() + params.paths.len();
     if params.argv.is_empty() || words > COMMAND_WORDS_MAX {
         let why = format!("A command has 1 to {COMMAND_WORDS_MAX} words; this one has {words}.");

@@ -25,7 +25,10 @@ fn invalid(why: String) -> Error {
 /// Checks what a plugin declares.
 pub(crate) fn check_declared(properties: &[Property]) -> std::result::Result<(), String> {
     if properties.len() > PROPERTIES_MAX {
-        return Err(format!("declares {} properties; {PROPERTIES_MAX} are the limit", properties.len()));
+        return Err(format!(
+            "declares {} properties; {PROPERTIES_MAX} are the limit",
+            properties.len()
+        ));
     }
     let mut names = HashSet::new();
     for Property { name, .. } in properties {
@@ -103,7 +106,9 @@ fn plain(
             invalid(format!("The property '{name}' of the storage '{storage}' {why}."))
         })?;
         if values.insert(name.clone(), value).is_some() {
-            return Err(invalid(format!("The storage '{storage}' has the property '{name}' twice.")));
+            return Err(invalid(format!(
+                "The storage '{storage}' has the property '{name}' twice."
+            )));
         }
     }
     Ok(values)
@@ -140,17 +145,14 @@ fn secret(storage: &str, path: &Path, declared: &[Property]) -> Result<Map<Strin
             continue;
         }
         // Never quotes a line: it may be a secret.
-        let fault = |why: &str| {
-            invalid(format!("{} line {}: {why}.", path.display(), index + 1))
-        };
+        let fault = |why: &str| invalid(format!("{} line {}: {why}.", path.display(), index + 1));
         let (name, text) = line.split_once(':').ok_or_else(|| fault("it is not 'name: value'"))?;
         let property = declared.iter().find(|p| p.sensitive && p.name == name.trim());
         let property = property.ok_or_else(|| {
             fault(&format!("the provider of '{storage}' has no secret of that name"))
         })?;
-        let value = value(property, text.trim()).map_err(|why| {
-            fault(&format!("the property '{}' {why}", property.name))
-        })?;
+        let value = value(property, text.trim())
+            .map_err(|why| fault(&format!("the property '{}' {why}", property.name)))?;
         if values.insert(property.name.clone(), value).is_some() {
             return Err(fault(&format!("the property '{}' is there twice", property.name)));
         }
@@ -160,7 +162,8 @@ fn secret(storage: &str, path: &Path, declared: &[Property]) -> Result<Map<Strin
 
 /// Reads a file that nobody else may read; none if there is none.
 fn read_private(path: &Path) -> Result<Option<String>> {
-    let failed = |error| Error::io(format!("Cannot read the secrets in {}.", path.display()), error);
+    let failed =
+        |error| Error::io(format!("Cannot read the secrets in {}.", path.display()), error);
     let mut options = std::fs::OpenOptions::new();
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
     options.read(true).custom_flags(i32::try_from(flags.bits()).unwrap_or(0));
@@ -228,17 +231,28 @@ mod tests {
         assert_eq!(settings.secrets, r#"{"password":"a: b"}"#);
     }
 
+    /// Properties, the secrets' text and mode, and a part of the error.
+    type Case<'a> = (&'a [(&'a str, &'a str)], Option<(&'a str, u32)>, &'a str);
+
     #[test]
     fn bad_settings_are_named() {
         let good = Some(("password: hush\n", 0o600));
-        let cases: &[(&[(&str, &str)], Option<(&str, u32)>, &str)] = &[
+        let cases: &[Case<'_>] = &[
             (&[("path", "/x"), ("colour", "red")], good, "'colour', which its provider does not"),
             (&[], good, "needs the property 'path' in storage.cfg"),
             (&[("path", "x")], good, "'path' of the storage 'store' has to be an absolute path"),
-            (&[("path", "/x"), ("level", "-1")], good, "'level' of the storage 'store' has to be a"),
+            (
+                &[("path", "/x"), ("level", "-1")],
+                good,
+                "'level' of the storage 'store' has to be a",
+            ),
             (&[("path", "/x"), ("fast", "maybe")], good, "has to be 0 or 1"),
             (&[("path", "/x"), ("path", "/y")], good, "'path' twice"),
-            (&[("path", "/x"), ("password", "hush")], good, "'password' of the storage 'store' is a"),
+            (
+                &[("path", "/x"), ("password", "hush")],
+                good,
+                "'password' of the storage 'store' is a",
+            ),
             (&[("path", "/x")], None, "needs the property 'password' in /"),
             (&[("path", "/x")], Some(("password: hush\n", 0o640)), "can be read by others"),
             (&[("path", "/x")], Some(("hush\n", 0o600)), "line 1: it is not 'name: value'"),

@@ -217,7 +217,8 @@ mod tests {
         assert_eq!(text, "\"18446744073709551615\"");
         assert_eq!(serde_json::from_str::<Dec<u64>>(&text).unwrap().0, u64::MAX);
         assert_eq!(serde_json::from_str::<Dec<i64>>("\"-5\"").unwrap().0, -5);
-        for bad in ["5", "\"+5\"", "\"\"", "\"-5\"", "\"1e3\"", "\"18446744073709551616\"", "null"] {
+        for bad in ["5", "\"+5\"", "\"\"", "\"-5\"", "\"1e3\"", "\"18446744073709551616\"", "null"]
+        {
             assert!(serde_json::from_str::<Dec<u64>>(bad).is_err(), "{bad}");
         }
     }

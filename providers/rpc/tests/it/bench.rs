@@ -112,7 +112,12 @@ pub(crate) fn region(offset: u64, length_bytes: u64, zero: bool) -> Region {
 }
 
 /// A backup of one disk that is offered as a file; an increment if a bitmap says what changed.
-pub(crate) fn vm(path: &Path, regions: Vec<Region>, mode: BitmapMode, generation: &str) -> VmBackup {
+pub(crate) fn vm(
+    path: &Path,
+    regions: Vec<Region>,
+    mode: BitmapMode,
+    generation: &str,
+) -> VmBackup {
     let dirty_bytes = regions.iter().map(|region| region.length_bytes).sum();
     let regions = Arc::new(Pages(regions));
     let volume = Volume {

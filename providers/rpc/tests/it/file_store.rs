@@ -53,11 +53,8 @@ async fn full(provider: &RpcProvider, path: &Path, time_s: i64) -> (String, Vec<
     let mut backup = start_guest(provider, GuestKind::Qemu, time_s).await;
     assert_eq!(plan(&mut *backup).await, BitmapRequest::New);
     let (mib, end) = (1 << 20, SIZE as u64);
-    let regions = vec![
-        region(0, mib, false),
-        region(mib, mib, true),
-        region(2 * mib, end - 2 * mib, false),
-    ];
+    let regions =
+        vec![region(0, mib, false), region(mib, mib, true), region(2 * mib, end - 2 * mib, false)];
     let backup_vm = vm(path, regions, BitmapMode::New, "one");
     (store(backup, backup_vm).await, content)
 }
@@ -166,7 +163,10 @@ async fn the_outcome_of_a_commit_is_known_to_every_process() {
     let mut backup = start_guest(&provider, GuestKind::Qemu, 1_800_000_000).await;
     let whole = vec![region(0, SIZE as u64, false)];
     let notes = Notes::default();
-    backup.backup_vm(vm(&path, whole.clone(), BitmapMode::New, "x"), &notes, &call()).await.unwrap();
+    backup
+        .backup_vm(vm(&path, whole.clone(), BitmapMode::New, "x"), &notes, &call())
+        .await
+        .unwrap();
     let (id, never) = (Uuid::new_v4(), Uuid::new_v4());
     let archive = backup.commit(id, &call()).await.unwrap().archive;
     let other = bench.start().await.unwrap();
