@@ -58,6 +58,9 @@ pub(crate) enum Command {
     /// Make, start and stop virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Make, start and stop containers
+    #[command(subcommand)]
+    Ct(CtCommand),
     /// Show storages and the disk images on them
     #[command(subcommand)]
     Storage(StorageCommand),
@@ -164,6 +167,82 @@ pub(crate) enum VmCommand {
         /// Number of the VM; by default all are shown
         id: Option<u32>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CtCommand {
+    /// Make a container from a template
+    Create(Box<CtCreateArgs>),
+    /// Start a container
+    Start {
+        /// Number of the container
+        id: u32,
+    },
+    /// Stop a container: ask it to shut down, then end it
+    Stop {
+        /// Number of the container
+        id: u32,
+        /// How many seconds the container may take to shut down
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(0..=86400))]
+        timeout: u32,
+        /// Do not ask the container
+        #[arg(long, conflicts_with = "timeout")]
+        now: bool,
+    },
+    /// Show what containers are doing
+    Status {
+        /// Number of the container; by default all are shown
+        id: Option<u32>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CtCreateArgs {
+    /// Number of the new container
+    pub(crate) id: u32,
+    /// Tar archive of the root file system, such as debian.tar.zst; it must be trusted
+    #[arg(long, value_name = "FILE")]
+    pub(crate) template: PathBuf,
+    /// Host name of the container
+    #[arg(long)]
+    pub(crate) hostname: Option<String>,
+    /// The container's root is root on the host, too
+    #[arg(long)]
+    pub(crate) privileged: bool,
+    /// Storage of the volumes
+    #[arg(long, default_value = "local")]
+    pub(crate) storage: String,
+    /// Form of the volumes
+    #[arg(long, value_enum, default_value = "raw")]
+    pub(crate) format: CtFormat,
+    /// Size of the root file system
+    #[arg(long, value_name = "SIZE", default_value = "8G", value_parser = parse_size)]
+    pub(crate) size: u64,
+    /// Add a volume, such as /srv:4G, which backups include; may be repeated
+    #[arg(long, value_name = "PATH:SIZE", value_parser = parse_mount)]
+    pub(crate) mount: Vec<(PathBuf, u64)>,
+    /// Memory in MiB; by default as much as there is
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory: Option<u32>,
+    /// Network, such as name=eth0,bridge=vmbr0,ip=dhcp
+    #[arg(long, value_name = "LIST")]
+    pub(crate) net0: Option<String>,
+}
+
+/// Reads `/srv:4G`.
+fn parse_mount(text: &str) -> Result<(PathBuf, u64), String> {
+    let (path, size) = text
+        .rsplit_once(':')
+        .ok_or_else(|| format!("'{text}' is not a path and a size such as /srv:4G"))?;
+    Ok((path.into(), parse_size(size)?))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CtFormat {
+    /// An ext4 file system in a file
+    Raw,
+    /// A subvolume of a btrfs storage; the size does not count
+    Subvol,
 }
 
 #[derive(Debug, Subcommand)]

@@ -51,6 +51,7 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
         }
         Command::Vm(VmCommand::Status { id }) => run.status(id).await,
         Command::Vm(VmCommand::Destroy { id }) => run.destroy(id).await,
+        Command::Ct(command) => run.container(command).await,
         Command::Storage(command) => run.storage(command).await,
         Command::Backup(args) => run.backup(*args).await,
         Command::List { storage } => run.list(storage.as_deref()).await,

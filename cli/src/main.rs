@@ -15,6 +15,7 @@
 mod archives;
 mod args;
 mod commands;
+mod containers;
 mod images;
 mod output;
 mod pages;
@@ -44,6 +45,11 @@ const LOG_ENV: &str = "VZDUMP_LOG";
 const STUCK_LIMIT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
+    let args: Vec<_> = std::env::args_os().collect();
+    // Before there is a second thread: some namespaces cannot be entered with one.
+    if let Some(code) = vzdump_host::run_hidden(&args) {
+        return code;
+    }
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => block_on(runtime, run(), STUCK_LIMIT),
         Err(error) => {

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod archives;
+mod containers;
 mod doctor;
 mod images;
 mod ionice;
@@ -42,9 +43,12 @@ use vzdump_core::vm::freeze_guard::GuardCommand;
 use vzdump_core::vm::runner::{self, RunnerError};
 
 pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem, utc};
+pub use containers::run_hidden;
 pub use doctor::{Check, DoctorReport, Pending};
 pub use images::{ImageInfo, ImageUse, StorageState};
 pub use kit::{KitRequest, OpenHost, check_provider};
+pub use lxc_backend::create::{CtCreateOptions, CtCreated, NewMount};
+pub use lxc_backend::runtime::{CtStatus, Started as CtStarted, State as CtState};
 pub use plan::{BackupPlan, BackupRequest};
 pub use provider_api::{Damage, GuestKind, Verified, VerifyExtent};
 pub use provider_kit::{
@@ -89,6 +93,9 @@ pub enum HostError {
     /// A VM could not be removed.
     #[error(transparent)]
     Destroy(#[from] DestroyError),
+    /// A container.
+    #[error(transparent)]
+    Container(#[from] lxc_backend::CtError),
     /// A VM could not be started, stopped or asked.
     #[error(transparent)]
     Runner(#[from] RunnerError),
@@ -206,6 +213,7 @@ impl Host {
             tools: self.tools.clone(),
             storages: self.storages.clone(),
             providers: self.providers.clone(),
+            containers: Arc::new(lxc_backend::LxcContainers),
             guard: GuardCommand::own_program().map_err(HostError::OwnProgram)?,
             limits: vzdump_core::job::Limits::default(),
         })

@@ -165,6 +165,15 @@ impl Host {
         Ok(Some(Budget::new(own.map_or(host, |own| own.min(host))).within(shared)))
     }
 
+    /// The numbers of all VMs and containers, in order.
+    fn guest_ids(&self) -> Result<Vec<u32>, HostError> {
+        let mut ids = runner::list_ids(&self.layout)?;
+        ids.extend(lxc_backend::runtime::list_ids(&self.layout)?);
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
+    }
+
     /// The numbers of the chosen guests, each once.
     fn select(
         &self,
@@ -180,13 +189,11 @@ impl Host {
                 ));
             }
             Some(Selection::Guests(ids)) => (ids.clone(), [].as_slice()),
-            Some(Selection::All { exclude }) => {
-                (runner::list_ids(&self.layout)?, exclude.as_slice())
-            }
+            Some(Selection::All { exclude }) => (self.guest_ids()?, exclude.as_slice()),
             Some(Selection::Pool { pool, exclude }) => {
                 let members = read_pool(&self.layout.user_config_path(), pool)?;
                 // Pools may span hosts.
-                let here = runner::list_ids(&self.layout)?;
+                let here = self.guest_ids()?;
                 let ids = members.into_iter().filter(|id| here.contains(id)).collect();
                 (ids, exclude.as_slice())
             }

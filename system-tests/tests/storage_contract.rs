@@ -159,7 +159,7 @@ async fn names_are_checked_and_belong_to_one_disk() {
         }
         assert_eq!(place.storage.list(None).await.unwrap(), []);
         for (number, format) in ImageFormat::ALL.into_iter().enumerate() {
-            let name = storage.free_name(ID).await.unwrap();
+            let name = storage.free_name(ID, ImageFormat::Raw).await.unwrap();
             assert_eq!(name, format!("vm-100-disk-{number}"), "whatever the format of others");
             let volume = place.make(&name, format, MIB).await;
             place.io(&volume, &["write -P 1 0 4k"]);
@@ -352,7 +352,7 @@ async fn what_a_crash_leaves_blocks_nothing_and_can_be_removed() {
     for place in each() {
         let left = half_made(&place);
         let kind = place.storage.kind();
-        let name = place.storage.free_name(ID).await.unwrap();
+        let name = place.storage.free_name(ID, ImageFormat::Raw).await.unwrap();
         assert_eq!(name, "vm-100-disk-4", "{kind}");
         let next = place.make(&name, ImageFormat::Raw, MIB).await;
         let listed = place.storage.list(Some(ID)).await.unwrap();

@@ -6,7 +6,10 @@ use std::io;
 
 /// Does something that may block. Dropping the future leaves the work to its thread, which drops
 /// the result.
-pub(crate) async fn run<T, W>(work: W) -> io::Result<T>
+///
+/// # Errors
+/// Those of the work; or it was not begun, because the program ends.
+pub async fn run<T, W>(work: W) -> io::Result<T>
 where
     T: Send + 'static,
     W: FnOnce() -> io::Result<T> + Send + 'static,

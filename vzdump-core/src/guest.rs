@@ -15,7 +15,8 @@
 use provider_api::{BitmapRequest, BoxFuture, ContainerBackup, GuestKind, VmBackup, VolumeInfo};
 
 use crate::job::hooks::GuestHooks;
-use crate::journal::{Journal, JournalError};
+use crate::job::{BackupOptions, JobContext};
+use crate::journal::{Journal, JournalError, Record};
 use crate::task_log::TaskSink;
 
 /// Why a step of a guest's backup failed.
@@ -58,10 +59,59 @@ impl GuestError {
     }
 
     /// For `map_err`: a step that failed.
-    pub(crate) fn at<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    pub fn at<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
         doing: impl Into<String>,
     ) -> impl FnOnce(E) -> Self {
         move |source| Self::step(doing, source)
+    }
+}
+
+/// What a job needs of the containers of a host. The crate `lxc-backend` has it.
+pub trait Containers: Send + Sync {
+    /// Opens the driver of one container's backup. Changes nothing.
+    ///
+    /// # Errors
+    /// [`GuestError`]; there is no such container, or its configuration makes no sense.
+    fn open(
+        &self,
+        ctx: &JobContext,
+        id: u32,
+        options: &BackupOptions,
+    ) -> Result<Box<dyn GuestDriver>, GuestError>;
+
+    /// Lets a container go on that an interrupted backup has frozen or stopped. Doing so twice is no
+    /// error.
+    fn run_again<'a>(
+        &'a self,
+        ctx: &'a JobContext,
+        record: &'a Record,
+        sink: &'a dyn TaskSink,
+    ) -> BoxFuture<'a, Result<(), String>>;
+}
+
+/// For hosts without containers.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoContainers;
+
+impl Containers for NoContainers {
+    fn open(
+        &self,
+        _: &JobContext,
+        id: u32,
+        _: &BackupOptions,
+    ) -> Result<Box<dyn GuestDriver>, GuestError> {
+        Err(GuestError::Refused(format!("Container {id}: this program has no containers.")))
+    }
+
+    fn run_again<'a>(
+        &'a self,
+        _: &'a JobContext,
+        record: &'a Record,
+        _: &'a dyn TaskSink,
+    ) -> BoxFuture<'a, Result<(), String>> {
+        let why =
+            format!("the container {} belongs to a program with containers", record.begin.guest_id);
+        Box::pin(std::future::ready(Err(why)))
     }
 }
 

@@ -28,7 +28,7 @@ use provider_api::{BoxFuture, Call, CancellationToken, GuestKind, Job, JobInfo, 
 use self::hooks::{Hooks, Phase};
 use self::one_guest::{Shared, SharedJob};
 use crate::bandwidth::Budget;
-use crate::guest::BackupMode;
+use crate::guest::{BackupMode, Containers};
 use crate::host_budget::HostRam;
 use crate::layout::Layout;
 use crate::retention::Retention;
@@ -122,6 +122,8 @@ pub struct JobContext {
     pub storages: StorageSet,
     /// The providers, for the recovery of tasks of any storage.
     pub providers: Arc<dyn Providers>,
+    /// The containers of the host.
+    pub containers: Arc<dyn Containers>,
     /// How the freeze guard is started.
     pub guard: GuardCommand,
     /// Bounds of all waits.
@@ -162,6 +164,8 @@ pub struct BackupOptions {
     pub host_ram: Option<HostRam>,
     /// The hook script.
     pub script: Option<PathBuf>,
+    /// Patterns of what is left out of containers, as `--exclude-path` of vzdump.
+    pub exclude: Vec<String>,
     /// What happens to a running guest for the point in time.
     pub mode: BackupMode,
     /// How long a guest may take to shut down in the mode stop.
@@ -187,6 +191,7 @@ impl BackupOptions {
             buffer_total_bytes: None,
             host_ram: None,
             script: None,
+            exclude: Vec::new(),
             mode: BackupMode::default(),
             stop_wait: STOP_WAIT,
         }

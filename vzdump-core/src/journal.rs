@@ -13,7 +13,7 @@
 //! as long as it uses the journal: the recovery takes the lock as the proof that the task is over.
 
 pub mod recover;
-pub(crate) mod volumes;
+pub mod volumes;
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -270,7 +270,14 @@ pub enum Entry {
         /// The outcome.
         outcome: KnownOutcome,
     },
-    /// A new volume of a guest that is being made.
+    /// A snapshot of a volume that a container's backup reads.
+    Snapshot {
+        /// Volume id.
+        volume: String,
+        /// The snapshot's name.
+        name: String,
+    },
+    /// A new volume of a guest that is being made, or a copy of one that a container's backup reads.
     Volume {
         /// Volume id.
         volume: String,
@@ -473,7 +480,9 @@ pub struct Record {
     pub committing: Option<Uuid>,
     /// What is known of it.
     pub outcome: Option<KnownOutcome>,
-    /// New volumes of a restore.
+    /// Snapshots of volumes: volume id and name.
+    pub snapshots: Vec<(String, String)>,
+    /// New volumes of a restore, or copies for a container's backup.
     pub volumes: Vec<String>,
     /// Files of a restore.
     pub files: Vec<PathBuf>,
@@ -513,6 +522,7 @@ impl Record {
             file_exports: Vec::new(),
             committing: None,
             outcome: None,
+            snapshots: Vec::new(),
             volumes: Vec::new(),
             files: Vec::new(),
             replaces: None,
@@ -543,6 +553,7 @@ impl Record {
             Entry::Access { target_id } => self.access = Some(target_id),
             Entry::NbdServer { socket, exports } => self.nbd = Some((socket, exports)),
             Entry::FileExport(export) => self.file_exports.push(export),
+            Entry::Snapshot { volume, name } => self.snapshots.push((volume, name)),
             Entry::Committing { id } => self.committing = Some(id),
             Entry::Outcome { id, outcome } => {
                 if self.committing != Some(id) {

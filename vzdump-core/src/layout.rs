@@ -10,6 +10,8 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
+use provider_api::GuestKind;
+
 /// Longest path of a Unix socket that Linux accepts, without the final zero byte.
 pub const SOCKET_PATH_MAX_BYTES: usize = 107;
 
@@ -172,6 +174,49 @@ impl Layout {
     #[must_use]
     pub fn vm_config_path(&self, id: u32) -> PathBuf {
         self.vm_config_dir().join(format!("{id}.conf"))
+    }
+
+    /// The directory of the containers' configurations.
+    #[must_use]
+    pub fn ct_config_dir(&self) -> PathBuf {
+        self.etc.join("lxc")
+    }
+
+    /// A container's configuration.
+    #[must_use]
+    pub fn ct_config_path(&self, id: u32) -> PathBuf {
+        self.ct_config_dir().join(format!("{id}.conf"))
+    }
+
+    /// The configuration of a guest of this kind.
+    #[must_use]
+    pub fn guest_config_path(&self, kind: GuestKind, id: u32) -> PathBuf {
+        match kind {
+            GuestKind::Qemu => self.vm_config_path(id),
+            GuestKind::Lxc => self.ct_config_path(id),
+        }
+    }
+
+    /// The kind of a guest; one that is not there counts as a VM.
+    #[must_use]
+    pub fn guest_kind(&self, id: u32) -> GuestKind {
+        if !self.vm_config_path(id).exists() && self.ct_config_path(id).exists() {
+            GuestKind::Lxc
+        } else {
+            GuestKind::Qemu
+        }
+    }
+
+    /// Where LXC keeps what belongs to containers that run: its `lxcpath`.
+    #[must_use]
+    pub fn lxc_path(&self) -> PathBuf {
+        self.run.join("lxc")
+    }
+
+    /// The lock that a start and a stop of one container hold while they work.
+    #[must_use]
+    pub fn ct_power_lock_path(&self, id: u32) -> PathBuf {
+        self.lock_dir().join(format!("power-lxc-{id}.lock"))
     }
 
     /// A guest's firewall configuration; it need not exist.

@@ -19,7 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bandwidth;
-mod blocking;
+pub mod blocking;
 pub mod config;
 pub mod guest;
 pub mod host_budget;

@@ -277,14 +277,20 @@ pub trait Storage: std::fmt::Debug + Send + Sync {
 }
 
 impl dyn Storage + '_ {
-    /// A name `vm-<id>-disk-<n>` that no disk has, whatever its format.
+    /// A name `vm-<id>-disk-<n>` that no disk has, whatever its format; for a subvolume
+    /// `subvol-<id>-disk-<n>`.
     ///
     /// # Errors
     /// [`StorageError`].
-    pub async fn free_name(&self, guest_id: u32) -> Result<String, StorageError> {
+    pub async fn free_name(
+        &self,
+        guest_id: u32,
+        format: ImageFormat,
+    ) -> Result<String, StorageError> {
         let stored = self.list(Some(guest_id)).await?;
         let taken: HashSet<&str> = stored.iter().map(|stored| stored.volume.name()).collect();
-        let mut names = (0..DISKS_MAX).map(|n| format!("vm-{guest_id}-disk-{n}"));
+        let prefix = if format == ImageFormat::Subvol { "subvol" } else { "vm" };
+        let mut names = (0..DISKS_MAX).map(|n| format!("{prefix}-{guest_id}-disk-{n}"));
         names.find(|name| !taken.contains(name.as_str())).ok_or_else(|| StorageError::Storage {
             id: self.id().to_owned(),
             why: format!("has no free disk name for the guest {guest_id}."),

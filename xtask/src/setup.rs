@@ -34,6 +34,8 @@ const BUILD: &[&str] = &[
 
 /// What the tests and the demo's guest are made of.
 const TESTS: &[&str] = &[
+    "acl",
+    "attr",
     "btrfs-progs",
     "busybox-static",
     "cpio",
@@ -42,6 +44,7 @@ const TESTS: &[&str] = &[
     "git",
     "kmod",
     "libnbd-bin",
+    "lxc",
     "lz4",
     "mount",
     "nbdkit",

@@ -5,6 +5,7 @@
 //! writing gives back every byte that was not changed on purpose.
 
 pub mod backup;
+pub mod container;
 pub mod guest;
 pub mod jobs;
 pub mod options;

@@ -12,10 +12,10 @@ use super::hooks::{GuestHooks, Hooks, Phase};
 use super::report::GuestResult;
 use super::run::Run;
 use super::{
-    BackupOptions, GuestReport, JobContext, backup_lock_path, chain, report, target_lock_path,
-    unless_cancelled,
+    BackupOptions, GuestReport, JobContext, backup_lock_path, chain, guest_words, report,
+    target_lock_path, unless_cancelled,
 };
-use crate::guest::GuestDriver as _;
+use crate::guest::GuestDriver;
 use crate::journal::recover::{self, Leftover};
 use crate::lock::{FileLock, LockError};
 use crate::task_log::{FileLog, GuestLines, TaskSink, Tee, duration};
@@ -39,7 +39,7 @@ pub(super) struct Shared<'a> {
 impl<'a> Shared<'a> {
     /// Backs up one guest; the result is in the report.
     pub(super) async fn run_guest(&self, job: &SharedJob, id: u32) -> GuestReport {
-        let mut report = GuestReport::new(GuestKind::Qemu, id);
+        let mut report = GuestReport::new(self.ctx.layout.guest_kind(id), id);
         if self.cancel.is_cancelled() {
             // Not begun: there is nothing to tell about it but this.
             report.error = Some("the job was cancelled".to_owned());
@@ -54,14 +54,14 @@ impl<'a> Shared<'a> {
     }
 
     async fn run_with(&self, job: &SharedJob, sink: &dyn TaskSink, report: &mut GuestReport) {
-        let id = report.id;
+        let (kind, id) = (report.kind, report.id);
         let start = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S");
         let begin =
-            [format!("Starting Backup of VM {id} (qemu)"), format!("Backup started at {start}")];
+            [format!("Starting Backup of VM {id} ({kind})"), format!("Backup started at {start}")];
         begin.iter().for_each(|line| sink.info(line));
         let started = Instant::now();
-        let mut hooks = self.hooks.guest(GuestKind::Qemu, id, self.options.mode.name());
-        let locks = match unless_cancelled(self.cancel, self.lock_guest(id, sink)).await {
+        let mut hooks = self.hooks.guest(kind, id, self.options.mode.name());
+        let locks = match unless_cancelled(self.cancel, self.lock_guest(kind, id, sink)).await {
             Ok(locks) => locks,
             Err(error) => {
                 report.error = Some(error);
@@ -70,7 +70,7 @@ impl<'a> Shared<'a> {
             }
         };
         // Only now: the file may be that of the guest's running backup.
-        let log_path = self.ctx.layout.log_dir().join(format!("{}-{id}.log", GuestKind::Qemu));
+        let log_path = self.ctx.layout.log_dir().join(format!("{kind}-{id}.log"));
         let file = FileLog::create(&log_path);
         let tee;
         let sink: &dyn TaskSink = match &file {
@@ -107,9 +107,9 @@ impl<'a> Shared<'a> {
         sink: &dyn TaskSink,
         report: &mut GuestReport,
     ) -> Result<(), String> {
-        let id = report.id;
+        let (kind, id) = (report.kind, report.id);
         let begin = async {
-            let driver = self.ready(id, sink).await?;
+            let driver = self.ready(kind, id, sink).await?;
             let Self { ctx, provider, options, cancel, .. } = *self;
             aftermath::check_protected(ctx, provider, options, report, cancel).await?;
             Ok(driver)
@@ -117,7 +117,7 @@ impl<'a> Shared<'a> {
         let mut driver = unless_cancelled(self.cancel, begin).await?;
         hooks.set_name(driver.name());
         hooks.call(Phase::BackupStart, Vec::new(), sink).await?;
-        let run = Box::pin(Run::new(self, job, hooks, &mut driver, sink, report).finish());
+        let run = Box::pin(Run::new(self, job, hooks, driver.as_mut(), sink, report).finish());
         // A provider is the work of others, and its faults are not those of the other guests.
         let Err(panic) = AssertUnwindSafe(run).catch_unwind().await else {
             return Ok(());
@@ -129,7 +129,10 @@ impl<'a> Shared<'a> {
             .map(String::as_str)
             .or_else(|| panic.downcast_ref::<&str>().copied())
             .unwrap_or("no reason is known");
-        Err(format!("internal error: {what}; the next backup of VM {id} cleans up"))
+        Err(format!(
+            "internal error: {what}; the next backup of {} cleans up",
+            guest_words(kind, id)
+        ))
     }
 
     /// Tells the hook script that the archive is there. That it then fails is an error, but one that
@@ -153,29 +156,55 @@ impl<'a> Shared<'a> {
     }
 
     /// Cleans up after earlier tasks of a guest that is locked, and opens its driver.
-    async fn ready(&self, id: u32, sink: &dyn TaskSink) -> Result<VmDriver, String> {
-        let left = recover::recover_guest(self.ctx, GuestKind::Qemu, id, sink)
+    async fn ready(
+        &self,
+        kind: GuestKind,
+        id: u32,
+        sink: &dyn TaskSink,
+    ) -> Result<Box<dyn GuestDriver>, String> {
+        let left = recover::recover_guest(self.ctx, kind, id, sink)
             .await
             .map_err(|error| chain(&error))?;
         if let Some(Leftover { reason, .. }) = left.first() {
             return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
         }
-        leftovers::remove_of_guest(self.ctx, id, sink).await;
         let capabilities = self.provider.describe().capabilities;
-        let mechanism = Mechanism::of(&capabilities).ok_or_else(|| {
-            format!("the provider of the storage '{}' backs up no VMs", self.options.storage)
-        })?;
-        VmDriver::open(self.ctx, id, self.options, mechanism).map_err(|error| chain(&error))
+        match kind {
+            GuestKind::Qemu => {
+                leftovers::remove_of_guest(self.ctx, id, sink).await;
+                let mechanism = Mechanism::of(&capabilities).ok_or_else(|| {
+                    format!(
+                        "the provider of the storage '{}' backs up no VMs",
+                        self.options.storage
+                    )
+                })?;
+                VmDriver::open(self.ctx, id, self.options, mechanism)
+                    .map(|driver| Box::new(driver) as _)
+                    .map_err(|error| chain(&error))
+            }
+            GuestKind::Lxc if !capabilities.container => Err(format!(
+                "the provider of the storage '{}' backs up no containers",
+                self.options.storage
+            )),
+            GuestKind::Lxc => {
+                self.ctx.containers.open(self.ctx, id, self.options).map_err(|error| chain(&error))
+            }
+        }
     }
 
-    async fn lock_guest(&self, id: u32, sink: &dyn TaskSink) -> Result<[FileLock; 2], String> {
+    async fn lock_guest(
+        &self,
+        kind: GuestKind,
+        id: u32,
+        sink: &dyn TaskSink,
+    ) -> Result<[FileLock; 2], String> {
         let wait = self.options.lock_wait;
         let deadline = Instant::now() + wait;
-        let target = target_lock_path(&self.ctx.layout, GuestKind::Qemu, id, &self.options.storage);
-        let guest = backup_lock_path(&self.ctx.layout, GuestKind::Qemu, id);
+        let target = target_lock_path(&self.ctx.layout, kind, id, &self.options.storage);
+        let guest = backup_lock_path(&self.ctx.layout, kind, id);
         let mut held = Vec::new();
         for path in [&target, &guest] {
-            let what = format!("VM {id}");
+            let what = guest_words(kind, id);
             let lock = match FileLock::try_acquire(path, &what) {
                 Err(busy @ LockError::Busy { .. }) if Instant::now() < deadline => {
                     sink.info(&format!("{busy} Waiting for up to {}.", duration(wait)));

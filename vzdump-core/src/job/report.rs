@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use provider_api::{GuestKind, Transferred};
+use provider_api::{ContainerTransferred, GuestKind, Transferred};
 use serde::Serialize;
 
 use super::state::Verdict;
@@ -88,6 +88,8 @@ pub struct GuestReport {
     pub disks_size_bytes: u64,
     /// What was moved.
     pub transferred: Transferred,
+    /// What was moved of a container.
+    pub container: Option<ContainerTransferred>,
     /// Bytes of the disks that an earlier backup has.
     pub reused_bytes: u64,
     /// Duration of the whole backup in milliseconds.
@@ -119,6 +121,7 @@ impl GuestReport {
             archive_size_bytes: 0,
             disks_size_bytes: 0,
             transferred: Transferred::default(),
+            container: None,
             reused_bytes: 0,
             duration_ms: 0,
             transfer_ms: 0,

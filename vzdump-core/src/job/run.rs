@@ -6,8 +6,8 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use provider_api::{
-    BitmapRequest, CancellationToken, GuestBackup, GuestInfo, Provider, Uuid, VolumeInfo,
-    check_archive_name,
+    BitmapRequest, CancellationToken, ContainerTransferred, GuestBackup, GuestInfo, GuestKind,
+    IGNORED_MAX, Provider, Transferred, Uuid, VolumeInfo, check_archive_name,
 };
 
 use super::hooks::GuestHooks;
@@ -20,7 +20,7 @@ use super::state::{Action, Event, Machine, Outcome};
 use super::{BackupOptions, JobContext, Limits, call_within, chain, guest_words};
 use crate::guest::{GuestDriver, GuestError, GuestSource, Task, VolumeReport};
 use crate::journal::{Begin, Entry, Journal, TaskKind};
-use crate::task_log::{TaskSink, size, transferred};
+use crate::task_log::{TaskSink, clean, size, transferred};
 
 /// How long the reason of a broken snapshot is waited for after the provider failed.
 const REASON_WAIT: Duration = Duration::from_millis(500);
@@ -165,6 +165,8 @@ impl<'a> Run<'a> {
             Action::StartGuest => self.start_guest().await?,
             Action::Prepare => return self.prepare().await,
             Action::EnterMode => self.enter_mode().await?,
+            // A container has no bitmaps to plan.
+            Action::PlanVolumes if self.driver.kind() == GuestKind::Lxc => {}
             Action::PlanVolumes => self.plan_volumes().await?,
             Action::PointInTime => self.point_in_time().await?,
             Action::Resume => self.resume().await?,
@@ -290,9 +292,7 @@ impl<'a> Run<'a> {
     }
 
     async fn transfer(&mut self) -> StepResult<()> {
-        let GuestSource::Vm(source) = self.driver.source() else {
-            return Err("the guest is no virtual machine".to_owned());
-        };
+        let source = self.driver.source();
         let backup = self.backup.as_mut().ok_or("the provider's backup is not begun")?;
         let task = task(self.journal.as_ref(), self.sink, self.hooks)?;
         self.report.reused_bytes = reused_bytes(&self.driver.volumes());
@@ -305,7 +305,7 @@ impl<'a> Run<'a> {
         let result = tokio::select! {
             biased;
             error = &mut lost => Err(words(error)),
-            result = backup.backup_vm(source, &meter, &call) => match result {
+            result = copy(backup.as_mut(), source, &meter, &call) => match result {
                 Ok(moved) => Ok(moved),
                 // The provider sees only an I/O error; the guest's side knows why.
                 Err(error) => Err(match tokio::time::timeout(REASON_WAIT, &mut lost).await {
@@ -320,8 +320,31 @@ impl<'a> Run<'a> {
         self.report.transfer_ms = millis(meter.elapsed());
         let moved = result?;
         meter.end();
-        self.report.transferred = moved;
+        self.report.transferred = moved.transferred();
+        if let Moved::Container(moved) = moved {
+            self.take_container(moved)?;
+        }
         self.log_moved(meter.elapsed());
+        Ok(())
+    }
+
+    /// What a provider says of a container's archive is untrusted.
+    fn take_container(&mut self, mut moved: ContainerTransferred) -> StepResult<()> {
+        moved.ignored.truncate(IGNORED_MAX);
+        for entry in &mut moved.ignored {
+            entry.path = clean(&entry.path);
+            entry.why = clean(&entry.why);
+            self.sink.warn(&format!("not in the archive: '{}': {}", entry.path, entry.why));
+        }
+        let named = moved.ignored.len() as u64;
+        if moved.ignored_count > named {
+            self.sink.warn(&format!("{} more are not in the archive", moved.ignored_count - named));
+        }
+        // A tree has at least its root: such an archive would be a backup only by name.
+        if moved.entries == 0 {
+            return Err("the provider's archive has no entries, but the container has".to_owned());
+        }
+        self.report.container = Some(moved);
         Ok(())
     }
 
@@ -380,6 +403,41 @@ impl<'a> Run<'a> {
                 ms(stats.delay_max_ns),
                 size(stats.captured_bytes),
             ));
+        }
+    }
+}
+
+/// What a provider has copied.
+enum Moved {
+    Disks(Transferred),
+    Container(ContainerTransferred),
+}
+
+impl Moved {
+    fn transferred(&self) -> Transferred {
+        match self {
+            Self::Disks(moved) => *moved,
+            Self::Container(moved) => Transferred {
+                total_bytes: moved.read_bytes,
+                read_bytes: moved.read_bytes,
+                zero_bytes: 0,
+                written_bytes: moved.written_bytes,
+            },
+        }
+    }
+}
+
+/// Has the provider copy what the guest's kind gives.
+async fn copy(
+    backup: &mut dyn GuestBackup,
+    source: GuestSource,
+    meter: &Meter<'_>,
+    call: &provider_api::Call,
+) -> provider_api::Result<Moved> {
+    match source {
+        GuestSource::Vm(source) => backup.backup_vm(source, meter, call).await.map(Moved::Disks),
+        GuestSource::Container(source) => {
+            backup.backup_container(source, meter, call).await.map(Moved::Container)
         }
     }
 }

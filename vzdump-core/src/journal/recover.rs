@@ -29,10 +29,10 @@ use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::guest::GuestError;
 use crate::job::commit::ask_outcome;
-use crate::job::{JobContext, backup_lock_path, chain};
+use crate::job::{JobContext, backup_lock_path, chain, guest_words};
 use crate::lock::{FileLock, LockError};
 use crate::restore;
-use crate::storage::VolumeId;
+use crate::storage::{StorageError, VolumeId};
 use crate::task_log::TaskSink;
 use crate::vm::backup::power::{self, Change, Vm};
 use crate::vm::backup::{file, ops};
@@ -136,6 +136,9 @@ async fn recover_journal(
     };
     sink.warn(&format!("cleaning up after an interrupted {what} of guest {}", begin.guest_id));
     match begin.task {
+        TaskKind::Backup if begin.guest_kind == GuestKind::Lxc => {
+            recover_container_backup(ctx, &record, sink).await?;
+        }
         TaskKind::Backup => recover_backup(ctx, &record, sink).await?,
         TaskKind::Restore if record.replaces.is_some() => {
             restore::replace::recover(ctx, &record, sink).await?;
@@ -199,6 +202,42 @@ async fn recover_backup(
         is_kept: record.kept_alive,
     };
     power::leave(vm, &qemu, &session, change, sink).await.map_err(|error| chain(&error))
+}
+
+/// A container goes on before anything else is undone.
+async fn recover_container_backup(
+    ctx: &JobContext,
+    record: &Record,
+    sink: &dyn TaskSink,
+) -> Result<(), String> {
+    if record.frozen || record.held.is_some() {
+        ctx.containers.run_again(ctx, record, sink).await?;
+        for entry in [Entry::Thawed, Entry::Resumed] {
+            super::append_to(&record.path, entry).await.map_err(|error| chain(&error))?;
+        }
+    }
+    settle_commit(ctx, record, sink).await?;
+    for (volume, name) in &record.snapshots {
+        delete_snapshot(ctx, volume, name).await?;
+    }
+    for volume in record.volumes.iter().rev() {
+        free_named(ctx, volume).await?;
+    }
+    remove_directories(ctx, record).await
+}
+
+async fn delete_snapshot(ctx: &JobContext, volume: &str, name: &str) -> Result<(), String> {
+    let volume: VolumeId = volume.parse().map_err(|error| chain(&error))?;
+    let storage = ctx.storages.images(volume.storage()).map_err(|error| chain(&error))?;
+    let limit = ctx.limits.undo;
+    match tokio::time::timeout(limit, storage.delete_snapshot(&ctx.tools, &volume, name)).await {
+        Ok(Ok(_) | Err(StorageError::NotFound { .. })) => Ok(()),
+        Ok(Err(error)) => Err(chain(&error)),
+        Err(_) => Err(format!(
+            "the snapshot '{name}' of '{volume}' could not be removed within {} seconds",
+            limit.as_secs()
+        )),
+    }
 }
 
 /// The QEMU that the backup worked with last, if it lives.
@@ -324,13 +363,16 @@ async fn recover_new(
     sink: &dyn TaskSink,
 ) -> Result<(), String> {
     let id = record.begin.guest_id;
-    let config = VmConfig::read(&ctx.layout.vm_config_path(id)).map_err(|error| chain(&error))?;
+    let kind = record.begin.guest_kind;
+    let guest = guest_words(kind, id);
+    let path = ctx.layout.guest_config_path(kind, id);
+    let config = VmConfig::read(&path).map_err(|error| chain(&error))?;
     // Some of them may have been detached, moved or removed since, so one is enough.
     let is_complete = config
         .as_ref()
         .is_some_and(|config| record.volumes.iter().any(|volume| config.names_volume(volume)));
     if record.complete || is_complete {
-        sink.info(&format!("the interrupted {what} of VM {id} was complete"));
+        sink.info(&format!("the interrupted {what} of {guest} was complete"));
         return remove_directories(ctx, record).await;
     }
     for volume in record.volumes.iter().rev() {

@@ -26,18 +26,25 @@ pub enum NewVolumeError {
 /// A task's journal and the volumes it has made so far.
 ///
 /// Dropping it leaves both to the recovery.
-pub(crate) struct NewVolumes {
-    pub(crate) journal: Journal,
+#[derive(Debug)]
+pub struct NewVolumes {
+    /// The journal.
+    pub journal: Journal,
     volumes: Vec<VolumeId>,
 }
 
 impl NewVolumes {
-    pub(crate) fn new(journal: Journal) -> Self {
+    /// Nothing is made yet.
+    #[must_use]
+    pub fn new(journal: Journal) -> Self {
         Self { journal, volumes: Vec::new() }
     }
 
     /// Makes a disk under the first free name. May be dropped at any point.
-    pub(crate) async fn allocate(
+    ///
+    /// # Errors
+    /// [`NewVolumeError`].
+    pub async fn allocate(
         &mut self,
         ctx: &JobContext,
         storage: &dyn Storage,
@@ -48,7 +55,7 @@ impl NewVolumes {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let name = storage.free_name(guest_id).await?;
+            let name = storage.free_name(guest_id, format).await?;
             let volume = VolumeId::new(storage.id(), guest_id, &name, format)?;
             self.journal.append(Entry::Volume { volume: volume.to_string() }).await?;
             self.volumes.push(volume.clone());
@@ -72,7 +79,7 @@ impl NewVolumes {
     }
 
     /// Removes the volumes; returns what could not be removed, and stays in the journal.
-    pub(crate) async fn free(&mut self, ctx: &JobContext) -> Vec<String> {
+    pub async fn free(&mut self, ctx: &JobContext) -> Vec<String> {
         let mut problems = Vec::new();
         while let Some(volume) = self.volumes.pop() {
             problems.extend(free_within(ctx, &volume, ctx.limits.undo).await.err());
@@ -82,7 +89,10 @@ impl NewVolumes {
 }
 
 /// Frees a volume in bounded time; one that is not there is no error.
-pub(crate) async fn free_within(
+///
+/// # Errors
+/// Why it is still there, in words.
+pub async fn free_within(
     ctx: &JobContext,
     volume: &VolumeId,
     limit: Duration,

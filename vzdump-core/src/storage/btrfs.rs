@@ -6,6 +6,7 @@
 //! tree:100/vm-100-disk-1.raw.qcow2   images/100/vm-100-disk-1/disk.raw.qcow2, disk.raw.data
 //! tree:100/vm-100-disk-2.qcow2       images/100/vm-100-disk-2.qcow2, as in a directory
 //! a snapshot                         images/100/vm-100-disk-0@name, read-only
+//! tree:100/subvol-100-disk-0.subvol  images/100/subvol-100-disk-0.subvol, a container's files
 //! ```
 //!
 //! Images are copied on write and have checksums unless the storage says `nocow 1`
@@ -53,11 +54,11 @@ impl BtrfsStorage {
     }
 
     fn subvolume(&self, volume: &VolumeId) -> PathBuf {
-        self.plain.guest_dir(volume.guest_id()).join(volume.name())
+        self.plain.guest_dir(volume.guest_id()).join(subvolume_name(volume))
     }
 
     fn snapshot_path(&self, volume: &VolumeId, name: &str) -> PathBuf {
-        self.plain.guest_dir(volume.guest_id()).join(format!("{}@{name}", volume.name()))
+        self.plain.guest_dir(volume.guest_id()).join(format!("{}@{name}", subvolume_name(volume)))
     }
 
     /// That the path, or where it will be made, is on a btrfs: on anything else this would only look as
@@ -104,7 +105,7 @@ impl BtrfsStorage {
     }
 
     fn snapshot_names(&self, volume: &VolumeId) -> Result<Vec<String>, StorageError> {
-        let prefix = format!("{}@", volume.name());
+        let prefix = format!("{}@", subvolume_name(volume));
         let names = names_in(&self.plain.guest_dir(volume.guest_id()))?;
         Ok(names.iter().filter_map(|name| name.strip_prefix(&prefix)).map(str::to_owned).collect())
     }
@@ -122,7 +123,23 @@ impl Images for BtrfsStorage {
             return self.plain.files(volume);
         }
         self.plain.check_own(volume)?;
+        if volume.format() == ImageFormat::Subvol {
+            return self.plain.files(volume);
+        }
         Ok(ImageFiles::new(&self.subvolume(volume), STEM, volume.format()))
+    }
+
+    fn existing(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
+        let files = self.files(volume)?;
+        let is_there = match volume.format() {
+            ImageFormat::Subvol => files.image.is_dir(),
+            _ => files.all().all(|path| path.is_file()),
+        };
+        if is_there {
+            return Ok(files);
+        }
+        let missing = files.all().find(|path| !path.is_file()).unwrap_or(&files.image);
+        Err(StorageError::NotFound { volume: volume.to_string(), path: missing.clone() })
     }
 
     fn allocate_now(
@@ -163,6 +180,9 @@ impl Images for BtrfsStorage {
             let _ = delete_subvolume(&undo);
             let _ = fs::remove_dir(guest_dir);
         });
+        if volume.format() == ImageFormat::Subvol {
+            return Ok(unfinished);
+        }
         match self.fill(tools, volume, size_bytes) {
             Ok(()) => Ok(unfinished),
             Err(error) => {
@@ -203,6 +223,12 @@ impl Images for BtrfsStorage {
             for name in names_in(&dir)? {
                 let path = dir.join(&name);
                 if !path.is_dir() {
+                    continue;
+                }
+                if let Ok(volume) = format!("{id}:{guest_id}/{name}").parse::<VolumeId>()
+                    && volume.format() == ImageFormat::Subvol
+                {
+                    found.push(StoredVolume { volume, size_bytes: Some(0), used_bytes: 0 });
                     continue;
                 }
                 let format = ImageFormat::ALL
@@ -269,6 +295,11 @@ impl Images for BtrfsStorage {
         self.check_file_system()?;
         fs_status(self.plain.path())
     }
+}
+
+/// Where Proxmox VE has it, too: a subvolume with an image has the image's name without the ending.
+fn subvolume_name(volume: &VolumeId) -> &str {
+    if volume.format() == ImageFormat::Subvol { volume.file() } else { volume.name() }
 }
 
 /// Whether a volume is a file without a subvolume.

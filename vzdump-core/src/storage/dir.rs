@@ -179,6 +179,10 @@ impl Images for DirStorage {
         size_bytes: u64,
     ) -> Result<Unfinished, StorageError> {
         let files = self.files(volume)?;
+        if volume.format() == ImageFormat::Subvol {
+            let why = "has no subvolumes: a storage of the type btrfs has.".to_owned();
+            return Err(StorageError::Storage { id: self.id.clone(), why });
+        }
         let dir = self.guest_dir(volume.guest_id());
         in_guest_dir(&dir, || files.claim_image()).map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists => StorageError::Exists { volume: volume.to_string() },

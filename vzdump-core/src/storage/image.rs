@@ -220,6 +220,8 @@ pub fn image_size(path: &Path, format: ImageFormat) -> Result<u64, StorageError>
     }
     match format {
         ImageFormat::Raw if meta.is_file() => Ok(meta.len()),
+        // What is a file is none.
+        ImageFormat::Subvol => Err(wrong("it is no directory.")),
         // The size of a block device is where its end is.
         ImageFormat::Raw => file.seek(io::SeekFrom::End(0)).map_err(fault),
         ImageFormat::Qcow2 | ImageFormat::RawBitmaps => {

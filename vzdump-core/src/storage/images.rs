@@ -90,7 +90,10 @@ impl<T: Images> Storage for T {
     ) -> BoxFuture<'a, Result<VolumeId, StorageError>> {
         let (this, tools) = (self.clone(), tools.clone());
         Box::pin(async move {
-            check_size(size_bytes)?;
+            // A subvolume is as large as what is in it.
+            if format != ImageFormat::Subvol {
+                check_size(size_bytes)?;
+            }
             let volume = VolumeId::new(self.storage_id(), guest_id, name, format)?;
             let new = volume.clone();
             beside(move || this.allocate_now(&tools, &new, size_bytes)).await?.keep();

@@ -23,17 +23,20 @@ pub enum ImageFormat {
     /// The disk's bytes as they are in one file, and beside it a qcow2 image that holds no data: only the
     /// dirty bitmaps, so that they outlive QEMU.
     RawBitmaps,
+    /// A subvolume of btrfs with the files of a container; no image, and without a size of its own.
+    Subvol,
 }
 
 impl ImageFormat {
     /// All of them; those whose ending contains another one's come first.
-    pub const ALL: [Self; 3] = [Self::RawBitmaps, Self::Raw, Self::Qcow2];
+    pub const ALL: [Self; 4] = [Self::RawBitmaps, Self::Raw, Self::Qcow2, Self::Subvol];
 
     /// The name of its driver in QEMU.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Raw => "raw",
+            // Nothing in QEMU opens a subvolume: it is no file.
+            Self::Raw | Self::Subvol => "raw",
             Self::Qcow2 | Self::RawBitmaps => "qcow2",
         }
     }
@@ -46,6 +49,7 @@ impl ImageFormat {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
             Self::RawBitmaps => "raw.qcow2",
+            Self::Subvol => "subvol",
         }
     }
 
@@ -70,6 +74,7 @@ impl fmt::Display for ImageFormat {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
             Self::RawBitmaps => "raw+bitmaps",
+            Self::Subvol => "subvol",
         })
     }
 }
@@ -172,7 +177,7 @@ impl FromStr for VolumeId {
             return Err(fault("the file's name has characters that are not allowed."));
         }
         let (_, format) = ImageFormat::split(file)
-            .ok_or_else(|| fault("the file's name must end in .raw or .qcow2."))?;
+            .ok_or_else(|| fault("the file's name must end in .raw, .qcow2 or .subvol."))?;
         Ok(Self { storage: storage.to_owned(), guest_id, file: file.to_owned(), format })
     }
 }

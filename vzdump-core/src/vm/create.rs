@@ -360,6 +360,7 @@ mod tests {
             layout,
             tools,
             providers: Arc::new(NoProviders),
+            containers: Arc::new(crate::guest::NoContainers),
             guard: GuardCommand { program: "/nonexistent".into(), args: Vec::new() },
             limits: Limits::default(),
         };

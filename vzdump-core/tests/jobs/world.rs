@@ -98,6 +98,7 @@ pub fn context(root: &Path, provider: &FakeProvider) -> JobContext {
         tools: Tools::find(None, None),
         storages,
         providers: Arc::new(One(provider.clone())),
+        containers: Arc::new(vzdump_core::guest::NoContainers),
         guard: GuardCommand {
             program: std::env::current_exe().unwrap(),
             args: ["--exact", "guard_entry", "--nocapture"].map(Into::into).to_vec(),

@@ -1,0 +1,498 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The backup of one container, for the job engine.
+//!
+//! | mode | running container |
+//! |---|---|
+//! | snapshot | frozen for the moment in which all of its volumes are snapshotted |
+//! | stop | stopped; starts again as soon as there are snapshots, else when the archive is complete |
+//!
+//! Volumes that cannot be snapshotted are read as they are while the container is down.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use provider_api::{
+    BitmapRequest, BoxFuture, ContainerBackup, ContainerMount, GuestKind, IdMapRange, VolumeInfo,
+};
+use tokio::sync::mpsc;
+use vzdump_core::bandwidth::Budget;
+use vzdump_core::config::container::CtConfig;
+use vzdump_core::guest::{
+    AccessStats, BackupMode, Containers, GuestDriver, GuestError, GuestSource, PointInTime, Task,
+    VolumeReport,
+};
+use vzdump_core::job::{BackupOptions, JobContext};
+use vzdump_core::journal::volumes::free_within;
+use vzdump_core::journal::{Entry, Record};
+use vzdump_core::layout::make_private_dir;
+use vzdump_core::lock::FileLock;
+use vzdump_core::storage::ImageFormat;
+use vzdump_core::task_log::TaskSink;
+
+use crate::CtError;
+use crate::guard::{Frozen, Target};
+use crate::lxc::{Lxc, State};
+use crate::runner::Runner;
+use crate::runtime::{Found, beside, find_volumes, read_config, start_now, stop_now};
+use crate::sandbox::TREE;
+use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
+use crate::view::{Part, View, ViewOptions};
+
+/// Lines of commands that wait for the log.
+const LOG_LINES: usize = 1000;
+/// For an operation of somebody else on the container, such as a start, to end.
+const POWER_WAIT: Duration = Duration::from_secs(60);
+
+/// The containers of this host.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LxcContainers;
+
+impl Containers for LxcContainers {
+    fn open(
+        &self,
+        ctx: &JobContext,
+        id: u32,
+        options: &BackupOptions,
+    ) -> Result<Box<dyn GuestDriver>, GuestError> {
+        let config = read_config(&ctx.layout, id)?;
+        Ok(Box::new(CtDriver {
+            ids: config.id_map().map_err(CtError::from)?,
+            lxc: Lxc::new(&ctx.layout.lxc_path(), id),
+            ctx: ctx.clone(),
+            id,
+            options: options.clone(),
+            config,
+            volumes: Vec::new(),
+            can_snapshot: false,
+            ran: false,
+            down_since: None,
+            power: None,
+            snapshots: Vec::new(),
+            dir: None,
+            runner: None,
+            lines: None,
+        }))
+    }
+
+    fn run_again<'a>(
+        &'a self,
+        ctx: &'a JobContext,
+        record: &'a Record,
+        sink: &'a dyn TaskSink,
+    ) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(run_again(ctx, record, sink))
+    }
+}
+
+/// After a start of the host it is the host's matter which containers run.
+async fn run_again(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) -> Result<(), String> {
+    let id = record.begin.guest_id;
+    if !record.begin.owner.is_of_this_boot() {
+        return Ok(());
+    }
+    let lxc = Lxc::new(&ctx.layout.lxc_path(), id);
+    let asked = lxc.clone();
+    let state = beside(move || asked.state()).await.map_err(|error| error.words())?;
+    if record.frozen && state != State::Stopped {
+        // The guard has most likely done so long ago.
+        beside(move || lxc.thaw()).await.map_err(|error| error.words())?;
+        sink.info(&format!("CT {id} is thawed"));
+    }
+    if record.held.is_some() && state == State::Stopped {
+        crate::runtime::start(&ctx.layout, &ctx.storages, id)
+            .await
+            .map_err(|error| error.words())?;
+        sink.info(&format!("CT {id} runs again"));
+    }
+    Ok(())
+}
+
+struct CtDriver {
+    ctx: JobContext,
+    id: u32,
+    options: BackupOptions,
+    config: CtConfig,
+    ids: Vec<IdMapRange>,
+    lxc: Lxc,
+    /// Those that are in the backup.
+    volumes: Vec<Found>,
+    can_snapshot: bool,
+    /// It ran when the backup began.
+    ran: bool,
+    /// It was stopped for the backup and does not run again yet.
+    down_since: Option<Instant>,
+    /// Held while volumes are read that could change.
+    power: Option<FileLock>,
+    snapshots: Vec<Snapshot>,
+    dir: Option<PathBuf>,
+    runner: Option<Arc<Runner>>,
+    lines: Option<mpsc::Receiver<String>>,
+}
+
+impl CtDriver {
+    async fn prepare_now(&mut self, task: Task<'_>) -> Result<bool, CtError> {
+        let mode = self.options.mode;
+        if self.ids.is_empty() {
+            task.sink.warn(
+                "the container is privileged: its archive can only be restored as such, by \
+                            somebody who trusts it",
+            );
+        }
+        let (config, storages) = (self.config.clone(), self.ctx.storages.clone());
+        let found = beside(move || find_volumes(&config, &storages)).await?;
+        for volume in &found {
+            let entry = &volume.entry;
+            let place = entry.mount_point.display();
+            if entry.backup() {
+                task.sink.info(&format!("include '{}' ('{place}', {})", entry.key, entry.volume));
+            } else {
+                let why = if entry.is_bind() { "it belongs to the host" } else { "no 'backup=1'" };
+                task.sink.info(&format!("exclude '{}' ('{place}'): {why}", entry.key));
+            }
+        }
+        self.volumes = found.into_iter().filter(|volume| volume.entry.backup()).collect();
+        let (lxc, volumes) = (self.lxc.clone(), self.volumes.clone());
+        let (state, reason) =
+            beside(move || Ok((lxc.state()?, volumes.iter().find_map(|v| can_snapshot(v).err()))))
+                .await?;
+        self.ran = state != State::Stopped;
+        self.can_snapshot = reason.is_none();
+        let is_held = self.ran && mode != BackupMode::Stop;
+        if let Some(reason) = reason.filter(|_| is_held) {
+            return Err(CtError::Invalid(format!(
+                "The container {} runs, and {reason}. Use --mode stop.",
+                self.id
+            )));
+        }
+        if is_held && mode == BackupMode::Suspend {
+            task.sink
+                .info("mode suspend: the container is frozen while its volumes are snapshotted");
+        }
+        Ok(true)
+    }
+
+    /// Makes sure that nobody starts a container whose volumes are read, or stops one.
+    async fn hold_power(&mut self) -> Result<(), CtError> {
+        let path = self.ctx.layout.ct_power_lock_path(self.id);
+        let what = format!("CT {}", self.id);
+        self.power = Some(FileLock::acquire(&path, &what, POWER_WAIT).await?);
+        Ok(())
+    }
+
+    async fn enter_mode_now(&mut self, task: Task<'_>) -> Result<Vec<VolumeInfo>, GuestError> {
+        self.hold_power().await?;
+        let lxc = self.lxc.clone();
+        self.ran = beside(move || Ok(lxc.state()? != State::Stopped)).await?;
+        if self.ran && self.options.mode == BackupMode::Stop {
+            task.hooks.pre_stop(task.sink).await?;
+            task.journal.append(Entry::ShutDown).await?;
+            self.down_since = Some(Instant::now());
+            task.sink.info("stopping the container");
+            let (layout, id, wait) = (self.ctx.layout.clone(), self.id, self.options.stop_wait);
+            beside(move || stop_now(&layout, id, wait)).await?;
+        }
+        let infos = self.volumes.iter().map(|volume| VolumeInfo {
+            device: volume.entry.key.clone(),
+            size_bytes: size_bytes(volume),
+            volume_id: Some(volume.entry.volume.clone()),
+        });
+        Ok(infos.collect())
+    }
+
+    async fn snapshot_all(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        let is_running = self.ran && self.down_since.is_none();
+        // Named and written down before anything is frozen.
+        for volume in &self.volumes {
+            let snapshot = Snapshot::plan(&self.ctx, volume, self.id)?;
+            task.journal.append(snapshot.entry()).await?;
+            self.snapshots.push(snapshot);
+        }
+        let mut target = Target {
+            lxc: self.lxc.clone(),
+            with_processes: is_running && self.volumes.len() > 1,
+            file_systems: Vec::new(),
+        };
+        if is_running {
+            let (lxc, volumes) = (self.lxc.clone(), self.volumes.clone());
+            target.file_systems = beside(move || {
+                let images = volumes.iter().filter(|v| v.format == Some(ImageFormat::Raw));
+                images.map(|volume| monitored_mount(&lxc, &volume.entry.key)).collect()
+            })
+            .await?;
+        }
+        let freezes = target.with_processes || !target.file_systems.is_empty();
+        if !freezes {
+            for snapshot in &self.snapshots {
+                snapshot.take(&self.ctx).await?;
+            }
+            return Ok(());
+        }
+        task.journal.append(Entry::Freeze).await?;
+        let limits = self.ctx.limits.freeze;
+        let program = self.ctx.guard.program.clone();
+        let frozen =
+            beside(move || Frozen::freeze(&program, target, limits.freeze, limits.hold)).await?;
+        let mut taken = Ok(());
+        for snapshot in &self.snapshots {
+            taken = snapshot.take(&self.ctx).await;
+            if taken.is_err() {
+                break;
+            }
+        }
+        let thawed = beside(move || frozen.thaw()).await;
+        taken?;
+        thawed?;
+        task.journal.append(Entry::Thawed).await?;
+        Ok(())
+    }
+
+    async fn point_in_time_now(&mut self, task: Task<'_>) -> Result<PointInTime, GuestError> {
+        let started = Instant::now();
+        if self.can_snapshot {
+            self.snapshot_all(task).await?;
+            task.sink.info(&format!(
+                "snapshots of {} volumes in {} ms",
+                self.snapshots.len(),
+                started.elapsed().as_millis()
+            ));
+        }
+        Ok(PointInTime::default())
+    }
+
+    /// Starts the container again that was stopped for the backup.
+    async fn start_again(&mut self, task: Task<'_>) -> Result<Option<u64>, GuestError> {
+        let Some(since) = self.down_since else { return Ok(None) };
+        let before = task.hooks.pre_restart(task.sink).await;
+        let (layout, storages, id) = (self.ctx.layout.clone(), self.ctx.storages.clone(), self.id);
+        let lxc = self.lxc.clone();
+        beside(move || {
+            if lxc.state()? == State::Stopped {
+                start_now(&layout, &storages, id)?;
+            }
+            Ok(())
+        })
+        .await?;
+        self.down_since = None;
+        task.journal.append(Entry::Resumed).await?;
+        let after = task.hooks.post_restart(task.sink).await;
+        let down_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        task.sink.info(&format!("the container runs again after {down_ms} ms"));
+        before.and(after)?;
+        Ok(Some(down_ms))
+    }
+
+    async fn open_view(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        let id = uuid::Uuid::new_v4().simple();
+        let parent = self.ctx.layout.run().join("ct-backup");
+        make_private_dir(&parent).map_err(CtError::from)?;
+        let private = parent.join(format!("{}-{id}", self.id));
+        task.journal.append(Entry::Directory { path: private.clone() }).await?;
+        self.dir = Some(private.clone());
+        let dir = private.join("view");
+        let is_snapshot = self.can_snapshot;
+        let part = |(index, volume): (usize, &Found)| Part {
+            key: volume.entry.key.clone(),
+            mount_point: volume.entry.mount_point.clone(),
+            path: self.snapshots.get(index).map_or(&volume.path, |s| s.path()).clone(),
+            is_image: volume.format == Some(ImageFormat::Raw),
+        };
+        let parts: Vec<Part> = self.volumes.iter().enumerate().map(part).collect();
+        let ids = self.ids.clone();
+        let view = beside(move || {
+            make_private_dir(&private)?;
+            make_private_dir(&dir)?;
+            View::open(&dir, &parts, &ids, ViewOptions { writable: false, is_snapshot })
+        })
+        .await?;
+        let (log, lines) = mpsc::channel(LOG_LINES);
+        self.lines = Some(lines);
+        self.runner = Some(Arc::new(Runner {
+            view: Arc::new(view),
+            program: self.ctx.guard.program.clone(),
+            log,
+            writable: false,
+        }));
+        Ok(())
+    }
+
+    /// Ends the view; the provider may still hold the runner, whose commands are ended then.
+    async fn close_view(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        if let Some(lines) = &mut self.lines {
+            while let Ok(line) = lines.try_recv() {
+                task.sink.info(&line);
+            }
+        }
+        self.lines = None;
+        let Some(runner) = self.runner.take() else { return Ok(()) };
+        if Arc::strong_count(&runner) > 1 {
+            return Err(GuestError::Refused(
+                "The provider still holds the container's files after the end of the backup."
+                    .into(),
+            ));
+        }
+        beside(move || {
+            drop(runner);
+            Ok(())
+        })
+        .await?;
+        Ok(())
+    }
+
+    async fn release_now(&mut self) -> Result<(), GuestError> {
+        let mut first = Ok(());
+        for snapshot in std::mem::take(&mut self.snapshots).iter().rev() {
+            let removed = match snapshot {
+                Snapshot::OfStorage { volume, name, .. } => {
+                    let storage =
+                        self.ctx.storages.images(volume.storage()).map_err(CtError::from)?;
+                    let removed = storage.delete_snapshot(&self.ctx.tools, volume, name).await;
+                    removed.map(drop).map_err(|error| GuestError::from(CtError::from(error)))
+                }
+                Snapshot::Clone { volume, .. } => {
+                    let freed = free_within(&self.ctx, volume, self.ctx.limits.undo).await;
+                    freed.map_err(GuestError::Refused)
+                }
+            };
+            first = first.and(removed);
+        }
+        first
+    }
+}
+
+fn size_bytes(volume: &Found) -> u64 {
+    let image = volume.format == Some(ImageFormat::Raw);
+    if image { std::fs::metadata(&volume.path).map_or(0, |meta| meta.len()) } else { 0 }
+}
+
+impl GuestDriver for CtDriver {
+    fn kind(&self) -> GuestKind {
+        GuestKind::Lxc
+    }
+
+    fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn name(&self) -> Option<String> {
+        self.config.hostname().map(str::to_owned)
+    }
+
+    fn prepare<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<bool, GuestError>> {
+        Box::pin(async move { Ok(self.prepare_now(task).await?) })
+    }
+
+    fn enter_mode<'a>(
+        &'a mut self,
+        task: Task<'a>,
+    ) -> BoxFuture<'a, Result<Vec<VolumeInfo>, GuestError>> {
+        Box::pin(self.enter_mode_now(task))
+    }
+
+    fn acquire<'a>(&'a mut self, _: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn point_in_time<'a>(
+        &'a mut self,
+        _: &'a [BitmapRequest],
+        task: Task<'a>,
+    ) -> BoxFuture<'a, Result<PointInTime, GuestError>> {
+        Box::pin(self.point_in_time_now(task))
+    }
+
+    fn resume<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<Option<u64>, GuestError>> {
+        Box::pin(async move {
+            if !self.can_snapshot {
+                // Its volumes are read as they are: it runs again when that is over.
+                return Ok(None);
+            }
+            let down_ms = self.start_again(task).await?;
+            self.power = None;
+            Ok(down_ms)
+        })
+    }
+
+    fn open_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.open_view(task))
+    }
+
+    fn source(&self) -> GuestSource {
+        let runner = self.runner.as_ref().expect("the engine opens the source first");
+        let mount = |volume: &Found| ContainerMount {
+            key: volume.entry.key.clone(),
+            mount_point: volume.entry.mount_point.clone(),
+            volume_id: volume.entry.volume.clone(),
+        };
+        let firewall = std::fs::read(self.ctx.layout.firewall_path(self.id)).ok();
+        let bandwidth = self.options.bandwidth.as_ref();
+        GuestSource::Container(ContainerBackup {
+            config: self.config.lines().for_backup().to_string().into_bytes(),
+            firewall,
+            tree: TREE.into(),
+            host_tree: runner.view.host_tree(),
+            mounts: self.volumes.iter().map(mount).collect(),
+            id_map: self.ids.clone(),
+            exclude: self.options.exclude.clone(),
+            bandwidth_limit: bandwidth.map(Budget::rate_bytes_per_s),
+            runner: Arc::clone(runner) as _,
+        })
+    }
+
+    fn watch<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, GuestError> {
+        Box::pin(async move {
+            // A snapshot is not lost; what commands say is told meanwhile.
+            if let Some(lines) = &mut self.lines {
+                while let Some(line) = lines.recv().await {
+                    task.sink.info(&line);
+                }
+            }
+            std::future::pending().await
+        })
+    }
+
+    fn close_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.close_view(task))
+    }
+
+    fn teardown<'a>(&'a mut self, _: bool, _: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn release<'a>(&'a mut self, _: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(self.release_now())
+    }
+
+    fn leave_mode<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(async move {
+            let started = self.start_again(task).await;
+            self.power = None;
+            started.map(drop)
+        })
+    }
+
+    fn cleanup<'a>(&'a mut self, _: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
+        Box::pin(async move {
+            let Some(dir) = self.dir.take() else { return Ok(()) };
+            let removed = vzdump_core::blocking::run(move || match std::fs::remove_dir_all(dir) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            });
+            removed.await.map_err(GuestError::at("remove the directory of the backup"))
+        })
+    }
+
+    fn stats(&self) -> Option<AccessStats> {
+        None
+    }
+
+    fn volumes(&self) -> Vec<VolumeReport> {
+        let report = |volume: &Found| VolumeReport {
+            device: volume.entry.key.clone(),
+            size_bytes: size_bytes(volume),
+            bitmap_action: "not-used".to_owned(),
+            dirty_bytes: None,
+        };
+        self.volumes.iter().map(report).collect()
+    }
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Containers of LXC: starting and stopping them, their backup and their restore.
+//!
+//! ```text
+//! lxc/<id>.conf ─► config ─► runtime    a mount namespace with the volumes, LXC's monitor in it
+//!                              │
+//!                 driver ──────┤        freeze, snapshot, thaw (guard: thaws whatever happens)
+//!                    ▼
+//!                 view ─► holder        a thread with its own mount namespace, the tree in it
+//!                    ▼
+//!                 runner ─► sandbox     one command: namespaces, a root of its own, few rights
+//! ```
+//!
+//! All that is mounted is mounted in namespaces that end with their last process, so a crash leaves no mount
+//! behind (`docs/design/0028-containers-in-namespaces.md`).
+
+#![deny(unsafe_code)]
+
+mod attach;
+pub mod config;
+pub mod create;
+pub mod driver;
+mod error;
+pub mod guard;
+mod holder;
+mod ids;
+mod lxc;
+pub mod runner;
+pub mod runtime;
+pub mod sandbox;
+mod snapshot;
+mod system;
+mod tool;
+mod view;
+
+pub use driver::LxcContainers;
+pub use error::CtError;
+pub use guard::{SUBCOMMAND as GUARD_SUBCOMMAND, run_guard};
+pub use sandbox::{SUBCOMMAND as SANDBOX_SUBCOMMAND, run_sandbox};

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! LXC's programs. All of this may block; each call has a limit.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::CtError;
+use crate::tool::{command, output, run};
+
+/// For what LXC's monitor answers at once.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+/// For ending a container by force.
+const KILL_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a container is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It does not run.
+    Stopped,
+    /// It runs.
+    Running,
+    /// Its processes are frozen.
+    Frozen,
+    /// It starts, stops or freezes.
+    Changing,
+}
+
+/// A container as LXC knows it: a name below a path.
+#[derive(Debug, Clone)]
+pub(crate) struct Lxc {
+    pub(crate) path: PathBuf,
+    pub(crate) name: String,
+}
+
+impl Lxc {
+    pub(crate) fn new(path: &Path, id: u32) -> Self {
+        Self { path: path.to_owned(), name: id.to_string() }
+    }
+
+    /// Where LXC finds its configuration.
+    pub(crate) fn config_path(&self) -> PathBuf {
+        self.path.join(&self.name).join("config")
+    }
+
+    pub(crate) fn log_path(&self) -> PathBuf {
+        self.path.join(&self.name).join("lxc.log")
+    }
+
+    pub(crate) fn command(&self, program: &str, more: &[&str]) -> std::process::Command {
+        let mut command = command(program, ["-P"]);
+        command.arg(&self.path).args(["-n", &self.name]).args(more);
+        command
+    }
+
+    fn run(&self, program: &str, more: &[&str], limit: Duration) -> Result<String, CtError> {
+        run(&self.command(program, more), limit)
+            .map_err(CtError::at(format!("work on the container {} (`{program}`)", self.name)))
+    }
+
+    pub(crate) fn state(&self) -> Result<State, CtError> {
+        if !self.config_path().exists() {
+            return Ok(State::Stopped);
+        }
+        Ok(match self.run("lxc-info", &["-s", "-H"], ANSWER_LIMIT)?.as_str() {
+            "STOPPED" => State::Stopped,
+            "RUNNING" => State::Running,
+            "FROZEN" => State::Frozen,
+            _ => State::Changing,
+        })
+    }
+
+    /// The container's first process; none if it does not run.
+    pub(crate) fn init_pid(&self) -> Result<Option<i32>, CtError> {
+        if !self.config_path().exists() {
+            return Ok(None);
+        }
+        let text = self.run("lxc-info", &["-p", "-H"], ANSWER_LIMIT)?;
+        Ok(text.parse().ok())
+    }
+
+    /// Asks the container to shut down, and ends it when the time is over.
+    pub(crate) fn stop(&self, wait: Duration) -> Result<(), CtError> {
+        let seconds = wait.as_secs().max(1).to_string();
+        self.run("lxc-stop", &["-t", &seconds], wait + KILL_LIMIT).map(drop)
+    }
+
+    pub(crate) fn kill(&self) -> Result<(), CtError> {
+        self.run("lxc-stop", &["-k"], KILL_LIMIT).map(drop)
+    }
+
+    /// Freezes all of its processes. With the old cgroups this can take for ever: then it is an error,
+    /// and nothing may stay frozen.
+    pub(crate) fn freeze(&self, limit: Duration) -> Result<(), CtError> {
+        let frozen = self.run("lxc-freeze", &[], limit);
+        if frozen.is_err() {
+            self.thaw()?;
+        }
+        frozen.map(drop)
+    }
+
+    /// Also of one that is not frozen.
+    pub(crate) fn thaw(&self) -> Result<(), CtError> {
+        // LXC's own record of the state may be wrong after a freeze that did not end, so it is not asked.
+        let thawed = output(&self.command("lxc-unfreeze", &[]), ANSWER_LIMIT)
+            .map_err(CtError::at(format!("thaw the container {}", self.name)))?;
+        if thawed.status.success() || self.state()? != State::Frozen {
+            return Ok(());
+        }
+        let why = String::from_utf8_lossy(&thawed.stderr).trim().to_owned();
+        Err(CtError::at(format!("thaw the container {}", self.name))(why))
+    }
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Runs commands beside a container's tree ([`ContainerRunner`]).
+
+use std::collections::VecDeque;
+use std::fs::OpenOptions;
+use std::io::{self, BufRead as _, BufReader, Read};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use provider_api::{
+    BoxFuture, Call, CommandEnd, ContainerCommand, ContainerRunner, Error, Identity, Kind, Result,
+};
+use tokio::sync::mpsc::Sender;
+
+use crate::sandbox::{NOT_BEGUN, NOT_BEGUN_PREFIX, SUBCOMMAND, Spec};
+use crate::tool::{command as program, ends_with_us};
+use crate::view::View;
+
+/// How much of what a command says last is given to its provider.
+const STDERR_TAIL_BYTES: usize = 16 << 10;
+/// Longest line of a command's output that is taken as one.
+const LINE_BYTES_MAX: u64 = 4 << 10;
+const POLL: Duration = Duration::from_millis(5);
+const POLL_MAX: Duration = Duration::from_millis(50);
+
+/// Runs commands in the namespace of a view. Lines they write go to a channel.
+#[derive(Debug)]
+pub(crate) struct Runner {
+    pub(crate) view: Arc<View>,
+    pub(crate) program: PathBuf,
+    pub(crate) log: Sender<String>,
+    /// Whether the tree may be changed: for a restore.
+    pub(crate) writable: bool,
+}
+
+fn fault(error: &io::Error) -> Error {
+    Error::new(Kind::Other, format!("Cannot run a command beside the container's files: {error}"))
+}
+
+impl ContainerRunner for Runner {
+    fn command<'a>(
+        &'a self,
+        command: ContainerCommand,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<CommandEnd>> {
+        Box::pin(async move {
+            let view = Arc::clone(&self.view);
+            let (program, log, writable) = (self.program.clone(), self.log.clone(), self.writable);
+            let started = vzdump_core::blocking::run(move || {
+                Running::start(&view, program, command, &log, writable)
+            });
+            let mut running = started.await.map_err(|error| fault(&error))?;
+            let status = tokio::select! {
+                biased;
+                () = call.cancel.cancelled() =>
+                    return Err(Error::new(Kind::Cancelled, "The command was ended.")),
+                status = running.wait(call.deadline) => status?,
+            };
+            running.end(status).await
+        })
+    }
+}
+
+/// A command under way. Dropping it kills the command with all it started.
+struct Running {
+    child: Child,
+    spec: PathBuf,
+    root: PathBuf,
+    tail: Arc<Mutex<VecDeque<u8>>>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Running {
+    fn start(
+        view: &Arc<View>,
+        own_program: PathBuf,
+        command: ContainerCommand,
+        log: &Sender<String>,
+        writable: bool,
+    ) -> io::Result<Self> {
+        for path in &command.paths {
+            crate::sandbox::check_declared(path)?;
+        }
+        let number = uuid::Uuid::new_v4().simple().to_string();
+        // Beside the directory of the view, which nobody but the holder sees into.
+        let (root, spec_path) =
+            (view.dir.with_extension(format!("{number}.root")), view.dir.with_extension(number));
+        let is_mapped = command.identity == Identity::MappedRoot;
+        let namespace = view.user_namespace.as_raw_fd();
+        let spec = Spec {
+            root: root.clone(),
+            tree: view.dir.join(if is_mapped { "mapped" } else { "host" }),
+            writable,
+            identity: command.identity,
+            user_namespace: format!("/proc/{}/fd/{namespace}", std::process::id()).into(),
+            paths: command.paths,
+            argv: command.argv,
+            env: command.env,
+        };
+        let text = serde_json::to_vec(&spec)?;
+        std::fs::create_dir(&root)?;
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        io::Write::write_all(&mut options.open(&spec_path)?, &text)?;
+        let mut unshare =
+            program("unshare", ["--mount", "--pid", "--ipc", "--uts", "--kill-child=KILL"]);
+        if is_mapped {
+            // A reader's repository may be anywhere.
+            unshare.arg("--net");
+        }
+        unshare.arg("--").arg(own_program).arg(SUBCOMMAND).arg(&spec_path);
+        let mut bound = ends_with_us(&unshare);
+        bound.stdin(command.stdin.map_or_else(Stdio::null, Stdio::from)).stderr(Stdio::piped());
+        let is_logged = command.stdout.is_none();
+        bound.stdout(command.stdout.map_or_else(Stdio::piped, Stdio::from));
+        let spawned = view.holder.run(move || bound.spawn())?;
+        let mut running = Self {
+            child: spawned?,
+            spec: spec_path,
+            root,
+            tail: Arc::default(),
+            threads: Vec::new(),
+        };
+        if let Some(stderr) = running.child.stderr.take() {
+            running.threads.push(listen(stderr, log.clone(), Some(Arc::clone(&running.tail))));
+        }
+        if let Some(stdout) = running.child.stdout.take().filter(|_| is_logged) {
+            running.threads.push(listen(stdout, log.clone(), None));
+        }
+        Ok(running)
+    }
+
+    async fn wait(&mut self, deadline: Option<Instant>) -> Result<ExitStatus> {
+        let mut pause = POLL;
+        loop {
+            if let Some(status) = self.child.try_wait().map_err(|error| fault(&error))? {
+                return Ok(status);
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(Error::new(Kind::Cancelled, "The command did not end in time."));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(POLL_MAX);
+        }
+    }
+
+    async fn end(mut self, status: ExitStatus) -> Result<CommandEnd> {
+        // Everything that could write is gone with its process namespace, so they end when the log
+        // has taken their lines.
+        let threads = std::mem::take(&mut self.threads);
+        let ended = vzdump_core::blocking::run(move || {
+            threads.into_iter().for_each(|thread| drop(thread.join()));
+            Ok(())
+        });
+        ended.await.map_err(|error| fault(&error))?;
+        let bytes: Vec<u8> =
+            self.tail.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+        let stderr_tail = String::from_utf8_lossy(&bytes).into_owned();
+        let exit_code = status.code().or_else(|| Some(128 + status.signal()?)).unwrap_or(i32::MAX);
+        if exit_code == NOT_BEGUN
+            && let Some((_, why)) = stderr_tail.rsplit_once(NOT_BEGUN_PREFIX)
+        {
+            return Err(fault(&io::Error::other(why.trim().to_owned())));
+        }
+        Ok(CommandEnd { exit_code, stderr_tail })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Its child is told by the kernel, and with that the process namespace ends.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.spec);
+        let _ = std::fs::remove_dir(&self.root);
+    }
+}
+
+/// Takes a command's lines to the log, and the last of them for the provider.
+fn listen(
+    pipe: impl Read + Send + 'static,
+    log: Sender<String>,
+    tail: Option<Arc<Mutex<VecDeque<u8>>>>,
+) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(move || {
+        let mut lines = BufReader::new(pipe);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            match lines.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => {}
+            }
+            if let Some(tail) = &tail {
+                let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+                tail.extend(&line);
+                let over = tail.len().saturating_sub(STDERR_TAIL_BYTES);
+                tail.drain(..over);
+            }
+            // Nobody may be left to read it.
+            let _ = log.blocking_send(String::from_utf8_lossy(&line).trim_end().to_owned());
+        }
+    })
+}

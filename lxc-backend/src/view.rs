@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The tree that a provider reads: a container's volumes, frozen, each at the container's own place.
+//!
+//! It is there twice, because ids are shown in two ways:
+//!
+//! ```text
+//! <dir>/host     what the container calls 0 is 0: for a provider in our process, and for readers
+//! <dir>/mapped   ids that are the container's within the user namespace of a mapped root
+//! ```
+
+use std::fs::{self, File};
+use std::io;
+use std::io::{Read as _, Seek as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount};
+use provider_api::IdMapRange;
+
+use crate::CtError;
+use crate::attach::{attach, detached, open_below, open_or_make_below};
+use crate::holder::Holder;
+use crate::ids::{foreign_ids, reversed, user_namespace};
+use crate::runtime::root_of;
+use crate::system::MountAttributes;
+use crate::tool::{command, run};
+
+/// A file system that was not ended in order takes a while.
+const MOUNT_LIMIT: Duration = Duration::from_secs(120);
+
+/// A volume of the tree.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    /// Its key in the configuration.
+    pub(crate) key: String,
+    /// Where it is in the container.
+    pub(crate) mount_point: PathBuf,
+    /// A directory, or a raw image.
+    pub(crate) path: PathBuf,
+    /// Whether it is an image.
+    pub(crate) is_image: bool,
+}
+
+/// The tree, for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct View {
+    pub(crate) holder: Holder,
+    /// A directory of ours; what is in it is only seen by `holder`.
+    pub(crate) dir: PathBuf,
+    /// In which a mapped root runs.
+    pub(crate) user_namespace: Arc<OwnedFd>,
+}
+
+/// What a view is to be.
+#[derive(Debug, Clone)]
+pub(crate) struct ViewOptions {
+    /// The new volumes of a container, which can be changed through the mapped tree; what is missing of
+    /// their mount points is made.
+    pub(crate) writable: bool,
+    /// The file systems may be in the middle of something, as after a power failure.
+    pub(crate) is_snapshot: bool,
+}
+
+impl View {
+    /// Mounts everything. `dir` exists, is empty, and is only used as a place. May block.
+    pub(crate) fn open(
+        dir: &Path,
+        parts: &[Part],
+        ids: &[IdMapRange],
+        options: ViewOptions,
+    ) -> Result<Self, CtError> {
+        let at =
+            |error: io::Error| CtError::at("make a user namespace for the container's ids")(error);
+        let inner = if ids.is_empty() { foreign_ids() } else { ids.to_vec() };
+        let user_namespace = Arc::new(user_namespace(&inner).map_err(at)?);
+        // On disk a privileged container has its own ids, an unprivileged one those of the host.
+        let (host_ids, mapped_ids) = if ids.is_empty() {
+            (None, Some(Arc::clone(&user_namespace)))
+        } else {
+            let shown = crate::ids::user_namespace(&reversed(ids)).map_err(at)?;
+            (Some(Arc::new(shown)), None)
+        };
+        let holder = Holder::start("ct-view").map_err(CtError::at("make a mount namespace"))?;
+        let (place, parts) = (dir.to_owned(), parts.to_vec());
+        let owner = root_of(ids);
+        holder
+            .run(move || {
+                stage(&place, &parts, &options)?;
+                if options.writable {
+                    make_places(&place, &parts, owner)?;
+                }
+                compose(&place, "host", &parts, host_ids.as_deref(), false)?;
+                compose(&place, "mapped", &parts, mapped_ids.as_deref(), options.writable)
+            })
+            .map_err(CtError::at("mount the container's files"))??;
+        Ok(Self { holder, dir: dir.to_owned(), user_namespace })
+    }
+
+    /// The tree with the container's ids, as this process reaches it.
+    pub(crate) fn host_tree(&self) -> PathBuf {
+        self.holder.outside(&self.dir.join("host"))
+    }
+}
+
+/// Where a part is before it is in the trees.
+fn staged(dir: &Path, part: &Part) -> PathBuf {
+    if part.is_image { dir.join("volumes").join(&part.key) } else { part.path.clone() }
+}
+
+fn stage(dir: &Path, parts: &[Part], options: &ViewOptions) -> Result<(), CtError> {
+    let fault =
+        |error: io::Error| CtError::at("prepare the mounts of the container's files")(error);
+    let mode = Some("mode=0711,size=1m");
+    mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), mode)
+        .map_err(|errno| fault(errno.into()))?;
+    for name in ["host", "mapped", "volumes"] {
+        fs::create_dir(dir.join(name)).map_err(fault)?;
+    }
+    for part in parts.iter().filter(|part| part.is_image) {
+        let stage = staged(dir, part);
+        fs::create_dir(&stage).map_err(fault)?;
+        mount_image(&part.path, &stage, !options.writable, options.is_snapshot)?;
+    }
+    Ok(())
+}
+
+/// Makes the mount points within new volumes, and gives the container what its file systems began with.
+fn make_places(dir: &Path, parts: &[Part], owner: (u32, u32)) -> Result<(), CtError> {
+    for part in parts {
+        let at = |error: io::Error| {
+            CtError::at(format!("make the place '{}'", part.mount_point.display()))(error)
+        };
+        let lost_and_found = staged(dir, part).join("lost+found");
+        if part.is_image && lost_and_found.is_dir() {
+            std::os::unix::fs::chown(&lost_and_found, Some(owner.0), Some(owner.1)).map_err(at)?;
+        }
+        let above = parts.iter().filter(|above| {
+            above.mount_point != part.mount_point
+                && part.mount_point.starts_with(&above.mount_point)
+        });
+        let Some(above) = above.max_by_key(|above| above.mount_point.components().count()) else {
+            continue;
+        };
+        let root = File::open(staged(dir, above)).map_err(at)?;
+        let below = part.mount_point.strip_prefix(&above.mount_point).unwrap_or(Path::new(""));
+        open_or_make_below(root.as_fd(), below, owner).map_err(at)?;
+    }
+    Ok(())
+}
+
+fn compose(
+    dir: &Path,
+    tree: &str,
+    parts: &[Part],
+    ids: Option<&OwnedFd>,
+    writable: bool,
+) -> Result<(), CtError> {
+    let root = dir.join(tree);
+    for part in parts {
+        let at = |error: io::Error| {
+            let doing = format!("show '{}' at '{}'", part.key, part.mount_point.display());
+            CtError::at(doing)(error)
+        };
+        let attributes = MountAttributes { read_only: !writable, inert: true };
+        let mounted = detached(&staged(dir, part), attributes, ids.map(|ids| ids.as_fd()));
+        let mounted = mounted.map_err(at)?;
+        let opened = File::open(&root).map_err(at)?;
+        let target = open_below(opened.as_fd(), &part.mount_point).map_err(at)?;
+        attach(&mounted, target.as_fd()).map_err(at)?;
+    }
+    Ok(())
+}
+
+/// The file systems that raw images have, and what mounts one as it is, whatever it was in the middle of.
+const FILE_SYSTEMS: [(&str, u64, &[u8], &str); 2] =
+    [("ext4", 1080, b"\x53\xef", "noload"), ("xfs", 0, b"XFSB", "norecovery,nouuid")];
+
+/// Mounts the file system of a raw image, through a loop device that ends with the mount.
+pub(crate) fn mount_image(
+    image: &Path,
+    target: &Path,
+    read_only: bool,
+    is_snapshot: bool,
+) -> Result<(), CtError> {
+    let doing = || format!("mount the image '{}'", image.display());
+    let (kind, as_it_is) = file_system(image).map_err(CtError::at(doing()))?.ok_or_else(|| {
+        CtError::Invalid(format!(
+            "'{}' has no file system that containers have here (ext4, xfs).",
+            image.display()
+        ))
+    })?;
+    let mut options = String::from(if read_only { "loop,ro" } else { "loop,rw" });
+    if is_snapshot {
+        options = format!("{options},{as_it_is}");
+    }
+    let mut mount = command("mount", ["-n", "-t", kind, "-o", &options, "--"]);
+    mount.arg(image).arg(target);
+    run(&mount, MOUNT_LIMIT).map(drop).map_err(CtError::at(doing()))
+}
+
+fn file_system(image: &Path) -> io::Result<Option<(&'static str, &'static str)>> {
+    let mut file = File::open(image)?;
+    for (name, offset, magic, as_it_is) in FILE_SYSTEMS {
+        let mut found = vec![0; magic.len()];
+        file.seek(io::SeekFrom::Start(offset))?;
+        match file.read_exact(&mut found) {
+            Ok(()) if found == magic => return Ok(Some((name, as_it_is))),
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(None)
+}
