@@ -542,9 +542,11 @@ impl KeepArgs {
 pub(crate) struct RestoreArgs {
     /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
     pub(crate) archive: String,
-    /// Number of the guest
-    pub(crate) id: u32,
-    /// Restore this disk only, to the drive of that name, or to the drive or volume TARGET of the guest
+    /// Number of the guest; none if disks go to files or block devices
+    #[arg(required_unless_present = "disks")]
+    pub(crate) id: Option<u32>,
+    /// Restore this disk only: to the drive of that name, to the drive or volume TARGET of the guest, or to the
+    /// file or block device TARGET (a path with a slash in front, or `./`)
     #[arg(long = "disk", value_name = "DISK[=TARGET]")]
     pub(crate) disks: Vec<String>,
     /// Say what would be done, and do nothing
@@ -556,7 +558,8 @@ pub(crate) struct RestoreArgs {
     /// Format of the disks; by default what they were
     #[arg(long, value_enum)]
     pub(crate) format: Option<DiskFormat>,
-    /// Replace the guest of this number; with --disk, remove the volumes that are replaced
+    /// Replace the guest of this number; with --disk, remove the volumes that are replaced, overwrite block
+    /// devices
     #[arg(long)]
     pub(crate) force: bool,
     /// Remove the disks that are replaced before the new ones are made

@@ -3,9 +3,9 @@
 
 use std::process::ExitCode;
 
-use anyhow::ensure;
+use anyhow::{Context, bail, ensure};
 use serde_json::json;
-use vzdump_host::{DiskChoice, RestorePlan, RestoreRequest, size};
+use vzdump_host::{DiskChoice, DiskToFile, FileRestoreRequest, RestorePlan, RestoreRequest, size};
 
 use crate::args::RestoreArgs;
 use crate::commands::{CommandResult, GUEST_FAILED, Run, task_result};
@@ -14,8 +14,14 @@ use crate::task::Screen;
 
 impl Run<'_> {
     pub(crate) async fn restore(&self, args: RestoreArgs) -> CommandResult {
+        let targets: anyhow::Result<Vec<Target>> =
+            args.disks.iter().map(|text| target(text)).collect();
+        let targets = targets?;
+        if targets.iter().any(|target| matches!(target, Target::File(_))) {
+            return self.restore_to_files(args, targets).await;
+        }
         let dry_run = args.dry_run;
-        let request = request(args)?;
+        let request = request(args, targets)?;
         if dry_run {
             return self.plan_restore(request).await;
         }
@@ -23,6 +29,16 @@ impl Run<'_> {
         let report = self.host.restore(request, &screen, self.cancel).await?;
         drop(screen);
         let success = report.is_success();
+        self.output.result(&task_result(json!(report), success), String::new);
+        Ok(if success { ExitCode::SUCCESS } else { ExitCode::from(GUEST_FAILED) })
+    }
+
+    async fn restore_to_files(&self, args: RestoreArgs, targets: Vec<Target>) -> CommandResult {
+        let request = file_request(args, targets)?;
+        let screen = Screen::new(self.output, false);
+        let report = self.host.restore_to_files(request, &screen, self.cancel).await?;
+        drop(screen);
+        let success = report.error.is_none();
         self.output.result(&task_result(json!(report), success), String::new);
         Ok(if success { ExitCode::SUCCESS } else { ExitCode::from(GUEST_FAILED) })
     }
@@ -37,12 +53,22 @@ impl Run<'_> {
     }
 }
 
-fn request(args: RestoreArgs) -> anyhow::Result<RestoreRequest> {
-    let disks: anyhow::Result<Vec<_>> = args.disks.iter().map(|text| disk_choice(text)).collect();
+/// Where one disk goes.
+#[derive(Debug)]
+enum Target {
+    Guest(DiskChoice),
+    File(DiskToFile),
+}
+
+fn request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<RestoreRequest> {
+    let disks = targets.into_iter().filter_map(|target| match target {
+        Target::Guest(choice) => Some(choice),
+        Target::File(_) => None,
+    });
     Ok(RestoreRequest {
         archive: args.archive,
-        id: args.id,
-        disks: disks?,
+        id: args.id.context("the number of the guest is missing, behind the archive")?,
+        disks: disks.collect(),
         storage: args.storage,
         format: args.format.map(Into::into),
         force: args.force,
@@ -56,14 +82,50 @@ fn request(args: RestoreArgs) -> anyhow::Result<RestoreRequest> {
     })
 }
 
-fn disk_choice(text: &str) -> anyhow::Result<DiskChoice> {
+fn file_request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<FileRestoreRequest> {
+    let only_guests = args.id.is_some()
+        || args.storage.is_some()
+        || args.start
+        || args.dry_run
+        || args.overcommit
+        || args.allow_raw_config;
+    ensure!(
+        !only_guests,
+        "disks that go to files need no guest: leave out its number, --storage, --start, --dry-run, \
+         --overcommit and --allow-raw-config"
+    );
+    let mut disks = Vec::new();
+    for target in targets {
+        match target {
+            Target::File(disk) => disks.push(disk),
+            Target::Guest(choice) => {
+                bail!("disks go to files or to a guest, not both at once: '{}'", choice.device)
+            }
+        }
+    }
+    Ok(FileRestoreRequest {
+        archive: args.archive,
+        disks,
+        format: args.format.map(Into::into),
+        force: args.force,
+        bwlimit_kib_per_s: args.bwlimit,
+    })
+}
+
+fn target(text: &str) -> anyhow::Result<Target> {
     let (device, target) = match text.split_once('=') {
-        Some((device, target)) => (device, Some(target)),
-        None => (text, None),
+        Some((device, target)) => (device.to_owned(), Some(target)),
+        None => (text.to_owned(), None),
     };
     let is_complete = !device.is_empty() && target.is_none_or(|target| !target.is_empty());
     ensure!(is_complete, "'--disk {text}': a disk such as scsi0 is needed, or scsi0=TARGET");
-    Ok(DiskChoice { device: device.to_owned(), target: target.map(str::to_owned) })
+    Ok(match target {
+        Some(path) if ["/", "./", "../"].iter().any(|start| path.starts_with(start)) => {
+            let path = std::path::absolute(path).with_context(|| format!("'--disk {text}'"))?;
+            Target::File(DiskToFile { device, path })
+        }
+        _ => Target::Guest(DiskChoice { device, target: target.map(str::to_owned) }),
+    })
 }
 
 fn plan_text(plan: &RestorePlan) -> String {
@@ -119,10 +181,18 @@ mod tests {
 
     #[test]
     fn a_disk_is_chosen_with_or_without_a_target() {
-        let choice = disk_choice("scsi0").unwrap();
-        assert_eq!((choice.device.as_str(), choice.target), ("scsi0", None));
-        let choice = disk_choice("scsi0=local:100/vm-100-disk-0.raw").unwrap();
-        assert_eq!(choice.target.as_deref(), Some("local:100/vm-100-disk-0.raw"));
-        assert!(disk_choice("=scsi0").is_err() && disk_choice("scsi0=").is_err());
+        let guest = |text: &str| match target(text).unwrap() {
+            Target::Guest(choice) => (choice.device, choice.target),
+            Target::File(file) => panic!("{file:?}"),
+        };
+        assert_eq!(guest("scsi0"), ("scsi0".to_owned(), None));
+        let volume = "local:100/vm-100-disk-0.raw";
+        let expected = ("scsi0".to_owned(), Some(volume.to_owned()));
+        assert_eq!(guest(&format!("scsi0={volume}")), expected);
+        for path in ["/dev/vdb", "./disk.raw", "../disk.raw"] {
+            let Target::File(file) = target(&format!("scsi0={path}")).unwrap() else { panic!() };
+            assert!(file.path.is_absolute(), "{file:?}");
+        }
+        assert!(target("=scsi0").is_err() && target("scsi0=").is_err());
     }
 }

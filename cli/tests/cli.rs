@@ -225,6 +225,83 @@ fn a_vm_is_planned_replaced_and_gets_a_single_disk_back() {
     assert!(fs::read(image(3)).unwrap() == old);
 }
 
+/// A loop device; detached when this is dropped.
+struct Loop(String);
+
+impl Loop {
+    /// `None` where there cannot be one.
+    fn new(file: &std::path::Path) -> Option<Self> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
+        let name = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        output.status.success().then_some(Self(name))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn single_disks_go_to_files_and_block_devices_without_a_guest() {
+    let place = Place::new();
+    for wrong in [&["restore", "a"][..], &["restore", "a", "--disk", "scsi0=", "--force"]] {
+        assert_ne!(place.run(wrong).status.code(), Some(0), "{wrong:?}");
+    }
+    if !place.has_qemu() {
+        return;
+    }
+    let content: Vec<u8> = (0..3_u32 << 20).map(|n| (n >> 12) as u8).collect();
+    let source = place.path("source");
+    fs::write(&source, &content).unwrap();
+    let from = source.to_str().unwrap();
+    place.json(&["vm", "create", "100", "--memory", "64", "--disk-from", from]);
+    place.json(&["backup", "100"]);
+    let archive = place.json(&["list"])["archives"][0]["volid"].as_str().unwrap().to_owned();
+    let refused = |disk: &str, more: &[&str]| {
+        let output = place.run(&[&["restore", &archive, "--disk", disk], more].concat());
+        assert_ne!(output.status.code(), Some(0), "{disk}");
+        let said = [output.stdout, output.stderr].concat();
+        String::from_utf8(said).unwrap()
+    };
+
+    let raw = place.path("out.raw");
+    let choice = format!("virtio0={}", raw.display());
+    let report = place.json(&["restore", &archive, "--disk", &choice]);
+    assert_eq!(report["files"][0]["size_bytes"], 3 << 20, "{report}");
+    assert!(fs::read(&raw).unwrap() == content);
+    assert!(refused(&choice, &[]).contains("exists already"));
+    let missing = format!("virtio7={}", place.path("x").display());
+    assert!(refused(&missing, &[]).contains("no disk 'virtio7'; it has virtio0"));
+    assert!(refused(&choice, &["--disk", "virtio0"]).contains("not both at once"));
+    assert!(refused(&choice, &["--format", "raw+bitmaps"]).contains("raw or qcow2"));
+    let image = place.path("out.qcow2");
+    let choice = format!("virtio0={}", image.display());
+    place.json(&["restore", &archive, "--disk", &choice, "--format", "qcow2"]);
+    assert_eq!(&fs::read(image).unwrap()[..4], b"QFI\xfb");
+
+    // A device that is larger, and full of something else.
+    let backing = place.path("backing");
+    fs::write(&backing, vec![0xee; 4 << 20]).unwrap();
+    let small = place.path("small");
+    fs::write(&small, vec![0xee; 1 << 20]).unwrap();
+    let (Some(device), Some(small)) = (Loop::new(&backing), Loop::new(&small)) else {
+        return eprintln!("skipped: no loop devices here");
+    };
+    let choice = format!("virtio0={}", device.0);
+    assert!(refused(&choice, &[]).contains("--force"));
+    let too_small = format!("virtio0={}", small.0);
+    assert!(refused(&too_small, &["--force"]).contains("1048576 bytes; the disk needs 3145728"));
+    place.json(&["restore", &archive, "--disk", &choice, "--force"]);
+    let written = fs::read(&device.0).unwrap();
+    assert!(written[..3 << 20] == content, "zeroes must be written, too");
+    assert!(written[3 << 20..].iter().all(|byte| *byte == 0xee));
+    let names = fs::read_dir(place.path("run")).unwrap().map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = names.filter(|name| name.to_string_lossy().starts_with("f-")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn a_provider_is_checked_and_nothing_of_that_stays() {
     let place = Place::new();

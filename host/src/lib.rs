@@ -57,7 +57,7 @@ pub use provider_kit::{
 };
 pub use providers::{StorageInfo, StorageUse};
 pub use retention::{PruneReport, PruneRequest, PrunedArchive};
-pub use tasks::RestoreRequest;
+pub use tasks::{FileRestoreRequest, RestoreRequest};
 pub use tokio_util::sync::CancellationToken;
 pub use verify::{VerifiedArchive, VerifyRequest, VerifyResult, VerifySummary, random_seed};
 pub use vzdump_core::config::backup::{
@@ -68,7 +68,8 @@ pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
 pub use vzdump_core::job::{JOBS_MAX, chain};
 pub use vzdump_core::prune::Fate;
 pub use vzdump_core::restore::{
-    DiskChoice, PlannedSpace, PlannedVolume, RestorePlan, RestoreReport, RestoredVolume,
+    DiskChoice, DiskToFile, FileReport, PlannedSpace, PlannedVolume, RestorePlan, RestoreReport,
+    RestoredFile, RestoredVolume,
 };
 pub use vzdump_core::retention::{KeepCounts, Retention};
 pub use vzdump_core::storage::ImageFormat;

@@ -3,7 +3,8 @@
 
 use vzdump_core::job;
 use vzdump_core::restore::{
-    DiskChoice, RestoreOptions, RestorePlan, RestoreReport, plan_restore, restore_vm,
+    DiskChoice, DiskToFile, FileReport, RestoreOptions, RestorePlan, RestoreReport, plan_restore,
+    restore_to_files, restore_vm,
 };
 use vzdump_core::storage::ImageFormat;
 
@@ -57,6 +58,21 @@ impl RestoreRequest {
             overcommit: self.overcommit,
         })
     }
+}
+
+/// Disks to restore to files and block devices.
+#[derive(Debug, Clone, Default)]
+pub struct FileRestoreRequest {
+    /// The archive: its volume id, or a name that only one storage has.
+    pub archive: String,
+    /// The disks and where they go.
+    pub disks: Vec<DiskToFile>,
+    /// Format of new files; by default raw.
+    pub format: Option<ImageFormat>,
+    /// Overwrite block devices.
+    pub force: bool,
+    /// Most KiB that are written per second; 0 is no limit.
+    pub bwlimit_kib_per_s: Option<u64>,
 }
 
 /// A limit in bytes; none for 0.
@@ -128,6 +144,36 @@ impl Host {
         let ctx = self.context()?;
         let plan = plan_restore(&ctx, provider.as_ref(), &archive.name, id, &options, cancel);
         Box::pin(plan).await.map_err(HostError::Refused)
+    }
+
+    /// Restores disks to files and block devices. What goes wrong is in the report. Must be awaited to
+    /// its end; cancel it by the token.
+    ///
+    /// # Errors
+    /// As [`Host::restore`].
+    pub async fn restore_to_files(
+        &self,
+        request: FileRestoreRequest,
+        sink: &dyn TaskSink,
+        cancel: &CancellationToken,
+    ) -> Result<FileReport, HostError> {
+        let archive = self.resolve_archive(&request.archive).await?;
+        let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
+        if request.format == Some(ImageFormat::RawBitmaps) {
+            let why = "'raw+bitmaps' is two files; restore to a file as raw or qcow2.";
+            return Err(HostError::Settings(why.to_owned()));
+        }
+        let options = RestoreOptions {
+            source_storage: archive.storage,
+            format: request.format,
+            force: request.force,
+            limit_bytes_per_s: bytes_per_s(request.bwlimit_kib_per_s)?,
+            ..RestoreOptions::default()
+        };
+        let ctx = self.context()?;
+        let (provider, disks) = (provider.as_ref(), &request.disks);
+        let job = restore_to_files(&ctx, provider, &archive.name, disks, &options, sink, cancel);
+        Ok(Box::pin(job).await)
     }
 
     pub(crate) fn default_backup_storage(&self) -> Result<String, HostError> {

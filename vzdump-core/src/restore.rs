@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Restores a VM from an archive: as a new VM, in the place of one that is there, or single disks of it.
+//! Restores a VM from an archive: as a new VM, in the place of one that is there, or single disks of it, those to
+//! files, too (`file.rs`).
 //!
 //! ```text
 //!  plan      configuration, devices and sizes, names, storages, rights, space: nothing is made yet
@@ -15,6 +16,7 @@
 
 mod config;
 mod copy;
+mod file;
 mod identity;
 mod meter;
 mod old;
@@ -30,6 +32,7 @@ use std::time::Instant;
 use provider_api::{CancellationToken, Provider};
 use serde::Serialize;
 
+pub use self::file::{DiskToFile, FileReport, RestoredFile, restore_to_files};
 pub use self::space::PlannedSpace;
 use self::task::Restore;
 use crate::job::JobContext;

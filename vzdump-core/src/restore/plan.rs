@@ -157,18 +157,26 @@ fn check_devices(devices: &[RestoreDevice]) -> Result<BTreeMap<&str, u64>, Strin
         return Err(format!("the archive claims to have {} disks", devices.len()));
     }
     let mut sizes = BTreeMap::new();
-    for RestoreDevice { device, size_bytes } in devices {
-        if !is_disk_key(device) {
-            return Err(format!("the archive has a disk with the bad name '{}'", clean(device)));
-        }
-        if *size_bytes == 0 || *size_bytes > SIZE_MAX_BYTES || size_bytes % 512 != 0 {
-            return Err(format!("the disk '{device}' has the bad size of {size_bytes} bytes"));
-        }
+    for entry in devices {
+        check_device(entry)?;
+        let RestoreDevice { device, size_bytes } = entry;
         if sizes.insert(device.as_str(), *size_bytes).is_some() {
             return Err(format!("the archive has the disk '{device}' twice"));
         }
     }
     Ok(sizes)
+}
+
+/// Refuses a name or a size that no disk has.
+pub(super) fn check_device(entry: &RestoreDevice) -> Result<(), String> {
+    let RestoreDevice { device, size_bytes } = entry;
+    if !is_disk_key(device) {
+        return Err(format!("the archive has a disk with the bad name '{}'", clean(device)));
+    }
+    if *size_bytes == 0 || *size_bytes > SIZE_MAX_BYTES || size_bytes % 512 != 0 {
+        return Err(format!("the disk '{device}' has the bad size of {size_bytes} bytes"));
+    }
+    Ok(())
 }
 
 /// Storage and format: as asked for, else as the first volume has them that is one, else the default.

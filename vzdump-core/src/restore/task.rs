@@ -146,8 +146,13 @@ impl Restore<'_> {
         Ok(())
     }
 
+    /// Makes the provider's storage ready.
+    pub(super) async fn activate(&self) -> Step<()> {
+        self.cancellable(activate(self.provider, &self.ctx.limits, self.cancel)).await
+    }
+
     async fn open_archive(&self) -> Step<Archived> {
-        self.cancellable(activate(self.provider, &self.ctx.limits, self.cancel)).await?;
+        self.activate().await?;
         let limit = self.ctx.limits.provider_call;
         self.cancellable(within(limit, "read the configuration", self.read_config())).await
     }
@@ -169,7 +174,7 @@ impl Restore<'_> {
         Ok(Archived { config, firewall })
     }
 
-    async fn begin_source(&self) -> Step<Box<dyn VmRestore>> {
+    pub(super) async fn begin_source(&self) -> Step<Box<dyn VmRestore>> {
         let limit = self.ctx.limits.provider_call;
         let call = call_within(self.cancel, limit);
         self.cancellable(within(limit, "begin the restore", async {
@@ -340,7 +345,7 @@ impl Restore<'_> {
             Err(error) => Err(error),
         };
         for device in offered.into_iter().rev() {
-            self.withdraw(source, &device, report).await;
+            self.withdraw_one(source, &device, &mut report.warnings).await;
         }
         let volumes = filled?;
         let (config, warnings) = self.new_config(plan, &archived, old, &volumes)?;
@@ -377,29 +382,48 @@ impl Restore<'_> {
         for PlannedDisk { device, size_bytes, .. } in disks {
             // Its cleanup is due also after it failed.
             offered.push(device.clone());
-            let limit = self.ctx.limits.provider_call;
-            let call = call_within(self.cancel, limit);
-            let offer = within(limit, "offer the disk", async {
-                source.volume_init(device, private_dir, &call).await.map_err(words)
-            });
-            let opened = async {
-                let offer: VolumeSource = offer.await?;
-                copy::open(&offer, private_dir, *size_bytes).await
-            };
-            let opened = self.cancellable(opened).await;
+            let opened = self.offer_one(source, device, *size_bytes, private_dir).await;
             sources.push(opened.map_err(|error| format!("the disk '{device}': {error}"))?);
         }
         Ok(sources)
     }
 
-    async fn withdraw(&self, source: &mut dyn VmRestore, device: &str, report: &mut RestoreReport) {
+    /// Has one disk offered, and checks the offer. [`Restore::withdraw_one`] is due also after it failed.
+    pub(super) async fn offer_one(
+        &self,
+        source: &mut dyn VmRestore,
+        device: &str,
+        size_bytes: u64,
+        private_dir: &Path,
+    ) -> Step<Source> {
+        let limit = self.ctx.limits.provider_call;
+        let call = call_within(self.cancel, limit);
+        let offer = within(limit, "offer the disk", async {
+            source.volume_init(device, private_dir, &call).await.map_err(words)
+        });
+        let opened = async {
+            let offer: VolumeSource = offer.await?;
+            copy::open(&offer, private_dir, size_bytes).await
+        };
+        self.cancellable(opened).await
+    }
+
+    /// Withdraws an offer, whatever became of the restore; what goes wrong is a warning.
+    pub(super) async fn withdraw_one(
+        &self,
+        source: &mut dyn VmRestore,
+        device: &str,
+        warnings: &mut Vec<String>,
+    ) {
         // Not cancelled.
         let call = call_within(&CancellationToken::new(), self.ctx.limits.undo);
         let withdrawn = within(self.ctx.limits.undo, "withdraw the disk", async {
             source.volume_cleanup(device, &call).await.map_err(words)
         });
-        let withdrawn = withdrawn.await;
-        self.warn(report, withdrawn.err());
+        if let Err(warning) = withdrawn.await {
+            self.sink.warn(&warning);
+            warnings.push(clean(&warning));
+        }
     }
 
     async fn fill(
@@ -588,7 +612,7 @@ impl Restore<'_> {
         }
     }
 
-    async fn cancellable<T>(&self, step: impl Future<Output = Step<T>>) -> Step<T> {
+    pub(super) async fn cancellable<T>(&self, step: impl Future<Output = Step<T>>) -> Step<T> {
         tokio::select! {
             biased;
             () = self.cancel.cancelled() => Err("the restore was cancelled".to_owned()),
@@ -616,7 +640,11 @@ fn in_place_failed(error: &str) -> String {
     )
 }
 
-async fn within<T>(limit: Duration, doing: &str, step: impl Future<Output = Step<T>>) -> Step<T> {
+pub(super) async fn within<T>(
+    limit: Duration,
+    doing: &str,
+    step: impl Future<Output = Step<T>>,
+) -> Step<T> {
     match tokio::time::timeout(limit, step).await {
         Ok(result) => result.map_err(|error| format!("the provider could not {doing}: {error}")),
         Err(_) => Err(format!("the provider did not {doing} within {} seconds", limit.as_secs())),
