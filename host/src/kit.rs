@@ -51,6 +51,7 @@ pub async fn check_provider(
         only: request.only,
         seed: request.seed.unwrap_or_else(crate::random_seed).into(),
         used_guest_ids: runner::list_ids(&host.layout)?.into_iter().collect(),
+        storage_daemon: host.tools.qemu_storage_daemon().ok().filter(|_| has_fuse()),
         data_dir: request.data_dir.or_else(|| host.data_dir(&storage)),
         ..KitOptions::default()
     };
@@ -65,6 +66,11 @@ pub async fn check_provider(
         })
     });
     Ok(provider_kit::check(factory, options, &Lines(sink), cancel).await)
+}
+
+/// Whether disks can be offered as files that fail where they must.
+fn has_fuse() -> bool {
+    Path::new("/dev/fuse").exists()
 }
 
 fn check_wanted(only: &[String]) -> Result<(), HostError> {

@@ -129,3 +129,42 @@ fn every_check_has_a_fault_that_it_catches() {
         .collect();
     assert_eq!(without, [""; 0]);
 }
+
+/// QEMU's storage daemon, where it can offer files.
+fn storage_daemon() -> Option<std::path::PathBuf> {
+    let path = std::path::PathBuf::from("/usr/bin/qemu-storage-daemon");
+    let is_usable = path.exists() && std::path::Path::new("/dev/fuse").exists();
+    if !is_usable {
+        eprintln!(
+            "skipped in part: qemu-storage-daemon of Debian's qemu-system-common, or /dev/fuse, is missing"
+        );
+    }
+    is_usable.then_some(path)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_may_be_files() {
+    for storage_daemon in [None, storage_daemon()] {
+        let has_daemon = storage_daemon.is_some();
+        for (fault, caught) in [
+            (None, false),
+            (Some(Fault::SkipsLastArea), true),
+            // Only a daemon's files fail where they must.
+            (Some(Fault::ReadsClean), has_daemon),
+        ] {
+            let dir = tempfile::Builder::new().prefix("kit-file").tempdir().unwrap();
+            let setup = Setup { from_files: true, ..Setup::new(dir.path().to_owned(), fault) };
+            let options = KitOptions {
+                size_bytes: 1 << 20,
+                seed: 42,
+                only: vec!["full".to_owned(), "incremental".to_owned(), "wrong-sum".to_owned()],
+                storage_daemon: storage_daemon.clone(),
+                ..KitOptions::default()
+            };
+            let report = check(setup.factory(), options, &NoObserver, &Default::default()).await;
+            let expected: &[&str] = if caught { &["incremental"] } else { &[] };
+            assert_eq!(failed(&report), expected, "{fault:?} {has_daemon} {}", shown(&report));
+            assert!(report.source.contains("files"), "{}", report.source);
+        }
+    }
+}
