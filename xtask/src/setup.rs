@@ -53,6 +53,8 @@ const TESTS: &[&str] = &[
     "python3-sphinx",
     "qemu-utils",
     "xfsprogs",
+    // Containers' archives, unpacked by tar.
+    "zstd",
 ];
 
 /// What only the benchmarks need.

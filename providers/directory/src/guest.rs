@@ -6,18 +6,20 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 use provider_api::{
-    BitmapRequest, BoxFuture, Call, Committed, GuestBackup, GuestInfo, GuestKind, Job, Progress,
-    Readable, Result, Transferred, Uuid, VmBackup, Volume, VolumeInfo,
+    BitmapRequest, BoxFuture, Call, Committed, ContainerBackup, ContainerTransferred, GuestBackup,
+    GuestInfo, GuestKind, Job, Progress, Readable, Result, Transferred, Uuid, VmBackup, Volume,
+    VolumeInfo,
 };
 use tracing::{info, warn};
 
 use crate::call::{blocking, invalid, limited};
 use crate::chain::Chain;
 use crate::commit::{self, Gate};
+use crate::container;
 use crate::copy::{Budget, copy_disk};
 use crate::files;
 use crate::limits::{CHAIN_ARCHIVES_MAX, CONFIG_BYTES_MAX, DISK_BYTES_MAX, DISKS_MAX, LOCK_WAIT};
-use crate::manifest::{CONFIG_FILE, Disk, FIREWALL_FILE, Manifest, SmallFile, check_device};
+use crate::manifest::{Disk, Manifest, SmallFile, check_device, config_file, firewall_file};
 use crate::storage::{RunDirectory, Storage, StorageLock};
 use crate::usage::{Guest, GuestLock};
 
@@ -53,9 +55,6 @@ async fn start_guest(
     guest: GuestInfo,
     call: &Call,
 ) -> Result<Box<dyn GuestBackup>> {
-    if guest.kind != GuestKind::Qemu {
-        return Err(invalid("The directory provider stores virtual machines only."));
-    }
     let wanted = archive_name(&guest)?;
     let held = Guest::new(storage, guest.kind, guest.id).begin_use(call, LOCK_WAIT).await?;
     let lock = storage.must_lock(call, LOCK_WAIT).await?;
@@ -125,6 +124,7 @@ impl DirectoryBackup {
         if self.manifest.is_some() {
             return Err(invalid(format!("Archive {} is complete already.", self.archive)));
         }
+        self.check_kind(GuestKind::Qemu)?;
         let volumes = &backup.volumes;
         check_devices(volumes.iter().map(|v| (v.device.as_str(), v.size_bytes)))?;
         let mut manifest = Manifest::new(self.archive.clone(), &self.guest);
@@ -142,6 +142,43 @@ impl DirectoryBackup {
         Ok(transferred)
     }
 
+    async fn backup_tree(
+        &mut self,
+        backup: ContainerBackup,
+        progress: &dyn Progress,
+        call: &Call,
+    ) -> Result<ContainerTransferred> {
+        if self.manifest.is_some() {
+            return Err(invalid(format!("Archive {} is complete already.", self.archive)));
+        }
+        self.check_kind(GuestKind::Lxc)?;
+        let mut manifest = Manifest::new(self.archive.clone(), &self.guest);
+        (manifest.config, manifest.firewall) =
+            self.store_config(backup.config.clone(), backup.firewall.clone()).await?;
+        let (tree, moved) = container::store(&backup, self.run.path(), progress, call).await?;
+        manifest.tree = Some(tree);
+        manifest.transferred = Transferred {
+            total_bytes: moved.read_bytes,
+            read_bytes: moved.read_bytes,
+            zero_bytes: 0,
+            written_bytes: moved.written_bytes,
+        };
+        let run = Arc::clone(&self.run);
+        blocking(move || files::sync_directory(run.path())).await?;
+        self.manifest = Some(manifest);
+        Ok(moved)
+    }
+
+    fn check_kind(&self, kind: GuestKind) -> Result<()> {
+        if self.guest.kind == kind {
+            return Ok(());
+        }
+        Err(invalid(format!(
+            "The backup of guest {} began as one of kind {}, not {kind}.",
+            self.guest.id, self.guest.kind
+        )))
+    }
+
     async fn store_config(
         &self,
         config: Vec<u8>,
@@ -154,10 +191,11 @@ impl DirectoryBackup {
             )));
         }
         let run = Arc::clone(&self.run);
+        let kind = self.guest.kind;
         blocking(move || {
-            files::write_new(&run.path().join(CONFIG_FILE), &config)?;
+            files::write_new(&run.path().join(config_file(kind)), &config)?;
             if let Some(firewall) = &firewall {
-                files::write_new(&run.path().join(FIREWALL_FILE), firewall)?;
+                files::write_new(&run.path().join(firewall_file(kind)), firewall)?;
             }
             Ok((SmallFile::of(&config), firewall.as_deref().map(SmallFile::of)))
         })
@@ -253,6 +291,15 @@ impl GuestBackup for DirectoryBackup {
         call: &'a Call,
     ) -> BoxFuture<'a, Result<Transferred>> {
         Box::pin(limited(call, "The backup", self.backup(backup, progress)))
+    }
+
+    fn backup_container<'a>(
+        &'a mut self,
+        backup: ContainerBackup,
+        progress: &'a dyn Progress,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<ContainerTransferred>> {
+        Box::pin(limited(call, "The backup", self.backup_tree(backup, progress, call)))
     }
 
     fn commit<'a>(self: Box<Self>, id: Uuid, call: &'a Call) -> BoxFuture<'a, Result<Committed>>

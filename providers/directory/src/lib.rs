@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A backup provider that keeps archives in a directory: one subdirectory per guest and time, one
-//! qcow2 image per disk, increments backed by the archive before.
+//! qcow2 image per disk, increments backed by the archive before; of containers a compressed tar archive.
 //!
 //! ```text
 //! <path>/vzdump-qemu-100-2026_01_02-03_04_05/    full
 //! <path>/vzdump-qemu-100-2026_01_03-03_04_05/    increment: images backed by ../vzdump-…-02-…/
+//! <path>/vzdump-lxc-101-2026_01_02-03_04_05/     a container: a compressed tar archive
 //! <path>/.tmp-vzdump-qemu-100-…/                 a backup under way, never listed
 //! <path>/.tmp-dead-…/                            what an unfinished backup left, being removed
 //! <path>/.tmp-merge-…/                           what will replace an archive whose base is removed
@@ -23,6 +24,7 @@
 //! | a changed byte of what an archive gives is found | `verify` |
 //! | what dead runs left goes away, what live runs make does not | `storage` |
 //! | an increment covers exactly what its bitmap marks | `copy` |
+//! | the archive of a container is a whole one, or none | `container` |
 //! | zeroes of an increment hide the base's data | `image`, `store` |
 //! | no file outside of the storage is opened, whatever a manifest or image says | `chain`, `server` |
 //!
@@ -37,6 +39,7 @@ mod call;
 mod chain;
 mod checksums;
 mod commit;
+mod container;
 mod copy;
 mod files;
 mod guest;
@@ -69,15 +72,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use provider_api::{
-    API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, Description, Error,
-    GuestConfig, Job, JobInfo, Kind, Progress, Provider, Result, Status, Uuid, VerifyOptions,
-    VerifyReport, VmRestore,
+    API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, ContainerRestore,
+    Description, Error, GuestConfig, Job, JobInfo, Kind, Progress, Provider, Result, Status, Uuid,
+    VerifyOptions, VerifyReport, VmRestore,
 };
 
 use call::{blocking, corrupt, limited};
+use container::DirectoryContainerRestore;
 use guest::DirectoryJob;
 use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, RECORD_KEEP, STATUS_WAIT};
-use manifest::{CONFIG_FILE, FIREWALL_FILE, Manifest, SmallFile};
+use manifest::{Manifest, SmallFile, config_file, firewall_file};
 use restore::DirectoryRestore;
 use storage::{Storage, StorageLock};
 
@@ -206,8 +210,12 @@ fn read_config(storage: &Storage, archive: &str) -> Result<GuestConfig> {
         }
     };
     Ok(GuestConfig {
-        config: read(CONFIG_FILE, &manifest.config)?,
-        firewall: manifest.firewall.as_ref().map(|f| read(FIREWALL_FILE, f)).transpose()?,
+        config: read(config_file(manifest.subtype), &manifest.config)?,
+        firewall: manifest
+            .firewall
+            .as_ref()
+            .map(|f| read(firewall_file(manifest.subtype), f))
+            .transpose()?,
     })
 }
 
@@ -237,6 +245,8 @@ impl Provider for DirectoryProvider {
                 remove: true,
                 verify: true,
                 random_read: true,
+                container: true,
+                container_restore: true,
                 log: true,
                 ..Capabilities::default()
             },
@@ -385,6 +395,22 @@ impl Provider for DirectoryProvider {
         let begin = blocking(move || {
             let restore = DirectoryRestore::begin(&storage, &archive, qemu_nbd, &limits)?;
             let restore: Box<dyn VmRestore> = Box::new(restore);
+            Ok(restore)
+        });
+        Box::pin(limited(call, "Beginning a restore", begin))
+    }
+
+    fn restore_container_init<'a>(
+        &'a self,
+        archive: &'a str,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn ContainerRestore>>> {
+        let storage = self.storage.clone();
+        let archive = archive.to_owned();
+        let limits = call.clone();
+        let begin = blocking(move || {
+            let restore = DirectoryContainerRestore::begin(&storage, &archive, &limits)?;
+            let restore: Box<dyn ContainerRestore> = Box::new(restore);
             Ok(restore)
         });
         Box::pin(limited(call, "Beginning a restore", begin))

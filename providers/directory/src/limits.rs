@@ -39,6 +39,17 @@ pub(crate) const CONFIG_BYTES_MAX: u64 = 4 << 20;
 pub(crate) const RECORD_BYTES_MAX: u64 = 4 << 10;
 /// Age at which a commit record is dropped. A host asks right after an error or at its next start.
 pub(crate) const RECORD_KEEP: Duration = Duration::from_hours(90 * 24);
+/// Level of zstd for a container's files: its default, faster than most storages.
+pub(crate) const COMPRESSION_LEVEL: i32 = 3;
+/// What is taken out of a pipe, or read of a stored tree, at once.
+pub(crate) const PIPE_BYTES: usize = 1 << 20;
+/// Wait for what is left in a pipe whose writer has ended: at most as much as a pipe holds, and what a
+/// storage has not written yet.
+pub(crate) const PIPE_END_WAIT: Duration = Duration::from_secs(300);
+/// Pause between two reports of a container's progress.
+pub(crate) const REPORT_INTERVAL: Duration = Duration::from_millis(200);
+/// Volumes of one container.
+pub(crate) const MOUNTS_MAX: usize = 512;
 /// Names tried when an archive of the same guest and second exists.
 pub(crate) const NAME_TRIES: u32 = 100;
 

@@ -8,6 +8,10 @@
 //!     qemu-server.fw         its firewall configuration, if any
 //!     scsi0.qcow2            a disk; in an increment backed by ../<base archive>/scsi0.qcow2
 //!     scsi0.blake3           checksums of what scsi0.qcow2 adds, see `checksums`
+//! <storage>/vzdump-lxc-101-2026_01_02-03_04_05/
+//!     manifest.json          as above
+//!     lxc.conf, lxc.fw       as above, of a container
+//!     tree.tar.zst           its files
 //! ```
 //!
 //! A storage may be writable by others, so whatever is read from it is checked before use: names
@@ -23,13 +27,30 @@ use crate::limits::{BLOCK_BYTES, DISK_BYTES_MAX, DISKS_MAX};
 
 /// Name of the manifest in an archive.
 pub(crate) const MANIFEST_FILE: &str = "manifest.json";
+/// Name of a container's files in an archive.
+pub(crate) const TREE_FILE: &str = "tree.tar.zst";
+
 /// Name of the guest's configuration in an archive.
-pub(crate) const CONFIG_FILE: &str = "qemu-server.conf";
+pub(crate) fn config_file(kind: GuestKind) -> &'static str {
+    match kind {
+        GuestKind::Qemu => "qemu-server.conf",
+        GuestKind::Lxc => "lxc.conf",
+    }
+}
+
 /// Name of the firewall configuration in an archive.
-pub(crate) const FIREWALL_FILE: &str = "qemu-server.fw";
+pub(crate) fn firewall_file(kind: GuestKind) -> &'static str {
+    match kind {
+        GuestKind::Qemu => "qemu-server.fw",
+        GuestKind::Lxc => "lxc.fw",
+    }
+}
 
 const FORMAT: &str = "vzdump-directory";
+/// Of archives of VMs.
 const VERSION: u32 = 1;
+/// Of archives of containers, which older programs do not know.
+const VERSION_WITH_TREE: u32 = 2;
 
 /// One archive.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -50,10 +71,25 @@ pub(crate) struct Manifest {
     pub(crate) config: SmallFile,
     pub(crate) firewall: Option<SmallFile>,
     pub(crate) disks: Vec<Disk>,
+    /// The files of a container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tree: Option<Tree>,
     pub(crate) transferred: Transferred,
     /// Hash of the file as it would be without this line, see [`Manifest::to_text`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) blake3: Option<String>,
+}
+
+/// The files of a container, in one compressed tar archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tree {
+    pub(crate) file_size_bytes: u64,
+    /// Hash of the file.
+    pub(crate) blake3: String,
+    /// How many entries it has.
+    pub(crate) entries: u64,
+    /// Bytes of data in them.
+    pub(crate) data_bytes: u64,
 }
 
 /// A configuration file in an archive.
@@ -155,7 +191,10 @@ impl Manifest {
     pub(crate) fn new(archive: String, guest: &provider_api::GuestInfo) -> Self {
         Self {
             format: FORMAT.to_owned(),
-            version: VERSION,
+            version: match guest.kind {
+                GuestKind::Qemu => VERSION,
+                GuestKind::Lxc => VERSION_WITH_TREE,
+            },
             archive,
             subtype: guest.kind,
             guest_id: guest.id,
@@ -166,6 +205,7 @@ impl Manifest {
             config: SmallFile::of(b""),
             firewall: None,
             disks: Vec::new(),
+            tree: None,
             transferred: Transferred::default(),
             blake3: None,
         }
@@ -200,7 +240,11 @@ impl Manifest {
     }
 
     fn check(&self, name: &str) -> std::result::Result<(), String> {
-        if self.format != FORMAT || self.version != VERSION {
+        let version = match self.subtype {
+            GuestKind::Qemu => VERSION,
+            GuestKind::Lxc => VERSION_WITH_TREE,
+        };
+        if self.format != FORMAT || self.version != version {
             return Err(format!(
                 "format {:?} version {} is not known to this program.",
                 self.format, self.version
@@ -208,6 +252,10 @@ impl Manifest {
         }
         if self.archive != name {
             return Err(format!("it belongs to an archive called {:?}.", self.archive));
+        }
+        let is_container = self.subtype == GuestKind::Lxc;
+        if self.tree.is_some() != is_container || (is_container && !self.disks.is_empty()) {
+            return Err(format!("it has what no archive of kind {} has.", self.subtype));
         }
         if self.disks.len() > DISKS_MAX {
             return Err(format!("it has {} disks.", self.disks.len()));
@@ -234,7 +282,8 @@ impl Manifest {
             .iter()
             .map(|d| d.file_size_bytes.saturating_add(d.checksums.file_size_bytes));
         let small = std::iter::once(&self.config).chain(&self.firewall).map(|f| f.size_bytes);
-        disks.chain(small).fold(0, u64::saturating_add)
+        let tree = self.tree.iter().map(|tree| tree.file_size_bytes);
+        disks.chain(small).chain(tree).fold(0, u64::saturating_add)
     }
 
     /// The archive this one builds upon; with several, the first disk's.

@@ -32,7 +32,7 @@ use crate::header::Header;
 use crate::kill_point::step;
 use crate::limits::{LOCK_WAIT, MERGE_ROUNDS, USE_WAIT};
 use crate::manifest::{
-    CONFIG_FILE, Disk, FIREWALL_FILE, MANIFEST_FILE, Manifest, checksums_file, image_file,
+    Disk, MANIFEST_FILE, Manifest, checksums_file, config_file, firewall_file, image_file,
 };
 use crate::merge::merge_disk;
 use crate::storage::{Leftover, RunDirectory, Storage};
@@ -175,9 +175,9 @@ impl<'a> Removal<'a> {
             let check = || check(self.call, "The removal");
             files::link_or_copy(&from.join(file), &run.path().join(file), check)
         };
-        link(CONFIG_FILE)?;
+        link(config_file(above.subtype))?;
         if above.firewall.is_some() {
-            link(FIREWALL_FILE)?;
+            link(firewall_file(above.subtype))?;
         }
         let mut manifest = above.clone();
         for disk in &mut manifest.disks {

@@ -4,7 +4,9 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use provider_api::{BoxFuture, Call, Error, Kind, RestoreDevice, Result, VmRestore, VolumeSource};
+use provider_api::{
+    BoxFuture, Call, Error, GuestKind, Kind, RestoreDevice, Result, VmRestore, VolumeSource,
+};
 
 use crate::call::{blocking, invalid, limited};
 use crate::chain::Chain;
@@ -35,6 +37,9 @@ impl DirectoryRestore {
         call: &Call,
     ) -> Result<Self> {
         let Manifest { subtype, guest_id, .. } = storage.manifest(archive)?;
+        if subtype != GuestKind::Qemu {
+            return Err(invalid(format!("Archive {archive} is not that of a VM.")));
+        }
         let held = Guest::new(storage, subtype, guest_id).begin_use_blocking(call, LOCK_WAIT)?;
         // Again: before the lock a removal may have replaced it.
         let manifest = storage.manifest(archive)?;

@@ -6,6 +6,7 @@
 //! configurations  by the manifest
 //! images          kind of file, size, header, backing file: as before each use, see `chain`
 //! checksums       by the manifest
+//! tree            of a container, by the manifest
 //! disks           by the checksums, archive by archive from the bottom of the chain, see `layer`
 //! ```
 //!
@@ -29,11 +30,12 @@ use tokio::sync::mpsc;
 
 use crate::areas::Area;
 use crate::attributes;
-use crate::call::{blocking, corrupt, invalid};
+use crate::call::{blocking, check, corrupt, invalid};
 use crate::chain::Chain;
+use crate::container;
 use crate::files;
 use crate::limits::{LOCK_WAIT, MANIFEST_BYTES_MAX};
-use crate::manifest::{MANIFEST_FILE, Manifest};
+use crate::manifest::{MANIFEST_FILE, Manifest, TREE_FILE, Tree};
 use crate::storage::Storage;
 use crate::usage::Guest;
 
@@ -189,6 +191,9 @@ impl Verification {
             }
         }
         self.check_disks(&disks)?;
+        if let Some(tree) = &manifest.tree {
+            self.check_tree(tree)?;
+        }
         self.remember();
         Ok(self.findings.report)
     }
@@ -226,6 +231,24 @@ impl Verification {
             }
         });
         checked.or_else(|error| self.findings.fault(archive, None, None, error))
+    }
+
+    /// Reads the files of a container, always all of them: they have one hash.
+    fn check_tree(&mut self, tree: &Tree) -> Result<()> {
+        let total_bytes = tree.file_size_bytes;
+        let path = self.storage.archive_path(&self.archive).join(TREE_FILE);
+        let (mut done_bytes, mut blocks) = (0_u64, 0);
+        let checked = container::check(&path, tree, |bytes| {
+            check(&self.call, "The verification")?;
+            done_bytes += bytes;
+            blocks += 1;
+            let device = TREE_FILE.to_owned();
+            self.findings.tell(News::Report { device, done_bytes, total_bytes });
+            Ok(())
+        });
+        self.findings.report.read_bytes += done_bytes;
+        self.findings.report.blocks += blocks;
+        checked.or_else(|error| self.findings.fault(&self.archive, None, None, error))
     }
 
     fn check_disks(&mut self, disks: &[(&str, Chain)]) -> Result<()> {

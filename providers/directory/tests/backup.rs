@@ -276,7 +276,11 @@ async fn archives_of_the_same_second_get_names_of_their_own() {
     assert_eq!(names[1], format!("{}-2", names[0]));
     assert_eq!(names[2], format!("{}-3", names[0]));
     let lxc = provider_api::GuestInfo { kind: provider_api::GuestKind::Lxc, ..info };
-    assert!(job.start_guest(lxc, &bench.call).await.is_err());
+    let mut other = job.start_guest(lxc, &bench.call).await.unwrap();
+    assert_eq!(other.archive_name(), "vzdump-lxc-5-1970_01_01-00_00_00");
+    // What is backed up must be what was begun.
+    let progress = Recorder::default();
+    assert!(other.backup_vm(vm(vec![]), &progress, &bench.call).await.is_err());
     job.finish(&bench.call).await.unwrap();
 }
 

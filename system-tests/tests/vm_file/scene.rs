@@ -57,6 +57,7 @@ fn context(root: &Path, provider: &FileProvider) -> JobContext {
         storages: StorageSet::new(&config, &layout),
         tools: Tools::in_dir(qemu::bin_dir().unwrap()),
         providers: Arc::new(One(provider.clone())),
+        containers: Arc::new(vzdump_core::guest::NoContainers),
         guard: GuardCommand { program: "/bin/false".into(), args: Vec::new() },
         limits: Limits::default(),
         layout,

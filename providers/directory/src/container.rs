@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The file tree of a container, as one compressed tar archive.
+//!
+//! ```text
+//!  tar (as the container's root, by the host's runner) ─► pipe ─► entries counted ─► zstd ─► hash, file
+//! ```
+//!
+//! `tar` walks the tree: this process never opens a file of a container. What comes out of it is looked at
+//! on the way ([`entries`]), so an archive that is cut short or has no entries is noticed whatever the
+//! command says of itself.
+
+mod entries;
+mod restore;
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, PipeReader, Read as _, Write};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use provider_api::{
+    Call, CommandEnd, ContainerBackup, ContainerCommand, ContainerMount, ContainerTransferred,
+    Error, IGNORED_MAX, Identity, IgnoredEntry, Kind, Progress, Result,
+};
+
+use crate::call::{blocking, corrupt, invalid};
+use crate::files;
+use crate::limits::{COMPRESSION_LEVEL, MOUNTS_MAX, PIPE_BYTES, PIPE_END_WAIT, REPORT_INTERVAL};
+use crate::manifest::{TREE_FILE, Tree};
+
+use entries::Counter;
+pub(crate) use restore::DirectoryContainerRestore;
+
+/// What `tar` says of a file that cannot be in an archive.
+const SOCKET: &str = ": socket ignored";
+/// What it says first on each line.
+const TAR_PREFIX: &str = "tar: ";
+/// What it says besides the reason why it failed.
+const NO_REASONS: [&str; 3] = ["Removing leading", "Exiting with failure status", SOCKET];
+/// How the disk is called in reports of progress.
+const DEVICE: &str = "rootfs";
+
+/// Stores a container's tree in `directory`.
+pub(crate) async fn store(
+    backup: &ContainerBackup,
+    directory: &Path,
+    progress: &dyn Progress,
+    call: &Call,
+) -> Result<(Tree, ContainerTransferred)> {
+    if backup.mounts.is_empty() || backup.mounts.len() > MOUNTS_MAX {
+        return Err(invalid(format!(
+            "A container with {} volumes cannot be stored.",
+            backup.mounts.len()
+        )));
+    }
+    let (host_tree, mounts) = (backup.host_tree.clone(), backup.mounts.clone());
+    let (walks, used_bytes) = blocking(move || look(&host_tree, &mounts)).await?;
+    let (reader, writer) =
+        io::pipe().map_err(|e| Error::io("Cannot make a pipe for a container's files.", e))?;
+    let command = ContainerCommand {
+        argv: arguments(backup, &walks),
+        identity: Identity::MappedRoot,
+        env: Vec::new(),
+        paths: Vec::new(),
+        stdin: None,
+        stdout: Some(writer.into()),
+    };
+    let counted = Arc::new(AtomicU64::new(0));
+    let path = directory.join(TREE_FILE);
+    let storing = {
+        let counted = Arc::clone(&counted);
+        blocking(move || compress(reader, &path, &counted))
+    };
+    let mut storing = std::pin::pin!(storing);
+    let running = backup.runner.command(command, call);
+    let mut running = std::pin::pin!(running);
+    let mut tick = tokio::time::interval(REPORT_INTERVAL);
+    let mut stored = None;
+    let end = loop {
+        tokio::select! {
+            end = &mut running => break end?,
+            result = &mut storing, if stored.is_none() => stored = Some(result),
+            _ = tick.tick() => {
+                let done = counted.load(Ordering::Relaxed);
+                progress.report(DEVICE, done, used_bytes.max(done), 0);
+            }
+        }
+    };
+    let stored = match stored {
+        Some(stored) => stored,
+        // The pipe has ended with the command; what is in it is soon stored.
+        None => wait_for_rest(storing.as_mut()).await?,
+    };
+    // The command's words first: they say why its output is of no use.
+    check_end(&end)?;
+    let stored = stored?;
+    if stored.entries == 0 {
+        return Err(Error::new(Kind::Other, "The archive of the container has no entries."));
+    }
+    progress.report(DEVICE, stored.read_bytes, stored.read_bytes, 0);
+    let ignored = ignored(&end.stderr_tail);
+    let transferred = ContainerTransferred {
+        entries: stored.entries,
+        read_bytes: stored.read_bytes,
+        written_bytes: stored.tree.file_size_bytes,
+        ignored_count: ignored.len() as u64,
+        ignored: ignored.into_iter().take(IGNORED_MAX).collect(),
+    };
+    Ok((stored.tree, transferred))
+}
+
+async fn wait_for_rest<T>(storing: impl Future<Output = Result<T>>) -> Result<Result<T>> {
+    let rest = tokio::time::timeout(PIPE_END_WAIT, storing).await;
+    rest.map_err(|_| {
+        Error::new(Kind::Io, "The storage did not take the rest of a container's files in time.")
+    })
+}
+
+fn check_end(end: &CommandEnd) -> Result<()> {
+    if end.exit_code == 0 {
+        return Ok(());
+    }
+    let tells =
+        |line: &&str| !line.trim().is_empty() && !NO_REASONS.iter().any(|no| line.contains(no));
+    let last = end.stderr_tail.lines().rev().find(tells);
+    Err(Error::new(
+        Kind::Io,
+        format!(
+            "tar ended with {} while it read the container's files: {}",
+            end.exit_code,
+            last.unwrap_or("it did not say why")
+        ),
+    ))
+}
+
+/// Which volumes are walked, and how many bytes their file systems use. One on the same file system as the
+/// volume around it is part of that one's walk, and would be there twice.
+fn look(host_tree: &Path, mounts: &[ContainerMount]) -> Result<(Vec<PathBuf>, u64)> {
+    let mut mounts: Vec<&Path> = mounts.iter().map(|mount| mount.mount_point.as_path()).collect();
+    mounts.sort();
+    mounts.dedup();
+    let mut walks: Vec<(PathBuf, u64)> = Vec::new();
+    let mut used_bytes: u64 = 0;
+    for mount in mounts {
+        let inner = inner_path(mount)?;
+        let place = host_tree.join(&inner);
+        let failed = |e| Error::io(format!("Cannot look at the volume {}.", mount.display()), e);
+        let device = fs::symlink_metadata(&place).map_err(failed)?.dev();
+        let around = walks.iter().rev().find(|(outer, _)| inner.starts_with(outer));
+        if around.is_some_and(|(_, outer)| *outer == device) {
+            continue;
+        }
+        if let Ok(stat) = rustix::fs::statvfs(&place) {
+            let blocks = stat.f_blocks.saturating_sub(stat.f_bfree);
+            used_bytes = used_bytes.saturating_add(blocks.saturating_mul(stat.f_frsize));
+        }
+        walks.push((inner, device));
+    }
+    Ok((walks.into_iter().map(|(inner, _)| inner).collect(), used_bytes))
+}
+
+/// A mount point as a path within the tree.
+fn inner_path(mount: &Path) -> Result<PathBuf> {
+    let plain = mount.is_absolute()
+        && mount.components().all(|part| {
+            matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_))
+        });
+    if !plain {
+        return Err(invalid(format!("The mount point {} is not plain.", mount.display())));
+    }
+    Ok(mount.strip_prefix("/").unwrap_or(mount).to_owned())
+}
+
+fn arguments(backup: &ContainerBackup, walks: &[PathBuf]) -> Vec<OsString> {
+    let mut argv: Vec<OsString> = [
+        "tar",
+        "--create",
+        "--file=-",
+        "--format=posix",
+        "--numeric-owner",
+        "--sparse",
+        "--acls",
+        "--xattrs",
+        "--xattrs-include=user.*",
+        "--xattrs-include=security.capability",
+        // Into each volume on its own, and into nothing that is not one.
+        "--one-file-system",
+        // What an archive of the same tree would have, too.
+        "--sort=name",
+        "--wildcards",
+        "--wildcards-match-slash",
+    ]
+    .map(OsString::from)
+    .to_vec();
+    argv.extend(backup.exclude.iter().flat_map(|pattern| excluded(pattern)));
+    argv.push("--directory".into());
+    argv.push(backup.tree.clone().into());
+    argv.push("--".into());
+    for walk in walks {
+        let mut name = OsString::from(".");
+        if !walk.as_os_str().is_empty() {
+            name.push("/");
+            name.push(walk);
+        }
+        argv.push(name);
+    }
+    argv
+}
+
+/// As vzdump reads them: a pattern with a slash at its begin is about that very path, any other one about
+/// all paths that end so.
+fn excluded(pattern: &str) -> [OsString; 2] {
+    if pattern.starts_with('/') {
+        ["--anchored".into(), format!("--exclude=.{pattern}").into()]
+    } else {
+        ["--no-anchored".into(), format!("--exclude={pattern}").into()]
+    }
+}
+
+/// What `tar` says it left out, as far as the end of its words tells.
+fn ignored(said: &str) -> Vec<IgnoredEntry> {
+    let sockets = said.lines().filter_map(|line| {
+        let path = line.strip_prefix(TAR_PREFIX)?.strip_suffix(SOCKET)?;
+        let path = path.strip_prefix('.').unwrap_or(path).to_owned();
+        Some(IgnoredEntry { path, why: "a socket".to_owned() })
+    });
+    sockets.collect()
+}
+
+struct Stored {
+    tree: Tree,
+    entries: u64,
+    read_bytes: u64,
+}
+
+/// Takes all that comes out of the pipe into a new file.
+fn compress(mut pipe: PipeReader, path: &Path, counted: &AtomicU64) -> Result<Stored> {
+    let failed = |e| Error::io(format!("Cannot write {}.", path.display()), e);
+    let target =
+        Hashing { file: files::create(path)?, hasher: blake3::Hasher::new(), size_bytes: 0 };
+    let mut encoder = zstd::Encoder::new(target, COMPRESSION_LEVEL).map_err(failed)?;
+    // So that a restore notices damage by itself.
+    encoder.include_checksum(true).map_err(failed)?;
+    let mut counter = Counter::default();
+    let mut buffer = vec![0; PIPE_BYTES];
+    loop {
+        let count = pipe
+            .read(&mut buffer)
+            .map_err(|e| Error::io("Cannot read what tar says of a container's files.", e))?;
+        if count == 0 {
+            break;
+        }
+        counter.take(&buffer[..count]).map_err(corrupt)?;
+        encoder.write_all(&buffer[..count]).map_err(failed)?;
+        counted.store(counter.data_bytes(), Ordering::Relaxed);
+    }
+    counter.finish().map_err(corrupt)?;
+    let Hashing { file, hasher, size_bytes } = encoder.finish().map_err(failed)?;
+    file.sync_all().map_err(failed)?;
+    let (entries, read_bytes) = (counter.entries(), counter.data_bytes());
+    let tree = Tree {
+        file_size_bytes: size_bytes,
+        blake3: hasher.finalize().to_hex().to_string(),
+        entries,
+        data_bytes: read_bytes,
+    };
+    Ok(Stored { tree, entries, read_bytes })
+}
+
+/// A file whose content is hashed as it is written.
+struct Hashing {
+    file: File,
+    hasher: blake3::Hasher,
+    size_bytes: u64,
+}
+
+impl Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        self.size_bytes += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// Compares a stored tree with what the manifest says of it. `read` is told of each piece, and ends the
+/// comparison by an error.
+pub(crate) fn check(
+    path: &Path,
+    tree: &Tree,
+    mut read: impl FnMut(u64) -> Result<()>,
+) -> Result<()> {
+    let failed = |e| Error::io(format!("Cannot read {}.", path.display()), e);
+    let mut file = files::open_regular(path)?;
+    let length = file.metadata().map_err(failed)?.len();
+    if length != tree.file_size_bytes {
+        return Err(corrupt(format!(
+            "{} has {length} bytes, its manifest says {}.",
+            path.display(),
+            tree.file_size_bytes
+        )));
+    }
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; PIPE_BYTES];
+    loop {
+        let count = file.read(&mut buffer).map_err(failed)?;
+        if count == 0 {
+            break;
+        }
+        hasher.update(&buffer[..count]);
+        read(count as u64)?;
+    }
+    if hasher.finalize().to_hex().to_string() == tree.blake3 {
+        return Ok(());
+    }
+    Err(corrupt(format!("{} does not match its checksum.", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_are_anchored_as_vzdump_does() {
+        assert_eq!(excluded("/tmp/?*"), ["--anchored", "--exclude=./tmp/?*"].map(OsString::from));
+        assert_eq!(excluded("*.bak"), ["--no-anchored", "--exclude=*.bak"].map(OsString::from));
+    }
+
+    #[test]
+    fn sockets_are_named_and_other_words_are_not() {
+        let said = "tar: ./run/a b.sock: socket ignored\ntar: Removing leading `/'\n";
+        let found = ignored(said);
+        assert_eq!(found.len(), 1);
+        assert_eq!((found[0].path.as_str(), found[0].why.as_str()), ("/run/a b.sock", "a socket"));
+    }
+
+    #[test]
+    fn mount_points_that_would_leave_the_tree_are_refused() {
+        assert_eq!(inner_path(Path::new("/")).unwrap(), Path::new(""));
+        assert_eq!(inner_path(Path::new("/mnt/a")).unwrap(), Path::new("mnt/a"));
+        for bad in ["mnt", "/mnt/../etc", ""] {
+            assert!(inner_path(Path::new(bad)).is_err(), "{bad:?}");
+        }
+    }
+}
