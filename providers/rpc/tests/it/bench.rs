@@ -61,6 +61,14 @@ impl Bench {
         self.dir.path().join("archives")
     }
 
+    /// Checks all messages so far against the schema; the plugin must be one that keeps to it. Returns
+    /// the methods that were called.
+    pub(crate) fn check_messages(&self) -> std::collections::BTreeSet<String> {
+        let messages = self.messages.lock().unwrap();
+        let messages = messages.iter().map(|(from, line)| (Some(*from), line.as_str()));
+        crate::schema::Schema::new().check(messages)
+    }
+
     pub(crate) async fn start(&self) -> Result<RpcProvider> {
         RpcProvider::start(self.options.clone()).await
     }

@@ -133,6 +133,10 @@ async fn a_full_backup_and_an_increment_restore_exactly() {
     provider.remove(&first, &call()).await.unwrap();
     assert_eq!(provider.remove(&first, &call()).await.unwrap_err().kind, Kind::NotFound);
     assert!(listed(&provider).await.is_empty());
+    let seen = bench.check_messages();
+    for method in ["regions", "progress", "backup_vm", "volume_init", "remove"] {
+        assert!(seen.contains(method), "{seen:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -152,6 +156,7 @@ async fn notes_and_logs_are_kept() {
     }
     let status = provider.status(&call()).await.unwrap();
     assert!(status.total_bytes > status.used_bytes && status.used_bytes > 0);
+    assert!(bench.check_messages().contains("kept_log"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -281,6 +286,10 @@ pub(crate) async fn back_up_container(bench: &Bench) {
     restore.cleanup(&call()).await.unwrap();
     provider.remove(&archive, &call()).await.unwrap();
     assert!(listed(&provider).await.is_empty());
+    let seen = bench.check_messages();
+    for method in ["container.command", "backup_container", "container_data"] {
+        assert!(seen.contains(method), "{seen:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

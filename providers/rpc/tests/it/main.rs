@@ -5,3 +5,4 @@
 mod bench;
 mod faults;
 mod file_store;
+mod schema;
