@@ -474,7 +474,11 @@ impl Provider for RpcProvider {
             if !self.core.declared.capabilities.verify {
                 return Ok(Vec::new());
             }
-            self.pages("unreadable", call).await
+            match self.pages("unreadable", call).await {
+                // It lists whatever there is, and has no such method.
+                Err(error) if error.kind == Kind::Invalid => Ok(Vec::new()),
+                names => names,
+            }
         })
     }
 
