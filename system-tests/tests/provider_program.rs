@@ -173,7 +173,7 @@ fn a_program_backs_up_a_running_vm_and_its_death_costs_no_guest_anything() {
     }
     let finished = backup.finish(SOON, &scene.lab.stop).unwrap();
     assert_eq!(finished.status.code(), Some(255), "{}", finished.stderr);
-    assert!(finished.stderr.contains("signal: 9"), "{}", finished.stderr);
+    assert!(finished.stdout.contains("signal: 9"), "{}", finished.stdout);
     scene.assert_tidy();
     scene.install(PROGRAM);
     let last = scene.lab.backup().unwrap();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The Python example, driven through the protocol.
+//! The examples, driven through the protocol.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use provider_rpc::RpcProvider;
 use crate::bench::{Bench, Notes, call, region, vm};
 
 const EXAMPLE: &str = "python/file-store.py";
+const IN_SHELL: &str = "shell/tar-store.sh";
 const SIZE: usize = (3 << 20) + 512;
 
 fn guest(kind: GuestKind, start_time_s: i64) -> GuestInfo {
@@ -295,4 +296,29 @@ pub(crate) async fn back_up_container(bench: &Bench) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_is_read_through_the_runner() {
     back_up_container(&Bench::with_example(EXAMPLE)).await;
+    back_up_container(&Bench::with_example(IN_SHELL)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_outcome_of_a_commit_is_known_in_shell_too() {
+    let bench = Bench::with_example(IN_SHELL);
+    let provider = bench.start().await.unwrap();
+    let root = bench.dir.path().join("tree");
+    tree(&root);
+    let (call, notes) = (call(), Notes::default());
+    let mut backup = start_guest(&provider, GuestKind::Lxc, 1_800_000_000).await;
+    backup.backup_container(container(&root), &notes, &call).await.unwrap();
+    let (id, never) = (Uuid::new_v4(), Uuid::new_v4());
+    let archive = backup.commit(id, &call).await.unwrap().archive;
+    let other = bench.start().await.unwrap();
+    let committed = CommitOutcome::Committed { archive };
+    assert_eq!(other.commit_outcome(id, &call).await.unwrap(), committed);
+    let outcome = other.commit_outcome(never, &call).await.unwrap();
+    assert_eq!(outcome, CommitOutcome::NotCommitted);
+    let mut late = start_guest(&provider, GuestKind::Lxc, 1_800_000_200).await;
+    late.backup_container(container(&root), &notes, &call).await.unwrap();
+    assert!(late.commit(never, &call).await.is_err());
+    assert_eq!(listed(&other).await.len(), 1);
+    assert_eq!(other.remove("../archives", &call).await.unwrap_err().kind, Kind::NotFound);
+    bench.check_messages();
 }

@@ -1,0 +1,178 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# A backup provider for vzdump in POSIX sh: containers as tar archives in a directory. Needs jq and flock.
+#
+#     <path>/<archive>/entry.json, config, firewall, files.tar      an archive
+#     <path>/.tmp-<archive>-<process>/                              a backup under way, or left by a dead process
+#     <path>/.commits/<id>                                          what became of a commit
+#
+# It does one thing at a time: a `status` waits for a backup. Everything that counts is synced before it is
+# renamed, and every step that decides something is one rename or one link, which happens once or never.
+set -u
+number=0 held=''
+
+send() { printf '%s\n' "$1"; }
+get() { printf '%s' "$line" | jq -r "$1"; }
+answer() { send "{\"jsonrpc\": \"2.0\", \"id\": $id, \"result\": ${1:-{\}}}"; }
+fail() { # kind, sentence
+    send "$(jq -cn --argjson id "$id" --arg kind "$1" --arg message "$2" \
+        '{jsonrpc: "2.0", id: $id, error: {code: -32000, message: $message, data: {kind: $kind}}}')"
+}
+
+# The archive that a request names, as $archive and its directory $place; or an error is the answer.
+archive() {
+    archive=$(get .params.archive)
+    case $archive in *[!A-Za-z0-9._-]* | .* | '') place=/nonexistent ;; *) place=$path/$archive ;; esac
+    [ -f "$place/entry.json" ] || { fail not_found "There is no archive $archive."; return 1; }
+}
+
+# Who asks for an outcome first forbids the commit; who commits first has the word.
+outcome() {
+    mkdir -p "$path/.commits" && word=$path/.commits/$commit
+    printf refused >"$path/.commits/.new-$$" && sync "$path/.commits/.new-$$"
+    ln "$path/.commits/.new-$$" "$word" 2>/dev/null && sync "$path/.commits"
+    name=$(cat "$word")
+    if [ "$name" = refused ]; then
+        answer '{"outcome": "not_committed"}'
+    elif [ -f "$path/$name/entry.json" ]; then
+        answer "{\"outcome\": \"committed\", \"archive\": \"$name\"}"
+    elif ! flock -n "$word" true; then
+        answer '{"outcome": "pending"}'
+    elif [ -f "$path/$name/entry.json" ]; then # it has come to its end meanwhile
+        answer "{\"outcome\": \"committed\", \"archive\": \"$name\"}"
+    else # whoever made it has died before it counted
+        mv "$path/.commits/.new-$$" "$word" && sync "$path/.commits"
+        answer '{"outcome": "not_committed"}'
+    fi
+    rm -f "$path/.commits/.new-$$"
+}
+
+start_guest() {
+    kind=$(get .params.kind) guest=$(get .params.guest_id) time_s=$(get .params.start_time_s)
+    name=vzdump-$kind-$guest-$(date -u -d "@$time_s" +%Y_%m_%d-%H_%M_%S)
+    [ ! -e "$path/$name" ] || { fail invalid "There is an archive $name already."; return; }
+    work=$path/.tmp-$name-$$
+    mkdir -p "$work" && : >"$work/files.tar" || { fail io "Cannot write to $path."; return; }
+    jq -cn --arg name "$name" --arg kind "$kind" --argjson guest "$guest" --arg time_s "$time_s" \
+        '{name: $name, subtype: $kind, guest_id: $guest, time_s: $time_s}' >"$work/entry.new"
+    answer "{\"guest\": \"$name\", \"archive_name\": \"$name\"}"
+}
+
+backup_container() {
+    work=$path/.tmp-$(get .params.guest)-$$ number=$((number + 1))
+    get .params.config >"$work/config"
+    get '.params.firewall // ""' >"$work/firewall"
+    send "$(printf '%s' "$line" | jq -c --arg id "tar-$number" --arg out "$work/files.tar" '.params |
+        {jsonrpc: "2.0", id: $id, method: "container.command", params: {
+            container: .container, identity: "mapped_root", stdout: $out,
+            argv: (["tar", "-cf", "-", "--numeric-owner", "--acls", "--xattrs", "-C", .tree]
+                + [.exclude[] | if startswith("/") then "--anchored", "--exclude=.\(.)"
+                    else "--no-anchored", "--exclude=\(.)" end] + ["."])}}')"
+    # While tar runs other requests may come: they are answered before this one.
+    job=$id waits="\"tar-$number\"" cancelled='' told=$line
+    while IFS= read -r line; do
+        method=$(get '.method // ""') id=$(get '.id | tojson')
+        if [ "$id" = "$waits" ] && [ -z "$method" ]; then break; fi
+        if [ "$method" = '$/cancel' ]; then
+            [ "$(get .params.id)" != "$job" ] || {
+                cancelled=yes
+                send "{\"jsonrpc\": \"2.0\", \"method\": \"\$/cancel\", \"params\": {\"id\": $waits}}"
+            }
+        elif [ "$method" = status ] || [ "$method" = list ]; then
+            "do_$method"
+        else
+            held="$held$line
+"
+        fi
+    done
+    id=$job
+    [ -z "$cancelled" ] || { fail cancelled "The backup was cancelled."; return; }
+    code=$(get '.result.exit_code // 255') words=$(get '.error.message // .result.stderr_tail // ""')
+    [ "$code" = 0 ] || { fail io "tar ended with $code: $words"; return; }
+    entries=$(tar -tf "$work/files.tar" | wc -l) bytes=$(stat -c %s "$work/files.tar")
+    [ "$entries" -gt 0 ] || { fail corrupt "The archive has no entries."; return; }
+    line=$told
+    answer "{\"entries\": \"$entries\", \"read_bytes\": \"$bytes\", \"written_bytes\": \"$bytes\"}"
+}
+
+commit() {
+    name=$(get .params.guest) commit=$(get .params.id)
+    work=$path/.tmp-$name-$$ word=$path/.commits/$commit
+    bytes=$(stat -c %s "$work/files.tar")
+    mkdir -p "$path/.commits"
+    if (
+        jq -c --arg id "$commit" --arg bytes "$bytes" '. + {commit_id: $id, size_bytes: $bytes}' \
+            "$work/entry.new" >"$work/entry.json" &&
+            rm "$work/entry.new" && sync "$work"/* "$work" &&
+            printf %s "$name" >"$word.$$" && exec 9<"$word.$$" && flock -n 9 &&
+            ln "$word.$$" "$word" && rm "$word.$$" && sync "$path/.commits" &&
+            mv -T "$work" "$path/$name" && sync "$path"
+    ) >&2; then
+        answer "{\"archive\": \"$name\", \"size_bytes\": \"$bytes\"}"
+    else
+        fail io "The archive $name could not be committed."
+    fi
+}
+
+do_status() {
+    numbers=$(df -B1 --output=size,used "$path" | tail -1)
+    answer "$(printf '%s' "$numbers" | jq -cR '[splits(" +") | select(. != "")] | {total_bytes: .[0], used_bytes: .[1]}')"
+}
+
+do_list() { # one page: some thousand archives fit into a line
+    answer "$(cat /dev/null "$path"/*/entry.json 2>/dev/null | jq -cs '{archives: .}')"
+}
+
+handle() {
+    method=$(get '.method // ""') id=$(get '.id | tojson')
+    case $method in
+    initialize)
+        answer '{"name": "tar store", "api_version": 2, "properties": [{"name": "path", "kind": "path", "required": true}],
+            "capabilities": {"container": true, "container_restore": true, "remove": true}}' | tr -d '\n'
+        echo
+        ;;
+    configure) path=$(get .params.properties.path) && answer ;;
+    activate)
+        mkdir -p "$path" || { fail io "Cannot make $path."; return; }
+        for work in "$path"/.tmp-*; do # of processes that are gone
+            [ ! -d "$work" ] || kill -0 "${work##*-}" 2>/dev/null || rm -rf "$work"
+        done
+        answer
+        ;;
+    status) do_status ;;
+    list) do_list ;;
+    guest_config)
+        archive && answer "$(jq -cn --rawfile config "$place/config" --rawfile firewall "$place/firewall" \
+            '{config: ($config | rtrimstr("\n")), firewall: ($firewall | rtrimstr("\n") | if . == "" then null else . end)}')"
+        ;;
+    commit_outcome) commit=$(get .params.id) && outcome ;;
+    start_job) answer '{"job": "job"}' ;;
+    start_guest) start_guest ;;
+    backup_container) backup_container ;;
+    commit) commit ;;
+    abort) rm -rf "$path/.tmp-$(get .params.guest)-$$" && answer ;;
+    remove)
+        archive && mv -T "$place" "$path/.tmp-$archive-dead-$$" && sync "$path" &&
+            rm -rf "$path/.tmp-$archive-dead-$$" && answer
+        ;;
+    restore_container) archive && answer "{\"restore\": \"$archive\"}" ;;
+    container_data)
+        answer "{\"kind\": \"tar\", \"path\": \"$path/$(get .params.restore)/files.tar\", \"compression\": \"none\"}"
+        ;;
+    finish_job | restore_cleanup) answer ;;
+    '$/cancel' | '') ;;
+    *) send "{\"jsonrpc\": \"2.0\", \"id\": $id, \"error\": {\"code\": -32601, \"message\": \"There is no such method.\"}}" ;;
+    esac
+}
+
+while IFS= read -r line; do
+    handle
+    # What came meanwhile and had to wait.
+    while [ -n "$held" ]; do
+        line=${held%%
+*} held=${held#*
+}
+        handle
+    done
+done
