@@ -263,6 +263,22 @@ pub(crate) enum StorageCommand {
 pub(crate) enum ProviderCommand {
     /// Prove that the provider of a storage keeps the contract
     Check(Box<CheckArgs>),
+    /// Write a provider that works, as a starting point
+    New {
+        /// A new directory; its name becomes the storage type
+        dir: PathBuf,
+        /// The language
+        #[arg(long, value_enum)]
+        language: NewLanguage,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum NewLanguage {
+    /// One file, with nothing but the standard library
+    Python,
+    /// A crate
+    Rust,
 }
 
 /// Guests are made up, with disks that are simulated; archives of others are left alone.

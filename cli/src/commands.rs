@@ -32,6 +32,9 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
     match cli.command {
         Command::Completion { shell } => return Ok(pages::completion(shell)),
         Command::Man { dir } => return Ok(pages::manual(&dir)?),
+        Command::Provider(ProviderCommand::New { dir, language }) => {
+            return provider::new(&dir, language, *output);
+        }
         _ => {}
     }
     let cancel = cancel_on_signal().context("cannot watch for signals")?;

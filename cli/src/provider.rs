@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The commands for those who write providers.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -9,13 +9,27 @@ use anyhow::anyhow;
 use serde_json::json;
 use vzdump_host::{
     CancellationToken, Host, KIT_SIZE_BYTES_MAX, KIT_SIZE_BYTES_MIN, KitReport, KitRequest,
-    Outcome, Overrides, check_provider, size,
+    Language, Outcome, Overrides, check_provider, new_provider, size,
 };
 
-use crate::args::CheckArgs;
+use crate::args::{CheckArgs, NewLanguage};
 use crate::commands::{CommandResult, task_result};
 use crate::output::{Output, printable, table};
 use crate::task::Screen;
+
+/// Writes a new provider.
+pub(crate) fn new(dir: &Path, language: NewLanguage, output: Output) -> CommandResult {
+    let language = match language {
+        NewLanguage::Python => Language::Python,
+        NewLanguage::Rust => Language::Rust,
+    };
+    let files = new_provider(dir, language)?;
+    output.result(&json!({"files": files}), || {
+        let lines = files.iter().map(|file| format!("wrote {}\n", file.display()));
+        lines.collect::<String>() + "README.md says how to try it.\n"
+    });
+    Ok(ExitCode::SUCCESS)
+}
 
 /// Checks a provider. Fails if it does not keep the contract.
 pub(crate) async fn check(

@@ -25,6 +25,7 @@ mod provider_call;
 mod providers;
 mod retention;
 mod tasks;
+mod template;
 mod verify;
 
 use std::path::{Path, PathBuf};
@@ -58,6 +59,7 @@ pub use provider_kit::{
 pub use providers::{StorageInfo, StorageUse};
 pub use retention::{PruneReport, PruneRequest, PrunedArchive};
 pub use tasks::{FileRestoreRequest, RestoreRequest};
+pub use template::{Language, new_provider};
 pub use tokio_util::sync::CancellationToken;
 pub use verify::{VerifiedArchive, VerifyRequest, VerifyResult, VerifySummary, random_seed};
 pub use vzdump_core::config::backup::{
@@ -126,6 +128,14 @@ pub enum HostError {
     /// The guest is being worked on.
     #[error(transparent)]
     Lock(#[from] vzdump_core::lock::LockError),
+    /// A file of a new provider could not be written.
+    #[error("Cannot write {path}.")]
+    Template {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The program does not know its own path.
     #[error("Cannot find out where this program is.")]
     OwnProgram(#[source] std::io::Error),

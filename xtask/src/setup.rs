@@ -42,6 +42,8 @@ const TESTS: &[&str] = &[
     "e2fsprogs",
     "fuse3",
     "git",
+    // The provider example in shell.
+    "jq",
     "kmod",
     "libnbd-bin",
     "lxc",

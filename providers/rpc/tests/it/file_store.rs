@@ -140,6 +140,40 @@ async fn a_full_backup_and_an_increment_restore_exactly() {
     }
 }
 
+/// The example in Rust, which cargo has built beside the tests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_backup_in_rust_restores_exactly() {
+    let tests = std::env::current_exe().unwrap();
+    let built = tests.parent().unwrap().parent().unwrap().join("examples/full-store");
+    let mut bench = Bench::with_program(tempfile::tempdir().unwrap(), built);
+    let path = bench.archives().to_str().unwrap().to_owned();
+    bench.options.properties.push(("path".to_owned(), path));
+    let provider = bench.start().await.unwrap();
+    let path = bench.dir.path().join("disk");
+    let content = disk(&path);
+    let end = SIZE as u64;
+    let mut backup = start_guest(&provider, GuestKind::Qemu, 1_800_000_000).await;
+    assert_eq!(plan(&mut *backup).await, BitmapRequest::None);
+    let regions = vec![
+        region(0, 1 << 20, false),
+        region(1 << 20, 1 << 20, true),
+        region(2 << 20, end - (2 << 20), false),
+    ];
+    let (id, notes) = (Uuid::new_v4(), Notes::default());
+    let vm = vm(&path, regions, BitmapMode::None, "x");
+    backup.backup_vm(vm, &notes, &call()).await.unwrap();
+    let archive = backup.commit(id, &call()).await.unwrap().archive;
+    assert!(restored(&provider, &archive, &bench).await == content);
+    let other = bench.start().await.unwrap();
+    let committed = CommitOutcome::Committed { archive: archive.clone() };
+    assert_eq!(other.commit_outcome(id, &call()).await.unwrap(), committed);
+    let outcome = other.commit_outcome(Uuid::new_v4(), &call()).await.unwrap();
+    assert_eq!(outcome, CommitOutcome::NotCommitted);
+    provider.remove(&archive, &call()).await.unwrap();
+    assert!(listed(&other).await.is_empty());
+    bench.check_messages();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn notes_and_logs_are_kept() {
     let bench = Bench::with_example(EXAMPLE);
