@@ -73,8 +73,8 @@ use std::time::Instant;
 
 use provider_api::{
     API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, ContainerRestore,
-    Description, Error, GuestConfig, Job, JobInfo, Kind, Progress, Provider, Result, Status, Uuid,
-    VerifyOptions, VerifyReport, VmRestore,
+    Description, Error, GuestConfig, Job, JobInfo, Kind, Progress, Property, PropertyKind,
+    Provider, Result, Status, Uuid, VerifyOptions, VerifyReport, VmRestore,
 };
 
 use call::{blocking, corrupt, limited};
@@ -251,6 +251,16 @@ impl Provider for DirectoryProvider {
                 ..Capabilities::default()
             },
         }
+    }
+
+    fn properties(&self) -> Vec<Property> {
+        vec![Property {
+            name: "path".to_owned(),
+            kind: PropertyKind::Path,
+            required: true,
+            sensitive: false,
+            description: "The directory of the archives; it is made if needed.".to_owned(),
+        }]
     }
 
     fn activate<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<()>> {

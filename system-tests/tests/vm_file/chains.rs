@@ -137,9 +137,13 @@ async fn a_provider_may_read_everything_late_if_it_asked_for_that() {
             Readable::All => {
                 assert_eq!(report.transferred.read_bytes, DISK_BYTES + 64 * KIB);
                 assert!(kept >= 128 * KIB, "{kept} bytes were kept");
+                assert_eq!(report.reused_bytes, 0, "a late full backup reused something");
             }
             // The second time these areas are dirty: what was written during the first backup.
-            Readable::Dirty => assert_eq!(report.transferred.read_bytes, 128 * KIB),
+            Readable::Dirty => {
+                assert_eq!(report.transferred.read_bytes, 128 * KIB);
+                assert_eq!(report.reused_bytes, DISK_BYTES - 128 * KIB);
+            }
         }
     }
     scene.assert_tidy("late full");

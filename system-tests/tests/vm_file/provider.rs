@@ -395,6 +395,7 @@ impl FileBackup {
         assert_eq!(reader.sum_bytes(), wanted);
         if behaviour.reads_all {
             moved.read_bytes += compare(source, image, size_bytes).await?;
+            moved.total_bytes = size_bytes;
         }
         Ok(moved)
     }

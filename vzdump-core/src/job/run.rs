@@ -321,6 +321,11 @@ impl<'a> Run<'a> {
         let moved = result?;
         meter.end();
         self.report.transferred = moved.transferred();
+        self.report.reused_bytes = not_looked_at(
+            self.report.reused_bytes,
+            self.report.disks_size_bytes,
+            self.report.transferred.total_bytes,
+        );
         if let Moved::Container(moved) = moved {
             self.take_container(moved)?;
         }
@@ -451,6 +456,11 @@ fn reused_bytes(volumes: &[VolumeReport]) -> u64 {
     })
 }
 
+/// What was reused in the end: a provider that may read everything may have made a full backup after all.
+fn not_looked_at(reused_bytes: u64, disks_size_bytes: u64, looked_at_bytes: u64) -> u64 {
+    reused_bytes.min(disks_size_bytes.saturating_sub(looked_at_bytes))
+}
+
 /// A provider's answer is untrusted input.
 fn check_requests(requests: &[BitmapRequest], disks: usize) -> Result<(), String> {
     if requests.len() != disks {
@@ -511,6 +521,16 @@ async fn within<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_late_full_backup_reuses_nothing() {
+        assert_eq!(not_looked_at(90, 100, 10), 90);
+        assert_eq!(not_looked_at(90, 100, 100), 0);
+        assert_eq!(not_looked_at(90, 100, 40), 60);
+        // What a provider claims need not be true.
+        assert_eq!(not_looked_at(90, 100, u64::MAX), 0);
+        assert_eq!(not_looked_at(90, 100, 0), 90);
+    }
 
     #[test]
     fn a_provider_s_plan_is_checked() {

@@ -345,3 +345,31 @@ async fn a_provider_that_stands_still_fails_the_job() {
     assert!(report.error.unwrap().contains("no progress"), "{}", world.sink.text());
     world.assert_clean("stalled");
 }
+
+/// The NBD server of the scripted QEMU is none, so the old data cannot be dropped: that costs the guest
+/// something, and the backup nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn old_data_that_cannot_be_dropped_before_a_slow_commit_is_a_warning() {
+    for commit in [Commit::Works, Commit::Fails] {
+        let world = World::with("", Script { is_slow: true, commit, ..Script::default() });
+        let report = world.backup().await;
+        let what = format!("{commit:?}");
+        assert_eq!(report.is_success(), commit == Commit::Works, "{what}: {report:?}");
+        let warning = report.warnings.iter().find(|text| text.contains("drop the old data"));
+        assert!(warning.is_some_and(|text| text.contains("scsi0")), "{what}: {report:?}");
+        assert_eq!((world.provider.count("commit"), world.provider.count("abort")), (1, 0));
+        world.assert_truthful(&what);
+        world.assert_clean(&what);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_provider_that_fails_before_its_commit_loses_nothing() {
+    let script = Script { is_slow: true, fail: Some("backup_vm"), ..Script::default() };
+    let world = World::with("", script);
+    let report = world.backup().await;
+    assert_eq!(report.result, GuestResult::Failed);
+    assert!(report.warnings.is_empty(), "{report:?}");
+    assert_eq!((world.provider.count("commit"), world.provider.count("abort")), (0, 1));
+    world.assert_clean("a slow provider");
+}

@@ -62,6 +62,8 @@ pub struct Script {
     pub restore: Option<Stored>,
     /// What a verification finds; without it, one never ends, even if it is cancelled.
     pub verify: Option<VerifyReport>,
+    /// It commits slowly.
+    pub is_slow: bool,
 }
 
 /// An archive to restore.
@@ -157,6 +159,7 @@ impl Provider for FakeProvider {
         let api_version = provider_api::API_VERSION;
         let capabilities = Capabilities {
             vm_nbd: true,
+            slow_commit: self.0.script.lock().unwrap().is_slow,
             notes: true,
             log: true,
             protect: true,
