@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The commands for those who write providers.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -76,6 +77,7 @@ fn text(report: &KitReport) -> String {
     for check in &report.checks {
         text.push_str(&details(&check.name, &check.outcome));
     }
+    text.push_str(&remarks(report));
     for archive in &report.left {
         text.push_str(&format!("left in the storage: {}\n", printable(archive)));
     }
@@ -94,6 +96,22 @@ fn text(report: &KitReport) -> String {
     text
 }
 
+/// Each remark once, with the checks that made it.
+fn remarks(report: &KitReport) -> String {
+    let mut by_text: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for check in &report.checks {
+        if let Outcome::Passed { remarks } = &check.outcome {
+            for remark in remarks {
+                by_text.entry(remark).or_default().push(&check.name);
+            }
+        }
+    }
+    let lines = by_text
+        .iter()
+        .map(|(text, names)| format!("remark: {} ({})\n", printable(text), names.join(", ")));
+    lines.collect()
+}
+
 /// What there is to say of a check beside its result.
 fn details(name: &str, outcome: &Outcome) -> String {
     let mut text = String::new();
@@ -104,13 +122,8 @@ fn details(name: &str, outcome: &Outcome) -> String {
                 text.push_str(&format!("  what to do: {}\n", printable(advice)));
             }
         }
-        Outcome::Passed { remarks } => {
-            for remark in remarks {
-                text.push_str(&format!("{name}: remark: {}\n", printable(remark)));
-            }
-        }
         Outcome::NotTested { why } => text.push_str(&format!("{name}: {}\n", printable(why))),
-        Outcome::NotSupported { .. } => {}
+        Outcome::Passed { .. } | Outcome::NotSupported { .. } => {}
     }
     text
 }

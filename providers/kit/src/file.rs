@@ -97,7 +97,7 @@ impl FileOffer {
             volume.access = Access::File { path, regions };
         }
         if let Some(daemon) = daemon {
-            offer.start(daemon, socket, volumes).await?;
+            offer.start(daemon, socket, volumes, frozen).await?;
         }
         Ok(offer)
     }
@@ -107,6 +107,7 @@ impl FileOffer {
         daemon: &Path,
         socket: &Path,
         volumes: &[Volume],
+        frozen: &[Frozen],
     ) -> std::result::Result<(), String> {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(daemon);
@@ -127,7 +128,7 @@ impl FileOffer {
         self.daemon = Some(child.map_err(|e| format!("cannot run {}: {e}", daemon.display()))?);
         let until = Instant::now() + START_LIMIT;
         // The empty file becomes the disk when the export is there.
-        while !self.all_have_sizes(volumes) {
+        while !self.all_have_sizes(frozen) {
             if let Some(child) = &mut self.daemon
                 && let Ok(Some(status)) = child.try_wait()
             {
@@ -141,11 +142,11 @@ impl FileOffer {
         Ok(())
     }
 
-    fn all_have_sizes(&self, volumes: &[Volume]) -> bool {
-        let has_size = |(path, volume): (&PathBuf, &Volume)| {
-            std::fs::metadata(path).is_ok_and(|meta| meta.len() == volume.size_bytes)
+    fn all_have_sizes(&self, frozen: &[Frozen]) -> bool {
+        let has_size = |(path, frozen): (&PathBuf, &Frozen)| {
+            std::fs::metadata(path).is_ok_and(|meta| meta.len() == frozen.content.len() as u64)
         };
-        self.paths.iter().zip(volumes).all(has_size)
+        self.paths.iter().zip(frozen).all(has_size)
     }
 
     /// Withdraws the files.

@@ -167,6 +167,7 @@ impl SimMachine {
         }
         let socket = self.dir.join(format!("{}.sock", &Uuid::new_v4().simple().to_string()[..8]));
         self.shared = Shared::new(std::mem::take(&mut self.trouble));
+        let is_file = self.offer != Offer::Nbd;
         let mut volumes = Vec::new();
         let mut exports: Vec<(String, Arc<dyn Export>)> = Vec::new();
         let mut snapshots = Vec::new();
@@ -187,8 +188,9 @@ impl SimMachine {
                 generation: frozen.generation.clone(),
                 dirty_bytes: dirty.map(|dirty| lie(self.dirty_lie, dirty)),
             });
-            let snapshot =
-                Arc::new(Snapshot::new(&disk.device, frozen.clone(), Arc::clone(&self.shared)));
+            let shared = Arc::clone(&self.shared);
+            let snapshot = Snapshot::new(&disk.device, frozen.clone(), shared, is_file);
+            let snapshot = Arc::new(snapshot);
             exports.push((disk.device.clone(), Arc::clone(&snapshot) as Arc<dyn Export>));
             snapshots.push(frozen);
         }

@@ -103,10 +103,13 @@ pub(crate) struct Snapshot {
     states: Mutex<Vec<State>>,
     zero: Vec<bool>,
     shared: Arc<Shared>,
+    /// Whether zeroes that may become a hole are a release: QEMU's storage daemon makes them of a punched
+    /// hole.
+    is_file: bool,
 }
 
 impl Snapshot {
-    pub(crate) fn new(device: &str, frozen: Frozen, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(device: &str, frozen: Frozen, shared: Arc<Shared>, is_file: bool) -> Self {
         let is_readable = |n: usize| match (&frozen.dirty, frozen.readable) {
             (Some(dirty), Readable::Dirty) => dirty[n * GRANULE as usize / BITMAP_GRANULE as usize],
             _ => true,
@@ -116,7 +119,14 @@ impl Snapshot {
         let states = (0..zero.len())
             .map(|n| if is_readable(n) { State::Unread } else { State::Clean })
             .collect();
-        Self { device: device.to_owned(), frozen, states: Mutex::new(states), zero, shared }
+        Self {
+            device: device.to_owned(),
+            frozen,
+            states: Mutex::new(states),
+            zero,
+            shared,
+            is_file,
+        }
     }
 
     fn states(&self) -> MutexGuard<'_, Vec<State>> {
@@ -222,6 +232,7 @@ impl Export for Snapshot {
             | flag::SEND_FUA
             | flag::SEND_TRIM
             | flag::SEND_WRITE_ZEROES
+            | flag::SEND_FAST_ZERO
             | flag::CAN_MULTI_CONN
             | flag::SEND_DF
     }
@@ -273,7 +284,10 @@ impl Export for Snapshot {
         })
     }
 
-    fn write_zeroes(&self, offset: u64, _len: u64, _may_trim: bool) -> ExportFuture<'_, ()> {
+    fn write_zeroes(&self, offset: u64, len: u64, may_trim: bool) -> ExportFuture<'_, ()> {
+        if self.is_file && may_trim {
+            return self.trim(offset, len);
+        }
         self.write(offset, Bytes::new())
     }
 
@@ -301,7 +315,7 @@ mod tests {
             readable,
         };
         let shared = Shared::new(Trouble::default());
-        (Snapshot::new("scsi0", frozen, Arc::clone(&shared)), shared)
+        (Snapshot::new("scsi0", frozen, Arc::clone(&shared), false), shared)
     }
 
     #[tokio::test]

@@ -157,7 +157,12 @@ async fn disks_may_be_files() {
             let options = KitOptions {
                 size_bytes: 1 << 20,
                 seed: 42,
-                only: vec!["full".to_owned(), "incremental".to_owned(), "wrong-sum".to_owned()],
+                only: vec![
+                    "full".to_owned(),
+                    "incremental".to_owned(),
+                    "wrong-sum".to_owned(),
+                    "wrong-size".to_owned(),
+                ],
                 storage_daemon: storage_daemon.clone(),
                 ..KitOptions::default()
             };
@@ -165,6 +170,9 @@ async fn disks_may_be_files() {
             let expected: &[&str] = if caught { &["incremental"] } else { &[] };
             assert_eq!(failed(&report), expected, "{fault:?} {has_daemon} {}", shown(&report));
             assert!(report.source.contains("files"), "{}", report.source);
+            if has_daemon {
+                assert!(!shown(&report).contains("releases nothing"), "{}", shown(&report));
+            }
         }
     }
 }

@@ -252,6 +252,10 @@ impl FileBackup {
                 Ok(Source::Nbd(client))
             }
             Access::File { path, regions } => {
+                let size = fs::metadata(path).map_err(|e| Error::io("No file.", e))?.len();
+                if size != volume.size_bytes {
+                    return Err(Error::new(Kind::Corrupt, "The file has another size."));
+                }
                 Ok(Source::File { path: path.clone(), regions: Arc::clone(regions) })
             }
             _ => Err(other("An access that is not known.")),
