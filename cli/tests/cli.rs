@@ -309,7 +309,7 @@ fn a_provider_is_checked_and_nothing_of_that_stays() {
     assert_eq!(place.run(&["provider", "check", "backups", "--size", "1K"]).status.code(), Some(1));
     let unknown = place.run(&["provider", "check", "backups", "--only", "luck"]);
     assert!(String::from_utf8(unknown.stderr).unwrap().contains("there are: describe,"));
-    let some = ["provider", "check", "backups", "--only", "incremental", "--only", "log"];
+    let some = ["provider", "check", "backups", "--only", "incremental", "--only", "files"];
     // No QEMU of ours is needed.
     let report = place.json(&[&some[..], &["--seed", "7", "--size", "1M"]].concat());
     let results: Vec<_> =
@@ -319,6 +319,48 @@ fn a_provider_is_checked_and_nothing_of_that_stays() {
     let text = String::from_utf8(place.run(&some).stdout).unwrap();
     assert!(text.contains("1 passed, 0 failed, 1 not supported"), "{text}");
     assert_eq!(place.json(&["list"])["archives"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn the_example_of_a_provider_in_python_keeps_the_contract() {
+    let place = Place::new();
+    let plugins = place.path("lib/providers");
+    fs::create_dir_all(&plugins).unwrap();
+    let example =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../providers/examples/python/file-store.py");
+    // Copied with its mode.
+    fs::copy(example, plugins.join("example")).unwrap();
+    let store = place.path("store");
+    fs::create_dir(&store).unwrap();
+    let text = format!("example: store\n\tpath {}\n", store.display());
+    fs::write(place.path("etc/storage.cfg"), text).unwrap();
+    let checks = [
+        "describe",
+        "full",
+        "incremental",
+        "empty-increment",
+        "late-full",
+        "chain",
+        "sizes",
+        "abort",
+        "failing-request",
+        "wrong-sum",
+        "wrong-size",
+        "crash",
+        "commit-outcome",
+        "concurrent",
+        "hostile-names",
+        "hostile-configs",
+        "remove",
+        "container",
+        "container-abort",
+    ];
+    let only: Vec<_> = checks.iter().flat_map(|check| ["--only", check]).collect();
+    let begin = ["provider", "check", "store", "--size", "1M", "--chain", "6"];
+    let output = place.run(&[&begin[..], &only].concat());
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.contains(&format!("({} passed, 0 failed, 0 not", checks.len())), "{text}");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -94,6 +94,8 @@ pub(crate) struct Ctx {
     made: Mutex<Vec<String>>,
     /// The seed of the next machine.
     seed: AtomicU64,
+    /// Whether disks are offered as files, whatever the host would choose.
+    as_files: AtomicBool,
 }
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -137,7 +139,17 @@ impl Made {
 impl Ctx {
     pub(crate) fn new(bench: Arc<Bench>, seed: u64) -> Self {
         let (remarks, made) = (Mutex::default(), Mutex::default());
-        Self { bench, remarks, made, seed: AtomicU64::new(seed) }
+        Self { bench, remarks, made, seed: AtomicU64::new(seed), as_files: AtomicBool::new(false) }
+    }
+
+    /// From now on disks are offered as files.
+    pub(crate) fn offer_files(&self) {
+        self.as_files.store(true, Ordering::Relaxed);
+        if self.bench.options.storage_daemon.is_none() {
+            self.remark(
+                "Without qemu-storage-daemon and FUSE, wrong reads of files are not noticed.",
+            );
+        }
     }
 
     /// Says something that is no fault.
@@ -216,7 +228,11 @@ impl Ctx {
             Some(maker) => AnyMachine::Other(maker.make(&disks).await.map_err(Fault::new)?),
             None => {
                 let dir = self.bench.private_dir()?;
-                let offer = self.bench.offer.clone();
+                let mut offer = self.bench.offer.clone();
+                if self.as_files.load(Ordering::Relaxed) {
+                    let storage_daemon = self.bench.options.storage_daemon.clone();
+                    offer = Offer::File { storage_daemon };
+                }
                 AnyMachine::Sim(Box::new(SimMachine::new(&disks, dir, offer)))
             }
         };

@@ -27,6 +27,7 @@
 
 mod bench;
 mod checks;
+mod container;
 mod disk;
 mod fault;
 mod file;

@@ -241,3 +241,11 @@ pub(super) async fn no_disks(ctx: &Ctx) -> Checked<Verdict> {
     ensure(kept.config == vm.config, || "The configuration is not the one backed up.".to_owned())?;
     Ok(Verdict::Passed)
 }
+
+/// A full backup and an increment from files, also of a provider for which the host chooses NBD.
+pub(super) async fn files(ctx: &Ctx) -> Checked<Verdict> {
+    ctx.offer_files();
+    let is_incremental = ctx.bare_provider().await?.describe().capabilities.vm_incremental;
+    full(ctx).await?;
+    if is_incremental { incremental(ctx).await } else { Ok(Verdict::Passed) }
+}

@@ -76,17 +76,23 @@ pub(super) async fn status(ctx: &Ctx) -> Checked<Verdict> {
 
 /// Asks for the space, and checks time and numbers.
 pub(super) async fn ask_status(ctx: &Ctx, provider: &dyn provider_api::Provider) -> Checked {
-    let begin = Instant::now();
-    let call = ctx.call();
-    let status = ctx.expect("status", provider.status(&call)).await?;
-    let elapsed = begin.elapsed();
-    if elapsed > STATUS_LIMIT {
-        let fault = Fault::new(format!("status takes {} ms.", elapsed.as_millis()));
-        return Err(fault.advise("It is polled: answer within a second, from what is known."));
+    let mut slowest = Duration::ZERO;
+    // One slow answer may be a busy machine's.
+    for _ in 0..3 {
+        let begin = Instant::now();
+        let call = ctx.call();
+        let status = ctx.expect("status", provider.status(&call)).await?;
+        let elapsed = begin.elapsed();
+        ensure(status.used_bytes <= status.total_bytes, || {
+            format!("status says {} of {} bytes are used.", status.used_bytes, status.total_bytes)
+        })?;
+        if elapsed <= STATUS_LIMIT {
+            return Ok(());
+        }
+        slowest = slowest.max(elapsed);
     }
-    ensure(status.used_bytes <= status.total_bytes, || {
-        format!("status says {} of {} bytes are used.", status.used_bytes, status.total_bytes)
-    })
+    let fault = Fault::new(format!("status takes {} ms, three times.", slowest.as_millis()));
+    Err(fault.advise("It is polled: answer within a second, from what is known."))
 }
 
 fn must_be_not_found<T>(what: &str, result: Result<T, Error>) -> Checked {

@@ -4,6 +4,7 @@
 mod archives;
 mod backup;
 mod basics;
+mod containers;
 mod crash;
 mod guests;
 mod trouble;
@@ -44,6 +45,9 @@ static PROTECT: Need = Need { name: "protect", has: |c| c.protect };
 static REMOVE: Need = Need { name: "remove", has: |c| c.remove };
 static VERIFY: Need = Need { name: "verify", has: |c| c.verify };
 static LOG: Need = Need { name: "log", has: |c| c.log };
+static FILE: Need = Need { name: "vm_file", has: |c| c.vm_file };
+static CONTAINER: Need = Need { name: "container", has: |c| c.container };
+static CONTAINER_RESTORE: Need = Need { name: "container_restore", has: |c| c.container_restore };
 static RANDOM_READ: Need = Need { name: "random_read", has: |c| c.random_read };
 
 macro_rules! check {
@@ -169,6 +173,21 @@ pub(crate) static CHECKS: &[Check] = &[
         &[&VM, &RESTORE, &REMOVE],
         false,
         archives::prune
+    ),
+    check!("files", "disks offered as files", &[&FILE, &RESTORE], false, backup::files),
+    check!(
+        "container",
+        "a container with odd files, restored file by file",
+        &[&CONTAINER, &CONTAINER_RESTORE],
+        false,
+        containers::container
+    ),
+    check!(
+        "container-abort",
+        "gives up the backup of a container",
+        &[&CONTAINER, &CONTAINER_RESTORE],
+        false,
+        containers::abort
     ),
 ];
 

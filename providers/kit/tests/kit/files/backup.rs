@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use provider_api::{
-    Access, BitmapMode, BitmapRequest, BoxFuture, Call, Committed, DirtyRegions, Error,
-    GuestBackup, GuestInfo, Job, Kind, Progress, Readable, RegionReader, Result, Transferred, Uuid,
-    VmBackup, Volume, VolumeInfo,
+    Access, BitmapMode, BitmapRequest, BoxFuture, Call, Committed, ContainerBackup,
+    ContainerTransferred, DirtyRegions, Error, GuestBackup, GuestInfo, Job, Kind, Progress,
+    Readable, RegionReader, Result, Transferred, Uuid, VmBackup, Volume, VolumeInfo,
 };
 use provider_nbd::{Client, Options, context};
 
 use super::store::{Disk, Manifest, Store, checksum};
-use super::{Fault, now, other};
+use super::{Fault, container, now, other};
 
 /// Read at once.
 const PIECE_BYTES: u64 = 256 << 10;
@@ -37,6 +37,7 @@ impl Job for FileJob {
         let made = fs::create_dir_all(&tmp).and_then(|()| fs::write(tmp.join("alive"), b""));
         now(made.map_err(|error| Error::io("Making a directory failed.", error)).map(|()| {
             let manifest = Manifest {
+                kind: guest.kind,
                 guest_id: guest.id,
                 time_s: guest.start_time_s,
                 number: 0,
@@ -416,6 +417,15 @@ impl GuestBackup for FileBackup {
         call: &'a Call,
     ) -> BoxFuture<'a, Result<Transferred>> {
         Box::pin(self.backup(backup, progress, call))
+    }
+
+    fn backup_container<'a>(
+        &'a mut self,
+        backup: ContainerBackup,
+        _progress: &'a dyn Progress,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<ContainerTransferred>> {
+        Box::pin(container::store(&self.store, self.store.temporary(&self.name), backup, call))
     }
 
     fn commit<'a>(self: Box<Self>, id: Uuid, _call: &'a Call) -> BoxFuture<'a, Result<Committed>>

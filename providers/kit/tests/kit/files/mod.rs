@@ -8,6 +8,7 @@
 //! ```
 
 mod backup;
+mod container;
 mod restore;
 mod store;
 
@@ -15,13 +16,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use provider_api::{
-    API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, Description, Error,
-    GuestConfig, Job, JobInfo, Kind, Progress, Property, PropertyKind, Provider, Result, Status,
-    Uuid, VerifyOptions, VerifyReport, VmRestore,
+    API_VERSION, Archive, BoxFuture, Call, Capabilities, CommitOutcome, ContainerRestore,
+    Description, Error, GuestConfig, Job, JobInfo, Kind, Progress, Property, PropertyKind,
+    Provider, Result, Status, Uuid, VerifyOptions, VerifyReport, VmRestore,
 };
 use provider_kit::{Factory, factory};
 
 use backup::FileJob;
+use container::TarRestore;
 use restore::FileRestore;
 use store::Store;
 
@@ -35,6 +37,8 @@ pub(crate) enum Fault {
     BlindVerify,
     CommitsAnyway,
     ConfigIsText,
+    ContainerErrorsIgnored,
+    ContainerIsEmpty,
     CrashLeavesArchive,
     DirtySumIgnored,
     DuplicateInList,
@@ -43,6 +47,7 @@ pub(crate) enum Fault {
     FalseAlarm,
     FirewallLost,
     ForgetsCommits,
+    HardLinksLost,
     HugeGeneration,
     IgnoresBitmap,
     IgnoresCancel,
@@ -144,7 +149,7 @@ impl Provider for FileProvider {
             api_version: API_VERSION,
             capabilities: Capabilities {
                 vm_nbd: !from_files,
-                vm_file: from_files,
+                vm_file: true,
                 vm_restore: true,
                 vm_incremental: true,
                 notes: true,
@@ -153,6 +158,8 @@ impl Provider for FileProvider {
                 verify: true,
                 log: true,
                 random_read: true,
+                container: true,
+                container_restore: true,
                 ..Capabilities::default()
             },
         }
@@ -282,6 +289,17 @@ impl Provider for FileProvider {
     ) -> BoxFuture<'a, Result<Box<dyn VmRestore>>> {
         now(FileRestore::begin(&self.store, archive).map(|restore| {
             let restore: Box<dyn VmRestore> = Box::new(restore);
+            restore
+        }))
+    }
+
+    fn restore_container_init<'a>(
+        &'a self,
+        archive: &'a str,
+        _call: &'a Call,
+    ) -> BoxFuture<'a, Result<Box<dyn ContainerRestore>>> {
+        now(self.store.path(archive).map(|path| {
+            let restore: Box<dyn ContainerRestore> = Box::new(TarRestore(path.join("files.tar")));
             restore
         }))
     }

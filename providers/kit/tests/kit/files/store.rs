@@ -15,6 +15,7 @@ use super::{Fault, Setup, other};
 /// What is known of an archive.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Manifest {
+    pub(crate) kind: GuestKind,
     pub(crate) guest_id: u32,
     pub(crate) time_s: i64,
     /// Counts the commits of the storage.
@@ -134,7 +135,7 @@ impl Store {
         let text = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
         let verified: Option<Verified> = serde_json::from_str(&text("verified")).ok();
         Archive {
-            subtype: if wrong(Fault::WrongKind) { GuestKind::Lxc } else { GuestKind::Qemu },
+            subtype: if wrong(Fault::WrongKind) { GuestKind::Lxc } else { manifest.kind },
             guest_id: manifest.guest_id,
             time_s: if wrong(Fault::WrongTime) { 0 } else { manifest.time_s },
             size_bytes: manifest.disks.iter().map(|disk| disk.size_bytes).sum(),

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Containers: a tree of odd files, backed up and compared with what a restore gives.
+
+use std::path::Path;
+
+use provider_api::{
+    ContainerBackup, ContainerData, ContainerMount, ContainerRestore, ContainerTransferred, Error,
+    GuestBackup, GuestInfo, GuestKind, Job, JobInfo, Provider, Uuid,
+};
+
+use super::Verdict;
+use super::trouble::Silent;
+use crate::bench::Ctx;
+use crate::container::{Tree, change_tree, make_tree, runner, unpack};
+use crate::fault::{Checked, Fault, ensure, words};
+
+const CONFIG: &[u8] = b"arch: amd64\nhostname: kit\nrootfs: kit:rootfs,size=1G\n";
+
+/// A container's backup that was begun.
+struct Begun {
+    job: Box<dyn Job>,
+    backup: Box<dyn GuestBackup>,
+    archive: String,
+}
+
+async fn begin(ctx: &Ctx, provider: &dyn Provider, id: u32) -> Checked<Begun> {
+    let start_time_s = ctx.bench.time_s();
+    let call = ctx.call();
+    let job = provider.start_job(JobInfo { start_time_s }, &call);
+    let mut job = ctx.expect("start_job", job).await?;
+    let info = GuestInfo { kind: GuestKind::Lxc, id, name: Some("kit".to_owned()), start_time_s };
+    let backup = ctx.expect("start_guest", job.start_guest(info, &call)).await?;
+    let archive = backup.archive_name().to_owned();
+    provider_api::check_archive_name(&archive).map_err(Fault::new)?;
+    Ok(Begun { job, backup, archive })
+}
+
+/// Copies the tree as it is.
+async fn copy(
+    ctx: &Ctx,
+    backup: &mut dyn GuestBackup,
+    tree: &Path,
+) -> Checked<Result<ContainerTransferred, Error>> {
+    let container = ContainerBackup {
+        config: CONFIG.to_vec(),
+        firewall: None,
+        tree: tree.to_owned(),
+        host_tree: tree.to_owned(),
+        mounts: vec![ContainerMount {
+            key: "rootfs".to_owned(),
+            mount_point: "/".into(),
+            volume_id: "kit:rootfs".to_owned(),
+        }],
+        id_map: Vec::new(),
+        exclude: Vec::new(),
+        bandwidth_limit: None,
+        runner: runner(),
+    };
+    let call = ctx.call();
+    ctx.answer("backup_container", backup.backup_container(container, &Silent, &call)).await
+}
+
+async fn finish(ctx: &Ctx, job: Box<dyn Job>) -> Checked {
+    let call = ctx.call();
+    ctx.expect("finish", job.finish(&call)).await
+}
+
+/// A whole backup that must succeed; the archive's name.
+async fn back_up(
+    ctx: &Ctx,
+    provider: &dyn Provider,
+    id: u32,
+    root: &Path,
+    tree: &Tree,
+) -> Checked<String> {
+    let mut begun = begin(ctx, provider, id).await?;
+    let moved = match copy(ctx, begun.backup.as_mut(), root).await? {
+        Ok(moved) => moved,
+        Err(error) => {
+            let fault = Fault::new(format!("backup_container fails: {}", words(&error)));
+            // Its own failure would hide the first one.
+            let call = ctx.call();
+            let _ = ctx.answer("abort", begun.backup.abort("it failed", &call)).await;
+            return Err(fault);
+        }
+    };
+    let least = tree.len() as u64;
+    ensure(moved.entries.saturating_add(moved.ignored_count) >= least, || {
+        format!("It stored {} entries of a tree that has {least}.", moved.entries)
+    })
+    .map_err(|fault| fault.advise("An archive that lacks files must not be a success."))?;
+    if let Some(ignored) = moved.ignored.first() {
+        return Err(Fault::new(format!(
+            "It left out {}: {}",
+            crate::fault::clean(&ignored.path),
+            crate::fault::clean(&ignored.why)
+        )));
+    }
+    ensure(!ctx.list(provider).await?.contains_key(&begun.archive), || {
+        format!("Archive {} is listed before its commit.", begun.archive)
+    })?;
+    ctx.note_made(&begun.archive);
+    let call = ctx.call();
+    ctx.expect("commit", begun.backup.commit(Uuid::new_v4(), &call)).await?;
+    finish(ctx, begun.job).await?;
+    let list = ctx.list(provider).await?;
+    let listed = list.get(&begun.archive);
+    ensure(listed.is_some_and(|a| a.subtype == GuestKind::Lxc && a.guest_id == id), || {
+        format!("Archive {} is not listed as one of container {id}.", begun.archive)
+    })?;
+    let kept = ctx.expect("guest_config", provider.guest_config(&begun.archive, &call)).await?;
+    ensure(kept.config == CONFIG && kept.firewall.is_none(), || {
+        format!("The configuration in {} is not the one that was backed up.", begun.archive)
+    })?;
+    Ok(begun.archive)
+}
+
+async fn restore(ctx: &Ctx, provider: &dyn Provider, archive: &str, tree: &Tree) -> Checked {
+    let call = ctx.call();
+    let begun = provider.restore_container_init(archive, &call);
+    let mut restore = ctx.expect("restore_container_init", begun).await?;
+    let dir = ctx.bench.private_dir()?;
+    let room = ctx.bench.private_dir()?;
+    let compared = compare(ctx, restore.as_mut(), &dir, &room, tree).await;
+    let cleaned = ctx.expect("cleanup", restore.cleanup(&call)).await;
+    // What is left in them is not needed any more.
+    let _ = std::fs::remove_dir_all(&dir);
+    let _ = std::fs::remove_dir_all(&room);
+    compared.and(cleaned).map_err(|fault| fault.at(&format!("Restore of {archive}")))
+}
+
+async fn compare(
+    ctx: &Ctx,
+    restore: &mut dyn ContainerRestore,
+    dir: &Path,
+    room: &Path,
+    tree: &Tree,
+) -> Checked {
+    let call = ctx.call();
+    let data = ctx.expect("data", restore.data(dir, &call)).await?;
+    // tar sets owners only as root; those of a directory are the provider's.
+    let is_root = rustix::process::geteuid().is_root();
+    let has_owners = is_root || matches!(data, ContainerData::Directory(_));
+    let limit = ctx.bench.options.call_limit;
+    let unpacked = tokio::time::timeout(limit, unpack(&data, room)).await;
+    let root = match unpacked {
+        Ok(root) => root?,
+        Err(_) => return Err(Fault::new("The restored files come to no end.")),
+    };
+    tree.compare(&Tree::read(&root)?, has_owners)
+}
+
+pub(super) async fn container(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let root = ctx.bench.private_dir()?;
+    let made = |e: std::io::Error| Fault::new(format!("The kit cannot make its tree: {e}."));
+    make_tree(&root).map_err(made)?;
+    let first = Tree::read(&root)?;
+    let id = ctx.bench.guest_id();
+    let one = back_up(ctx, provider.as_ref(), id, &root, &first).await?;
+    change_tree(&root).map_err(made)?;
+    let second = Tree::read(&root)?;
+    let two = back_up(ctx, provider.as_ref(), id, &root, &second).await?;
+    restore(ctx, provider.as_ref(), &one, &first).await?;
+    restore(ctx, ctx.provider().await?.as_ref(), &two, &second).await?;
+    Ok(Verdict::Passed)
+}
+
+pub(super) async fn abort(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let root = ctx.bench.private_dir()?;
+    make_tree(&root).map_err(|e| Fault::new(format!("The kit cannot make its tree: {e}.")))?;
+    let tree = Tree::read(&root)?;
+    let id = ctx.bench.guest_id();
+    for is_copied in [false, true] {
+        let mut begun = begin(ctx, provider.as_ref(), id).await?;
+        if is_copied {
+            let copied = copy(ctx, begun.backup.as_mut(), &root).await?;
+            ctx.expect("backup_container", async { copied }).await?;
+        }
+        let call = ctx.call();
+        ctx.expect("abort", begun.backup.abort("the kit gives it up", &call)).await?;
+        finish(ctx, begun.job).await?;
+        ensure(!ctx.list(provider.as_ref()).await?.contains_key(&begun.archive), || {
+            format!("Archive {} is listed after its abort.", begun.archive)
+        })?;
+    }
+    // A tree that cannot be read is no archive.
+    let mut begun = begin(ctx, provider.as_ref(), id).await?;
+    let copied = copy(ctx, begun.backup.as_mut(), &root.join("nowhere")).await?;
+    let call = ctx.call();
+    ctx.expect("abort", begun.backup.abort("the kit gives it up", &call)).await?;
+    finish(ctx, begun.job).await?;
+    ensure(copied.map_or(true, |moved| moved.entries == 0), || {
+        "The backup of a tree that is not there succeeds.".to_owned()
+    })?;
+    let archive = back_up(ctx, provider.as_ref(), id, &root, &tree).await?;
+    restore(ctx, provider.as_ref(), &archive, &tree).await?;
+    Ok(Verdict::Passed)
+}

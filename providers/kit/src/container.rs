@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A container's file tree with all that is odd about files, commands that read it, and the comparison
+//! with what a restore gives.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use provider_api::{
+    BoxFuture, Call, CommandEnd, Compression, ContainerCommand, ContainerData, ContainerRunner,
+    Error, Kind, Result,
+};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use tokio::io::AsyncReadExt as _;
+use tokio::process::Command;
+
+use crate::fault::{Checked, Fault, clean, ensure};
+
+/// Where programs are looked for.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+/// How much of a command's last words is kept.
+const STDERR_BYTES: usize = 16 << 10;
+/// Entries of a restored tree that are looked at; the kit's own trees have far fewer.
+const ENTRIES_MAX: usize = 10_000;
+/// Time stamps of the tree lie in the past, where nothing else sets them.
+const OLD: Duration = Duration::from_secs(1_500_000_000);
+
+/// Makes the tree in an empty directory.
+pub(crate) fn make_tree(root: &Path) -> std::io::Result<()> {
+    for dir in ["etc", "var/lib/empty", "home/a b", "-rf", "\u{1f512}"] {
+        fs::create_dir_all(root.join(dir))?;
+    }
+    fs::write(root.join("etc/hostname"), "kit\n")?;
+    fs::write(root.join("etc/empty"), "")?;
+    let names: [&[u8]; 7] = [
+        b"new\nline",
+        b"not \xff\xfe text",
+        b"quote\"s' and \\",
+        b"$(reboot)",
+        b" ",
+        b"--help",
+        &[b'n'; 200],
+    ];
+    for name in names {
+        fs::write(root.join("home/a b").join(OsStr::from_bytes(name)), name)?;
+    }
+    fs::hard_link(root.join("etc/hostname"), root.join("var/lib/other-name"))?;
+    for (link, target) in
+        [("dangling", "../nowhere"), ("absolute", "/etc/shadow"), ("up", ".."), ("self", "self")]
+    {
+        symlink(target, root.join("etc").join(link))?;
+    }
+    let sparse = fs::File::create(root.join("var/sparse"))?;
+    sparse.set_len(1 << 20)?;
+    std::os::unix::fs::FileExt::write_all_at(&sparse, b"end", (1 << 20) - 3)?;
+    mknodat(CWD, root.join("var/fifo"), FileType::Fifo, Mode::from_raw_mode(0o640), 0)?;
+    for (file, mode) in [("etc/empty", 0o4755), ("etc/hostname", 0o600), ("home", 0o1777)] {
+        fs::set_permissions(root.join(file), fs::Permissions::from_mode(mode))?;
+    }
+    let time = SystemTime::UNIX_EPOCH + OLD;
+    for file in ["etc/hostname", "var/sparse", "var/lib/empty"] {
+        fs::File::open(root.join(file))?.set_modified(time)?;
+    }
+    Ok(())
+}
+
+/// Changes the tree as a container that runs on.
+pub(crate) fn change_tree(root: &Path) -> std::io::Result<()> {
+    fs::write(root.join("etc/hostname"), "changed\n")?;
+    fs::remove_file(root.join("home/a b").join(" "))?;
+    fs::write(root.join("var/lib/new"), vec![7; 70_000])?;
+    fs::rename(root.join("etc/dangling"), root.join("etc/moved"))
+}
+
+/// What is compared of an entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    kind: &'static str,
+    mode: u32,
+    owner: (u32, u32),
+    /// Of regular files and directories, in seconds.
+    time_s: i64,
+    /// Names of the same file, this one included.
+    names: u64,
+    content: Vec<u8>,
+}
+
+/// A tree as it was at some time.
+pub(crate) struct Tree(BTreeMap<OsString, Entry>);
+
+impl Tree {
+    /// Reads all of a tree; nothing is followed.
+    pub(crate) fn read(root: &Path) -> Checked<Self> {
+        let mut entries = BTreeMap::new();
+        let mut open = vec![root.to_owned()];
+        while let Some(dir) = open.pop() {
+            let failed = |e: std::io::Error| Fault::new(format!("The tree cannot be read: {e}."));
+            for found in fs::read_dir(&dir).map_err(failed)? {
+                let path = found.map_err(failed)?.path();
+                let entry = read_entry(&path).map_err(failed)?;
+                if entry.kind == "directory" {
+                    open.push(path.clone());
+                }
+                let name = path.strip_prefix(root).unwrap_or(&path).as_os_str().to_owned();
+                entries.insert(name, entry);
+                ensure(entries.len() <= ENTRIES_MAX, || {
+                    format!("The restored tree has more than {ENTRIES_MAX} entries.")
+                })?;
+            }
+        }
+        Ok(Self(entries))
+    }
+
+    /// How many entries it has.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Fails unless a restored tree is the same. Owners count only where the kit may set them.
+    pub(crate) fn compare(&self, found: &Self, has_owners: bool) -> Checked {
+        for (name, expected) in &self.0 {
+            let shown = clean(&name.to_string_lossy());
+            let Some(entry) = found.0.get(name) else {
+                return Err(Fault::new(format!("'{shown}' is missing.")));
+            };
+            let faults = [
+                (entry.kind != expected.kind, "is another kind of file"),
+                (entry.content != expected.content, "has another content"),
+                (entry.mode != expected.mode, "has another mode"),
+                (entry.names != expected.names, "has lost its hard links, or got some"),
+                (entry.time_s != expected.time_s, "has another time"),
+                (has_owners && entry.owner != expected.owner, "has another owner"),
+            ];
+            if let Some((_, what)) = faults.iter().find(|(is_wrong, _)| *is_wrong) {
+                return Err(Fault::new(format!("'{shown}' {what}.")));
+            }
+        }
+        match found.0.keys().find(|name| !self.0.contains_key(*name)) {
+            Some(name) => {
+                Err(Fault::new(format!("'{}' is too much.", clean(&name.to_string_lossy()))))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+fn read_entry(path: &Path) -> std::io::Result<Entry> {
+    let meta = fs::symlink_metadata(path)?;
+    let kind = meta.file_type();
+    let (kind, content) = if kind.is_dir() {
+        ("directory", Vec::new())
+    } else if kind.is_symlink() {
+        ("symbolic link", fs::read_link(path)?.into_os_string().as_bytes().to_vec())
+    } else if kind.is_fifo() {
+        ("fifo", Vec::new())
+    } else if kind.is_file() {
+        ("file", fs::read(path)?)
+    } else {
+        ("other", Vec::new())
+    };
+    let has_time = matches!(kind, "file" | "directory");
+    Ok(Entry {
+        kind,
+        mode: if kind == "symbolic link" { 0 } else { meta.mode() & 0o7777 },
+        owner: (meta.uid(), meta.gid()),
+        time_s: if has_time { meta.mtime() } else { 0 },
+        names: if kind == "directory" { 1 } else { meta.nlink() },
+        content,
+    })
+}
+
+/// Runs commands as they are: the tree is an ordinary directory here, and nobody is locked in.
+#[derive(Debug)]
+pub(crate) struct PlainRunner;
+
+impl ContainerRunner for PlainRunner {
+    fn command<'a>(
+        &'a self,
+        command: ContainerCommand,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<CommandEnd>> {
+        Box::pin(run(command, call))
+    }
+}
+
+async fn run(command: ContainerCommand, call: &Call) -> Result<CommandEnd> {
+    let (Some(program), arguments) = (command.argv.first(), command.argv.get(1..)) else {
+        return Err(Error::new(Kind::Invalid, "The command has no program."));
+    };
+    let shown = program.to_string_lossy().into_owned();
+    let failed = |error| Error::io(format!("Cannot run {shown}."), error);
+    let mut child = Command::new(program)
+        .args(arguments.unwrap_or_default())
+        .env_clear()
+        .envs([("PATH", PATH), ("LANG", "C.UTF-8"), ("HOME", "/")])
+        .envs(command.env)
+        .stdin(command.stdin.map_or_else(Stdio::null, Stdio::from))
+        .stdout(command.stdout.map_or_else(Stdio::null, Stdio::from))
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let mut stderr = child.stderr.take();
+    let words = async {
+        let mut tail = Vec::new();
+        let mut chunk = [0; 4096];
+        while let Some(stderr) = &mut stderr
+            && let Ok(count @ 1..) = stderr.read(&mut chunk).await
+        {
+            tail.extend_from_slice(&chunk[..count]);
+            let excess = tail.len().saturating_sub(STDERR_BYTES);
+            tail.drain(..excess);
+        }
+        String::from_utf8_lossy(&tail).into_owned()
+    };
+    let ended = async { tokio::join!(child.wait(), words) };
+    let (status, stderr_tail) = tokio::select! {
+        biased;
+        () = call.cancel.cancelled() => {
+            return Err(Error::new(Kind::Cancelled, format!("{shown} was cancelled.")));
+        }
+        ended = ended => ended,
+    };
+    let status = status.map_err(failed)?;
+    use std::os::unix::process::ExitStatusExt as _;
+    let exit_code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    Ok(CommandEnd { exit_code, stderr_tail })
+}
+
+/// Brings what a restore offers into a directory: the tree itself, or a tar archive unpacked into `room`.
+pub(crate) async fn unpack(data: &ContainerData, room: &Path) -> Checked<PathBuf> {
+    match data {
+        ContainerData::Directory(path) => {
+            let meta = fs::symlink_metadata(path)
+                .map_err(|e| Fault::new(format!("The restored directory cannot be used: {e}.")))?;
+            ensure(path.is_absolute() && meta.is_dir(), || {
+                format!("{} is no directory.", clean(&path.display().to_string()))
+            })?;
+            Ok(path.clone())
+        }
+        ContainerData::Tar { path, compression } => untar(path, *compression, room).await,
+        _ => Err(Fault::new("It offers the files in a way that the kit does not know.")),
+    }
+}
+
+async fn untar(path: &Path, compression: Compression, room: &Path) -> Checked<PathBuf> {
+    let shown = clean(&path.display().to_string());
+    let meta = fs::symlink_metadata(path)
+        .map_err(|e| Fault::new(format!("The archive {shown} cannot be used: {e}.")))?;
+    let kind = meta.file_type();
+    ensure(path.is_absolute() && (kind.is_file() || kind.is_fifo()), || {
+        format!("{shown} is neither a regular file nor a FIFO.")
+    })?;
+    let target = room.join("unpacked");
+    fs::create_dir(&target)
+        .map_err(|e| Fault::new(format!("Cannot make {}: {e}.", target.display())))?;
+    let mut argv: Vec<OsString> =
+        vec!["tar".into(), "-xpf".into(), path.into(), "-C".into(), (&target).into()];
+    argv.push("--numeric-owner".into());
+    match compression {
+        Compression::None => {}
+        Compression::Gz => argv.push("--gzip".into()),
+        Compression::Bz2 => argv.push("--bzip2".into()),
+        Compression::Xz => argv.push("--xz".into()),
+        Compression::Zst => argv.push("--zstd".into()),
+    }
+    let command = ContainerCommand {
+        argv,
+        identity: provider_api::Identity::MappedRoot,
+        env: Vec::new(),
+        paths: Vec::new(),
+        stdin: None,
+        stdout: None,
+    };
+    let end = run(command, &Call::default()).await;
+    let end = end.map_err(|e| Fault::new(format!("tar: {}", clean(&e.message))))?;
+    ensure(end.exit_code == 0, || {
+        format!("tar cannot unpack the archive: {}", clean(&end.stderr_tail))
+    })?;
+    Ok(target)
+}
+
+/// The runner of all the kit's containers.
+pub(crate) fn runner() -> Arc<dyn ContainerRunner> {
+    Arc::new(PlainRunner)
+}
