@@ -584,6 +584,9 @@ pub(crate) struct RestoreArgs {
     /// Give the guest new network addresses and a new UUID
     #[arg(long, conflicts_with = "disks")]
     pub(crate) unique: bool,
+    /// Restore a container whose root is root on this host, too; all of the archive must be trusted
+    #[arg(long)]
+    pub(crate) privileged: bool,
     /// Start the guest afterwards
     #[arg(long)]
     pub(crate) start: bool,

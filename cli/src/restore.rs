@@ -79,6 +79,7 @@ fn request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<RestoreReq
         start: args.start,
         allow_raw_config: args.allow_raw_config,
         overcommit: args.overcommit,
+        privileged: args.privileged,
     })
 }
 

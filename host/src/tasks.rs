@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Backups and restores.
 
+use lxc_backend::restore::{CtRestoreOptions, restore_container};
+use provider_api::{GuestKind, Provider};
 use vzdump_core::job;
 use vzdump_core::restore::{
     DiskChoice, DiskToFile, FileReport, RestoreOptions, RestorePlan, RestoreReport, plan_restore,
@@ -8,7 +10,9 @@ use vzdump_core::restore::{
 };
 use vzdump_core::storage::ImageFormat;
 
-use crate::{BackupPlan, CancellationToken, Host, HostError, JobReport, TaskSink, ionice};
+use crate::{
+    ArchiveName, BackupPlan, CancellationToken, Host, HostError, JobReport, TaskSink, ionice,
+};
 
 /// What to restore, and how.
 #[derive(Debug, Clone, Default)]
@@ -39,6 +43,8 @@ pub struct RestoreRequest {
     pub allow_raw_config: bool,
     /// Restore even if the disks could outgrow the storage.
     pub overcommit: bool,
+    /// Also a container whose root is root on the host.
+    pub privileged: bool,
 }
 
 impl RestoreRequest {
@@ -73,6 +79,32 @@ pub struct FileRestoreRequest {
     pub force: bool,
     /// Most KiB that are written per second; 0 is no limit.
     pub bwlimit_kib_per_s: Option<u64>,
+}
+
+impl RestoreRequest {
+    /// What is asked of a container; what only VMs have is refused, not forgotten.
+    fn container_options(self) -> Result<CtRestoreOptions, HostError> {
+        let only_vms = [
+            ("--disk", !self.disks.is_empty()),
+            ("--format", self.format.is_some()),
+            ("--force", self.force),
+            ("--in-place", self.in_place),
+            ("--unique", self.unique),
+            ("--parallel", self.parallel.is_some()),
+            ("--bwlimit", self.bwlimit_kib_per_s.is_some_and(|limit| limit > 0)),
+        ];
+        if let Some((option, _)) = only_vms.iter().find(|(_, is_given)| *is_given) {
+            return Err(HostError::Settings(format!(
+                "'{option}' cannot be used when a container is restored."
+            )));
+        }
+        Ok(CtRestoreOptions {
+            storage: self.storage,
+            privileged: self.privileged,
+            allow_raw_config: self.allow_raw_config,
+            start: self.start,
+        })
+    }
 }
 
 /// A limit in bytes; none for 0.
@@ -122,11 +154,33 @@ impl Host {
     ) -> Result<RestoreReport, HostError> {
         let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
         let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
+        if self.is_container(&archive, provider.as_ref()).await? {
+            let options = request.container_options()?;
+            let ctx = self.context()?;
+            let provider = provider.as_ref();
+            let job = restore_container(&ctx, provider, &archive.name, id, &options, sink, cancel);
+            return Ok(Box::pin(job).await);
+        }
         let options = request.options(archive.storage)?;
         let ctx = self.context()?;
         let provider = provider.as_ref();
         let job = restore_vm(&ctx, provider, &archive.name, id, &options, sink, cancel);
         Ok(Box::pin(job).await)
+    }
+
+    /// What the provider says an archive is; its name does not count.
+    async fn is_container(
+        &self,
+        archive: &ArchiveName,
+        provider: &dyn Provider,
+    ) -> Result<bool, HostError> {
+        if !provider.describe().capabilities.container {
+            return Ok(false);
+        }
+        let list = self.list(Some(&archive.storage)).await?;
+        let volid = archive.to_string();
+        let found = list.archives.iter().find(|info| info.volid == volid);
+        Ok(found.is_some_and(|info| info.subtype == GuestKind::Lxc))
     }
 
     /// Finds out what [`Host::restore`] would do. Changes nothing.

@@ -171,16 +171,22 @@ async fn fill(
     config.mounts()?;
     let place = Place::make(ctx, id, new).await?;
     let parts = parts_of(ctx, &options.mounts, &made)?;
-    let (runner, lines) = place.open(ctx, parts, &ids).await?;
-    let unpacked = unpack(&runner, lines, &options.template, template, sink, cancel).await;
+    let (runner, lines) = match place.open(ctx, parts, &ids).await {
+        Ok(opened) => opened,
+        Err(error) => {
+            place.remove().await?;
+            return Err(error);
+        }
+    };
+    let what = format!("the template '{}'", options.template.display());
+    let decompressor = decompressor(&options.template);
+    let archive = Archive { what: &what, file: template, decompressor };
+    let unpacked = unpack(&runner, lines, archive, sink, cancel).await;
     // Unmounted before anything is removed.
-    beside(move || {
-        drop(runner);
-        Ok(())
-    })
-    .await?;
+    let closed = beside(move || crate::runner::close(runner)).await;
     place.remove().await?;
     unpacked?;
+    closed?;
     config.lines().write_new(&ctx.layout.ct_config_path(id))?;
     let keys = options.mounts.iter().map(|mount| mount.key.clone());
     Ok(keys.zip(made.iter().map(VolumeId::to_string)).collect())
@@ -271,6 +277,13 @@ impl Place {
         Ok(Self { private })
     }
 
+    /// A directory for the provider.
+    pub(crate) fn for_provider(&self) -> Result<PathBuf, CtError> {
+        let dir = self.private.join("provider");
+        make_private_dir(&dir)?;
+        Ok(dir)
+    }
+
     pub(crate) async fn open(
         &self,
         ctx: &JobContext,
@@ -298,12 +311,12 @@ impl Place {
     }
 }
 
-/// Unpacks a template as the container's root, in a sandbox that sees nothing but the new volumes.
-async fn unpack(
+/// Unpacks a tar archive as the container's root, in a sandbox that sees nothing but the new volumes:
+/// whatever is in the archive, there is nothing else it could change.
+pub(crate) async fn unpack(
     runner: &Arc<Runner>,
     mut lines: mpsc::Receiver<String>,
-    path: &Path,
-    template: File,
+    archive: Archive<'_>,
     sink: &dyn TaskSink,
     cancel: &CancellationToken,
 ) -> Result<(), CtError> {
@@ -311,14 +324,17 @@ async fn unpack(
         .map(str::to_owned)
         .to_vec();
     argv.extend(["--xattrs", "--xattrs-include=*", "--acls"].map(str::to_owned));
-    argv.extend(decompressor(path).map(|program| format!("--use-compress-program={program}")));
+    // Devices are made when the container starts; those of an archive may be any of the host's.
+    argv.extend(["--anchored", "--exclude=./dev/*", "--exclude=dev/*"].map(str::to_owned));
+    let decompressor = archive.decompressor;
+    argv.extend(decompressor.map(|program| format!("--use-compress-program={program}")));
     argv.push(format!("--directory={TREE}"));
     let command = ContainerCommand {
         argv: argv.into_iter().map(Into::into).collect(),
         identity: Identity::MappedRoot,
         env: Vec::new(),
         paths: Vec::new(),
-        stdin: Some(template.into()),
+        stdin: Some(archive.file.into()),
         stdout: None,
     };
     let call = Call { cancel: cancel.child_token(), deadline: None };
@@ -336,12 +352,20 @@ async fn unpack(
     if cancel.is_cancelled() {
         return Err(CtError::Cancelled);
     }
-    let doing = || format!("unpack the template '{}'", path.display());
+    let doing = || format!("unpack {}", archive.what);
     let ended = ended.map_err(CtError::at(doing()))?;
     if ended.exit_code == 0 {
         return Ok(());
     }
     Err(CtError::at(doing())(ended.stderr_tail.trim().to_owned()))
+}
+
+/// A tar archive to be unpacked.
+pub(crate) struct Archive<'a> {
+    /// What it is, in words.
+    pub(crate) what: &'a str,
+    pub(crate) file: File,
+    pub(crate) decompressor: Option<&'static str>,
 }
 
 fn decompressor(path: &Path) -> Option<&'static str> {

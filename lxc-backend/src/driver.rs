@@ -325,18 +325,11 @@ impl CtDriver {
         }
         self.lines = None;
         let Some(runner) = self.runner.take() else { return Ok(()) };
-        if Arc::strong_count(&runner) > 1 {
-            return Err(GuestError::Refused(
-                "The provider still holds the container's files after the end of the backup."
-                    .into(),
-            ));
+        if beside(move || crate::runner::close(runner)).await? {
+            return Ok(());
         }
-        beside(move || {
-            drop(runner);
-            Ok(())
-        })
-        .await?;
-        Ok(())
+        let why = "The provider still holds the container's files after the end of the backup.";
+        Err(GuestError::Refused(why.to_owned()))
     }
 
     async fn release_now(&mut self) -> Result<(), GuestError> {

@@ -25,6 +25,7 @@ pub mod guard;
 mod holder;
 mod ids;
 mod lxc;
+pub mod restore;
 pub mod runner;
 pub mod runtime;
 pub mod sandbox;

@@ -38,6 +38,13 @@ pub(crate) struct Runner {
     pub(crate) writable: bool,
 }
 
+/// Ends the runner and its view; false if somebody still holds it.
+pub(crate) fn close(runner: Arc<Runner>) -> std::result::Result<bool, crate::CtError> {
+    let Some(runner) = Arc::into_inner(runner) else { return Ok(false) };
+    let Some(view) = Arc::into_inner(runner.view) else { return Ok(false) };
+    view.close().map(|()| true)
+}
+
 fn fault(error: &io::Error) -> Error {
     Error::new(Kind::Other, format!("Cannot run a command beside the container's files: {error}"))
 }

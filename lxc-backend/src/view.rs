@@ -14,7 +14,7 @@ use std::io::{Read as _, Seek as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use provider_api::IdMapRange;
@@ -29,6 +29,9 @@ use crate::tool::{command, run};
 
 /// A file system that was not ended in order takes a while.
 const MOUNT_LIMIT: Duration = Duration::from_secs(120);
+/// For the kernel to give up a mount that ended, with what is still to be written.
+pub(crate) const RELEASE_LIMIT: Duration = Duration::from_secs(60);
+const RELEASE_POLL: Duration = Duration::from_millis(10);
 
 /// A volume of the tree.
 #[derive(Debug, Clone)]
@@ -47,6 +50,8 @@ pub(crate) struct Part {
 #[derive(Debug)]
 pub(crate) struct View {
     pub(crate) holder: Holder,
+    /// Images that are mounted.
+    images: Vec<PathBuf>,
     /// A directory of ours; what is in it is only seen by `holder`.
     pub(crate) dir: PathBuf,
     /// In which a mapped root runs.
@@ -85,6 +90,8 @@ impl View {
         let holder = Holder::start("ct-view").map_err(CtError::at("make a mount namespace"))?;
         let (place, parts) = (dir.to_owned(), parts.to_vec());
         let owner = root_of(ids);
+        let images = parts.iter().filter(|part| part.is_image).map(|part| part.path.clone());
+        let images: Vec<PathBuf> = images.collect();
         holder
             .run(move || {
                 stage(&place, &parts, &options)?;
@@ -95,7 +102,17 @@ impl View {
                 compose(&place, "mapped", &parts, mapped_ids.as_deref(), options.writable)
             })
             .map_err(CtError::at("mount the container's files"))??;
-        Ok(Self { holder, dir: dir.to_owned(), user_namespace })
+        Ok(Self { holder, images, dir: dir.to_owned(), user_namespace })
+    }
+
+    /// Ends the view, and waits until the kernel has given its images up. May block.
+    pub(crate) fn close(self) -> Result<(), CtError> {
+        let images = self.images.clone();
+        drop(self);
+        images.iter().try_for_each(|image| {
+            wait_for_release(image, RELEASE_LIMIT)
+                .map_err(CtError::at(format!("unmount the image '{}'", image.display())))
+        })
     }
 
     /// The tree with the container's ids, as this process reaches it.
@@ -185,6 +202,7 @@ pub(crate) fn mount_image(
     is_snapshot: bool,
 ) -> Result<(), CtError> {
     let doing = || format!("mount the image '{}'", image.display());
+    wait_for_release(image, RELEASE_LIMIT).map_err(CtError::at(doing()))?;
     let (kind, as_it_is) = file_system(image).map_err(CtError::at(doing()))?.ok_or_else(|| {
         CtError::Invalid(format!(
             "'{}' has no file system that containers have here (ext4, xfs).",
@@ -198,6 +216,36 @@ pub(crate) fn mount_image(
     let mut mount = command("mount", ["-n", "-t", kind, "-o", &options, "--"]);
     mount.arg(image).arg(target);
     run(&mount, MOUNT_LIMIT).map(drop).map_err(CtError::at(doing()))
+}
+
+/// Waits until an image is not used by another mount. Two of one image would destroy its file system; one
+/// that ended a moment ago is still being written out.
+pub(crate) fn wait_for_release(image: &Path, limit: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let Some(device) = loop_device_of(image)? else { return Ok(()) };
+        if Instant::now() >= deadline {
+            let text = format!("it is in use ({device}): is it mounted elsewhere?");
+            return Err(io::Error::other(text));
+        }
+        std::thread::sleep(RELEASE_POLL);
+    }
+}
+
+/// The loop device that an image is attached to.
+fn loop_device_of(image: &Path) -> io::Result<Option<String>> {
+    let image = image.canonicalize()?;
+    for entry in fs::read_dir("/sys/block")? {
+        // Devices come and go meanwhile.
+        let Ok(entry) = entry else { continue };
+        let file = entry.path().join("loop/backing_file");
+        if let Ok(text) = fs::read_to_string(file)
+            && Path::new(text.trim_end_matches('\n')) == image
+        {
+            return Ok(Some(entry.file_name().to_string_lossy().into_owned()));
+        }
+    }
+    Ok(None)
 }
 
 fn file_system(image: &Path) -> io::Result<Option<(&'static str, &'static str)>> {

@@ -4,6 +4,9 @@
 
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+mod backup;
+mod provider;
+mod restore;
 mod scene;
 
 use std::os::unix::fs::MetadataExt as _;

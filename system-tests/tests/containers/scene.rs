@@ -4,11 +4,22 @@
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use provider_api::{BoxFuture, Provider};
 use serde_json::Value;
 use system_tests::process::Stop;
+use system_tests::qemu::workspace;
 use system_tests::vzdump::Vzdump;
+use vzdump_core::config::storage::StorageConfig;
+use vzdump_core::job::{JobContext, Limits, Providers};
+use vzdump_core::layout::Layout;
+use vzdump_core::storage::StorageSet;
+use vzdump_core::tools::Tools;
+use vzdump_core::vm::freeze_guard::GuardCommand;
+
+use crate::provider::TarProvider;
 
 /// For one command of the program.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
@@ -34,6 +45,38 @@ impl Scene {
         let template = make_template(dir.path());
         let vzdump = Vzdump::find(&root, false, &Stop::default()).unwrap();
         Self { root, vzdump, template, ids: std::cell::RefCell::default(), _dir: dir }
+    }
+
+    /// A storage of images beside `local`.
+    pub(crate) fn add_storage(&self, kind: &str, id: &str, path: &Path) {
+        let file = self.root.join("etc/storage.cfg");
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        let mut text = std::fs::read_to_string(&file).unwrap_or_default();
+        text.push_str(&format!("{kind}: {id}\n\tpath {}\n\tcontent images\n", path.display()));
+        std::fs::write(&file, text).unwrap();
+    }
+
+    /// Counts a container among those that are ended.
+    pub(crate) fn expect(&self, id: u32) {
+        self.ids.borrow_mut().push(id);
+    }
+
+    /// What the program's parts need to do a task in this process.
+    pub(crate) fn context(&self, provider: &TarProvider) -> JobContext {
+        let layout = Layout::new(Some(self.root.clone()));
+        let storages = StorageConfig::read(&layout.storage_config_path()).unwrap();
+        JobContext {
+            storages: StorageSet::new(&storages, &layout),
+            layout,
+            tools: Tools::find(None, None),
+            providers: Arc::new(One(provider.clone())),
+            containers: Arc::new(lxc_backend::LxcContainers),
+            guard: GuardCommand {
+                program: workspace().join("target/debug/vzdump"),
+                args: Vec::new(),
+            },
+            limits: Limits::default(),
+        }
     }
 
     pub(crate) fn run(&self, arguments: &[&str]) -> Value {
@@ -94,6 +137,14 @@ impl Drop for Scene {
         for id in self.ids.borrow().iter() {
             let _ = self.vzdump.finish(&["ct", "stop", &id.to_string(), "--now"], LIMIT);
         }
+    }
+}
+
+struct One(TarProvider);
+
+impl Providers for One {
+    fn provider<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Arc<dyn Provider>, String>> {
+        Box::pin(std::future::ready(Ok(Arc::new(self.0.clone()) as _)))
     }
 }
 
