@@ -90,7 +90,6 @@ impl RestoreRequest {
             ("--force", self.force),
             ("--in-place", self.in_place),
             ("--unique", self.unique),
-            ("--parallel", self.parallel.is_some()),
             ("--bwlimit", self.bwlimit_kib_per_s.is_some_and(|limit| limit > 0)),
         ];
         if let Some((option, _)) = only_vms.iter().find(|(_, is_given)| *is_given) {
@@ -174,7 +173,8 @@ impl Host {
         archive: &ArchiveName,
         provider: &dyn Provider,
     ) -> Result<bool, HostError> {
-        if !provider.describe().capabilities.container {
+        let capabilities = provider.describe().capabilities;
+        if !capabilities.container && !capabilities.container_restore {
             return Ok(false);
         }
         let list = self.list(Some(&archive.storage)).await?;

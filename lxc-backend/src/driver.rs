@@ -233,6 +233,8 @@ impl CtDriver {
         let program = self.ctx.guard.program.clone();
         let frozen =
             beside(move || Frozen::freeze(&program, target, limits.freeze, limits.hold)).await?;
+        #[cfg(debug_assertions)]
+        vzdump_core::job::kill_point::at("frozen");
         let mut taken = Ok(());
         for snapshot in &self.snapshots {
             taken = snapshot.take(&self.ctx).await;

@@ -10,7 +10,7 @@ mod aftermath;
 pub(crate) mod commit;
 pub mod hooks;
 #[cfg(debug_assertions)]
-pub(crate) mod kill_point;
+pub mod kill_point;
 mod one_guest;
 pub(crate) mod progress;
 pub mod report;

@@ -30,7 +30,7 @@ pub(crate) fn journalled(entry: &Entry) {
 }
 
 /// Signals this process if this is the chosen step.
-pub(crate) fn at(step: &str) {
+pub fn at(step: &str) {
     let faults: [(&str, &[Signal]); 3] = [
         (KILL, &[Signal::SIGKILL]),
         (STOP, &[Signal::SIGSTOP]),

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Backup and restore as a user does them, with the provider of this repository; and what is left when the
+//! program is killed.
+
+use std::path::{Path, PathBuf};
+
+use system_tests::loopfs::{Kind, LoopFs};
+
+use crate::scene::{LIMIT, Scene, wait_for};
+
+/// A host with a storage for backups, and a container that writes to two volumes.
+fn scene_with(disk: Option<&Path>) -> Scene {
+    let scene = Scene::new();
+    let archives = scene.root.join("archives");
+    std::fs::create_dir(&archives).unwrap();
+    let file = scene.root.join("etc/storage.cfg");
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    std::fs::write(&file, format!("directory: store\n\tpath {}\n", archives.display())).unwrap();
+    let mut more = vec!["--hostname", "web", "--mount", "/srv:32M"];
+    if let Some(path) = disk {
+        scene.add_storage("dir", "fast", path);
+        more.extend(["--storage", "fast"]);
+    }
+    scene.create(200, &more);
+    scene.run(&["ct", "start", "200"]);
+    wait_for("both volumes are written", || scene.inside(200, "/srv/b").exists());
+    scene
+}
+
+fn assert_runs(scene: &Scene, what: &str) {
+    assert_eq!(scene.state(200), "running", "{what}");
+    let read = || std::fs::read_to_string(scene.inside(200, "/root/a")).unwrap_or_default();
+    let before = read();
+    wait_for(what, || !read().is_empty() && read() != before);
+}
+
+#[test]
+fn a_container_is_backed_up_listed_and_restored() {
+    let scene = scene_with(None);
+    let report = scene.run(&["backup", "200", "--mode", "stop"]);
+    let guest = &report["guests"][0];
+    assert_eq!(
+        (&guest["result"], &guest["kind"]),
+        (&"committed".into(), &"lxc".into()),
+        "{report}"
+    );
+    assert!(guest["container"]["entries"].as_u64().unwrap() > 20, "{report}");
+    assert_runs(&scene, "the container runs again");
+    let listed = scene.run(&["list"]);
+    let archive = &listed["archives"][0];
+    assert_eq!(archive["subtype"], "lxc", "{listed}");
+    let volid = archive["volid"].as_str().unwrap();
+    let refused = scene.fail(&["restore", volid, "300", "--in-place", "--force"]);
+    assert!(refused.contains("cannot be used when a container is restored"), "{refused}");
+    scene.expect(300);
+    scene.run(&["restore", volid, "300", "--start"]);
+    assert_eq!(scene.state(300), "running");
+    wait_for("the restored writer goes on", || scene.inside(300, "/srv/b").exists());
+    for id in ["200", "300"] {
+        scene.run(&["ct", "stop", id, "--now"]);
+    }
+    wait_for("nothing is left", || scene.leftovers().is_empty());
+}
+
+fn names(dir: PathBuf) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// Kills the program at a step, cleans up, and looks at what is there.
+fn kill_at(scene: &Scene, mode: &str, step: &str, images: &Path) {
+    let arguments = ["backup", "200", "--mode", mode];
+    let environment = [("VZDUMP_TEST_KILL_AT", step)];
+    let killed = scene.vzdump.spawn_with(&arguments, &environment).unwrap();
+    let killed = killed.finish(LIMIT, &system_tests::process::Stop::default()).unwrap();
+    assert!(!killed.status.success(), "{step} was not reached: {}", killed.stdout);
+    scene.run(&["doctor", "--fix"]);
+    assert_runs(scene, &format!("the container runs after {mode} killed at {step}"));
+    for dir in ["state/journal", "run/ct-backup"] {
+        assert_eq!(names(scene.root.join(dir)), [""; 0], "{mode} killed at {step}");
+    }
+    assert_eq!(names(images.join("200")).len(), 2, "{mode} killed at {step}: snapshots");
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains("ct-backup"), "{mounts}");
+}
+
+#[test]
+fn a_program_that_is_killed_leaves_no_frozen_container_and_no_snapshot() {
+    let disk = LoopFs::new(Kind::Xfs).unwrap();
+    let scene = scene_with(Some(&disk.path()));
+    let steps = [
+        "entry:volume",
+        "entry:freeze",
+        "frozen",
+        "entry:thawed",
+        "OpenSource",
+        "Transfer",
+        "Commit",
+        "Teardown",
+        "Release",
+        "Cleanup",
+    ];
+    for step in steps {
+        kill_at(&scene, "snapshot", step, &disk.path().join("images"));
+    }
+    let report = scene.run(&["backup", "200"]);
+    assert_eq!(report["guests"][0]["result"], "committed", "{report}");
+}
+
+#[test]
+fn a_program_that_is_killed_leaves_no_container_down() {
+    let scene = scene_with(None);
+    for step in ["entry:shut_down", "PointInTime", "Transfer", "Teardown", "LeaveMode"] {
+        kill_at(&scene, "stop", step, &scene.root.join("state/storage/images"));
+    }
+}
