@@ -136,7 +136,7 @@ fn scenario_57_a_bandwidth_limit_is_kept_over_all_disks_and_guests() {
 
 /// Every step of the job, and whether it ends with an archive when it is interrupted there; a commit
 /// may be given up or be too far for that.
-const STEPS: [(&str, Option<bool>); 19] = [
+const STEPS: [(&str, Option<bool>); 20] = [
     ("OpenJournal", Some(false)),
     ("StartGuest", Some(false)),
     ("Prepare", Some(false)),
@@ -155,6 +155,7 @@ const STEPS: [(&str, Option<bool>); 19] = [
     ("Release", Some(true)),
     ("LeaveMode", Some(true)),
     ("Cleanup", Some(true)),
+    ("Describe", Some(true)),
     ("CloseJournal", Some(true)),
 ];
 

@@ -8,6 +8,7 @@
 
 mod aftermath;
 pub(crate) mod commit;
+pub mod describe;
 pub mod hooks;
 #[cfg(debug_assertions)]
 pub mod kill_point;
@@ -315,6 +316,17 @@ async fn run_guests(shared: &Shared<'_>, job: &SharedJob, guests: &[u32]) -> Vec
     let mut reports: Vec<_> = stream::iter(runs).buffer_unordered(at_once).collect().await;
     reports.sort_by_key(|(index, _)| *index);
     reports.into_iter().map(|(_, report)| report).collect()
+}
+
+/// Bounds a call of a provider that does not obey its deadline; its error in words.
+async fn in_time(
+    limits: &Limits,
+    work: impl Future<Output = provider_api::Result<()>>,
+) -> Result<(), String> {
+    match tokio::time::timeout(limits.provider_call, work).await {
+        Ok(result) => result.map_err(|error| chain(&error)),
+        Err(_) => Err("the provider did not answer in time".to_owned()),
+    }
 }
 
 async fn start_job(

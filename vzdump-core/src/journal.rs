@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use provider_api::{GuestKind, Uuid};
 use serde::{Deserialize, Serialize};
 
+use crate::job::describe::Description;
 use crate::layout::{Layout, LayoutError, make_private_dir};
 use crate::vm::process::VmProcess;
 
@@ -262,6 +263,9 @@ pub enum Entry {
     Committing {
         /// The host's id of the commit.
         id: Uuid,
+        /// What the archive gets when it is committed.
+        #[serde(default, skip_serializing_if = "Description::is_empty")]
+        description: Description,
     },
     /// What became of the commit.
     Outcome {
@@ -478,6 +482,8 @@ pub struct Record {
     pub file_exports: Vec<FileExport>,
     /// The commit that was begun.
     pub committing: Option<Uuid>,
+    /// What its archive gets.
+    pub description: Description,
     /// What is known of it.
     pub outcome: Option<KnownOutcome>,
     /// Snapshots of volumes: volume id and name.
@@ -521,6 +527,7 @@ impl Record {
             nbd: None,
             file_exports: Vec::new(),
             committing: None,
+            description: Description::default(),
             outcome: None,
             snapshots: Vec::new(),
             volumes: Vec::new(),
@@ -554,7 +561,10 @@ impl Record {
             Entry::NbdServer { socket, exports } => self.nbd = Some((socket, exports)),
             Entry::FileExport(export) => self.file_exports.push(export),
             Entry::Snapshot { volume, name } => self.snapshots.push((volume, name)),
-            Entry::Committing { id } => self.committing = Some(id),
+            Entry::Committing { id, description } => {
+                self.committing = Some(id);
+                self.description = description;
+            }
             Entry::Outcome { id, outcome } => {
                 if self.committing != Some(id) {
                     return Err("the outcome of a commit that was not begun");
@@ -682,7 +692,7 @@ mod tests {
             Entry::ShutDown,
             Entry::Start { mark: "m".into(), is_to_run: true },
             Entry::KeepAlive,
-            Entry::Committing { id },
+            Entry::Committing { id, description: Description::default() },
             Entry::Outcome { id, outcome: KnownOutcome::Committed },
         ] {
             journal.append(entry).await.unwrap();

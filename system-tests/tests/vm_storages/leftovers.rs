@@ -131,3 +131,30 @@ fn a_vm_whose_making_was_killed_leaves_nothing_on_a_btrfs() {
     println!("{killed} of 24 were killed, {half} had made something");
     assert!(killed > 0 && half > 0);
 }
+
+#[test]
+fn a_kill_after_the_commit_leaves_an_archive_that_gets_its_notes_and_protection() {
+    let place = Place::new("");
+    place.create(&["--disk", "4M"]);
+    place.start();
+    for step in ["RecordOutcome", "Teardown", "Describe", "CloseJournal"] {
+        let options = ["--notes-template", "by {{vmid}}", "--protected"];
+        let killed = place.spawn_backup(&options, &[(KILL_AT, step)]);
+        let killed = killed.finish(SOON, &place.stop).unwrap();
+        assert_eq!(killed.status.signal(), Some(9), "{step}: {}", killed.stdout);
+        place.run(&["doctor", "--fix"]);
+        place.assert_tidy();
+        let list = place.run(&["list", "--storage", "backups"]);
+        let newest = list["archives"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .max_by_key(|a| a["time_s"].as_i64())
+            .unwrap();
+        assert_eq!(newest["notes"], "by 100", "{step}: {list}");
+        assert_eq!(newest["protected"], true, "{step}: {list}");
+        let name = newest["volid"].as_str().unwrap();
+        place.run(&["unprotect", name]);
+        place.run(&["remove", name]);
+    }
+}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What is done to the archive of a guest once its backup is durable and QEMU knows it: notes,
-//! protection, its log, and the removal of older ones. It can only warn: the backup has succeeded. If the process
-//! dies meanwhile, nothing is done later: the backup is the next archive without notes and protection.
+//! What is done once a guest's backup is durable, QEMU knows it, and its archive is described: its log is
+//! handed over, and older archives are removed. It can only warn: the backup has succeeded. If the process
+//! dies meanwhile, the next job removes what this one did not.
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -9,14 +9,11 @@ use std::path::Path;
 
 use provider_api::{CancellationToken, LOG_BYTES_MAX, Provider};
 
-use super::{BackupOptions, GuestReport, JobContext, call_within, chain, guest_words};
+use super::{BackupOptions, GuestReport, JobContext, call_within, in_time};
 use crate::blocking;
-use crate::notes_template::{NotesTemplate, Variables};
+use crate::notes_template::NotesTemplate;
 use crate::prune::{Fate, Pruner, list};
 use crate::task_log::TaskSink;
-
-/// What the cluster's name is on a host that belongs to none.
-const NO_CLUSTER: &str = "standalone node";
 
 /// The line that says that a part of a log is left out is shorter.
 const NOTE_BYTES_MAX: usize = 128;
@@ -79,12 +76,6 @@ impl Aftermath<'_> {
     /// Does what was asked for, if the backup is durable.
     pub(super) async fn run(&self, report: &mut GuestReport) {
         let Some(archive) = report.archive.clone().filter(|_| report.is_success()) else { return };
-        if let Err(error) = self.set_notes(&archive, report).await {
-            self.warn(report, format!("the archive has no notes: {error}"));
-        }
-        if let Err(error) = self.protect(&archive).await {
-            self.warn(report, format!("the archive is not protected: {error}"));
-        }
         if let Err(error) = self.keep_log(&archive, report).await {
             self.warn(report, format!("the archive has no log: {error}"));
         }
@@ -98,39 +89,6 @@ impl Aftermath<'_> {
         report.warnings.push(text);
     }
 
-    async fn set_notes(&self, archive: &str, report: &GuestReport) -> Result<(), String> {
-        let Some(template) = &self.options.notes else { return Ok(()) };
-        let words = guest_words(report.kind, report.id);
-        let notes = NotesTemplate::parse(template)?.expand(&Variables {
-            guestname: report.name.as_deref().unwrap_or(&words),
-            vmid: report.id,
-            node: &host_name(),
-            cluster: NO_CLUSTER,
-        });
-        if notes.is_empty() {
-            return Ok(());
-        }
-        if !self.provider.describe().capabilities.notes {
-            return Err(format!(
-                "the provider of the storage '{}' cannot keep notes",
-                self.options.storage
-            ));
-        }
-        self.sink.info("adding notes to backup");
-        let call = call_within(self.cancel, self.ctx.limits.provider_call);
-        self.in_time(self.provider.set_notes(archive, &notes, &call)).await
-    }
-
-    async fn protect(&self, archive: &str) -> Result<(), String> {
-        if !self.options.protected {
-            return Ok(());
-        }
-        self.sink.info("marking backup as protected");
-        // Not cancelled: unprotected it could be pruned by the next job.
-        let call = call_within(&CancellationToken::new(), self.ctx.limits.provider_call);
-        self.in_time(self.provider.set_protected(archive, true, &call)).await
-    }
-
     /// Hands over the log as far as it is written: what follows is about other archives, or comes when
     /// this one may have been pruned.
     async fn keep_log(&self, archive: &str, report: &GuestReport) -> Result<(), String> {
@@ -140,18 +98,9 @@ impl Aftermath<'_> {
         }
         let read = blocking::run(move || read_log(&path, LOG_BYTES_MAX)).await;
         let log = read.map_err(|error| format!("it cannot be read: {error}"))?;
-        let call = call_within(self.cancel, self.ctx.limits.provider_call);
-        self.in_time(self.provider.keep_log(archive, &log, &call)).await
-    }
-
-    async fn in_time(
-        &self,
-        work: impl Future<Output = provider_api::Result<()>>,
-    ) -> Result<(), String> {
-        match tokio::time::timeout(self.ctx.limits.provider_call, work).await {
-            Ok(result) => result.map_err(|error| chain(&error)),
-            Err(_) => Err("the provider did not answer in time".to_owned()),
-        }
+        let limits = &self.ctx.limits;
+        let call = call_within(self.cancel, limits.provider_call);
+        in_time(limits, self.provider.keep_log(archive, &log, &call)).await
     }
 
     async fn prune(&self, archive: &str, report: &mut GuestReport) -> Result<(), String> {
@@ -210,12 +159,6 @@ fn read_log(path: &Path, bytes_max: usize) -> io::Result<String> {
     let text = [begin, note.as_bytes(), end].concat();
     let text = String::from_utf8_lossy(&text);
     Ok(text[..text.floor_char_boundary(bytes_max)].to_owned())
-}
-
-fn host_name() -> String {
-    // Only fails without /proc; notes can do without it.
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    name.trim().to_owned()
 }
 
 #[cfg(test)]

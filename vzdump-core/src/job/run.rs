@@ -3,13 +3,16 @@
 //! the first error.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use provider_api::{
     BitmapRequest, CancellationToken, ContainerTransferred, GuestBackup, GuestInfo, GuestKind,
     IGNORED_MAX, Provider, Transferred, Uuid, VolumeInfo, check_archive_name,
 };
 
+use super::describe::Description;
 use super::hooks::GuestHooks;
 #[cfg(debug_assertions)]
 use super::kill_point;
@@ -147,6 +150,7 @@ impl<'a> Run<'a> {
                 | Action::LeaveMode
                 | Action::Cleanup
                 | Action::Abort
+                | Action::Describe
                 | Action::CloseJournal { .. }
                 | Action::RecordOutcome
         );
@@ -172,8 +176,9 @@ impl<'a> Run<'a> {
             Action::Resume => self.resume().await?,
             Action::Transfer => self.transfer().await?,
             Action::JournalCommit => {
-                let id = self.commit_id;
-                self.journal()?.append(Entry::Committing { id }).await.map_err(words)?;
+                let (id, description) = (self.commit_id, self.description()?);
+                let entry = Entry::Committing { id, description };
+                self.journal()?.append(entry).await.map_err(words)?;
             }
             Action::Commit => {
                 self.commit().await?;
@@ -185,6 +190,7 @@ impl<'a> Run<'a> {
                 return Ok(Event::Known(outcome));
             }
             Action::Abort => self.abort().await?,
+            Action::Describe => self.describe().await?,
             Action::CloseJournal { keep } => self.close_journal(keep).await?,
             Action::RecordOutcome => self.record_outcome().await?,
             Action::Acquire
@@ -353,6 +359,25 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// What the archive gets when it is committed.
+    fn description(&self) -> StepResult<Description> {
+        let name = self.driver.name();
+        Description::of(self.options, self.driver.kind(), self.driver.id(), name.as_deref())
+    }
+
+    async fn describe(&mut self) -> StepResult<()> {
+        let Some(archive) = self.report.archive.clone() else { return Ok(()) };
+        let (storage, limits) = (&self.options.storage, &self.ctx.limits);
+        let description = self.description()?;
+        let give = description.give(self.provider, storage, &archive, limits, self.sink);
+        // The work of others, after which the journal must still be closed.
+        match AssertUnwindSafe(give).catch_unwind().await {
+            Ok(warnings) => self.report.warnings.extend(warnings),
+            Err(_) => return Err("internal error of the provider: the archive stays".to_owned()),
+        }
+        Ok(())
+    }
+
     async fn abort(&mut self) -> StepResult<()> {
         let Some(backup) = self.backup.take() else {
             return Ok(());
@@ -495,6 +520,7 @@ fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
         | Action::Transfer
         | Action::Commit
         | Action::AskOutcome
+        | Action::Describe
         | Action::Finish(_) => None,
         _ => Some(limits.undo),
     }

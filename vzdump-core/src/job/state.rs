@@ -12,7 +12,7 @@
 //!       │                                                   Commit ─error► AskOutcome
 //!       ▼                                                      └──► RecordOutcome ◄─┘
 //!  [Resume] ► Teardown{success} ► CloseSource ► Release ◄──────────────┘
-//!                 ► LeaveMode ► Cleanup ► Abort ► CloseJournal ► Finish
+//!                 ► LeaveMode ► Cleanup ► Abort ► [Describe] ► CloseJournal ► Finish
 //! ```
 //!
 //! # Invariants
@@ -27,6 +27,7 @@
 //! - `DropData` comes only after the provider has read everything, so that it fails costs the guest
 //!   something, and the backup nothing: the commit follows all the same. Which changes count for the
 //!   next increment is decided by the teardown alone.
+//! - `Describe` comes only after a known commit, last of all that the journal is needed for.
 //! - A failure while undoing changes neither the verdict nor what is undone after it.
 
 /// What is to be done next.
@@ -77,6 +78,8 @@ pub enum Action {
     Cleanup,
     /// Have the provider give its backup up.
     Abort,
+    /// Give the archive its notes and its protection.
+    Describe,
     /// Remove the journal, or keep it because something could not be undone.
     CloseJournal {
         /// Something is left for the recovery.
@@ -189,7 +192,9 @@ impl Machine {
             (Action::RecordOutcome, _) => self.unwind(),
             (_, Event::Failed) if self.unwinding => {
                 // `LeaveMode` tries again what `Resume` could not do.
-                self.leftovers |= !matches!(self.current, Action::Abort | Action::Resume);
+                // What the archive did not get, it may never: that is a warning, not a leftover.
+                self.leftovers |=
+                    !matches!(self.current, Action::Abort | Action::Resume | Action::Describe);
                 self.unwind()
             }
             (_, _) if self.unwinding => self.unwind(),
@@ -245,6 +250,12 @@ impl Machine {
         }
         match self.undo.pop() {
             None => Action::Finish(self.verdict),
+            Some(close @ Action::CloseJournal { .. })
+                if self.verdict == Verdict::Committed && self.current != Action::Describe =>
+            {
+                self.undo.push(close);
+                Action::Describe
+            }
             Some(Action::Teardown { .. }) => {
                 Action::Teardown { success: self.verdict == Verdict::Committed }
             }
@@ -308,9 +319,9 @@ mod tests {
     #[test]
     fn a_good_backup_has_the_documented_order() {
         use Action::{
-            Acquire, Cleanup, CloseJournal, CloseSource, Commit, EnterMode, Finish, JournalCommit,
-            LeaveMode, OpenJournal, OpenSource, PlanVolumes, PointInTime, Prepare, RecordOutcome,
-            Release, Resume, StartGuest, Teardown, Transfer,
+            Acquire, Cleanup, CloseJournal, CloseSource, Commit, Describe, EnterMode, Finish,
+            JournalCommit, LeaveMode, OpenJournal, OpenSource, PlanVolumes, PointInTime, Prepare,
+            RecordOutcome, Release, Resume, StartGuest, Teardown, Transfer,
         };
         let seen = run(&mut Machine::new(false), good);
         assert_eq!(
@@ -334,6 +345,7 @@ mod tests {
                 Release,
                 LeaveMode,
                 Cleanup,
+                Describe,
                 CloseJournal { keep: false },
                 Finish(Verdict::Committed),
             ]

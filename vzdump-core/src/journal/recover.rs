@@ -20,7 +20,7 @@ use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use provider_api::{CommitOutcome, GuestKind};
+use provider_api::{CommitOutcome, GuestKind, check_archive_name};
 use qmp_client::{Session, backup};
 
 use super::volumes::free_within;
@@ -136,10 +136,16 @@ async fn recover_journal(
     };
     sink.warn(&format!("cleaning up after an interrupted {what} of guest {}", begin.guest_id));
     match begin.task {
-        TaskKind::Backup if begin.guest_kind == GuestKind::Lxc => {
-            recover_container_backup(ctx, &record, sink).await?;
+        TaskKind::Backup => {
+            let is_committed = if begin.guest_kind == GuestKind::Lxc {
+                recover_container_backup(ctx, &record, sink).await?
+            } else {
+                recover_backup(ctx, &record, sink).await?
+            };
+            if is_committed {
+                describe(ctx, &record, sink).await;
+            }
         }
-        TaskKind::Backup => recover_backup(ctx, &record, sink).await?,
         TaskKind::Restore if record.replaces.is_some() => {
             restore::replace::recover(ctx, &record, sink).await?;
             remove_directories(ctx, &record).await?;
@@ -149,11 +155,12 @@ async fn recover_journal(
     super::remove(journal).await.map_err(|error| chain(&error))
 }
 
+/// Tells whether the backup is durable.
 async fn recover_backup(
     ctx: &JobContext,
     record: &Record,
     sink: &dyn TaskSink,
-) -> Result<(), String> {
+) -> Result<bool, String> {
     let id = record.begin.guest_id;
     let vm = Vm { layout: &ctx.layout, tools: &ctx.tools, storages: &ctx.storages, id };
     if record.frozen && record.qemu.as_ref().is_some_and(ProcessStamp::is_alive) {
@@ -196,34 +203,58 @@ async fn recover_backup(
         free_named(ctx, &image.volume).await?;
     }
     remove_directories(ctx, record).await?;
-    let (Some(session), Some(qemu)) = (session, qemu) else { return Ok(()) };
+    let (Some(session), Some(qemu)) = (session, qemu) else { return Ok(is_committed) };
     let change = Change {
         is_off: record.started.as_ref().is_some_and(|(_, is_to_run)| !is_to_run),
         is_kept: record.kept_alive,
     };
-    power::leave(vm, &qemu, &session, change, sink).await.map_err(|error| chain(&error))
+    power::leave(vm, &qemu, &session, change, sink).await.map_err(|error| chain(&error))?;
+    Ok(is_committed)
 }
 
-/// A container goes on before anything else is undone.
+/// Gives the archive of a backup that is durable the notes and the protection it was to have. Can only
+/// warn: nothing else waits for it.
+async fn describe(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) {
+    let Some(id) = record.committing.filter(|_| !record.description.is_empty()) else { return };
+    let storage = &record.begin.storage;
+    let given = async {
+        let provider = ctx.providers.provider(storage).await?;
+        // Asked again for its name, which the provider chose.
+        match ask_outcome(provider.as_ref(), id, &ctx.limits, sink).await? {
+            CommitOutcome::Committed { archive } if check_archive_name(&archive).is_ok() => {
+                let description = &record.description;
+                description.give(provider.as_ref(), storage, &archive, &ctx.limits, sink).await;
+                Ok(())
+            }
+            _ => Err("the provider does not name it".to_owned()),
+        }
+    };
+    if let Err(error) = given.await {
+        sink.warn(&format!("the archive of the interrupted backup has no notes: {error}"));
+    }
+}
+
+/// A container goes on before anything else is undone. Tells whether the backup is durable.
 async fn recover_container_backup(
     ctx: &JobContext,
     record: &Record,
     sink: &dyn TaskSink,
-) -> Result<(), String> {
+) -> Result<bool, String> {
     if record.frozen || record.held.is_some() {
         ctx.containers.run_again(ctx, record, sink).await?;
         for entry in [Entry::Thawed, Entry::Resumed] {
             super::append_to(&record.path, entry).await.map_err(|error| chain(&error))?;
         }
     }
-    settle_commit(ctx, record, sink).await?;
+    let is_committed = settle_commit(ctx, record, sink).await?;
     for (volume, name) in &record.snapshots {
         delete_snapshot(ctx, volume, name).await?;
     }
     for volume in record.volumes.iter().rev() {
         free_named(ctx, volume).await?;
     }
-    remove_directories(ctx, record).await
+    remove_directories(ctx, record).await?;
+    Ok(is_committed)
 }
 
 async fn delete_snapshot(ctx: &JobContext, volume: &str, name: &str) -> Result<(), String> {
