@@ -389,7 +389,11 @@ impl GuestBackup for FakeBackup {
                 progress.report(&volume.device, volume.size_bytes, volume.size_bytes, 0);
             }
             progress.log("all read");
-            let total_bytes = backup.volumes.iter().map(|volume| volume.size_bytes).sum();
+            let looked_at = |volume: &provider_api::Volume| match volume.bitmap_mode {
+                provider_api::BitmapMode::Reuse => volume.dirty_bytes.unwrap(),
+                _ => volume.size_bytes,
+            };
+            let total_bytes = backup.volumes.iter().map(looked_at).sum();
             Ok(Transferred { total_bytes, read_bytes: total_bytes, ..Transferred::default() })
         })
     }
