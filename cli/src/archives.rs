@@ -2,11 +2,12 @@
 //! The commands for archives: verify, prune, remove, notes, protect, unprotect.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::json;
 use vzdump_host::{
-    Fate, GuestKind, PruneReport, PruneRequest, PrunedArchive, Verified, VerifyExtent,
-    VerifyRequest, VerifyResult, VerifySummary, random_seed, size, utc,
+    BootReport, BootRequest, Booted, Fate, GuestKind, PruneReport, PruneRequest, PrunedArchive,
+    Verified, VerifyExtent, VerifyRequest, VerifyResult, VerifySummary, random_seed, size, utc,
 };
 
 use crate::args::{Kind, PruneArgs, VerifyArgs};
@@ -16,6 +17,9 @@ use crate::task::Screen;
 
 impl Run<'_> {
     pub(crate) async fn verify(&self, args: VerifyArgs) -> CommandResult {
+        if args.boot {
+            return self.boot(args).await;
+        }
         let extent = args.sample.map_or(VerifyExtent::All, |percent| VerifyExtent::Sample {
             percent,
             seed: args.seed.unwrap_or_else(random_seed),
@@ -32,6 +36,22 @@ impl Run<'_> {
         drop(screen);
         let success = summary.is_success();
         self.output.result(&task_result(json!(summary), success), || verify_text(&summary));
+        Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    async fn boot(&self, args: VerifyArgs) -> CommandResult {
+        let request = BootRequest {
+            archives: args.archives,
+            timeout: Duration::from_secs(args.boot_timeout),
+            console: args.boot_console,
+            allow_raw_config: args.allow_raw_config,
+        };
+        let screen = Screen::new(self.output, false);
+        let reports = self.host.boot(&request, &screen, self.cancel).await?;
+        drop(screen);
+        let success = reports.iter().all(|report| report.ready);
+        let value = json!({ "archives": reports });
+        self.output.result(&task_result(value, success), || boot_text(&reports));
         Ok(if success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
@@ -113,6 +133,28 @@ fn verify_text(summary: &VerifySummary) -> String {
         text.push_str(&format!("a sample of {percent} %; --seed {seed} reads the same again\n"));
     }
     text
+}
+
+fn boot_text(reports: &[BootReport]) -> String {
+    let rows = reports.iter().map(|report| {
+        let result = match (report.ready_ms, report.is_untested) {
+            (Some(ms), _) => format!("ready after {:.1} s", ms as f64 / 1000.0),
+            (None, false) => "NOT READY".to_owned(),
+            (None, true) => "not tested".to_owned(),
+        };
+        vec![report.archive.clone(), result]
+    });
+    table(&["VOLID", "RESULT"], rows.collect())
+}
+
+/// What the last test of this host said of an archive.
+pub(crate) fn booted_text(booted: Option<Booted>) -> String {
+    let Some(Booted { time_s, ready_ms }) = booted else { return "-".to_owned() };
+    let time = utc(time_s).unwrap_or_else(|| "?".to_owned());
+    match ready_ms {
+        Some(ms) => format!("{time} {:.1}s", ms as f64 / 1000.0),
+        None => format!("{time} NOT READY"),
+    }
 }
 
 /// When an archive was verified last, how much of it if not all, and whether it was damaged.

@@ -472,6 +472,18 @@ pub(crate) struct VerifyArgs {
     /// Leave out what was found sound within so many days, by reading at least as much as now
     #[arg(long, value_name = "DAYS")]
     pub(crate) not_since: Option<u32>,
+    /// Start each archive as a throw-away VM without network, and wait for its guest's agent
+    #[arg(long, requires = "archives", conflicts_with_all = ["storage", "sample", "not_since"])]
+    pub(crate) boot: bool,
+    /// How many seconds a guest may take
+    #[arg(long, value_name = "S", requires = "boot", default_value_t = 300)]
+    pub(crate) boot_timeout: u64,
+    /// Text on the guest's console that means it is ready, instead of its agent
+    #[arg(long, value_name = "TEXT", requires = "boot")]
+    pub(crate) boot_console: Option<String>,
+    /// Keep settings of the archive that run code or open files of this host, such as `args`
+    #[arg(long, requires = "boot")]
+    pub(crate) allow_raw_config: bool,
 }
 
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use vzdump_host::{
     Host, ImageFormat, Overrides, Selection, StartOptions, StopOptions, Stopped, VmStatus, size,
 };
 
-use crate::archives::verified_text;
+use crate::archives::{booted_text, verified_text};
 use crate::args::{
     BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, ProviderCommand, VmCommand,
 };
@@ -183,6 +183,7 @@ impl Run<'_> {
                     archive.base.clone().unwrap_or_else(|| "-".to_owned()),
                     if archive.protected { "yes" } else { "-" }.to_owned(),
                     verified_text(archive.verified),
+                    booted_text(archive.booted),
                     printable(archive.notes.as_deref().unwrap_or("-")),
                 ]
             });
@@ -195,6 +196,7 @@ impl Run<'_> {
                 "BASE",
                 "PROTECTED",
                 "VERIFIED",
+                "BOOTED",
                 "NOTES",
             ];
             table(&header, rows.collect())

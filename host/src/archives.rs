@@ -8,6 +8,7 @@ use provider_api::{Archive, GuestConfig, GuestKind, Verified, check_archive_name
 use serde::Serialize;
 use vzdump_core::config::storage::is_storage_id;
 
+use crate::boot::Booted;
 use crate::provider_call::{call, fault, in_time};
 use crate::{Host, HostError, clean};
 
@@ -65,6 +66,8 @@ pub struct ArchiveInfo {
     pub notes: Option<String>,
     /// The last verification that came to its end.
     pub verified: Option<Verified>,
+    /// The last test of this host whether it boots.
+    pub booted: Option<Booted>,
 }
 
 /// A storage that could not be listed, or an archive that is not shown.
@@ -101,6 +104,10 @@ impl Host {
                     list.problems.push(StorageProblem { storage, problem: crate::chain(&error) });
                 }
             }
+        }
+        let mut booted = self.boot_results();
+        for archive in &mut list.archives {
+            archive.booted = booted.remove(&archive.volid);
         }
         list.archives.sort_by(|a, b| {
             (a.vmid, a.time_s, a.volid.as_str()).cmp(&(b.vmid, b.time_s, b.volid.as_str()))
@@ -184,6 +191,7 @@ fn info(storage: &str, archive: Archive) -> Result<ArchiveInfo, String> {
         // Cut here as well: who sends more than a line could send anything.
         notes: archive.notes.as_deref().and_then(notes_line).map(|line| clean(&line)),
         verified: archive.verified,
+        booted: None,
     })
 }
 

@@ -83,6 +83,7 @@ impl Host {
             let ctx = self.context()?;
             recovered = Some(Box::pin(recover_all(&ctx, sink)).await?);
             swept = Some(Box::pin(leftovers::remove_all(&ctx, sink)).await);
+            Box::pin(vzdump_core::restore::sweep_boots(&ctx)).await;
             // Only now, because what is left in a storage tells the recovery what had become of it.
             checks.extend(self.activate_storages().await);
         }

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod archives;
+mod boot;
 mod containers;
 mod doctor;
 mod images;
@@ -44,6 +45,7 @@ use vzdump_core::vm::freeze_guard::GuardCommand;
 use vzdump_core::vm::runner::{self, RunnerError};
 
 pub use archives::{ArchiveInfo, ArchiveList, ArchiveName, StorageProblem, utc};
+pub use boot::{BootRequest, Booted};
 pub use containers::run_hidden;
 pub use doctor::{Check, DoctorReport, Pending};
 pub use images::{ImageInfo, ImageUse, StorageState};
@@ -70,8 +72,8 @@ pub use vzdump_core::job::report::{GuestReport, GuestResult, JobReport};
 pub use vzdump_core::job::{JOBS_MAX, chain};
 pub use vzdump_core::prune::Fate;
 pub use vzdump_core::restore::{
-    DiskChoice, DiskToFile, FileReport, PlannedSpace, PlannedVolume, RestorePlan, RestoreReport,
-    RestoredFile, RestoredVolume,
+    BootReport, DiskChoice, DiskToFile, FileReport, PlannedSpace, PlannedVolume, RestorePlan,
+    RestoreReport, RestoredFile, RestoredVolume,
 };
 pub use vzdump_core::retention::{KeepCounts, Retention};
 pub use vzdump_core::storage::ImageFormat;

@@ -14,6 +14,7 @@
 //! replaced is as it was; a crash leaves that to the journal. The provider's `init` and `cleanup`
 //! calls always come in pairs.
 
+mod boot;
 mod config;
 mod copy;
 mod file;
@@ -32,6 +33,7 @@ use std::time::Instant;
 use provider_api::{CancellationToken, Provider};
 use serde::Serialize;
 
+pub use self::boot::{BootOptions, BootReport, boot_archive, sweep as sweep_boots};
 pub use self::file::{DiskToFile, FileReport, RestoredFile, restore_to_files};
 pub use self::space::PlannedSpace;
 use self::task::Restore;

@@ -49,8 +49,8 @@ pub(super) struct Restore<'a> {
 }
 
 /// What an archive says of its guest.
-struct Archived {
-    config: VmConfig,
+pub(super) struct Archived {
+    pub(super) config: VmConfig,
     firewall: Option<Vec<u8>>,
 }
 
@@ -151,7 +151,7 @@ impl Restore<'_> {
         self.cancellable(activate(self.provider, &self.ctx.limits, self.cancel)).await
     }
 
-    async fn open_archive(&self) -> Step<Archived> {
+    pub(super) async fn open_archive(&self) -> Step<Archived> {
         self.activate().await?;
         let limit = self.ctx.limits.provider_call;
         self.cancellable(within(limit, "read the configuration", self.read_config())).await
@@ -622,7 +622,7 @@ impl Restore<'_> {
 }
 
 impl PlannedDisk {
-    fn shown(&self) -> PlannedVolume {
+    pub(super) fn shown(&self) -> PlannedVolume {
         PlannedVolume {
             device: self.device.clone(),
             key: self.key.clone(),
