@@ -676,6 +676,7 @@ class Provider:
         self.store.clean_up()
 
     def do_status(self, _request, _params):
+        os.makedirs(self.store.path, 0o700, exist_ok=True)
         stat = os.statvfs(self.store.path)
         total, free = stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
         return {"total_bytes": str(total), "used_bytes": str(max(total - free, 0))}

@@ -183,7 +183,9 @@ fn handle(
             "name": "full store",
             "api_version": 2,
             "capabilities": {"vm_file": true, "vm_restore": true, "remove": true},
-            "properties": [{"name": "path", "kind": "path", "required": true}],
+            "properties": [
+                {"name": "path", "kind": "path", "required": true, "description": "The directory."}
+            ],
         })));
     }
     if method == "configure" {
@@ -244,8 +246,13 @@ fn handle(
             let restores = host.restores.lock().unwrap();
             let found = restores.get(text(params, "restore")?);
             let (archive, _) = found.ok_or_else(|| invalid("There is no such restore."))?;
-            let disk = format!("{}.raw", text(params, "device")?);
-            json!({"kind": "path", "path": store.place(archive)?.join(disk)})
+            let device = text(params, "device")?;
+            let disks = store.manifest(archive)?["disks"].take();
+            if !disks.as_array().is_some_and(|disks| disks.iter().any(|d| d["device"] == device)) {
+                return Err(Failure("not_found", format!("{archive} has no disk {device:?}.")));
+            }
+            let disk = store.place(archive)?.join(format!("{device}.raw"));
+            json!({"kind": "path", "path": disk})
         }
         "restore_cleanup" => {
             host.restores.lock().unwrap().remove(text(params, "restore")?);
@@ -327,6 +334,7 @@ impl Store<'_> {
     }
 
     fn status(&self) -> Answer {
+        fs::create_dir_all(self.path)?;
         let stat = rustix::fs::statvfs(self.path).map_err(std::io::Error::from)?;
         let total = stat.f_blocks.saturating_mul(stat.f_frsize);
         let used = total.saturating_sub(stat.f_bavail.saturating_mul(stat.f_frsize));

@@ -116,6 +116,7 @@ commit() {
 }
 
 do_status() {
+    mkdir -p "$path"
     numbers=$(df -B1 --output=size,used "$path" | tail -1)
     answer "$(printf '%s' "$numbers" | jq -cR '[splits(" +") | select(. != "")] | {total_bytes: .[0], used_bytes: .[1]}')"
 }
@@ -128,7 +129,7 @@ handle() {
     method=$(get '.method // ""') id=$(get '.id | tojson')
     case $method in
     initialize)
-        answer '{"name": "tar store", "api_version": 2, "properties": [{"name": "path", "kind": "path", "required": true}],
+        answer '{"name": "tar store", "api_version": 2, "properties": [{"name": "path", "kind": "path", "required": true, "description": "The directory."}],
             "capabilities": {"container": true, "container_restore": true, "remove": true}}' | tr -d '\n'
         echo
         ;;

@@ -51,7 +51,17 @@ impl Bench {
     /// With the example of the name, and a directory for its archives.
     pub(crate) fn with_example(example: &str) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
-        let mut bench = Self::with_program(tempfile::tempdir().unwrap(), root.join(example));
+        Self::with_archives(root.join(example))
+    }
+
+    /// With the example in Rust, which cargo has built beside the tests.
+    pub(crate) fn in_rust() -> Self {
+        let tests = std::env::current_exe().unwrap();
+        Self::with_archives(tests.parent().unwrap().parent().unwrap().join("examples/full-store"))
+    }
+
+    fn with_archives(program: PathBuf) -> Self {
+        let mut bench = Self::with_program(tempfile::tempdir().unwrap(), program);
         let path = bench.dir.path().join("archives");
         bench.options.properties.push(("path".to_owned(), path.to_str().unwrap().to_owned()));
         bench

@@ -140,14 +140,9 @@ async fn a_full_backup_and_an_increment_restore_exactly() {
     }
 }
 
-/// The example in Rust, which cargo has built beside the tests.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_backup_in_rust_restores_exactly() {
-    let tests = std::env::current_exe().unwrap();
-    let built = tests.parent().unwrap().parent().unwrap().join("examples/full-store");
-    let mut bench = Bench::with_program(tempfile::tempdir().unwrap(), built);
-    let path = bench.archives().to_str().unwrap().to_owned();
-    bench.options.properties.push(("path".to_owned(), path));
+    let bench = Bench::in_rust();
     let provider = bench.start().await.unwrap();
     let path = bench.dir.path().join("disk");
     let content = disk(&path);

@@ -5,4 +5,5 @@
 mod bench;
 mod faults;
 mod file_store;
+mod kit;
 mod schema;
