@@ -242,18 +242,7 @@ fn handle(
             host.restores.lock().unwrap().insert(restore.clone(), kept);
             json!({"restore": restore, "devices": devices})
         }
-        "volume_init" => {
-            let restores = host.restores.lock().unwrap();
-            let found = restores.get(text(params, "restore")?);
-            let (archive, _) = found.ok_or_else(|| invalid("There is no such restore."))?;
-            let device = text(params, "device")?;
-            let disks = store.manifest(archive)?["disks"].take();
-            if !disks.as_array().is_some_and(|disks| disks.iter().any(|d| d["device"] == device)) {
-                return Err(Failure("not_found", format!("{archive} has no disk {device:?}.")));
-            }
-            let disk = store.place(archive)?.join(format!("{device}.raw"));
-            json!({"kind": "path", "path": disk})
-        }
+        "volume_init" => disk_of(host, &store, params)?,
         "restore_cleanup" => {
             host.restores.lock().unwrap().remove(text(params, "restore")?);
             json!({})
@@ -261,6 +250,20 @@ fn handle(
         "volume_cleanup" | "finish_job" => json!({}),
         _ => return Ok(None),
     }))
+}
+
+/// Where a disk of an archive that is being restored is.
+fn disk_of(host: &Host, store: &Store<'_>, params: &Value) -> Answer {
+    let restores = host.restores.lock().unwrap();
+    let found = restores.get(text(params, "restore")?);
+    let (archive, _) = found.ok_or_else(|| invalid("There is no such restore."))?;
+    let device = text(params, "device")?;
+    let disks = store.manifest(archive)?["disks"].take();
+    if !disks.as_array().is_some_and(|disks| disks.iter().any(|d| d["device"] == device)) {
+        return Err(Failure("not_found", format!("{archive} has no disk {device:?}.")));
+    }
+    let disk = store.place(archive)?.join(format!("{device}.raw"));
+    Ok(json!({"kind": "path", "path": disk}))
 }
 
 // ---- The store -------------------------------------------------------------------------------------------
