@@ -423,6 +423,13 @@ pub(crate) struct BackupArgs {
     /// Priority of this program's disk access: 0 is high, 7 low, 8 what others leave [default: 7]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=i64::from(IONICE_MAX)))]
     pub(crate) ionice: Option<u8>,
+    /// Leave this out of containers, such as /var/cache/?* or *.bak; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) exclude_path: Vec<String>,
+    /// Whether temporary files (/tmp/?*, /var/tmp/?*, /var/run/?*.pid) are left out of containers, 0 or 1
+    /// [default: 1]
+    #[arg(long, value_name = "BOOL", value_parser = clap::value_parser!(u8).range(0..=1))]
+    pub(crate) stdexcludes: Option<u8>,
     /// Hook script, called as vzdump calls it
     #[arg(long, value_name = "FILE")]
     pub(crate) script: Option<PathBuf>,

@@ -243,6 +243,8 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
         mode: args.mode,
         stopwait_minutes: args.stopwait,
         fleecing: args.fleecing,
+        exclude_path: (!args.exclude_path.is_empty()).then_some(args.exclude_path),
+        stdexcludes: args.stdexcludes.map(|flag| flag == 1),
         script: args.script,
         quiet: args.quiet.then_some(true),
         prune_backups: args.prune_backups,

@@ -65,6 +65,7 @@ impl Host {
         let (settings, mut notices) = self.settings(request.settings, request.job.as_deref())?;
         check_node(settings.node.as_deref())?;
         let ids = self.select(settings.selection.as_ref(), &mut notices)?;
+        let exclude = settings.excludes();
         let storage = match settings.storage {
             Some(storage) => storage,
             None => self.default_backup_storage()?,
@@ -88,6 +89,7 @@ impl Host {
             jobs,
             bandwidth,
             host_ram: limits.buffer_total_bytes.map(|total| HostRam::new(&self.layout, total)),
+            exclude,
             script: settings.script.map(absolute),
             notes: settings.notes_template,
             protected: settings.protected.unwrap_or(false),

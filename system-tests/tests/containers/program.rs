@@ -37,7 +37,10 @@ fn assert_runs(scene: &Scene, what: &str) {
 #[test]
 fn a_container_is_backed_up_listed_and_restored() {
     let scene = scene_with(None);
-    let report = scene.run(&["backup", "200", "--mode", "stop"]);
+    for name in ["tmp/left-out", "srv/x.bak"] {
+        std::fs::write(scene.inside(200, "/").join(name), "left out").unwrap();
+    }
+    let report = scene.run(&["backup", "200", "--mode", "stop", "--exclude-path", "*.bak"]);
     let guest = &report["guests"][0];
     assert_eq!(
         (&guest["result"], &guest["kind"]),
@@ -56,6 +59,10 @@ fn a_container_is_backed_up_listed_and_restored() {
     scene.run(&["restore", volid, "300", "--start"]);
     assert_eq!(scene.state(300), "running");
     wait_for("the restored writer goes on", || scene.inside(300, "/srv/b").exists());
+    assert!(scene.inside(200, "/srv/x.bak").exists() && scene.inside(300, "/tmp").exists());
+    for name in ["/tmp/left-out", "/srv/x.bak"] {
+        assert!(!scene.inside(300, name).exists(), "{name}");
+    }
     for id in ["200", "300"] {
         scene.run(&["ct", "stop", id, "--now"]);
     }

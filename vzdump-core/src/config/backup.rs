@@ -10,6 +10,7 @@ use super::{ConfigError, parse_bool};
 use crate::guest::BackupMode;
 use crate::retention::Retention;
 use crate::vm::backup::FleecingOptions;
+use crate::vm::qemu_cmdline::words;
 
 /// The most minutes that can be waited for something: a week.
 pub const WAIT_MAX_MINUTES: u32 = 7 * 24 * 60;
@@ -23,7 +24,7 @@ const SCHEDULE_KEYS: [&str; 7] =
     ["comment", "dow", "enabled", "id", "next-run", "repeat-missed", "schedule"];
 
 /// Options of vzdump that make no sense here, and why.
-const WITHOUT_MEANING: [(&str, &str); 19] = [
+const WITHOUT_MEANING: [(&str, &str); 17] = [
     ("dumpdir", "archives go to a storage and its provider; choose it with 'storage'"),
     ("tmpdir", "nothing is written to a temporary directory"),
     ("compress", "the provider of the storage decides how data is stored"),
@@ -38,8 +39,6 @@ const WITHOUT_MEANING: [(&str, &str); 19] = [
     ("notification-mode", "nothing is notified; a hook script can do so, see 'script'"),
     ("notification-policy", "nothing is notified; a hook script can do so, see 'script'"),
     ("notification-target", "nothing is notified; a hook script can do so, see 'script'"),
-    ("exclude-path", "it is for containers; a VM's disk is excluded by backup=0"),
-    ("stdexcludes", "it is for containers; a VM's disk is excluded by backup=0"),
     ("pbs-change-detection-mode", "it is for containers on a Proxmox Backup Server"),
     ("performance", "disks are read at the same time; 'jobs' and 'bwlimit' bound the load"),
     ("starttime", "it was replaced by 'schedule'"),
@@ -50,6 +49,9 @@ const WITHOUT_MEANING: [(&str, &str); 19] = [
 pub fn without_meaning(key: &str) -> Option<&'static str> {
     WITHOUT_MEANING.iter().find(|(name, _)| *name == key).map(|(_, why)| *why)
 }
+
+/// What vzdump leaves out of every container, unless `stdexcludes` is 0.
+const STANDARD_EXCLUDES: [&str; 3] = ["/tmp/?*", "/var/tmp/?*", "/var/run/?*.pid"];
 
 /// Which guests are backed up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,6 +129,10 @@ pub struct BackupSettings {
     pub prune_backups: Option<Retention>,
     /// Whether archives are removed by these rules; they are unless this is false.
     pub remove: Option<bool>,
+    /// Patterns of what is left out of containers.
+    pub exclude_path: Option<Vec<String>>,
+    /// Whether what vzdump always leaves out of containers is left out, too; it is unless this is false.
+    pub stdexcludes: Option<bool>,
     /// Where and how old data is kept.
     pub fleecing: Option<FleecingOptions>,
     /// Whether only warnings and errors are printed.
@@ -186,12 +192,23 @@ impl BackupSettings {
             "protected" => self.protected = Some(boolean(value)?),
             "prune-backups" => self.prune_backups = Some(value.parse()?),
             "remove" => self.remove = Some(boolean(value)?),
+            "exclude-path" => self.exclude_path = Some(words::split(value)?),
+            "stdexcludes" => self.stdexcludes = Some(boolean(value)?),
             "fleecing" => self.fleecing = Some(value.parse()?),
             "quiet" => self.quiet = Some(boolean(value)?),
             "node" => self.node = Some(value.to_owned()),
             _ => return Ok(false),
         }
         Ok(true)
+    }
+
+    /// The patterns of what is left out of containers, those of vzdump first.
+    #[must_use]
+    pub fn excludes(&self) -> Vec<String> {
+        let is_standard = self.stdexcludes.unwrap_or(true);
+        let standard =
+            STANDARD_EXCLUDES.iter().filter(|_| is_standard).map(|&text| text.to_owned());
+        standard.chain(self.exclude_path.iter().flatten().cloned()).collect()
     }
 
     /// These options, and for what they do not say those of `lower`.
@@ -211,6 +228,8 @@ impl BackupSettings {
             protected: self.protected.or(lower.protected),
             prune_backups: self.prune_backups.or(lower.prune_backups),
             remove: self.remove.or(lower.remove),
+            exclude_path: self.exclude_path.or(lower.exclude_path),
+            stdexcludes: self.stdexcludes.or(lower.stdexcludes),
             fleecing: self.fleecing.or(lower.fleecing),
             quiet: self.quiet.or(lower.quiet),
             node: self.node.or(lower.node),
@@ -263,6 +282,16 @@ mod tests {
         assert_eq!((all.bwlimit_kib_per_s, all.storage.as_deref()), (Some(0), Some("b")));
         assert_eq!(all.lockwait_minutes, Some(5));
         assert_eq!(all.selection, Some(Selection::All { exclude: vec![101] }));
+    }
+
+    #[test]
+    fn what_is_left_out_of_containers_has_vzdump_s_defaults() {
+        let excludes = |text: &str| parse(text).unwrap().0.excludes();
+        assert_eq!(excludes(""), STANDARD_EXCLUDES);
+        let own = "exclude-path: /var/cache '*.bak file'";
+        assert_eq!(excludes(own)[3..], ["/var/cache", "*.bak file"]);
+        assert_eq!(excludes(&format!("{own}\nstdexcludes: 0")), ["/var/cache", "*.bak file"]);
+        assert_eq!(excludes("stdexcludes: 0"), [""; 0]);
     }
 
     #[test]

@@ -14,7 +14,7 @@
 //! node `file-scsi0` (file).
 
 mod disks;
-mod words;
+pub(crate) mod words;
 
 use std::path::{Path, PathBuf};
 

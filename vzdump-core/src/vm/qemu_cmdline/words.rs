@@ -2,7 +2,7 @@
 //! Encodings inside values: shell words, base64, percent signs.
 
 /// Splits text into words as a shell does, with quotes and backslashes and nothing else.
-pub(super) fn split(text: &str) -> Result<Vec<String>, String> {
+pub(crate) fn split(text: &str) -> Result<Vec<String>, String> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut chars = text.chars();
