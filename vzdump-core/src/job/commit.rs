@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use provider_api::{CancellationToken, CommitOutcome, Provider, Uuid, check_archive_name};
+use provider_api::{CancellationToken, CommitOutcome, Provider, Uuid};
 
 use super::run::{Run, StepResult};
 use super::state::Outcome;
@@ -33,17 +33,17 @@ impl Run<'_> {
             () = impatient => return Err("the job was cancelled during the commit".to_owned()),
         };
         self.report.archive_size_bytes = committed.size_bytes;
-        self.take_archive(&committed.archive);
+        self.check_archive(&committed.archive);
         Ok(())
     }
 
-    /// Takes over the archive's final name, which is untrusted.
-    fn take_archive(&mut self, name: &str) {
-        if check_archive_name(name).is_ok() {
-            self.report.archive = Some(name.to_owned());
-        } else {
+    /// Compares the archive's name, which is untrusted, with the one announced. Another name could be
+    /// another guest's archive, whose notes and protection would be changed then.
+    fn check_archive(&mut self, name: &str) {
+        if self.report.archive.as_deref() != Some(name) {
             self.warn(format!(
-                "the provider committed the archive under the bad name '{}'",
+                "the provider says that it committed the archive '{}', which is not the one it began; \
+                 the name it began with is used",
                 clean(name)
             ));
         }
@@ -62,7 +62,7 @@ impl Run<'_> {
         let outcome = ask_outcome(self.provider, self.commit_id, limits, self.sink).await;
         match outcome {
             Ok(CommitOutcome::Committed { archive }) => {
-                self.take_archive(&archive);
+                self.check_archive(&archive);
                 self.warn(format!("the backup is committed all the same ({why})"));
                 self.report.error = None;
                 Outcome::Committed

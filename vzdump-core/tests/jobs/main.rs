@@ -13,6 +13,7 @@ mod faults;
 mod good;
 mod guard;
 mod hooks;
+mod liars;
 mod modes;
 mod peer;
 mod provider;

@@ -15,6 +15,9 @@ use tokio::sync::Notify;
 /// The provider's one archive name.
 pub const ARCHIVE: &str = "vzdump-qemu-100-2026_01_02-03_04_05";
 
+/// An archive of another guest.
+pub const OTHER_ARCHIVE: &str = "vzdump-qemu-999-2026_01_02-03_04_05";
+
 /// How the provider commits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Commit {
@@ -34,8 +37,26 @@ pub enum Commit {
     DiesAfter,
 }
 
+/// Something that a provider claims and that is not so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lie {
+    /// The commit was of somebody else's archive.
+    OtherArchive,
+    /// All numbers are as large as can be.
+    HugeNumbers,
+    /// Disks that nobody has, without end.
+    OtherDisks,
+    /// Lines without end, each long and with control characters.
+    EndlessLines,
+    /// `start_guest` never answers.
+    NoStart,
+    /// `plan_volumes` never answers.
+    NoPlan,
+}
+
 #[derive(Default)]
 pub struct Script {
+    pub lie: Option<Lie>,
     /// The call that fails.
     pub fail: Option<&'static str>,
     pub commit: Commit,
@@ -116,6 +137,14 @@ impl Inner {
         Ok(())
     }
 
+    fn lie(&self) -> Option<Lie> {
+        self.script.lock().unwrap().lie
+    }
+
+    fn lies(&self, lie: Lie) -> bool {
+        self.lie() == Some(lie)
+    }
+
     fn commit_file(&self, id: Uuid) -> PathBuf {
         self.dir.join(id.to_string())
     }
@@ -147,6 +176,23 @@ impl FakeProvider {
     /// Archives that were committed.
     pub fn committed(&self) -> usize {
         std::fs::read_dir(&self.0.dir).unwrap().count()
+    }
+}
+
+/// Progress as no disk makes it.
+fn tell(lie: Lie, progress: &dyn Progress) {
+    match lie {
+        Lie::HugeNumbers => progress.report("scsi0", u64::MAX, u64::MAX, u64::MAX),
+        Lie::OtherDisks => {
+            for n in 0..100_000 {
+                progress.report(&format!("disk\u{1b}[2J{n}"), n, 1, u64::MAX);
+            }
+        }
+        Lie::EndlessLines => {
+            let line = "\u{1b}[2J\n\u{7}".repeat(1000);
+            (0..20_000).for_each(|_| progress.log(&line));
+        }
+        Lie::OtherArchive | Lie::NoStart | Lie::NoPlan => {}
     }
 }
 
@@ -316,6 +362,9 @@ impl Job for FakeJob {
         let name = name.unwrap_or_else(|| ARCHIVE.to_owned());
         let backup: Box<dyn GuestBackup> =
             Box::new(FakeBackup(Arc::clone(&self.0), name, guest.id));
+        if self.0.lies(Lie::NoStart) {
+            return Box::pin(std::future::pending());
+        }
         ready(self.0.guest_call(guest.id, "start_guest").map(|()| backup))
     }
 
@@ -358,6 +407,9 @@ impl GuestBackup for FakeBackup {
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<Vec<BitmapRequest>>> {
         let requests = self.0.script.lock().unwrap().requests.clone();
+        if self.0.lies(Lie::NoPlan) {
+            return Box::pin(std::future::pending());
+        }
         ready(self.0.guest_call(self.2, "plan_volumes").map(|()| {
             if requests.is_empty() { vec![BitmapRequest::New; volumes.len()] } else { requests }
         }))
@@ -389,6 +441,18 @@ impl GuestBackup for FakeBackup {
                 progress.report(&volume.device, volume.size_bytes, volume.size_bytes, 0);
             }
             progress.log("all read");
+            if let Some(lie) = self.0.lie() {
+                tell(lie, progress);
+            }
+            if self.0.lies(Lie::HugeNumbers) {
+                let huge = u64::MAX;
+                return Ok(Transferred {
+                    total_bytes: huge,
+                    read_bytes: huge,
+                    zero_bytes: huge,
+                    written_bytes: huge,
+                });
+            }
             let looked_at = |volume: &provider_api::Volume| match volume.bitmap_mode {
                 provider_api::BitmapMode::Reuse => volume.dirty_bytes.unwrap(),
                 _ => volume.size_bytes,
@@ -420,6 +484,9 @@ impl GuestBackup for FakeBackup {
                     write();
                     std::process::abort();
                 }
+            }
+            if self.0.lies(Lie::OtherArchive) {
+                return Ok(Committed { archive: OTHER_ARCHIVE.into(), size_bytes: u64::MAX });
             }
             Ok(Committed { archive: ARCHIVE.into(), size_bytes: 42 })
         })
