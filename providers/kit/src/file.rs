@@ -165,13 +165,24 @@ impl FileOffer {
         self.remove();
     }
 
-    fn remove(&self) {
-        for path in &self.paths {
+    fn remove(&mut self) {
+        for path in std::mem::take(&mut self.paths) {
             // After a killed daemon a dead mount covers the file.
-            let _ = rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH);
-            if let Err(error) = std::fs::remove_file(path) {
+            let _ = rustix::mount::unmount(&path, rustix::mount::UnmountFlags::DETACH);
+            if let Err(error) = std::fs::remove_file(&path) {
                 tracing::warn!("Cannot remove {}: {error}", path.display());
             }
         }
+    }
+}
+
+/// A check that failed half way withdraws nothing itself.
+impl Drop for FileOffer {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.daemon {
+            // Fails only if it is gone already.
+            let _ = child.start_kill();
+        }
+        self.remove();
     }
 }
