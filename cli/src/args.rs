@@ -281,11 +281,14 @@ pub(crate) enum NewLanguage {
     Rust,
 }
 
-/// Guests are made up, with disks that are simulated; archives of others are left alone.
+/// Guests are made up, with disks that are simulated unless --real is given; archives of others are left alone.
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
     /// The storage
     pub(crate) storage: String,
+    /// Use disks of the patched QEMU's storage daemon in place of simulated ones; makes the main checks only
+    #[arg(long)]
+    pub(crate) real: bool,
     /// Only this check; may be repeated
     #[arg(long, value_name = "CHECK")]
     pub(crate) only: Vec<String>,

@@ -53,6 +53,7 @@ pub(crate) async fn check(
         chain_steps: args.chain,
         seed: args.seed,
         data_dir: args.data_dir,
+        is_real: args.real,
     };
     let screen = Screen::new(output, false);
     let open = Arc::new(move || Host::open(root.clone(), &overrides));

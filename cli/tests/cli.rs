@@ -322,6 +322,54 @@ fn a_provider_is_checked_and_nothing_of_that_stays() {
 }
 
 #[test]
+fn a_provider_is_checked_with_disks_of_a_real_qemu() {
+    let place = Place::new();
+    let refused = |arguments: &[&str]| {
+        let output = place.run(&[&["provider", "check", "backups", "--real"], arguments].concat());
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let text = refused(&["--only", "notes"]);
+    assert!(text.contains("'notes' is not made with a real QEMU; there are: full,"), "{text}");
+    let programs = place.path("programs");
+    fs::create_dir(&programs).unwrap();
+    let daemon = programs.join("qemu-storage-daemon");
+    let here = ["--qemu-bin", programs.to_str().unwrap()];
+    assert!(refused(&here).contains("cargo xtask qemu"), "it is missing");
+    std::os::unix::fs::symlink("/bin/false", &daemon).unwrap();
+    let text = refused(&here);
+    assert!(text.contains("A real QEMU cannot be used") && text.contains("it ended"), "{text}");
+    // The distribution's has no backup access.
+    let plain = std::path::Path::new("/usr/bin/qemu-storage-daemon");
+    if plain.exists() {
+        fs::remove_file(&daemon).unwrap();
+        std::os::unix::fs::symlink(plain, &daemon).unwrap();
+        let text = refused(&here);
+        assert!(text.contains("it lacks the backup access extension"), "{text}");
+    }
+    if !place.has_qemu() {
+        return;
+    }
+    let begin = ["provider", "check", "backups", "--real", "--size", "1M", "--chain", "6"];
+    let report = place.json(&begin);
+    let checks: Vec<_> = report["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|check| (check["name"].as_str().unwrap(), check["result"].as_str().unwrap()))
+        .collect();
+    let names = ["full", "incremental", "empty-increment", "chain", "sizes", "abort"];
+    assert_eq!(checks, names.map(|name| (name, "passed")));
+    assert_eq!(report["grade"], "conforming");
+    assert_eq!(report["source"], "disks of a real QEMU over NBD");
+    let output = place.run(&[&begin[..], &["--only", "full"]].concat());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("1 passed, 0 failed, 0 not supported, 0 not tested"), "{text}");
+    assert!(text.contains("disks of a real QEMU over NBD"), "{text}");
+    assert_eq!(place.json(&["list"])["archives"].as_array().unwrap().len(), 0);
+}
+
+#[test]
 fn the_example_of_a_provider_in_python_keeps_the_contract() {
     let place = Place::new();
     let plugins = place.path("lib/providers");

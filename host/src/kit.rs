@@ -4,10 +4,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use provider_kit::{CheckResult, Factory, KitOptions, Observer, Outcome, Report, check_names};
+use provider_kit::{
+    CheckResult, Factory, KitOptions, Observer, Outcome, Report, check_names, main_step_names,
+};
 use vzdump_core::job::Providers as _;
 use vzdump_core::vm::runner;
 
+use crate::real::RealMaker;
 use crate::{CancellationToken, Host, HostError, TaskSink, clean};
 
 /// Opens the host anew, as another process would.
@@ -28,6 +31,8 @@ pub struct KitRequest {
     pub seed: Option<u32>,
     /// Where the storage keeps its data; none for its property `path`.
     pub data_dir: Option<PathBuf>,
+    /// Take disks of the patched QEMU in place of simulated ones, and make only the main steps.
+    pub is_real: bool,
 }
 
 /// Checks the provider of a storage, with guests of its own that it makes up. Archives of others are left
@@ -35,7 +40,7 @@ pub struct KitRequest {
 ///
 /// # Errors
 /// [`HostError::Storage`] for a storage that is none for backups, [`HostError::Settings`] for a check that
-/// does not exist; what the provider does wrong is in the report.
+/// does not exist and for a QEMU that cannot be used; what the provider does wrong is in the report.
 pub async fn check_provider(
     open: OpenHost,
     request: KitRequest,
@@ -44,7 +49,7 @@ pub async fn check_provider(
 ) -> Result<Report, HostError> {
     let host = open()?;
     let storage = request.storage.clone();
-    check_wanted(&request.only)?;
+    check_wanted(&request.only, request.is_real)?;
     // A storage that is not there is no fault of a provider.
     host.providers.provider(&storage).await.map_err(HostError::Storage)?;
     let mut options = KitOptions {
@@ -57,6 +62,9 @@ pub async fn check_provider(
     };
     options.size_bytes = request.size_bytes.unwrap_or(options.size_bytes);
     options.chain_steps = request.chain_steps.unwrap_or(options.chain_steps);
+    if request.is_real {
+        options.machines = Some(Arc::new(RealMaker::open(&host.tools).await?));
+    }
     drop(host);
     let factory: Factory = Arc::new(move || {
         let (open, storage) = (Arc::clone(&open), storage.clone());
@@ -73,16 +81,18 @@ fn has_fuse() -> bool {
     Path::new("/dev/fuse").exists()
 }
 
-fn check_wanted(only: &[String]) -> Result<(), HostError> {
-    let names: Vec<&str> = check_names().map(|(name, _)| name).collect();
-    match only.iter().find(|name| !names.contains(&name.as_str())) {
-        None => Ok(()),
-        Some(unknown) => Err(HostError::Settings(format!(
-            "There is no check '{}'; there are: {}.",
-            clean(unknown),
-            names.join(", ")
-        ))),
-    }
+fn check_wanted(only: &[String], is_real: bool) -> Result<(), HostError> {
+    let all: Vec<&str> = check_names().map(|(name, _)| name).collect();
+    let names = if is_real { main_step_names().collect() } else { all.clone() };
+    let Some(unknown) = only.iter().find(|name| !names.contains(&name.as_str())) else {
+        return Ok(());
+    };
+    let why = if all.contains(&unknown.as_str()) {
+        format!("The check '{unknown}' is not made with a real QEMU")
+    } else {
+        format!("There is no check '{}'", clean(unknown))
+    };
+    Err(HostError::Settings(format!("{why}; there are: {}.", names.join(", "))))
 }
 
 impl Host {

@@ -24,6 +24,7 @@ mod kit;
 mod plan;
 mod provider_call;
 mod providers;
+mod real;
 mod retention;
 mod tasks;
 mod template;

@@ -47,7 +47,7 @@ use provider_api::{BoxFuture, Provider};
 
 pub use machine::{Change, Machine, MachineMaker};
 pub use report::{CheckResult, Counts, Grade, Outcome, Report};
-pub use run::{check, check_names};
+pub use run::{check, check_names, main_step_names};
 
 /// Makes a provider as a fresh process would: it must share no memory with earlier ones.
 pub type Factory =

@@ -19,6 +19,11 @@ pub fn check_names() -> impl Iterator<Item = (&'static str, &'static str)> {
     CHECKS.iter().map(|check| (check.name, check.title))
 }
 
+/// Names of the checks that are made with machines of a [`crate::MachineMaker`], too.
+pub fn main_step_names() -> impl Iterator<Item = &'static str> {
+    CHECKS.iter().filter(|check| check.is_main_step).map(|check| check.name)
+}
+
 /// Checks a provider. Should be awaited to its end; cancel it by the token, and the checks that are left
 /// are not tested.
 pub async fn check(
@@ -98,7 +103,7 @@ async fn begin(factory: Factory, options: KitOptions, cancel: &CancellationToken
 /// How the disks are offered: over NBD if the provider can, as the host does.
 fn offer(options: &KitOptions, capabilities: Capabilities) -> (Offer, &'static str) {
     if options.machines.is_some() {
-        return (Offer::Nbd, "QEMU");
+        return (Offer::Nbd, "disks of a real QEMU over NBD");
     }
     if capabilities.vm_nbd || !capabilities.vm_file {
         return (Offer::Nbd, "simulated disks over NBD");
@@ -152,6 +157,10 @@ impl Kit {
         if let Some(missing) = check.needs.iter().find(|n| !(n.has)(&self.description.capabilities))
         {
             return Outcome::NotSupported { capability: missing.name.to_owned() };
+        }
+        if self.bench.options.machines.is_some() && !self.description.capabilities.vm_nbd {
+            let why = "the real disks are offered over NBD only, which the provider cannot read";
+            return Outcome::NotTested { why: why.to_owned() };
         }
         // The same disks, whichever checks are run.
         let number = CHECKS.iter().position(|c| c.name == check.name).unwrap_or(0) as u64;

@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A provider that is right passes, and each way to be wrong is caught by the check that is for it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use provider_kit::{Grade, KitOptions, NoObserver, Outcome, Report, check, check_names};
+use provider_api::BoxFuture;
+use provider_kit::{
+    Grade, KitOptions, Machine, MachineMaker, NoObserver, Outcome, Report, check, check_names,
+    main_step_names,
+};
 
 use crate::files::{Fault, Setup};
 use crate::{failed, shown};
@@ -181,6 +186,38 @@ async fn disks_may_be_files() {
             if has_daemon {
                 assert!(!shown(&report).contains("releases nothing"), "{}", shown(&report));
             }
+        }
+    }
+}
+
+/// Must not be asked.
+struct NoMachines;
+
+impl MachineMaker for NoMachines {
+    fn make<'a>(
+        &'a self,
+        _disks: &'a [(String, Arc<Vec<u8>>)],
+    ) -> BoxFuture<'a, Result<Box<dyn Machine>, String>> {
+        Box::pin(std::future::ready(Err("a machine is made".to_owned())))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn real_disks_are_for_providers_that_read_nbd() {
+    for from_files in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let setup = Setup { from_files, ..Setup::new(dir.path().to_owned(), None) };
+        let options = KitOptions { machines: Some(Arc::new(NoMachines)), ..KitOptions::default() };
+        let report = check(setup.factory(), options, &NoObserver, &Default::default()).await;
+        let names: Vec<_> = report.checks.iter().map(|check| check.name.as_str()).collect();
+        assert_eq!(names, main_step_names().collect::<Vec<_>>());
+        for check in &report.checks {
+            let is_told = match &check.outcome {
+                Outcome::NotTested { why } => from_files && why.contains("NBD"),
+                Outcome::Failed { why, .. } => !from_files && why.contains("a machine is made"),
+                _ => false,
+            };
+            assert!(is_told, "{}", shown(&report));
         }
     }
 }
