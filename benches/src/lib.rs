@@ -10,12 +10,15 @@
 //! * [`stats`]: medians and their confidence; [`goals`]: what is to be reached.
 //! * [`report`], [`svg`]: tables and plots.
 //! * [`vm`]: backups of a VM, beside plain copying tools.
+//! * [`source`]: a disk with a bitmap, [`backup`]: a provider's backup of it, [`plugin`]: the directory
+//!   provider as a process of its own.
 //! * [`place`]: where a benchmark works, and until when.
 //! * [`procfs`], [`child`]: what a process used, and its end.
 
 #![forbid(unsafe_code)]
 
 pub mod access;
+pub mod backup;
 pub mod cases;
 pub mod child;
 pub mod daemon;
@@ -26,12 +29,14 @@ pub mod goals;
 pub mod guest;
 pub mod nbdcopy;
 pub mod place;
+pub mod plugin;
 pub mod procfs;
 pub mod reader;
 pub mod report;
 pub mod run;
 pub mod sample;
 pub mod setup_time;
+pub mod source;
 pub mod stats;
 pub mod svg;
 pub mod timeline;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a process used so far: CPU time, bytes to and from disks, memory.
 
+use std::collections::HashMap;
+
 use anyhow::{Context, Result};
 
 /// Counters of one process.
@@ -30,6 +32,42 @@ pub fn usage(pid: u32) -> Result<Usage> {
     let hz = rustix::param::clock_ticks_per_second();
     parse(&read("stat")?, &read("io")?, &read("status")?, hz)
         .context("/proc has a process in a form that is not known")
+}
+
+/// User and system time of a process, of those it has started and of those they have, also after their
+/// ends; without `others` and what these have started.
+///
+/// # Errors
+/// The process is gone.
+pub fn family_cpu_us(pid: u32, others: &[u32]) -> Result<u64> {
+    let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
+    let mut ticks = HashMap::new();
+    for entry in std::fs::read_dir("/proc").context("cannot read /proc")? {
+        let Some(number) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        // One that has just ended is counted by its parent.
+        let Ok(stat) = std::fs::read_to_string(format!("/proc/{number}/stat")) else { continue };
+        let Some((parent, own_ticks)) = family(&stat) else { continue };
+        children.entry(parent).or_default().push(number);
+        ticks.insert(number, own_ticks);
+    }
+    let mut sum = *ticks.get(&pid).with_context(|| format!("no process {pid}"))?;
+    let mut waiting = children.remove(&pid).unwrap_or_default();
+    while let Some(next) = waiting.pop() {
+        if !others.contains(&next) {
+            sum += ticks.get(&next).copied().unwrap_or_default();
+            waiting.extend(children.remove(&next).unwrap_or_default());
+        }
+    }
+    Ok(sum * 1_000_000 / rustix::param::clock_ticks_per_second().max(1))
+}
+
+/// The parent, and the time of a process and of its children that were waited for.
+fn family(stat: &str) -> Option<(u32, u64)> {
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let ticks: Option<u64> = (11..15).map(|n| fields.get(n)?.parse::<u64>().ok()).sum();
+    Some((fields.get(1)?.parse().ok()?, ticks?))
 }
 
 fn parse(stat: &str, io: &str, status: &str, hz: u64) -> Option<Usage> {
@@ -74,6 +112,23 @@ mod tests {
         };
         assert_eq!(parse(stat, io, status, 100), Some(expected));
         assert_eq!(parse("", io, status, 100), None);
+    }
+
+    #[test]
+    fn a_child_counts_unless_it_is_another_s() {
+        let stat = "7 (a) b) S 4 7 7 0 -1 4194560 1 0 0 0 150 50 20 3 20 0 1 0 5 6 7";
+        assert_eq!(family(stat), Some((4, 223)));
+        let mut command = std::process::Command::new("sh");
+        let mut child = command.args(["-c", "while :; do :; done"]).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let me = std::process::id();
+        let without = family_cpu_us(me, &[child.id()]).unwrap();
+        let with = family_cpu_us(me, &[]).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(with >= without + 10_000, "{with} {without}");
+        // Waited for, its time is this process's.
+        assert!(family_cpu_us(me, &[]).unwrap() >= with);
     }
 
     #[test]

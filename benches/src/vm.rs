@@ -216,7 +216,8 @@ impl Vm {
                              "node-name": infos[0]["node-name"] });
         self.execute("block-export-add", export).await?;
         let out = self.home.path("out");
-        let seconds = self.copy_to(tool, &socket, &out, size_bytes).await;
+        let uri = format!("nbd+unix:///bench?socket={}", socket.display());
+        let seconds = copy_to(tool, &self.home.programs.qemu, &uri, &out, size_bytes).await;
         let end = json!({ "target-id": TARGET, "success": false });
         self.execute("backup-access-teardown", end).await?;
         self.execute("nbd-server-stop", json!({})).await?;
@@ -227,39 +228,42 @@ impl Vm {
         }
         seconds
     }
+}
 
-    async fn copy_to(&self, tool: Tool, socket: &Path, out: &Path, bytes: u64) -> Result<f64> {
-        let bin = &self.home.programs.qemu;
-        let mut create = Command::new(bin.join("qemu-img"));
-        create.args(["create", "-q", "-f", tool.format()]).arg(out).arg(bytes.to_string());
-        child::run(&mut create, VM_WITHIN).await?;
-        let uri = format!("nbd+unix:///bench?socket={}", socket.display());
-        let mut command = match tool {
-            Tool::NbdcopyRaw => {
-                let mut command = Command::new("nbdcopy");
-                command.args(["--flush", "--destination-is-zero", "--"]).arg(uri).arg(out);
-                command
-            }
-            Tool::NbdcopyQcow2 => {
-                let mut command = Command::new("nbdcopy");
-                command.args(["--flush", "--destination-is-zero", "--"]).arg(uri).arg("[");
-                command.arg(bin.join("qemu-nbd")).args(["-f", "qcow2", "--cache=writeback"]);
-                command.arg(out).arg("]");
-                command
-            }
-            Tool::ConvertRaw | Tool::ConvertQcow2 => {
-                let mut command = Command::new(bin.join("qemu-img"));
-                command.args(["convert", "-n", "--target-is-zero", "-f", "raw", "-O"]);
-                command.arg(tool.format()).arg(uri).arg(out);
-                command
-            }
-        };
-        let begin = Instant::now();
-        child::run(&mut command, COPY_WITHIN).await?;
-        // `qemu-nbd` may still be closing the file; it has flushed it.
-        File::open(out)?.sync_all()?;
-        Ok(begin.elapsed().as_secs_f64())
-    }
+/// Copies an export into a new file of the format that the tool writes, durably. How many seconds that took;
+/// `bin` is the folder of the patched QEMU.
+///
+/// # Errors
+/// A program is missing or fails.
+pub async fn copy_to(tool: Tool, bin: &Path, uri: &str, out: &Path, bytes: u64) -> Result<f64> {
+    let mut create = Command::new(bin.join("qemu-img"));
+    create.args(["create", "-q", "-f", tool.format()]).arg(out).arg(bytes.to_string());
+    child::run(&mut create, VM_WITHIN).await?;
+    let mut command = match tool {
+        Tool::NbdcopyRaw => {
+            let mut command = Command::new("nbdcopy");
+            command.args(["--flush", "--destination-is-zero", "--"]).arg(uri).arg(out);
+            command
+        }
+        Tool::NbdcopyQcow2 => {
+            let mut command = Command::new("nbdcopy");
+            command.args(["--flush", "--destination-is-zero", "--"]).arg(uri).arg("[");
+            command.arg(bin.join("qemu-nbd")).args(["-f", "qcow2", "--cache=writeback"]);
+            command.arg(out).arg("]");
+            command
+        }
+        Tool::ConvertRaw | Tool::ConvertQcow2 => {
+            let mut command = Command::new(bin.join("qemu-img"));
+            command.args(["convert", "-n", "--target-is-zero", "-f", "raw", "-O"]);
+            command.arg(tool.format()).arg(uri).arg(out);
+            command
+        }
+    };
+    let begin = Instant::now();
+    child::run(&mut command, COPY_WITHIN).await?;
+    // `qemu-nbd` may still be closing the file; it has flushed it.
+    File::open(out)?.sync_all()?;
+    Ok(begin.elapsed().as_secs_f64())
 }
 
 impl Installation {

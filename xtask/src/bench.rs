@@ -36,39 +36,48 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         args: Vec<String>,
     },
+    /// Backups by the directory provider, in process and over RPC, beside nbdcopy and qemu-img convert
+    #[command(disable_help_flag = true)]
+    Providers {
+        /// Passed to the program: --rounds N, --disk-size MIB …, see --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
 }
 
 pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     match &options.what {
         What::Fleecing { args } => fleecing(paths, args),
-        What::Vm { args } => vm(paths, args),
+        What::Vm { args } => {
+            let vzdump = ["--package", "vzdump", "--bin", "vzdump"];
+            beside_tools(paths, "vm-bench", &vzdump, args)
+        }
+        What::Providers { args } => {
+            let plugin = ["--bin", "directory-plugin"];
+            beside_tools(paths, "providers-bench", &plugin, args)
+        }
     }
 }
 
-/// How backups of a VM compare with plain copies.
-fn vm(paths: &Paths, args: &[String]) -> Result<ExitCode> {
+/// How backups compare with plain copies: runs a program of `benches` that needs another one beside it.
+fn beside_tools(
+    paths: &Paths,
+    program: &str,
+    needed: &[&str],
+    args: &[String],
+) -> Result<ExitCode> {
     if !asks_only(args) {
         setup::run()?;
         qemu::run(paths, &qemu::Options::default())?;
     }
-    let programs = [
-        "--release",
-        "--package",
-        "benches",
-        "--bin",
-        "vm-bench",
-        "--package",
-        "vzdump",
-        "--bin",
-        "vzdump",
-    ];
+    let programs = [&["--release", "--package", "benches", "--bin", program], needed].concat();
     build(paths, &programs)?;
-    let status = Command::new(paths.root.join("target/release/vm-bench"))
+    let status = Command::new(paths.root.join("target/release").join(program))
         .env(QEMU_BIN_ENV, paths.qemu_bin())
         .args(args)
         .stdin(Stdio::null())
         .status()
-        .context("vm-bench: cannot start")?;
+        .with_context(|| format!("{program}: cannot start"))?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
