@@ -59,17 +59,7 @@ pub async fn restore_container(
     cancel: &CancellationToken,
 ) -> RestoreReport {
     let started = Instant::now();
-    let mut report = RestoreReport {
-        id,
-        archive: archive.to_owned(),
-        error: None,
-        warnings: Vec::new(),
-        volumes: Vec::new(),
-        removed: Vec::new(),
-        config_path: ctx.layout.ct_config_path(id),
-        started: false,
-        duration_ms: 0,
-    };
+    let mut report = RestoreReport::new(id, archive, ctx.layout.ct_config_path(id));
     let job = Restore { ctx, provider, archive, id, options, sink, cancel };
     if let Err(error) = Box::pin(job.run(&mut report)).await {
         let words = error.words();

@@ -162,6 +162,22 @@ pub struct RestoreReport {
 }
 
 impl RestoreReport {
+    /// The report of a restore that begins.
+    #[must_use]
+    pub fn new(id: u32, archive: &str, config_path: PathBuf) -> Self {
+        Self {
+            id,
+            archive: archive.to_owned(),
+            error: None,
+            warnings: Vec::new(),
+            volumes: Vec::new(),
+            removed: Vec::new(),
+            config_path,
+            started: false,
+            duration_ms: 0,
+        }
+    }
+
     /// Whether the VM is there.
     pub fn is_success(&self) -> bool {
         self.error.is_none()
@@ -182,17 +198,7 @@ pub async fn restore_vm(
     cancel: &CancellationToken,
 ) -> RestoreReport {
     let started = Instant::now();
-    let mut report = RestoreReport {
-        id,
-        archive: archive.to_owned(),
-        error: None,
-        warnings: Vec::new(),
-        volumes: Vec::new(),
-        removed: Vec::new(),
-        config_path: ctx.layout.vm_config_path(id),
-        started: false,
-        duration_ms: 0,
-    };
+    let mut report = RestoreReport::new(id, archive, ctx.layout.vm_config_path(id));
     sink.info(&format!("restore of '{}' as VM {id}", clean(archive)));
     let task = Restore { ctx, provider, archive, id, options, sink, cancel };
     match Box::pin(task.run(&mut report)).await {
