@@ -369,46 +369,58 @@ fn a_provider_is_checked_with_disks_of_a_real_qemu() {
     assert_eq!(place.json(&["list"])["archives"].as_array().unwrap().len(), 0);
 }
 
-#[test]
-fn the_example_of_a_provider_in_python_keeps_the_contract() {
+/// Has the kit check an example of `providers/examples`; everything it supports must pass.
+fn check_example(file: &str, checks: &[&str]) {
     let place = Place::new();
     let plugins = place.path("lib/providers");
     fs::create_dir_all(&plugins).unwrap();
-    let example =
-        concat!(env!("CARGO_MANIFEST_DIR"), "/../providers/examples/python/file-store.py");
+    let example = format!("{}/../providers/examples/{file}", env!("CARGO_MANIFEST_DIR"));
     // Copied with its mode.
     fs::copy(example, plugins.join("example")).unwrap();
     let store = place.path("store");
     fs::create_dir(&store).unwrap();
     let text = format!("example: store\n\tpath {}\n", store.display());
     fs::write(place.path("etc/storage.cfg"), text).unwrap();
-    let checks = [
-        "describe",
-        "full",
-        "incremental",
-        "empty-increment",
-        "late-full",
-        "chain",
-        "sizes",
-        "abort",
-        "failing-request",
-        "wrong-sum",
-        "wrong-size",
-        "crash",
-        "commit-outcome",
-        "concurrent",
-        "hostile-names",
-        "hostile-configs",
-        "remove",
-        "container",
-        "container-abort",
-    ];
     let only: Vec<_> = checks.iter().flat_map(|check| ["--only", check]).collect();
     let begin = ["provider", "check", "store", "--size", "1M", "--chain", "6"];
     let output = place.run(&[&begin[..], &only].concat());
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert!(text.contains(&format!("({} passed, 0 failed, 0 not", checks.len())), "{text}");
+}
+
+#[test]
+fn the_example_of_a_provider_in_python_keeps_the_contract() {
+    check_example(
+        "python/file-store.py",
+        &[
+            "describe",
+            "full",
+            "incremental",
+            "empty-increment",
+            "late-full",
+            "chain",
+            "sizes",
+            "abort",
+            "failing-request",
+            "wrong-sum",
+            "wrong-size",
+            "crash",
+            "commit-outcome",
+            "concurrent",
+            "hostile-names",
+            "hostile-configs",
+            "remove",
+            "container",
+            "container-abort",
+        ],
+    );
+}
+
+#[test]
+fn the_example_of_a_provider_in_shell_keeps_the_contract() {
+    let checks = ["describe", "activate", "status", "unknown", "container", "container-abort"];
+    check_example("shell/tar-store.sh", &checks);
 }
 
 #[test]
