@@ -12,7 +12,7 @@
 //! ```
 //!
 //! All that is mounted is mounted in namespaces that end with their last process, so a crash leaves no mount
-//! behind (`docs/design/0028-containers-in-namespaces.md`).
+//! behind (`docs/design/0024-containers-in-namespaces.md`).
 
 #![deny(unsafe_code)]
 

@@ -6,7 +6,7 @@
 //!  provider ─ read, punch hole ─► file (FUSE) ─► storage daemon ─► socket of ours ─► QEMU's export
 //! ```
 //!
-//! Why through a socket of ours, and why a process for each disk, is in `docs/design/0023`. What must go
+//! Why through a socket of ours, and why a process for each disk, is in `docs/design/0020`. What must go
 //! again whatever happens are the process and the mount. The journal knows both by names that are chosen
 //! before: the process by a mark in its command line, the mount by its path.
 
