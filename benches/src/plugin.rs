@@ -249,7 +249,7 @@ impl Plugin {
         };
         let (_, guest) = self.guest(params)?;
         let mut guest = guest.lock().await;
-        let progress = Reports { request, out: self.out.clone() };
+        let progress = Reports::new(request, self.out.clone());
         let moved = here(&mut guest)?.backup_vm(backup, &progress, call).await?;
         Ok(json!({
             "total_bytes": moved.total_bytes.to_string(),
@@ -371,14 +371,38 @@ const fn kind(kind: Kind) -> &'static str {
     }
 }
 
+/// How often a disk's progress is told.
+const REPORT_INTERVAL: Duration = Duration::from_millis(200);
+
 /// Passes on what a copy reports.
 struct Reports {
     request: u64,
     out: mpsc::Sender<Value>,
+    /// When each disk's progress was told last.
+    told: Mutex<HashMap<String, Instant>>,
+}
+
+impl Reports {
+    fn new(request: u64, out: mpsc::Sender<Value>) -> Self {
+        Self { request, out, told: Mutex::default() }
+    }
+
+    fn is_due(&self, device: &str) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let is_due = told.get(device).is_none_or(|last| now - *last >= REPORT_INTERVAL);
+        if is_due {
+            told.insert(device.to_owned(), now);
+        }
+        is_due
+    }
 }
 
 impl Progress for Reports {
     fn report(&self, device: &str, done_bytes: u64, total_bytes: u64, zero_bytes: u64) {
+        if done_bytes < total_bytes && !self.is_due(device) {
+            return;
+        }
         // The next one says more.
         let _ = self.out.try_send(json!({"method": "progress", "params": {
             "request": self.request, "device": device, "done_bytes": done_bytes.to_string(),
