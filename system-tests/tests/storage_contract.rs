@@ -105,7 +105,7 @@ fn assert_data_size(bytes: &[u8], size_bytes: u64) {
 async fn a_volume_has_its_exact_size_is_thin_reads_as_zeroes_and_is_removed_without_a_trace() {
     for place in each() {
         let before = place.names();
-        for format in ImageFormat::ALL {
+        for format in ImageFormat::OF_DISKS {
             let what = place.what(format);
             let volume = place.make("vm-100-disk-0", format, ODD_BYTES).await;
             assert_eq!(place.storage.volume_size(&volume).unwrap(), ODD_BYTES, "{what}");
@@ -158,7 +158,7 @@ async fn names_are_checked_and_belong_to_one_disk() {
             assert!(matches!(made, Err(StorageError::Size { .. })), "{size}: {made:?}");
         }
         assert_eq!(place.storage.list(None).await.unwrap(), []);
-        for (number, format) in ImageFormat::ALL.into_iter().enumerate() {
+        for (number, format) in ImageFormat::OF_DISKS.into_iter().enumerate() {
             let name = storage.free_name(ID, ImageFormat::Raw).await.unwrap();
             assert_eq!(name, format!("vm-100-disk-{number}"), "whatever the format of others");
             let volume = place.make(&name, format, MIB).await;
@@ -192,7 +192,7 @@ async fn names_are_checked_and_belong_to_one_disk() {
 #[tokio::test]
 async fn a_disk_grows_and_keeps_its_data_and_never_shrinks() {
     for place in each() {
-        for format in ImageFormat::ALL {
+        for format in ImageFormat::OF_DISKS {
             let what = place.what(format);
             let volume = place.make("vm-100-disk-0", format, MIB).await;
             place.io(&volume, &["write -P 5 0 1M"]);
@@ -221,7 +221,7 @@ async fn a_disk_grows_and_keeps_its_data_and_never_shrinks() {
 async fn snapshots_work_or_are_refused_by_name() {
     for place in each() {
         let (storage, tools) = (&place.storage, &place.tools);
-        for format in ImageFormat::ALL {
+        for format in ImageFormat::OF_DISKS {
             let what = place.what(format);
             let can = match storage.kind() {
                 "dir" => format == ImageFormat::Qcow2,
@@ -278,7 +278,7 @@ async fn of_many_at_once_one_gets_each_name_and_none_is_lost() {
         let mut tasks = JoinSet::new();
         for number in 0..24 {
             let (storage, tools) = (Arc::clone(&place.storage), place.tools.clone());
-            let format = ImageFormat::ALL[number % 2];
+            let format = ImageFormat::OF_DISKS[number % 2];
             tasks.spawn(async move {
                 let name = format!("vm-100-disk-{}", number / 6 * 2 + number % 2);
                 storage.allocate(&tools, ID, &name, format, MIB).await
@@ -382,7 +382,7 @@ async fn a_failure_and_a_task_that_does_not_wait_leave_nothing() {
         }
         let kind = place.storage.kind();
         assert!(!place.path.join("images/100").exists(), "{kind}: {:?}", place.names());
-        for format in ImageFormat::ALL {
+        for format in ImageFormat::OF_DISKS {
             let make = place.storage.allocate(&place.tools, ID, "x", format, MIB);
             let soon = std::time::Duration::from_micros(500);
             let _ = tokio::time::timeout(soon, make).await;
@@ -417,17 +417,25 @@ async fn the_space_is_told() {
     }
 }
 
+/// Whether an NBD server tells the size of its export.
+fn answers(socket: &Path) -> bool {
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let output = Command::new("nbdinfo").args(["--size", &uri]).output().unwrap();
+    output.status.success()
+}
+
 #[tokio::test]
 async fn a_disk_that_qemu_has_open_is_not_resized() {
     for place in each() {
-        for format in ImageFormat::ALL {
+        for format in ImageFormat::OF_DISKS {
             let volume = place.make("vm-100-disk-0", format, MIB).await;
             let mut command = Command::new(qemu::bin_dir().unwrap().join("qemu-nbd"));
             let socket = place.path.join("socket");
             command.arg("-tk").arg(&socket).arg("--image-opts");
             command.arg(place.storage.image_options(&volume).unwrap());
             let mut nbd = command.spawn().unwrap();
-            while !socket.exists() {
+            // The socket is there before the image is open; an answer is not.
+            while !answers(&socket) {
                 assert!(nbd.try_wait().unwrap().is_none(), "qemu-nbd ended");
                 std::thread::sleep(std::time::Duration::from_millis(10));
             }

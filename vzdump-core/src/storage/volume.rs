@@ -30,6 +30,8 @@ pub enum ImageFormat {
 impl ImageFormat {
     /// All of them; those whose ending contains another one's come first.
     pub const ALL: [Self; 4] = [Self::RawBitmaps, Self::Raw, Self::Qcow2, Self::Subvol];
+    /// Those of disks.
+    pub const OF_DISKS: [Self; 3] = [Self::RawBitmaps, Self::Raw, Self::Qcow2];
 
     /// The name of its driver in QEMU.
     #[must_use]
