@@ -41,6 +41,8 @@ const TAR_PREFIX: &str = "tar: ";
 const NO_REASONS: [&str; 3] = ["Removing leading", "Exiting with failure status", SOCKET];
 /// How the disk is called in reports of progress.
 const DEVICE: &str = "rootfs";
+/// How a command ends whose output is not taken any more.
+const ENDED_BY_SIGPIPE: i32 = 128 + 13;
 
 /// Stores a container's tree in `directory`.
 pub(crate) async fn store(
@@ -93,8 +95,10 @@ pub(crate) async fn store(
         // The pipe has ended with the command; what is in it is soon stored.
         None => wait_for_rest(storing.as_mut()).await?,
     };
-    // The command's words first: they say why its output is of no use.
-    check_end(&end)?;
+    // The command's words first: they say why its output is of no use. Unless it is the other way round.
+    if end.exit_code != ENDED_BY_SIGPIPE || stored.is_ok() {
+        check_end(&end)?;
+    }
     let stored = stored?;
     if stored.entries == 0 {
         return Err(Error::new(Kind::Other, "The archive of the container has no entries."));

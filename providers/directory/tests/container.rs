@@ -284,6 +284,8 @@ async fn what_is_no_whole_tree_fails_the_backup() {
         ("true", "ends too early"),
         ("tar -c /bin/sh | head -c 5000", "ends too early"),
         ("head -c 10240 /dev/urandom", "damaged header"),
+        // It is ended because it is not read any more, which is no reason.
+        ("exec cat /dev/urandom", "damaged header"),
         (
             "echo 'tar: ./x: Cannot open: Permission denied' >&2; tar -c /etc/hostname; exit 2",
             "Permission denied",
