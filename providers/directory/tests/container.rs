@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -58,7 +59,10 @@ impl ContainerRunner for Here {
             drop(bound);
             let output = running.wait_with_output().await.unwrap();
             Ok(CommandEnd {
-                exit_code: output.status.code().unwrap_or(137),
+                exit_code: output
+                    .status
+                    .code()
+                    .unwrap_or_else(|| 128 + output.status.signal().unwrap()),
                 stderr_tail: String::from_utf8_lossy(&output.stderr).into_owned(),
             })
         })
