@@ -15,13 +15,12 @@ use provider_api::{
     GuestInfo, Job, JobInfo, Kind, Progress, Provider, Result, Uuid, VmBackup, Volume, VolumeInfo,
 };
 use provider_directory::{DirectoryOptions, DirectoryProvider, ToolPaths};
+use provider_rpc::LINE_BYTES_MAX;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::mpsc;
 
-/// Longest line of the protocol.
-const LINE_BYTES_MAX: u64 = 1 << 20;
 /// Messages that wait to be written; further reports of progress are left out.
 const WAITING_MAX: usize = 256;
 
@@ -60,7 +59,8 @@ pub async fn serve(
     let mut line = Vec::new();
     loop {
         line.clear();
-        let read = (&mut input).take(LINE_BYTES_MAX + 1).read_until(b'\n', &mut line).await?;
+        let read =
+            (&mut input).take(LINE_BYTES_MAX as u64 + 1).read_until(b'\n', &mut line).await?;
         if read == 0 {
             return Ok(());
         }
@@ -350,24 +350,9 @@ fn reply(id: u64, method: &str, answer: Result<Option<Value>>) -> Value {
             json!({"id": id, "error": {"code": -32601, "message": why}})
         }
         Err(error) => {
-            let data = json!({"kind": kind(error.kind), "dependents": error.dependents});
+            let data = json!({"kind": error.kind.word(), "dependents": error.dependents});
             json!({"id": id, "error": {"code": -32000, "message": error.message, "data": data}})
         }
-    }
-}
-
-const fn kind(kind: Kind) -> &'static str {
-    match kind {
-        Kind::NotFound => "not_found",
-        Kind::Invalid => "invalid",
-        Kind::Corrupt => "corrupt",
-        Kind::NoSpace => "no_space",
-        Kind::Cancelled => "cancelled",
-        Kind::Protected => "protected",
-        Kind::InUse => "in_use",
-        Kind::HasDependents => "has_dependents",
-        Kind::Io => "io",
-        _ => "other",
     }
 }
 

@@ -28,6 +28,33 @@ pub enum Kind {
     Other,
 }
 
+/// How the kinds are written where errors are sent; what is missing here is `other`.
+const WORDS: [(Kind, &str); 9] = [
+    (Kind::NotFound, "not_found"),
+    (Kind::Invalid, "invalid"),
+    (Kind::Corrupt, "corrupt"),
+    (Kind::NoSpace, "no_space"),
+    (Kind::Cancelled, "cancelled"),
+    (Kind::Protected, "protected"),
+    (Kind::InUse, "in_use"),
+    (Kind::HasDependents, "has_dependents"),
+    (Kind::Io, "io"),
+];
+
+impl Kind {
+    /// As it is written in the provider protocol.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        WORDS.iter().find(|(kind, _)| *kind == self).map_or("other", |(_, word)| word)
+    }
+
+    /// The kind of a word of the provider protocol; an unknown one is [`Kind::Other`].
+    #[must_use]
+    pub fn from_word(word: &str) -> Self {
+        WORDS.iter().find(|(_, known)| *known == word).map_or(Self::Other, |(kind, _)| *kind)
+    }
+}
+
 /// An error of a provider.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]

@@ -131,6 +131,25 @@ pub(crate) struct Made {
 }
 
 impl Made {
+    /// The archive of what was copied.
+    pub(crate) fn new(
+        archive: String,
+        commit_id: Uuid,
+        requests: Vec<BitmapRequest>,
+        (truth, volumes): (Truth, &[Volume]),
+        transferred: Transferred,
+    ) -> Self {
+        Self {
+            archive,
+            commit_id,
+            truth,
+            requests,
+            modes: volumes.iter().map(|volume| volume.bitmap_mode).collect(),
+            generations: volumes.iter().map(|volume| volume.generation.clone()).collect(),
+            transferred,
+        }
+    }
+
     pub(crate) fn is_incremental(&self) -> bool {
         self.modes.iter().all(|mode| *mode == BitmapMode::Reuse)
     }
@@ -381,15 +400,8 @@ impl Ctx {
         let committed = self.commit(begun, commit_id).await?;
         let committed =
             committed.map_err(|error| Fault::new(format!("commit fails: {}", words(&error))))?;
-        let made = Made {
-            archive,
-            commit_id,
-            truth: copied.truth,
-            requests,
-            modes: copied.volumes.iter().map(|volume| volume.bitmap_mode).collect(),
-            generations: copied.volumes.iter().map(|volume| volume.generation.clone()).collect(),
-            transferred,
-        };
+        let made =
+            Made::new(archive, commit_id, requests, (copied.truth, &copied.volumes), transferred);
         self.judge_archive(provider, vm, &made, &committed, time_s).await?;
         Ok(made)
     }

@@ -444,18 +444,7 @@ impl Shared {
 
     fn contract_error(&self, method: &str, error: WireError) -> Error {
         let data = error.data.unwrap_or_default();
-        let kind = match data.kind.as_deref() {
-            Some("not_found") => Kind::NotFound,
-            Some("invalid") => Kind::Invalid,
-            Some("corrupt") => Kind::Corrupt,
-            Some("no_space") => Kind::NoSpace,
-            Some("cancelled") => Kind::Cancelled,
-            Some("protected") => Kind::Protected,
-            Some("in_use") => Kind::InUse,
-            Some("has_dependents") => Kind::HasDependents,
-            Some("io") => Kind::Io,
-            _ => Kind::Other,
-        };
+        let kind = data.kind.as_deref().map_or(Kind::Other, Kind::from_word);
         if error.code == METHOD_NOT_FOUND {
             return self.error(Kind::Invalid, &format!("does not know '{method}'"));
         }

@@ -157,7 +157,7 @@ pub(crate) fn request(
 }
 
 fn error_reply(id: &Value, Refusal { code, error }: &Refusal) -> String {
-    let data = json!({"kind": kind_word(error.kind)});
+    let data = json!({"kind": error.kind.word()});
     let error = json!({"code": code, "message": error.to_string(), "data": data});
     json!({"jsonrpc": "2.0", "id": id, "error": error}).to_string()
 }
@@ -175,21 +175,6 @@ impl From<Error> for Refusal {
 
 fn refusal(code: i64, why: String) -> Refusal {
     Refusal { code, error: Error::new(Kind::Invalid, why) }
-}
-
-pub(crate) fn kind_word(kind: Kind) -> &'static str {
-    match kind {
-        Kind::NotFound => "not_found",
-        Kind::Invalid => "invalid",
-        Kind::Corrupt => "corrupt",
-        Kind::NoSpace => "no_space",
-        Kind::Cancelled => "cancelled",
-        Kind::Protected => "protected",
-        Kind::InUse => "in_use",
-        Kind::HasDependents => "has_dependents",
-        Kind::Io => "io",
-        _ => "other",
-    }
 }
 
 #[derive(Deserialize)]

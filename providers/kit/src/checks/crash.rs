@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use provider_api::{CommitOutcome, Provider, Uuid};
+use provider_api::{CommitOutcome, Provider, Transferred, Uuid};
 
 use super::Verdict;
 use crate::bench::{Ctx, Made};
@@ -89,15 +89,13 @@ async fn leave_commit(ctx: &Ctx, vm: &mut Vm, patience: Duration) -> Checked<(Ma
     let commit = begun.backup.commit(commit_id, &call);
     let result = tokio::time::timeout(patience, commit).await;
     let was_committed = matches!(result, Ok(Ok(_)));
-    let made = Made {
-        archive: begun.archive,
+    let made = Made::new(
+        begun.archive,
         commit_id,
-        truth: copied.truth,
         requests,
-        modes: copied.volumes.iter().map(|volume| volume.bitmap_mode).collect(),
-        generations: copied.volumes.iter().map(|volume| volume.generation.clone()).collect(),
-        transferred: provider_api::Transferred::default(),
-    };
+        (copied.truth, &copied.volumes),
+        Transferred::default(),
+    );
     Ok((made, was_committed))
 }
 

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use provider_api::{CancellationToken, Provider, Uuid};
+use provider_api::{CancellationToken, Provider, Transferred, Uuid};
 
 use super::Verdict;
 use crate::bench::{Ctx, Made};
@@ -84,15 +84,13 @@ async fn troubled(
     let committed = ctx.commit(begun, commit_id).await?;
     vm.machine.as_dyn().thaw(committed.is_ok()).await.map_err(Fault::new)?;
     ctx.expect("commit", async { committed }).await?;
-    let made = Made {
+    let made = Made::new(
         archive,
         commit_id,
-        truth: copied.truth,
         requests,
-        modes: copied.volumes.iter().map(|volume| volume.bitmap_mode).collect(),
-        generations: copied.volumes.iter().map(|volume| volume.generation.clone()).collect(),
-        transferred: provider_api::Transferred::default(),
-    };
+        (copied.truth, &copied.volumes),
+        Transferred::default(),
+    );
     ctx.check_restore(provider, &made).await.map_err(|fault| {
         fault.at("It succeeds though a request failed, and the archive is wrong")
     })?;
