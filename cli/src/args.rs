@@ -338,6 +338,9 @@ pub(crate) struct CreateArgs {
     /// Options of every disk, such as discard=on,iothread=1
     #[arg(long, value_name = "LIST")]
     pub(crate) disk_options: Option<String>,
+    /// Boot with UEFI, whose variables get a disk of their own; pre-enrolled-keys=1 for Secure Boot
+    #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "efitype=4m")]
+    pub(crate) efidisk: Option<String>,
     /// The guest runs the QEMU guest agent
     #[arg(long)]
     pub(crate) agent: bool,

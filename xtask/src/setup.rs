@@ -50,10 +50,15 @@ const TESTS: &[&str] = &[
     "lz4",
     "mount",
     "nbdkit",
+    // UEFI for guests.
+    "ovmf",
     "procps",
     // The generated QMP reference.
     "python3-sphinx",
     "qemu-utils",
+    // TPMs for guests.
+    "swtpm",
+    "swtpm-tools",
     "xfsprogs",
     // Containers' archives, unpacked by tar.
     "zstd",

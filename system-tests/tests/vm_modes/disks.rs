@@ -78,7 +78,7 @@ fn s50_what_is_included_and_excluded_is_what_the_log_says() {
     let passed = site.path("passed");
     std::fs::write(&passed, vec![7; 1 << 20]).unwrap();
     let iso = site.path("local/images/100/x.raw");
-    std::fs::write(iso, vec![8; 2048]).unwrap();
+    std::fs::write(iso, vec![8; 4096]).unwrap();
     site.add_to_config(&format!(
         "ide2: none,media=cdrom\nsata1: local:100/x.raw,media=cdrom\nunused0: local:100/gone.raw\n\
          sata2: {}\n",

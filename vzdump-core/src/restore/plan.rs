@@ -77,8 +77,10 @@ fn plan_guest(
             continue;
         }
         let Some(&size_bytes) = sizes.get(disk.key.as_str()) else {
-            let is_left_out =
-                !disk.backup || disk.key.starts_with("efidisk") || disk.key.starts_with("tpmstate");
+            let is_without_efi =
+                disk.key.starts_with("efidisk") && archived.get("bios") != Some("ovmf");
+            // Archives of before the TPM's state was backed up have none.
+            let is_left_out = !disk.backup || is_without_efi || disk.key.starts_with("tpmstate");
             if is_left_out {
                 continue;
             }

@@ -12,8 +12,8 @@ use provider_api::{CancellationToken, GuestKind};
 use tokio::process::Command;
 
 use crate::blocking;
-use crate::config::ConfigError;
 use crate::config::guest::{VmConfig, is_disk_key};
+use crate::config::{ConfigError, OptionList};
 use crate::job::{JobContext, backup_lock_path, chain};
 use crate::journal::recover::{self, Leftover};
 use crate::journal::volumes::{NewVolumeError, NewVolumes};
@@ -24,6 +24,9 @@ use crate::storage::{DEFAULT_STORAGE, ImageFormat, StorageError, image_size};
 use crate::task_log::{TaskSink, size_config};
 use crate::tools::{MissingTool, Tools};
 use crate::vm::leftovers;
+use crate::vm::ovmf::{self, EfiOptions, MissingFirmware};
+
+const EFI_KEY: &str = "efidisk0";
 
 /// Why a VM was not made.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +77,9 @@ pub enum CreateError {
     /// A program is missing.
     #[error(transparent)]
     Tool(#[from] MissingTool),
+    /// A firmware is missing.
+    #[error(transparent)]
+    Firmware(#[from] MissingFirmware),
 }
 
 impl From<NewVolumeError> for CreateError {
@@ -109,6 +115,8 @@ pub struct CreateOptions {
     pub bus: String,
     /// Options of every disk, `discard=on,iothread=1`.
     pub disk_options: Option<String>,
+    /// Boot with UEFI, and keep its variables on a disk of their own: the options of `efidisk0`.
+    pub efi: Option<String>,
 }
 
 impl Default for CreateOptions {
@@ -120,6 +128,7 @@ impl Default for CreateOptions {
             format: ImageFormat::Raw,
             bus: "virtio".into(),
             disk_options: None,
+            efi: None,
         }
     }
 }
@@ -247,7 +256,50 @@ async fn make_disks(
         config.set(&key, &value)?;
         disks.push((key, volume.to_string()));
     }
+    if let Some(text) = &options.efi {
+        disks.push(make_efi_disk(ctx, id, options, text, config, new).await?);
+    }
     Ok(disks)
+}
+
+/// The variables of the firmware, as a new guest has them.
+async fn make_efi_disk(
+    ctx: &JobContext,
+    id: u32,
+    options: &CreateOptions,
+    text: &str,
+    config: &mut VmConfig,
+    new: &mut NewVolumes,
+) -> Result<(String, String), CreateError> {
+    let list = OptionList::parse(text).map_err(CreateError::Invalid)?;
+    let known = |name: &String| ovmf::OPTIONS.contains(&name.as_str());
+    if list.first.is_some() || !list.named.iter().all(|(name, _)| known(name)) {
+        let known = ovmf::OPTIONS.join(", ");
+        return Err(CreateError::Invalid(format!(
+            "'{text}' has options that are none of {known}."
+        )));
+    }
+    let efi = EfiOptions::parse(&list).map_err(CreateError::Invalid)?;
+    // Before anything is made: without the code the guest could not be started.
+    efi.code()?;
+    let template = efi.vars()?;
+    let size_bytes = efi.kind.vars_bytes();
+    let (_, found) = inspect(&template).await?;
+    if found != size_bytes {
+        let message = format!("it has {found} bytes, and the firmware needs {size_bytes}");
+        return Err(CreateError::Copy { path: template, message });
+    }
+    let storage = ctx.storages.images(&options.storage)?;
+    let volume = new.allocate(ctx, storage.as_ref(), id, options.format, size_bytes).await?;
+    copy(&ctx.tools, &template, &storage.image_options(&volume)?).await?;
+    let mut value = volume.to_string();
+    for (name, option) in &list.named {
+        let _ = write!(value, ",{name}={option}");
+    }
+    let _ = write!(value, ",size={}", size_config(size_bytes));
+    config.set("bios", "ovmf")?;
+    config.set(EFI_KEY, &value)?;
+    Ok((EFI_KEY.to_owned(), volume.to_string()))
 }
 
 impl DiskContent {

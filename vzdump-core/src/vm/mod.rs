@@ -6,6 +6,7 @@ pub mod create;
 pub mod destroy;
 pub mod freeze_guard;
 pub mod leftovers;
+pub mod ovmf;
 pub mod process;
 pub mod qemu_cmdline;
 pub mod runner;

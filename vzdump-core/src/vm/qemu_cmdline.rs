@@ -11,9 +11,10 @@
 //! ```
 //!
 //! Names in QEMU: the disk `scsi0` is the device `scsi0` on the node `drive-scsi0` (format) on the
-//! node `file-scsi0` (file).
+//! node `file-scsi0` (file). EFI variables are the flash `pflash1` on the node `drive-efidisk0`.
 
 mod disks;
+mod firmware;
 pub(crate) mod words;
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use crate::config::guest::{DiskEntry, VmConfig, is_disk_key, split_numbered};
 use crate::config::{ConfigError, OptionList, parse_bool};
 use crate::layout::{Layout, Monitor};
 use crate::storage::StorageError;
+use crate::vm::ovmf::MissingFirmware;
 use crate::vm::process::mark_argument;
 
 /// Keys that change the machine.
@@ -84,6 +86,9 @@ pub enum CmdlineError {
         /// What is wrong with it.
         why: String,
     },
+    /// A firmware of this host that is missing.
+    #[error(transparent)]
+    Firmware(#[from] MissingFirmware),
     /// A path that cannot be given to QEMU.
     #[error("The path '{0}' is not text (UTF-8), which QEMU's options need.")]
     Path(PathBuf),
@@ -113,6 +118,8 @@ pub struct DiskFile {
     pub direct: bool,
     /// Whether its size is a multiple of every block size that requests past the page cache may need.
     pub is_aligned: bool,
+    /// How large the disk in it is, where that had to be found out: of EFI variables.
+    pub size_bytes: Option<u64>,
 }
 
 /// What the command line depends on beside the configuration.
@@ -150,13 +157,13 @@ impl CommandLine {
 pub fn known_keys() -> String {
     let mut keys = [&USED_KEYS[..], &USED_KEYS_TOO, &WITHOUT_EFFECT].concat();
     keys.sort_unstable();
-    format!("{}, ideN, sataN, scsiN, virtioN, unusedN", keys.join(", "))
+    format!("{}, efidisk0, ideN, sataN, scsiN, virtioN, unusedN", keys.join(", "))
 }
 
 fn is_known(key: &str) -> bool {
     let plain = [&USED_KEYS[..], &USED_KEYS_TOO, &WITHOUT_EFFECT].iter().any(|k| k.contains(&key));
     let numbered = matches!(split_numbered(key), Some(("unused", _)));
-    let disk = is_disk_key(key) && !key.starts_with("efidisk") && !key.starts_with("tpmstate");
+    let disk = is_disk_key(key) && !key.starts_with("tpmstate");
     plain || numbered || disk
 }
 
@@ -276,12 +283,9 @@ fn machine(
     // The suffix is the host system's own revision of a machine, which QEMU does not know.
     let kind = kind.split_once('+').map_or(kind, |(kind, _)| kind);
     check_word("machine", kind)?;
-    line.option("-machine", kind);
+    let firmware = firmware::add(config, input, chipset, line)?;
+    line.option("-machine", format!("{kind}{firmware}"));
     line.option("-accel", if uses_kvm(config)? { "kvm" } else { "tcg" });
-    match config.get("bios") {
-        None | Some("seabios") => {}
-        Some(other) => return Err(value_error("bios", other, "only 'seabios' is supported.")),
-    }
     if config.is_template() {
         let value = config.get("template").unwrap_or_default();
         return Err(value_error("template", value, "a template cannot be started."));

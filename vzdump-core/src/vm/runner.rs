@@ -27,7 +27,7 @@ use crate::config::guest::{DiskEntry, VmConfig};
 use crate::job::chain;
 use crate::layout::{self, Layout, LayoutError, Monitor};
 use crate::lock::{FileLock, LockError};
-use crate::storage::{StorageError, StorageSet};
+use crate::storage::{ImageFormat, StorageError, StorageSet, VolumeId, image_size};
 use crate::tools::{MissingTool, Tools};
 
 pub use stop::{StopOptions, Stopped, end_if, shut_down, stop};
@@ -420,7 +420,14 @@ fn find_file(storages: &StorageSet, disk: &DiskEntry) -> Result<DiskFile, Storag
     };
     let is_device = meta.file_type().is_block_device();
     let is_aligned = is_device || meta.len().is_multiple_of(BLOCK_BYTES_MAX);
-    Ok(DiskFile { is_device, direct, is_aligned, path, data })
+    let size_bytes = if disk.key.starts_with("efidisk") {
+        let volume = disk.volume.parse::<VolumeId>();
+        let format = volume.map_or(ImageFormat::Raw, |volume| volume.format());
+        Some(image_size(&path, format)?)
+    } else {
+        None
+    };
+    Ok(DiskFile { is_device, direct, is_aligned, size_bytes, path, data })
 }
 
 /// A QEMU that has not answered yet; ended when dropped.

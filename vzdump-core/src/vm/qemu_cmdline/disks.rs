@@ -5,9 +5,12 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Chipset, CmdlineError, CommandLine, DiskFile, Input, boot_index, path_text, words};
+use super::{
+    Chipset, CmdlineError, CommandLine, DiskFile, Input, boot_index, firmware, path_text, words,
+};
 use crate::config::guest::{DiskEntry, VmConfig, split_numbered};
 use crate::storage::ImageFormat;
+use crate::vm::ovmf;
 
 /// Options of a disk that are understood, beside its limits.
 const OPTIONS: [&str; 14] = [
@@ -96,7 +99,8 @@ pub(super) fn add(
         .collect();
     disks.sort_by_key(|disk| (disk.bus, disk.number));
     let hardware = scsi_hardware(config)?;
-    let mut unknown = Vec::new();
+    let mut unknown: Vec<String> =
+        entries.iter().filter(|entry| entry.key == "efidisk0").flat_map(unknown_of_vars).collect();
     let mut ahci = false;
     let mut scsi_rank = 0;
     for disk in &disks {
@@ -143,9 +147,20 @@ pub(super) fn add_nodes(
     line: &mut CommandLine,
 ) -> Result<(), CmdlineError> {
     for entry in config.disks()?.iter().filter(|entry| keys.contains(&entry.key)) {
-        if let Some((bus, number)) = split_numbered(&entry.key) {
-            backend(&Disk { entry, bus, number }, input, read_only, line)?;
-        }
+        add_node(entry, input, read_only, line)?;
+    }
+    Ok(())
+}
+
+/// Adds the block node of a disk, and no device.
+pub(super) fn add_node(
+    entry: &DiskEntry,
+    input: &Input<'_>,
+    read_only: bool,
+    line: &mut CommandLine,
+) -> Result<(), CmdlineError> {
+    if let Some((bus, number)) = split_numbered(&entry.key) {
+        backend(&Disk { entry, bus, number }, input, read_only, line)?;
     }
     Ok(())
 }
@@ -214,6 +229,14 @@ fn scsi_hardware(config: &VmConfig) -> Result<ScsiHardware, CmdlineError> {
             Err(super::value_error("scsihw", other, why))
         }
     }
+}
+
+fn unknown_of_vars(entry: &DiskEntry) -> Vec<String> {
+    let names = entry.options.named.iter().map(|(name, _)| name.as_str());
+    names
+        .filter(|name| !OPTIONS.contains(name) && !ovmf::OPTIONS.contains(name))
+        .map(|name| format!("{} {name}", entry.key))
+        .collect()
 }
 
 fn unknown_options(disk: &Disk<'_>) -> Vec<String> {
@@ -332,6 +355,9 @@ fn backend(
         "cache": cache_json,
         "file": below("file", &file.path)?,
     });
+    if let Some(size_bytes) = firmware::shown_bytes(disk.entry, &file, format)? {
+        node["size"] = size_bytes.into();
+    }
     if let Some(data) = &file.data {
         // Named here, so that QEMU does not open whatever the image's header says.
         node["data-file"] = below("data", data)?;

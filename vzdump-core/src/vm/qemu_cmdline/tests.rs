@@ -14,7 +14,9 @@ fn find(disk: &DiskEntry) -> Result<DiskFile, StorageError> {
     };
     let is_device = path.starts_with("/dev");
     let is_aligned = !path.ends_with("odd.raw") && !path.ends_with("odd.qcow2");
-    Ok(DiskFile { is_device, direct: !path.starts_with("/tmpfs"), is_aligned, path, data })
+    let direct = !path.starts_with("/tmpfs");
+    let size_bytes = path.to_str().and_then(|path| path.split('-').find_map(|n| n.parse().ok()));
+    Ok(DiskFile { is_device, direct, is_aligned, size_bytes, path, data })
 }
 
 fn build_text(text: &str) -> Result<CommandLine, CmdlineError> {
@@ -119,7 +121,7 @@ fn values_cannot_bring_options() {
         "vmgenid: 1,x=2",
         "serial0: /dev/ttyS0",
         "template: 1",
-        "bios: ovmf",
+        "bios: coreboot",
         "boot: x",
         "vga: cirrus",
         "scsi7: local:100/a.raw",
@@ -197,4 +199,41 @@ fn raw_data_with_bitmaps_beside_it_is_opened_by_name() {
         assert_eq!(data[option], file[option], "{option}");
     }
     assert!(build_text("scsi0: local:100/a.raw.qcow2,format=raw\n").is_err());
+}
+
+#[test]
+fn a_machine_with_efi_has_its_firmware_and_variables_in_flash() {
+    let vars = "bios: ovmf\nefidisk0: local:100/vm-540672-disk-1.raw,efitype=4m";
+    let line = build_text(&format!("{vars},pre-enrolled-keys=0,size=528K\n")).unwrap();
+    assert_eq!(values(&line, "-machine"), ["q35,pflash0=firmware,pflash1=drive-efidisk0"]);
+    let nodes = values(&line, "-blockdev");
+    assert!(nodes[0].contains("OVMF_CODE_4M.fd") && nodes[0].contains("\"read-only\":true"));
+    let node: serde_json::Value = serde_json::from_str(nodes[1]).unwrap();
+    assert_eq!((&node["node-name"], &node["read-only"]), (&"drive-efidisk0".into(), &false.into()));
+    assert_eq!(node["size"], serde_json::Value::Null);
+    assert!(values(&line, "-device").is_empty() && values(&line, "-global").is_empty());
+
+    let line = build_text(&format!("{vars},pre-enrolled-keys=1,ms-cert=2023\n")).unwrap();
+    assert!(values(&line, "-machine")[0].ends_with(",smm=on"));
+    assert!(values(&line, "-blockdev")[0].contains("OVMF_CODE_4M.secboot.fd"));
+    assert!(values(&line, "-global")[0].contains("property=secure,value=on"));
+
+    // A storage that rounds sizes up.
+    let large = vars.replace("540672", "4194304");
+    let line = build_text(&large).unwrap();
+    assert!(values(&line, "-blockdev")[1].contains("\"size\":540672"));
+
+    for (bad, why) in [
+        (large.replace(".raw", ".qcow2"), "has 4194304 bytes, and the firmware needs 540672"),
+        (vars.replace("540672", "4096"), "has 4096 bytes"),
+        (vars.replace("4m", "8m"), "'efitype' is not one of"),
+        (format!("machine: pc\n{vars},pre-enrolled-keys=1"), "need a 'q35' machine"),
+        (format!("{vars},iops=1"), "not supported: efidisk0 iops."),
+        ("bios: ovmf".to_owned(), "needs an 'efidisk0'"),
+    ] {
+        let error = build_text(&bad).unwrap_err().to_string();
+        assert!(error.contains(why), "{bad}: {error}");
+    }
+    let line = build_text("efidisk0: local:100/vm-540672-disk-1.raw\n").unwrap();
+    assert!(line.notices[0].contains("no effect without 'bios: ovmf'"), "{:?}", line.notices);
 }

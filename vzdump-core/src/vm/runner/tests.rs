@@ -178,7 +178,7 @@ async fn a_start_for_a_backup_is_found_by_its_mark_and_need_not_have_a_machine()
         ("template: 1\n", None),
         ("net0: virtio\nlock: backup\n", Some("ignoring the unknown key net0")),
         (
-            "bios: ovmf\n",
+            "machine: virt\n",
             Some("starting QEMU with nothing but the disks: The VM 100 cannot be started"),
         ),
         ("args: -device no-such\n", Some("starting QEMU with nothing but the disks: QEMU did not")),
