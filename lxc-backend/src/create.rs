@@ -3,37 +3,29 @@
 //! in one step.
 
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-use provider_api::{
-    Call, CancellationToken, ContainerCommand, ContainerRunner as _, GuestKind, IdMapRange,
-    Identity,
-};
-use tokio::sync::mpsc;
+use provider_api::{CancellationToken, GuestKind, IdMapRange};
 use vzdump_core::config::container::CtConfig;
 use vzdump_core::job::{JobContext, backup_lock_path};
 use vzdump_core::journal::recover::{self, Leftover};
 use vzdump_core::journal::volumes::NewVolumes;
-use vzdump_core::journal::{Begin, Entry, Journal, TaskKind};
-use vzdump_core::layout::{check_guest_id, make_private_dir};
+use vzdump_core::journal::{Begin, Journal, TaskKind};
+use vzdump_core::layout::check_guest_id;
 use vzdump_core::lock::FileLock;
 use vzdump_core::storage::{DEFAULT_STORAGE, ImageFormat, VolumeId};
 use vzdump_core::task_log::{TaskSink, size_config};
 
 use crate::CtError;
-use crate::runner::Runner;
+use crate::place::{Archive, Place, unpack};
 use crate::runtime::{beside, root_of};
-use crate::sandbox::TREE;
 use crate::tool::{command, run};
-use crate::view::{Part, View, ViewOptions};
+use crate::unpack::Codec;
+use crate::view::Part;
 
 /// Making a file system writes little, but its storage may be busy.
 const MKFS_LIMIT: Duration = Duration::from_secs(300);
-/// Lines of commands that wait for the log.
-const LOG_LINES: usize = 1000;
 
 /// A volume of a new container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,6 +161,7 @@ async fn fill(
     }
     // That the configuration makes sense, before the files are written.
     config.mounts()?;
+    let data_bytes_max = data_bytes_max(ctx, &options.mounts, &made).await?;
     let place = Place::make(ctx, id, new).await?;
     let parts = parts_of(ctx, &options.mounts, &made)?;
     let (runner, lines) = match place.open(ctx, parts, &ids).await {
@@ -179,8 +172,13 @@ async fn fill(
         }
     };
     let what = format!("the template '{}'", options.template.display());
-    let decompressor = decompressor(&options.template);
-    let archive = Archive { what: &what, file: template, decompressor };
+    let archive = Archive {
+        what: &what,
+        file: template,
+        codec: codec_of(&options.template),
+        mounts: options.mounts.iter().map(|mount| mount.mount_point.clone()).collect(),
+        data_bytes_max,
+    };
     let unpacked = unpack(&runner, lines, archive, sink, cancel).await;
     // Unmounted before anything is removed.
     let closed = beside(move || crate::runner::close(runner)).await;
@@ -242,6 +240,26 @@ fn make_file_system(path: &Path, format: ImageFormat, owner: (u32, u32)) -> Resu
     run(&mkfs, MKFS_LIMIT).map(drop).map_err(CtError::at(doing()))
 }
 
+/// How many bytes of data the volumes can take: what their images have, or else what is free.
+pub(crate) async fn data_bytes_max(
+    ctx: &JobContext,
+    mounts: &[NewMount],
+    volumes: &[VolumeId],
+) -> Result<u64, CtError> {
+    let mut sum: u64 = 0;
+    let mut counted = Vec::new();
+    for (mount, volume) in mounts.iter().zip(volumes) {
+        if mount.size_bytes > 0 {
+            sum = sum.saturating_add(mount.size_bytes);
+        } else if !counted.contains(&volume.storage()) {
+            counted.push(volume.storage());
+            let status = ctx.storages.images(volume.storage())?.status().await?;
+            sum = sum.saturating_add(status.available_bytes);
+        }
+    }
+    Ok(sum)
+}
+
 /// The volumes for a view.
 pub(crate) fn parts_of(
     ctx: &JobContext,
@@ -262,118 +280,13 @@ pub(crate) fn parts_of(
     Ok(parts)
 }
 
-/// A directory of a task in which the files of a new container are mounted.
-pub(crate) struct Place {
-    private: PathBuf,
-}
-
-impl Place {
-    pub(crate) async fn make(ctx: &JobContext, id: u32, new: &NewVolumes) -> Result<Self, CtError> {
-        let parent = ctx.layout.run().join("ct-restore");
-        make_private_dir(&parent)?;
-        let private = parent.join(format!("{id}-{}", uuid::Uuid::new_v4().simple()));
-        new.journal.append(Entry::Directory { path: private.clone() }).await?;
-        make_private_dir(&private)?;
-        Ok(Self { private })
-    }
-
-    /// A directory for the provider.
-    pub(crate) fn for_provider(&self) -> Result<PathBuf, CtError> {
-        let dir = self.private.join("provider");
-        make_private_dir(&dir)?;
-        Ok(dir)
-    }
-
-    pub(crate) async fn open(
-        &self,
-        ctx: &JobContext,
-        parts: Vec<Part>,
-        ids: &[IdMapRange],
-    ) -> Result<(Arc<Runner>, mpsc::Receiver<String>), CtError> {
-        let dir = self.private.join("view");
-        make_private_dir(&dir)?;
-        let ids = ids.to_vec();
-        let options = ViewOptions { writable: true, is_snapshot: false };
-        let view = beside(move || View::open(&dir, &parts, &ids, options)).await?;
-        let (log, lines) = mpsc::channel(LOG_LINES);
-        let program = ctx.guard.program.clone();
-        Ok((Arc::new(Runner { view: Arc::new(view), program, log, writable: true }), lines))
-    }
-
-    pub(crate) async fn remove(self) -> Result<(), CtError> {
-        beside(move || match std::fs::remove_dir_all(&self.private) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(CtError::at("remove the directory of the task")(error))
-            }
-            _ => Ok(()),
-        })
-        .await
-    }
-}
-
-/// Unpacks a tar archive as the container's root, in a sandbox that sees nothing but the new volumes:
-/// whatever is in the archive, there is nothing else it could change.
-pub(crate) async fn unpack(
-    runner: &Arc<Runner>,
-    mut lines: mpsc::Receiver<String>,
-    archive: Archive<'_>,
-    sink: &dyn TaskSink,
-    cancel: &CancellationToken,
-) -> Result<(), CtError> {
-    let mut argv = ["tar", "--extract", "--file=-", "--numeric-owner", "--preserve-permissions"]
-        .map(str::to_owned)
-        .to_vec();
-    argv.extend(["--xattrs", "--xattrs-include=*", "--acls"].map(str::to_owned));
-    // Devices are made when the container starts; those of an archive may be any of the host's.
-    argv.extend(["--anchored", "--exclude=./dev/*", "--exclude=dev/*"].map(str::to_owned));
-    let decompressor = archive.decompressor;
-    argv.extend(decompressor.map(|program| format!("--use-compress-program={program}")));
-    argv.push(format!("--directory={TREE}"));
-    let command = ContainerCommand {
-        argv: argv.into_iter().map(Into::into).collect(),
-        identity: Identity::MappedRoot,
-        env: Vec::new(),
-        paths: Vec::new(),
-        stdin: Some(archive.file.into()),
-        stdout: None,
-    };
-    let call = Call { cancel: cancel.child_token(), deadline: None };
-    let running = runner.command(command, &call);
-    tokio::pin!(running);
-    let ended = loop {
-        tokio::select! {
-            ended = &mut running => break ended,
-            Some(line) = lines.recv() => sink.info(&line),
-        }
-    };
-    while let Ok(line) = lines.try_recv() {
-        sink.info(&line);
-    }
-    if cancel.is_cancelled() {
-        return Err(CtError::Cancelled);
-    }
-    let doing = || format!("unpack {}", archive.what);
-    let ended = ended.map_err(CtError::at(doing()))?;
-    if ended.exit_code == 0 {
-        return Ok(());
-    }
-    Err(CtError::at(doing())(ended.stderr_tail.trim().to_owned()))
-}
-
-/// A tar archive to be unpacked.
-pub(crate) struct Archive<'a> {
-    /// What it is, in words.
-    pub(crate) what: &'a str,
-    pub(crate) file: File,
-    pub(crate) decompressor: Option<&'static str>,
-}
-
-fn decompressor(path: &Path) -> Option<&'static str> {
-    match path.extension()?.to_str()? {
-        "gz" | "tgz" => Some("gzip"),
-        "bz2" => Some("bzip2"),
-        "xz" => Some("xz"),
-        "zst" => Some("zstd"),
-        _ => None,
+/// By the name of the file, as `tar --auto-compress` does.
+fn codec_of(path: &Path) -> Codec {
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("gz" | "tgz") => Codec::Gz,
+        Some("bz2" | "tbz2") => Codec::Bz2,
+        Some("xz" | "txz") => Codec::Xz,
+        Some("zst" | "tzst") => Codec::Zst,
+        _ => Codec::None,
     }
 }

@@ -313,7 +313,6 @@ impl CtDriver {
             view: Arc::new(view),
             program: self.ctx.guard.program.clone(),
             log,
-            writable: false,
         }));
         Ok(())
     }

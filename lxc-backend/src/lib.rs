@@ -25,6 +25,8 @@ pub mod guard;
 mod holder;
 mod ids;
 mod lxc;
+mod metadata;
+mod place;
 pub mod restore;
 pub mod runner;
 pub mod runtime;
@@ -32,6 +34,7 @@ pub mod sandbox;
 mod snapshot;
 mod system;
 mod tool;
+mod unpack;
 mod view;
 
 pub use driver::LxcContainers;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use provider_api::{
     Call, CancellationToken, Compression, ContainerData, GuestKind, IdMapRange, Provider,
 };
-use vzdump_core::config::container::{CtConfig, MountEntry, ROOTFS};
+use vzdump_core::config::container::{CtConfig, MountEntry};
 use vzdump_core::config::guest::split_numbered;
 use vzdump_core::job::{JobContext, backup_lock_path};
 use vzdump_core::journal::volumes::NewVolumes;
@@ -26,10 +26,10 @@ use vzdump_core::task_log::TaskSink;
 use vzdump_core::vm::create::parse_size;
 
 use crate::CtError;
-use crate::create::{
-    Archive, NewMount, Place, entry_of, make_volumes, parts_of, prepare_place, unpack,
-};
+use crate::create::{NewMount, data_bytes_max, entry_of, make_volumes, parts_of, prepare_place};
+use crate::place::{Archive, Place, unpack};
 use crate::runtime::beside;
+use crate::unpack::{Codec, Unpacked};
 
 /// For a provider to open its end of a FIFO.
 const OPEN_LIMIT: Duration = Duration::from_secs(120);
@@ -102,7 +102,7 @@ impl Restore<'_> {
         let begin = Begin::new(TaskKind::Restore, GuestKind::Lxc, self.id, source)
             .map_err(CtError::at("read /proc of this process"))?;
         let mut new = NewVolumes::new(Journal::create(&self.ctx.layout, begin).await?);
-        match self.fill(config, &planned, &ids, &mut new).await {
+        match self.fill(config, &planned, &ids, &mut new, &mut report.warnings).await {
             Ok(volumes) => {
                 report.volumes = volumes;
                 new.journal.remove().await?;
@@ -201,6 +201,7 @@ impl Restore<'_> {
         planned: &[Planned],
         ids: &[IdMapRange],
         new: &mut NewVolumes,
+        warnings: &mut Vec<String>,
     ) -> Result<Vec<RestoredVolume>, CtError> {
         let (mut volumes, mut restored) = (Vec::new(), Vec::new());
         for one in planned {
@@ -221,6 +222,7 @@ impl Restore<'_> {
         config.mounts()?;
         let place = Place::make(self.ctx, self.id, new).await?;
         let mounts: Vec<NewMount> = planned.iter().map(|one| one.mount.clone()).collect();
+        let data_bytes_max = data_bytes_max(self.ctx, &mounts, &volumes).await?;
         let parts = parts_of(self.ctx, &mounts, &volumes)?;
         let (runner, lines) = match place.open(self.ctx, parts, ids).await {
             Ok(opened) => opened,
@@ -229,21 +231,18 @@ impl Restore<'_> {
                 return Err(error);
             }
         };
-        let unpacked = self.copy(&place, &runner, lines).await;
-        let root = runner.view.host_tree();
-        let counted = beside(move || {
-            let entries = std::fs::read_dir(&root).map_err(CtError::at("look at the new files"))?;
-            let names = entries.filter_map(|entry| Some(entry.ok()?.file_name()));
-            let count = names.filter(|name| name != "lost+found").count();
-            // Unmounted before anything is removed.
-            crate::runner::close(runner)?;
-            Ok(count)
-        })
-        .await;
+        let unpacked = self.copy(&place, &runner, lines, &mounts, data_bytes_max).await;
+        // Unmounted before anything is removed.
+        let closed = beside(move || crate::runner::close(runner)).await;
         place.remove().await?;
-        unpacked?;
-        // Mount points are made before anything is unpacked.
-        if counted? <= mounts.iter().filter(|mount| mount.key != ROOTFS).count() {
+        let unpacked = unpacked?;
+        closed?;
+        for (what, count) in &unpacked.left_out {
+            let warning = format!("left out: {what} ({count})");
+            self.sink.warn(&warning);
+            warnings.push(warning);
+        }
+        if !unpacked.has_files {
             return Err(CtError::Invalid("The archive holds no files.".to_owned()));
         }
         config.lines().write_new(&self.ctx.layout.ct_config_path(self.id))?;
@@ -256,7 +255,9 @@ impl Restore<'_> {
         place: &Place,
         runner: &std::sync::Arc<crate::runner::Runner>,
         lines: tokio::sync::mpsc::Receiver<String>,
-    ) -> Result<(), CtError> {
+        mounts: &[NewMount],
+        data_bytes_max: u64,
+    ) -> Result<Unpacked, CtError> {
         let call = self.call(self.ctx.limits.provider_call);
         let at = || CtError::at(format!("restore from the archive '{}'", self.archive));
         let mut source =
@@ -270,7 +271,9 @@ impl Restore<'_> {
                     let archive = Archive {
                         what: "the archive",
                         file,
-                        decompressor: decompressor(compression),
+                        codec: codec_of(compression),
+                        mounts: mounts.iter().map(|mount| mount.mount_point.clone()).collect(),
+                        data_bytes_max,
                     };
                     unpack(runner, lines, archive, self.sink, self.cancel).await
                 }
@@ -290,13 +293,13 @@ impl Restore<'_> {
     }
 }
 
-fn decompressor(compression: Compression) -> Option<&'static str> {
+fn codec_of(compression: Compression) -> Codec {
     match compression {
-        Compression::None => None,
-        Compression::Gz => Some("gzip"),
-        Compression::Bz2 => Some("bzip2"),
-        Compression::Xz => Some("xz"),
-        Compression::Zst => Some("zstd"),
+        Compression::None => Codec::None,
+        Compression::Gz => Codec::Gz,
+        Compression::Bz2 => Codec::Bz2,
+        Compression::Xz => Codec::Xz,
+        Compression::Zst => Codec::Zst,
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
 use std::io::{self, BufRead as _, BufReader, Read};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
@@ -13,12 +13,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use provider_api::{
-    BoxFuture, Call, CommandEnd, ContainerCommand, ContainerRunner, Error, Identity, Kind, Result,
+    BoxFuture, Call, CommandEnd, ContainerCommand, ContainerRunner, Error, Kind, Result,
 };
 use tokio::sync::mpsc::Sender;
 
-use crate::sandbox::{NOT_BEGUN, NOT_BEGUN_PREFIX, SUBCOMMAND, Spec};
+use crate::sandbox::{NOT_BEGUN, NOT_BEGUN_PREFIX, Role, SUBCOMMAND, Spec, Work};
 use crate::tool::{command as program, ends_with_us};
+use crate::unpack::UnpackSpec;
 use crate::view::View;
 
 /// How much of what a command says last is given to its provider.
@@ -34,8 +35,53 @@ pub(crate) struct Runner {
     pub(crate) view: Arc<View>,
     pub(crate) program: PathBuf,
     pub(crate) log: Sender<String>,
-    /// Whether the tree may be changed: for a restore.
-    pub(crate) writable: bool,
+}
+
+/// What is done in a sandbox, and with what.
+struct Task {
+    role: Role,
+    work: Work,
+    paths: Vec<PathBuf>,
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+}
+
+impl From<ContainerCommand> for Task {
+    fn from(command: ContainerCommand) -> Self {
+        let ContainerCommand { argv, identity, env, paths, stdin, stdout } = command;
+        Self { role: identity.into(), work: Work::Command { argv, env }, paths, stdin, stdout }
+    }
+}
+
+impl Runner {
+    /// Unpacks an archive into the tree. Its reports go to `reports`, line by line.
+    pub(crate) async fn unpack(
+        &self,
+        archive: OwnedFd,
+        spec: UnpackSpec,
+        reports: OwnedFd,
+        call: &Call,
+    ) -> Result<CommandEnd> {
+        let role = if self.view.is_privileged { Role::Owner } else { Role::MappedRoot };
+        let (stdin, stdout) = (Some(archive), Some(reports));
+        let work = Work::Unpack(spec);
+        self.run(Task { role, work, paths: Vec::new(), stdin, stdout }, call).await
+    }
+
+    async fn run(&self, task: Task, call: &Call) -> Result<CommandEnd> {
+        let view = Arc::clone(&self.view);
+        let (program, log) = (self.program.clone(), self.log.clone());
+        let started =
+            vzdump_core::blocking::run(move || Running::start(&view, program, task, &log));
+        let mut running = started.await.map_err(|error| fault(&error))?;
+        let status = tokio::select! {
+            biased;
+            () = call.cancel.cancelled() =>
+                return Err(Error::new(Kind::Cancelled, "The command was ended.")),
+            status = running.wait(call.deadline) => status?,
+        };
+        running.end(status).await
+    }
 }
 
 /// Ends the runner and its view; false if somebody still holds it.
@@ -55,21 +101,7 @@ impl ContainerRunner for Runner {
         command: ContainerCommand,
         call: &'a Call,
     ) -> BoxFuture<'a, Result<CommandEnd>> {
-        Box::pin(async move {
-            let view = Arc::clone(&self.view);
-            let (program, log, writable) = (self.program.clone(), self.log.clone(), self.writable);
-            let started = vzdump_core::blocking::run(move || {
-                Running::start(&view, program, command, &log, writable)
-            });
-            let mut running = started.await.map_err(|error| fault(&error))?;
-            let status = tokio::select! {
-                biased;
-                () = call.cancel.cancelled() =>
-                    return Err(Error::new(Kind::Cancelled, "The command was ended.")),
-                status = running.wait(call.deadline) => status?,
-            };
-            running.end(status).await
-        })
+        Box::pin(self.run(command.into(), call))
     }
 }
 
@@ -86,28 +118,25 @@ impl Running {
     fn start(
         view: &Arc<View>,
         own_program: PathBuf,
-        command: ContainerCommand,
+        task: Task,
         log: &Sender<String>,
-        writable: bool,
     ) -> io::Result<Self> {
-        for path in &command.paths {
+        for path in &task.paths {
             crate::sandbox::check_declared(path)?;
         }
         let number = uuid::Uuid::new_v4().simple().to_string();
         // Beside the directory of the view, which nobody but the holder sees into.
         let (root, spec_path) =
             (view.dir.with_extension(format!("{number}.root")), view.dir.with_extension(number));
-        let is_mapped = command.identity == Identity::MappedRoot;
+        let is_mapped = task.role == Role::MappedRoot;
         let namespace = view.user_namespace.as_raw_fd();
         let spec = Spec {
             root: root.clone(),
             tree: view.dir.join(if is_mapped { "mapped" } else { "host" }),
-            writable,
-            identity: command.identity,
+            role: task.role,
             user_namespace: format!("/proc/{}/fd/{namespace}", std::process::id()).into(),
-            paths: command.paths,
-            argv: command.argv,
-            env: command.env,
+            paths: task.paths,
+            work: task.work,
         };
         let text = serde_json::to_vec(&spec)?;
         std::fs::create_dir(&root)?;
@@ -116,15 +145,15 @@ impl Running {
         io::Write::write_all(&mut options.open(&spec_path)?, &text)?;
         let mut unshare =
             program("unshare", ["--mount", "--pid", "--ipc", "--uts", "--kill-child=KILL"]);
-        if is_mapped {
+        if task.role != Role::Reader {
             // A reader's repository may be anywhere.
             unshare.arg("--net");
         }
         unshare.arg("--").arg(own_program).arg(SUBCOMMAND).arg(&spec_path);
         let mut bound = ends_with_us(&unshare);
-        bound.stdin(command.stdin.map_or_else(Stdio::null, Stdio::from)).stderr(Stdio::piped());
-        let is_logged = command.stdout.is_none();
-        bound.stdout(command.stdout.map_or_else(Stdio::piped, Stdio::from));
+        bound.stdin(task.stdin.map_or_else(Stdio::null, Stdio::from)).stderr(Stdio::piped());
+        let is_logged = task.stdout.is_none();
+        bound.stdout(task.stdout.map_or_else(Stdio::piped, Stdio::from));
         let spawned = view.holder.run(move || bound.spawn())?;
         let mut running = Self {
             child: spawned?,

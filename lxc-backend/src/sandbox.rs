@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a command that reads a container's tree finds itself in.
+//! What a command that reads a container's tree finds itself in, and what unpacks an archive.
 //!
-//! This program is started again for each command, as the first process of a process namespace, within the mount
+//! This program is started again for each of them, as the first process of a process namespace, within the mount
 //! namespace of the tree. It makes a small root: the programs of the host, a few devices, the tree at
-//! [`TREE`]; moves into it, gives up its rights, and becomes the command. What the command starts ends with
-//! it, and it ends with the thread that started it.
+//! [`TREE`]; moves into it, gives up its rights, and becomes the command, or unpacks. What the command
+//! starts ends with it, and it ends with the thread that started it.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attach::attach;
 use crate::system::{MountAttributes, set_mount_attributes};
+use crate::unpack::{UnpackSpec, Unpacked, unpack};
 
 /// The hidden subcommand that runs [`run_sandbox`].
 pub const SUBCOMMAND: &str = "__ct-sandbox";
@@ -41,6 +42,14 @@ pub(crate) const NOT_BEGUN: i32 = 125;
 pub(crate) const NOT_BEGUN_PREFIX: &str = "vzdump sandbox: ";
 /// A user without rights: nobody of Debian.
 const NOBODY: u32 = 65534;
+/// What making files needs, and nothing else.
+const OWNER_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP);
 const SEARCH_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// What in the root of the host belongs to its programs.
 const PROGRAMS: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];
@@ -66,26 +75,57 @@ pub(crate) struct Spec {
     pub(crate) root: PathBuf,
     /// The tree, in the mount namespace this begins in.
     pub(crate) tree: PathBuf,
-    /// Whether the tree may be changed.
-    pub(crate) writable: bool,
-    /// As whom the command runs.
-    pub(crate) identity: Identity,
+    /// As whom it is done.
+    pub(crate) role: Role,
     /// The descriptor of the user namespace of a mapped root, by its path in `/proc`.
     pub(crate) user_namespace: PathBuf,
     /// Paths of the host that are seen, too.
     pub(crate) paths: Vec<PathBuf>,
-    /// The command.
-    pub(crate) argv: Vec<OsString>,
-    /// Its environment.
-    pub(crate) env: Vec<(OsString, OsString)>,
+    /// What is done.
+    pub(crate) work: Work,
 }
 
-/// Becomes the command that the file says which is named by the only argument. To be called before
-/// the process has a second thread.
+/// As whom something is done in a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Role {
+    /// The container's root, in a user namespace.
+    MappedRoot,
+    /// Nobody, who may read everything.
+    Reader,
+    /// Root of the host with the rights over files alone, for the volumes of a privileged container.
+    Owner,
+}
+
+impl From<Identity> for Role {
+    fn from(identity: Identity) -> Self {
+        match identity {
+            Identity::MappedRoot => Self::MappedRoot,
+            Identity::Reader => Self::Reader,
+        }
+    }
+}
+
+/// What is done in a sandbox.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Work {
+    /// A command runs.
+    Command {
+        /// Program and arguments.
+        argv: Vec<OsString>,
+        /// Its environment.
+        env: Vec<(OsString, OsString)>,
+    },
+    /// The archive at the standard input is unpacked.
+    Unpack(UnpackSpec),
+}
+
+/// Does what the file says which is named by the only argument: mostly, it becomes a command. To be called
+/// before the process has a second thread.
 #[must_use]
 pub fn run_sandbox(args: &[OsString]) -> ExitCode {
-    let error = match become_command(args) {
-        Ok(never) => match never {},
+    let error = match enter(args) {
+        Ok(Work::Unpack(spec)) => return run_unpack(&spec),
+        Ok(Work::Command { argv, env }) => become_command(&argv, env),
         Err(error) => error,
     };
     // Read by the runner, which tells it; nobody else is there.
@@ -94,7 +134,8 @@ pub fn run_sandbox(args: &[OsString]) -> ExitCode {
     ExitCode::from(u8::try_from(NOT_BEGUN).unwrap_or(u8::MAX))
 }
 
-fn become_command(args: &[OsString]) -> Result<std::convert::Infallible, String> {
+/// Makes the root, moves into it and gives up all rights that are not needed.
+fn enter(args: &[OsString]) -> Result<Work, String> {
     let [path] = args else { return Err("a file is to be named".to_owned()) };
     let words = |what: &str| {
         let what = what.to_owned();
@@ -102,25 +143,53 @@ fn become_command(args: &[OsString]) -> Result<std::convert::Infallible, String>
     };
     let text = fs::read(path).map_err(words("its file"))?;
     let spec: Spec = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
-    let program = spec.argv.first().ok_or("no program is named")?.clone();
     let namespace: OwnedFd = File::open(&spec.user_namespace).map_err(words("ids"))?.into();
     make_root(&spec).map_err(words("its root"))?;
     enter_root(&spec.root).map_err(words("its root"))?;
-    match spec.identity {
-        Identity::MappedRoot => become_mapped_root(&namespace),
-        Identity::Reader => become_reader(),
+    match spec.role {
+        Role::MappedRoot => become_mapped_root(&namespace),
+        Role::Reader => become_reader(),
+        Role::Owner => keep_capabilities(OWNER_CAPABILITIES, None),
     }
     .map_err(words("its rights"))?;
     drop(namespace);
     // Giving up rights has reset it.
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|errno| errno.to_string())?;
-    let error = Command::new(&program)
-        .args(&spec.argv[1..])
+    Ok(spec.work)
+}
+
+/// Why it could not.
+fn become_command(argv: &[OsString], env: Vec<(OsString, OsString)>) -> String {
+    let Some((program, arguments)) = argv.split_first() else {
+        return "no program is named".to_owned();
+    };
+    let error = Command::new(program)
+        .args(arguments)
         .env_clear()
         .envs([("PATH", SEARCH_PATH), ("LANG", "C.UTF-8"), ("HOME", "/")])
-        .envs(spec.env)
+        .envs(env)
         .exec();
-    Err(format!("'{}': {error}", program.display()))
+    format!("'{}': {error}", program.display())
+}
+
+/// Unpacks, with a line of JSON on the standard output from time to time and at the end.
+fn run_unpack(spec: &UnpackSpec) -> ExitCode {
+    let report = |done: &Unpacked| {
+        let mut line = serde_json::to_vec(done).unwrap_or_default();
+        line.push(b'\n');
+        // Who does not listen ends this process by other means.
+        let _ = io::Write::write_all(&mut io::stdout(), &line);
+    };
+    match unpack(io::stdin(), Path::new(TREE), spec, report) {
+        Ok(done) => {
+            report(&done);
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            let _ = io::Write::write_all(&mut io::stderr(), format!("{why}\n").as_bytes());
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn make_root(spec: &Spec) -> io::Result<()> {
@@ -150,7 +219,7 @@ fn make_root(spec: &Spec) -> io::Result<()> {
     ] {
         fs::write(root.join("etc").join(name), text)?;
     }
-    let is_reader = spec.identity == Identity::Reader;
+    let is_reader = spec.role == Role::Reader;
     let more: &[&str] = if is_reader { &NETWORK_SETTINGS } else { &[] };
     for name in SETTINGS.iter().chain(more) {
         let path = Path::new("/etc").join(name);
@@ -235,9 +304,15 @@ fn become_mapped_root(namespace: &OwnedFd) -> io::Result<()> {
 }
 
 fn become_reader() -> io::Result<()> {
-    let kept = CapabilitySet::DAC_READ_SEARCH;
+    keep_capabilities(CapabilitySet::DAC_READ_SEARCH, Some(NOBODY))?;
+    // Without it the rights would end when the command is executed.
+    Ok(configure_capability_in_ambient_set(CapabilitySet::DAC_READ_SEARCH, true)?)
+}
+
+/// Gives up all rights but some, for good, and becomes another user.
+fn keep_capabilities(kept: CapabilitySet, user: Option<u32>) -> io::Result<()> {
     set_keep_capabilities(true)?;
-    for capability in CapabilitySet::all().iter().filter(|one| *one != kept) {
+    for capability in CapabilitySet::all().iter().filter(|one| !kept.contains(*one)) {
         match remove_capability_from_bounding_set(capability) {
             // One that this kernel does not know.
             Ok(()) | Err(rustix::io::Errno::INVAL) => {}
@@ -245,12 +320,12 @@ fn become_reader() -> io::Result<()> {
         }
     }
     setgroups(&[])?;
-    setresgid(Gid::from_raw(NOBODY), Gid::from_raw(NOBODY), Gid::from_raw(NOBODY))?;
-    setresuid(Uid::from_raw(NOBODY), Uid::from_raw(NOBODY), Uid::from_raw(NOBODY))?;
+    if let Some(id) = user {
+        setresgid(Gid::from_raw(id), Gid::from_raw(id), Gid::from_raw(id))?;
+        setresuid(Uid::from_raw(id), Uid::from_raw(id), Uid::from_raw(id))?;
+    }
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: kept };
     set_capabilities(None, sets)?;
-    // Without it the rights would end when the command is executed.
-    configure_capability_in_ambient_set(kept, true)?;
     Ok(set_no_new_privs(true)?)
 }
 

@@ -56,13 +56,15 @@ pub(crate) struct View {
     pub(crate) dir: PathBuf,
     /// In which a mapped root runs.
     pub(crate) user_namespace: Arc<OwnedFd>,
+    /// Whether ids on disk are those that the container sees.
+    pub(crate) is_privileged: bool,
 }
 
 /// What a view is to be.
 #[derive(Debug, Clone)]
 pub(crate) struct ViewOptions {
-    /// The new volumes of a container, which can be changed through the mapped tree; what is missing of
-    /// their mount points is made.
+    /// The new volumes of a container, which can be changed through the mapped tree, those of a privileged
+    /// one through the other, too; what is missing of their mount points is made.
     pub(crate) writable: bool,
     /// The file systems may be in the middle of something, as after a power failure.
     pub(crate) is_snapshot: bool,
@@ -98,11 +100,14 @@ impl View {
                 if options.writable {
                     make_places(&place, &parts, owner)?;
                 }
-                compose(&place, "host", &parts, host_ids.as_deref(), false)?;
+                // Of a privileged container's root the files are the host's root's.
+                let host_is_writable = options.writable && host_ids.is_none();
+                compose(&place, "host", &parts, host_ids.as_deref(), host_is_writable)?;
                 compose(&place, "mapped", &parts, mapped_ids.as_deref(), options.writable)
             })
             .map_err(CtError::at("mount the container's files"))??;
-        Ok(Self { holder, images, dir: dir.to_owned(), user_namespace })
+        let is_privileged = ids.is_empty();
+        Ok(Self { holder, images, dir: dir.to_owned(), user_namespace, is_privileged })
     }
 
     /// Ends the view, and waits until the kernel has given its images up. May block.

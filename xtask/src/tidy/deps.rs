@@ -41,13 +41,12 @@ enum Allowed {
 fn allowed(name: &str) -> Option<Allowed> {
     use Allowed::{Only, Outside};
     Some(match name {
-        "fleece" | "qemu-ext-sys" | "qmp-client" | "provider-api" | "provider-nbd" | "xtask" => {
-            Only(&[])
-        }
+        "fleece" | "qemu-ext-sys" | "qmp-client" | "provider-api" | "provider-nbd"
+        | "ct-archive" | "xtask" => Only(&[]),
         "qemu-ext" => Only(&["fleece", "qemu-ext-sys"]),
         "provider-rpc" => Only(&["provider-api"]),
         "vzdump-core" => Only(&["qmp-client", "provider-api", "provider-nbd"]),
-        "lxc-backend" => Only(&["vzdump-core", "provider-api"]),
+        "lxc-backend" => Only(&["vzdump-core", "provider-api", "ct-archive"]),
         "vzdump-host" | "system-tests" | "benches" => Outside,
         "vzdump" => Only(&["vzdump-host"]),
         _ if name.starts_with("provider-") => Only(&["provider-api", "provider-nbd"]),

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! POSIX access control lists: from the words of an archive to what the kernel takes.
+
+use crate::number::{decimal, id};
+
+const VERSION: u32 = 2;
+const TAG_USER_OBJ: u16 = 0x01;
+const TAG_USER: u16 = 0x02;
+const TAG_GROUP_OBJ: u16 = 0x04;
+const TAG_GROUP: u16 = 0x08;
+const TAG_MASK: u16 = 0x10;
+const TAG_OTHER: u16 = 0x20;
+const NO_ID: u32 = u32::MAX;
+/// The most lines of a list.
+const LINES_MAX: usize = 8192;
+
+/// One line of a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Line {
+    tag: u16,
+    id: u32,
+    permissions: u16,
+}
+
+/// The value of the extended attribute for a list such as `user::rwx,user:1000:r--,…`, with commas or line
+/// breaks. A name of a user counts only with its number behind it (`user:bin:r--:2`).
+///
+/// # Errors
+/// In words, to follow what the list is called.
+pub fn from_text(text: &[u8]) -> Result<Vec<u8>, String> {
+    let mut lines = Vec::new();
+    for part in text.split(|byte| matches!(byte, b',' | b'\n')) {
+        // What follows is the effect that the mask has.
+        let part = part.split(|byte| *byte == b'#').next().unwrap_or_default().trim_ascii();
+        if part.is_empty() {
+            continue;
+        }
+        if lines.len() >= LINES_MAX {
+            return Err(format!("has more than {LINES_MAX} lines"));
+        }
+        let line = parse(part);
+        lines.push(line.ok_or_else(|| format!("has the bad line '{}'", crate::shown(part)))?);
+    }
+    lines.sort_unstable();
+    check(&lines)?;
+    let mut value = VERSION.to_le_bytes().to_vec();
+    for Line { tag, id, permissions } in lines {
+        value.extend(tag.to_le_bytes());
+        value.extend(permissions.to_le_bytes());
+        value.extend(id.to_le_bytes());
+    }
+    Ok(value)
+}
+
+fn parse(line: &[u8]) -> Option<Line> {
+    let line = line.strip_prefix(b"default:").or(line.strip_prefix(b"d:")).unwrap_or(line);
+    let mut fields: Vec<&[u8]> = line.split(|byte| *byte == b':').collect();
+    let name = *fields.first()?;
+    // `other::r--`, and in short `other:r--`.
+    if fields.len() == 2 {
+        fields.insert(1, b"");
+    }
+    let (qualifier, permissions) = (*fields.get(1)?, permissions(fields.get(2)?)?);
+    let number = match (qualifier, fields.get(3)) {
+        (_, Some(number)) => Some(id(decimal(number)?)?),
+        (b"root", None) => Some(0),
+        (b"", None) => None,
+        (number, None) => Some(id(decimal(number)?)?),
+    };
+    let tag = match (name, number) {
+        (b"user" | b"u", None) => TAG_USER_OBJ,
+        (b"user" | b"u", Some(_)) => TAG_USER,
+        (b"group" | b"g", None) => TAG_GROUP_OBJ,
+        (b"group" | b"g", Some(_)) => TAG_GROUP,
+        (b"mask" | b"m", None) => TAG_MASK,
+        (b"other" | b"o", None) => TAG_OTHER,
+        _ => return None,
+    };
+    (fields.len() <= 4).then_some(Line { tag, id: number.unwrap_or(NO_ID), permissions })
+}
+
+fn permissions(text: &[u8]) -> Option<u16> {
+    text.iter().try_fold(0, |sum, byte| match byte {
+        b'r' => Some(sum | 4),
+        b'w' => Some(sum | 2),
+        b'x' => Some(sum | 1),
+        b'-' => Some(sum),
+        _ => None,
+    })
+}
+
+/// As the kernel wants it: the three plain lines once, nobody twice, a mask if somebody is named.
+fn check(lines: &[Line]) -> Result<(), String> {
+    let count = |tag: u16| lines.iter().filter(|line| line.tag == tag).count();
+    let is_whole = [TAG_USER_OBJ, TAG_GROUP_OBJ, TAG_OTHER].iter().all(|tag| count(*tag) == 1);
+    let names_somebody = count(TAG_USER) + count(TAG_GROUP) > 0;
+    let is_twice =
+        lines.windows(2).any(|pair| (pair[0].tag, pair[0].id) == (pair[1].tag, pair[1].id));
+    if !is_whole || is_twice || (names_somebody && count(TAG_MASK) != 1) {
+        return Err("is no list of permissions".to_owned());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_become_what_the_kernel_takes() {
+        let value = from_text(
+            b"user::rw-,group::r--,user:bin:r-x:2,user:1000:r--\t#effective:---,mask::rwx,other::---",
+        )
+        .unwrap();
+        let expected: [(u16, u16, u32); 6] = [
+            (TAG_USER_OBJ, 6, NO_ID),
+            (TAG_USER, 5, 2),
+            (TAG_USER, 4, 1000),
+            (TAG_GROUP_OBJ, 4, NO_ID),
+            (TAG_MASK, 7, NO_ID),
+            (TAG_OTHER, 0, NO_ID),
+        ];
+        let mut bytes = vec![2, 0, 0, 0];
+        for (tag, permissions, id) in expected {
+            bytes.extend(tag.to_le_bytes());
+            bytes.extend(permissions.to_le_bytes());
+            bytes.extend(id.to_le_bytes());
+        }
+        assert_eq!(value, bytes);
+        let short = from_text(b"u::rwx\ng::rx\no:r\n").unwrap();
+        assert_eq!(short, from_text(b"user::rwx,group::r-x,other::r--").unwrap());
+    }
+
+    #[test]
+    fn what_is_no_list_is_refused() {
+        for bad in [
+            "",
+            "user::rwx,group::r-x",
+            "user::rwx,group::r-x,other::r--,other::r--",
+            "user::rwx,group::r-x,other::r--,user:1:r--",
+            "user::rwx,group::r-x,other::r--,mask::r--,user:1:r--,user:1:rw-",
+            "user::rwx,group::r-x,other::q--",
+            "user::rwx,group::r-x,other::r--,mask::r--,user:somebody:r--",
+            "user::rwx,group::r-x,other::r--,mask::r--,user:4294967295:r--",
+            "user::rwx,group::r-x,other::r--,mask:5:r--",
+            "user::rwx,group::r-x,other::r--,x",
+        ] {
+            assert!(from_text(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+}
