@@ -436,6 +436,9 @@ pub(crate) struct BackupArgs {
     /// [default: 1]
     #[arg(long, value_name = "BOOL", value_parser = clap::value_parser!(u8).range(0..=1))]
     pub(crate) stdexcludes: Option<u8>,
+    /// Where files of containers are copied to that cannot be snapshotted; must exist
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tmpdir: Option<PathBuf>,
     /// Hook script, called as vzdump calls it
     #[arg(long, value_name = "FILE")]
     pub(crate) script: Option<PathBuf>,

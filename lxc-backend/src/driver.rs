@@ -3,7 +3,8 @@
 //!
 //! | mode | running container |
 //! |---|---|
-//! | snapshot | frozen for the moment in which all of its volumes are snapshotted |
+//! | snapshot | frozen for the moment in which all of its volumes are snapshotted; else as suspend |
+//! | suspend | copied while it runs, frozen while what has changed is copied again |
 //! | stop | stopped; starts again as soon as there are snapshots, else when the archive is complete |
 //!
 //! Volumes that cannot be snapshotted are read as they are while the container is down.
@@ -37,6 +38,7 @@ use crate::runner::Runner;
 use crate::runtime::{Found, beside, find_volumes, read_config, start_now, stop_now};
 use crate::sandbox::TREE;
 use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
+use crate::suspend::Suspension;
 use crate::view::{Part, View, ViewOptions};
 
 /// Lines of commands that wait for the log.
@@ -64,11 +66,14 @@ impl Containers for LxcContainers {
             options: options.clone(),
             config,
             volumes: Vec::new(),
-            can_snapshot: false,
+            no_snapshot: None,
+            way: Way::Direct,
             ran: false,
             down_since: None,
             power: None,
             snapshots: Vec::new(),
+            suspension: None,
+            frozen_ms: None,
             dir: None,
             runner: None,
             lines: None,
@@ -108,6 +113,17 @@ async fn run_again(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) -> Re
     Ok(())
 }
 
+/// What the archive is made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// The volumes of a container that is down.
+    Direct,
+    /// Snapshots of the volumes.
+    Snapshots,
+    /// Copies of the volumes.
+    Copies,
+}
+
 struct CtDriver {
     ctx: JobContext,
     id: u32,
@@ -117,7 +133,9 @@ struct CtDriver {
     lxc: Lxc,
     /// Those that are in the backup.
     volumes: Vec<Found>,
-    can_snapshot: bool,
+    /// Why the volumes cannot be snapshotted, if so.
+    no_snapshot: Option<String>,
+    way: Way,
     /// It ran when the backup began.
     ran: bool,
     /// It was stopped for the backup and does not run again yet.
@@ -125,6 +143,9 @@ struct CtDriver {
     /// Held while volumes are read that could change.
     power: Option<FileLock>,
     snapshots: Vec<Snapshot>,
+    suspension: Option<Suspension>,
+    /// How long the container was frozen for the second copy.
+    frozen_ms: Option<u64>,
     dir: Option<PathBuf>,
     runner: Option<Arc<Runner>>,
     lines: Option<mpsc::Receiver<String>>,
@@ -132,7 +153,6 @@ struct CtDriver {
 
 impl CtDriver {
     async fn prepare_now(&mut self, task: Task<'_>) -> Result<bool, CtError> {
-        let mode = self.options.mode;
         if self.ids.is_empty() {
             task.sink.warn(
                 "the container is privileged: its archive can only be restored as such, by \
@@ -152,24 +172,35 @@ impl CtDriver {
             }
         }
         self.volumes = found.into_iter().filter(|volume| volume.entry.backup()).collect();
-        let (lxc, volumes) = (self.lxc.clone(), self.volumes.clone());
-        let (state, reason) =
-            beside(move || Ok((lxc.state()?, volumes.iter().find_map(|v| can_snapshot(v).err()))))
-                .await?;
-        self.ran = state != State::Stopped;
-        self.can_snapshot = reason.is_none();
-        let is_held = self.ran && mode != BackupMode::Stop;
-        if let Some(reason) = reason.filter(|_| is_held) {
-            return Err(CtError::Invalid(format!(
-                "The container {} runs, and {reason}. Use --mode stop.",
-                self.id
-            )));
-        }
-        if is_held && mode == BackupMode::Suspend {
-            task.sink
-                .info("mode suspend: the container is frozen while its volumes are snapshotted");
-        }
+        let volumes = self.volumes.clone();
+        self.no_snapshot =
+            beside(move || Ok(volumes.iter().find_map(|v| can_snapshot(v).err()))).await?;
         Ok(true)
+    }
+
+    /// Decides what the archive is made from, now that nobody starts or stops the container.
+    fn choose_way(&mut self, task: Task<'_>) {
+        let runs_on = self.ran && self.options.mode != BackupMode::Stop;
+        self.way = match (&self.no_snapshot, self.options.mode) {
+            (_, BackupMode::Suspend) if runs_on => Way::Copies,
+            (Some(reason), _) if runs_on => {
+                task.sink.warn(&format!("mode snapshot is not possible: {reason}"));
+                task.sink.info("mode suspend is used instead");
+                Way::Copies
+            }
+            (None, _) => Way::Snapshots,
+            (Some(_), _) => Way::Direct,
+        };
+    }
+
+    /// The first copy, while the container runs.
+    async fn copy_running(&mut self, task: Task<'_>) -> Result<(), CtError> {
+        let (ctx, options, id) = (self.ctx.clone(), self.options.clone(), self.id);
+        let suspension = beside(move || Suspension::plan(&ctx, &options, id)).await?;
+        task.journal.append(suspension.entry()).await?;
+        let suspension = self.suspension.insert(suspension);
+        let of = (&self.lxc, self.volumes.as_slice(), self.ids.as_slice());
+        suspension.first(&self.ctx, &self.options, of, task).await
     }
 
     /// Makes sure that nobody starts a container whose volumes are read, or stops one.
@@ -191,6 +222,10 @@ impl CtDriver {
             task.sink.info("stopping the container");
             let (layout, id, wait) = (self.ctx.layout.clone(), self.id, self.options.stop_wait);
             beside(move || stop_now(&layout, id, wait)).await?;
+        }
+        self.choose_way(task);
+        if self.way == Way::Copies {
+            self.copy_running(task).await?;
         }
         let infos = self.volumes.iter().map(|volume| VolumeInfo {
             device: volume.entry.key.clone(),
@@ -251,7 +286,9 @@ impl CtDriver {
 
     async fn point_in_time_now(&mut self, task: Task<'_>) -> Result<PointInTime, GuestError> {
         let started = Instant::now();
-        if self.can_snapshot {
+        if let Some(suspension) = &self.suspension {
+            self.frozen_ms = Some(suspension.second(&self.ctx, &self.lxc, task).await?);
+        } else if self.way == Way::Snapshots {
             self.snapshot_all(task).await?;
             task.sink.info(&format!(
                 "snapshots of {} volumes in {} ms",
@@ -292,12 +329,15 @@ impl CtDriver {
         task.journal.append(Entry::Directory { path: private.clone() }).await?;
         self.dir = Some(private.clone());
         let dir = private.join("view");
-        let is_snapshot = self.can_snapshot;
+        let is_snapshot = self.way == Way::Snapshots;
         let part = |(index, volume): (usize, &Found)| Part {
             key: volume.entry.key.clone(),
             mount_point: volume.entry.mount_point.clone(),
-            path: self.snapshots.get(index).map_or(&volume.path, |s| s.path()).clone(),
-            is_image: volume.format == Some(ImageFormat::Raw),
+            path: match &self.suspension {
+                Some(suspension) => suspension.path(&volume.entry.key),
+                None => self.snapshots.get(index).map_or(&volume.path, |s| s.path()).clone(),
+            },
+            is_image: self.suspension.is_none() && volume.format == Some(ImageFormat::Raw),
         };
         let parts: Vec<Part> = self.volumes.iter().enumerate().map(part).collect();
         let ids = self.ids.clone();
@@ -397,7 +437,12 @@ impl GuestDriver for CtDriver {
 
     fn resume<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<Option<u64>, GuestError>> {
         Box::pin(async move {
-            if !self.can_snapshot {
+            if let Some(suspension) = &self.suspension {
+                suspension.settle().await;
+                self.power = None;
+                return Ok(self.frozen_ms);
+            }
+            if self.way == Way::Direct {
                 // Its volumes are read as they are: it runs again when that is over.
                 return Ok(None);
             }
@@ -467,6 +512,9 @@ impl GuestDriver for CtDriver {
 
     fn cleanup<'a>(&'a mut self, _: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
         Box::pin(async move {
+            if let Some(suspension) = self.suspension.take() {
+                suspension.remove().await?;
+            }
             let Some(dir) = self.dir.take() else { return Ok(()) };
             let removed = vzdump_core::blocking::run(move || match std::fs::remove_dir_all(dir) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),

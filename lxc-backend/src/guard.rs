@@ -103,7 +103,7 @@ impl Frozen {
             return Ok(());
         }
         Err(CtError::Invalid(
-            "The container was thawed before the snapshots were complete: they took too long."
+            "The container was thawed before its point in time was complete: it took too long."
                 .into(),
         ))
     }

@@ -5,6 +5,7 @@
 //! lxc/<id>.conf ─► config ─► runtime    a mount namespace with the volumes, LXC's monitor in it
 //!                              │
 //!                 driver ──────┤        freeze, snapshot, thaw (guard: thaws whatever happens)
+//!                    │         │        suspend: copy, freeze, copy what has changed, thaw
 //!                    ▼
 //!                 view ─► holder        a thread with its own mount namespace, the tree in it
 //!                    ▼
@@ -18,6 +19,7 @@
 
 mod attach;
 pub mod config;
+mod copy;
 pub mod create;
 pub mod driver;
 mod error;
@@ -32,6 +34,7 @@ pub mod runner;
 pub mod runtime;
 pub mod sandbox;
 mod snapshot;
+mod suspend;
 mod system;
 mod tool;
 mod unpack;

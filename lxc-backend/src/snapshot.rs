@@ -137,8 +137,8 @@ pub(crate) fn monitored_mount(lxc: &Lxc, key: &str) -> Result<PathBuf, CtError> 
         return Ok(path);
     }
     Err(CtError::Invalid(format!(
-        "The container {} was not started by `vzdump ct start`: its file systems cannot be frozen. Use \
-         --mode stop.",
+        "The container {} was not started by `vzdump ct start`: its volumes cannot be reached \
+         while it runs. Use --mode stop.",
         lxc.name
     )))
 }

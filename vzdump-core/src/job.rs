@@ -165,6 +165,9 @@ pub struct BackupOptions {
     pub host_ram: Option<HostRam>,
     /// The hook script.
     pub script: Option<PathBuf>,
+    /// Where files of containers are copied to that cannot be snapshotted; by default
+    /// [`Layout::temp_dir`].
+    pub temp_dir: Option<PathBuf>,
     /// Patterns of what is left out of containers, as `--exclude-path` of vzdump.
     pub exclude: Vec<String>,
     /// What happens to a running guest for the point in time.
@@ -192,6 +195,7 @@ impl BackupOptions {
             buffer_total_bytes: None,
             host_ram: None,
             script: None,
+            temp_dir: None,
             exclude: Vec::new(),
             mode: BackupMode::default(),
             stop_wait: STOP_WAIT,

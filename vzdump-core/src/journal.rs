@@ -224,6 +224,11 @@ pub enum Entry {
         /// Its path.
         path: PathBuf,
     },
+    /// The directory into which a container's files are copied, see [`crate::temp_tree`].
+    TemporaryTree {
+        /// Its path.
+        path: PathBuf,
+    },
     /// A fleecing image.
     Fleecing(FleecingImage),
     /// The guest is about to be frozen.
@@ -462,6 +467,8 @@ pub struct Record {
     pub archive: Option<String>,
     /// Directories of the task.
     pub directories: Vec<PathBuf>,
+    /// Copies of containers' files.
+    pub temporary_trees: Vec<PathBuf>,
     /// Fleecing images.
     pub fleecing: Vec<FleecingImage>,
     /// The guest may be frozen.
@@ -517,6 +524,7 @@ impl Record {
             qemu: None,
             archive: None,
             directories: Vec::new(),
+            temporary_trees: Vec::new(),
             fleecing: Vec::new(),
             frozen: false,
             held: None,
@@ -549,6 +557,7 @@ impl Record {
             Entry::Qemu { process } => self.qemu = Some(process),
             Entry::Archive { name } => self.archive = Some(name),
             Entry::Directory { path } => self.directories.push(path),
+            Entry::TemporaryTree { path } => self.temporary_trees.push(path),
             Entry::Fleecing(image) => self.fleecing.push(image),
             Entry::Freeze => self.frozen = true,
             Entry::Thawed => self.frozen = false,

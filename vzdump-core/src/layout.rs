@@ -213,6 +213,12 @@ impl Layout {
         self.run.join("lxc")
     }
 
+    /// Where files of containers are copied to, unless `tmpdir` says otherwise. Need not exist.
+    #[must_use]
+    pub fn temp_dir(&self) -> PathBuf {
+        self.state.join("tmp")
+    }
+
     /// The lock that a start and a stop of one container hold while they work.
     #[must_use]
     pub fn ct_power_lock_path(&self, id: u32) -> PathBuf {

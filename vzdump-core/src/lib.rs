@@ -33,6 +33,7 @@ pub mod restore;
 pub mod retention;
 pub mod storage;
 pub mod task_log;
+pub mod temp_tree;
 pub mod tools;
 pub mod verify;
 pub mod vm;

@@ -45,9 +45,20 @@ pub(crate) fn back_up(
     mode: BackupMode,
     provider: &TarProvider,
 ) -> (GuestReport, String) {
+    back_up_with(scene, id, provider, |options| options.mode = mode)
+}
+
+/// The same with options.
+pub(crate) fn back_up_with(
+    scene: &Scene,
+    id: u32,
+    provider: &TarProvider,
+    set: impl FnOnce(&mut BackupOptions),
+) -> (GuestReport, String) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let lines = Lines::default();
-    let options = BackupOptions { mode, ..BackupOptions::new("store") };
+    let mut options = BackupOptions::new("store");
+    set(&mut options);
     let ctx = scene.context(provider);
     let cancel = CancellationToken::new();
     let ids = [id];
@@ -85,15 +96,30 @@ fn assert_committed(report: &GuestReport, log: &str) {
     assert!(report.warnings.is_empty(), "{:?}", report.warnings);
 }
 
+fn assert_writes_on(scene: &Scene, id: u32) {
+    assert_eq!(scene.state(id), "running");
+    let read = || std::fs::read_to_string(scene.inside(id, "/root/a")).unwrap_or_default();
+    let before = read();
+    wait_for("the writer goes on", || !read().is_empty() && read() != before);
+}
+
+/// Raw images on a file system that does not share blocks.
 #[test]
-fn a_container_that_cannot_be_snapshotted_is_down_for_its_backup_and_runs_again() {
+fn storage_without_snapshots_62_falls_back_to_suspend_with_a_warning() {
     let scene = Scene::new();
     scene.create(200, &["--hostname", "web", "--mount", "/srv:32M"]);
     start_writing(&scene, 200);
     let provider = provider(&scene, Identity::MappedRoot);
-    let (refused, log) = back_up(&scene, 200, BackupMode::Snapshot, &provider);
-    assert!(refused.error.unwrap().contains("Use --mode stop"), "{log}");
-    assert_eq!(scene.state(200), "running");
+    for _ in 0..3 {
+        let (report, log) = back_up(&scene, 200, BackupMode::Snapshot, &provider);
+        assert_committed(&report, &log);
+        assert!(log.contains("mode snapshot is not possible: 'local:200/"), "{log}");
+        assert!(log.contains("mode suspend is used instead"), "{log}");
+        assert!(report.point_in_time.downtime_ms.is_some(), "{log}");
+        assert_writes_on(&scene, 200);
+        assert_one_point_in_time(&provider.tar(&report.archive.unwrap()));
+    }
+    assert!(scene.leftovers().iter().all(|left| !left.contains("state/tmp")));
     let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
     assert_committed(&report, &log);
     assert_eq!(scene.state(200), "running", "{log}");
@@ -124,20 +150,22 @@ fn snapshots(kind: Kind, storage: &str, format: &str) {
     let more = ["--storage", "fast", "--format", format, "--mount", "/srv:32M"];
     scene.create(200, &more);
     start_writing(&scene, 200);
-    for identity in [Identity::MappedRoot, Identity::Reader, Identity::MappedRoot] {
+    for (identity, mode) in [
+        (Identity::MappedRoot, BackupMode::Snapshot),
+        (Identity::Reader, BackupMode::Snapshot),
+        (Identity::Reader, BackupMode::Suspend),
+        (Identity::MappedRoot, BackupMode::Suspend),
+    ] {
         let provider = provider(&scene, identity);
-        let (report, log) = back_up(&scene, 200, BackupMode::Snapshot, &provider);
+        let (report, log) = back_up(&scene, 200, mode, &provider);
         assert_committed(&report, &log);
         assert_one_point_in_time(&provider.tar(&report.archive.unwrap()));
         assert_eq!(scene.state(200), "running");
         let names = std::fs::read_dir(disk.path().join("images/200")).unwrap();
         assert_eq!(names.count(), 2, "the snapshots are gone");
     }
-    // It was not stopped: the writer goes on.
-    let before = std::fs::read_to_string(scene.inside(200, "/root/a")).unwrap();
-    wait_for("the writer goes on", || {
-        std::fs::read_to_string(scene.inside(200, "/root/a")).is_ok_and(|now| now != before)
-    });
+    // It was not stopped.
+    assert_writes_on(&scene, 200);
     scene.run(&["ct", "stop", "200", "--now"]);
     wait_for("nothing is left", || scene.leftovers().is_empty());
 }
@@ -150,6 +178,55 @@ fn raw_images_on_xfs_are_snapshotted_at_one_point_in_time() {
 #[test]
 fn subvolumes_are_snapshotted_at_one_point_in_time() {
     snapshots(Kind::Btrfs, "btrfs", "subvol");
+}
+
+/// A directory that cannot hold the copy is named, and the container runs on.
+#[test]
+fn suspend_63_a_temporary_directory_that_will_not_do_is_named() {
+    let scene = Scene::new();
+    scene.create(200, &["--mount", "/srv:32M"]);
+    start_writing(&scene, 200);
+    std::fs::write(scene.inside(200, "/root/big"), vec![7; 8 << 20]).unwrap();
+    let provider = provider(&scene, Identity::MappedRoot);
+    let ramfs = Mounted::new(&scene.root.join("ramfs"), "ramfs", "");
+    let small = Mounted::new(&scene.root.join("small"), "tmpfs", "size=4m");
+    let cases = [
+        (scene.root.join("none"), "does not exist"),
+        (ramfs.0.clone(), "'tmpdir' in vzdump.conf"),
+        (small.0.clone(), "the container's files need up to"),
+    ];
+    for (dir, why) in cases {
+        let (report, log) = back_up_with(&scene, 200, &provider, |options| {
+            options.mode = BackupMode::Suspend;
+            options.temp_dir = Some(dir.clone());
+        });
+        let error = report.error.unwrap_or_else(|| panic!("{}: {log}", dir.display()));
+        assert!(error.contains(why) && error.contains(dir.to_str().unwrap()), "{error}");
+        assert_writes_on(&scene, 200);
+        assert!(!dir.exists() || std::fs::read_dir(&dir).unwrap().next().is_none(), "{log}");
+    }
+    drop((ramfs, small));
+    scene.run(&["ct", "stop", "200", "--now"]);
+    wait_for("nothing is left", || scene.leftovers().is_empty());
+}
+
+/// A file system that is unmounted when this is dropped.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    fn new(path: &Path, kind: &str, options: &str) -> Self {
+        std::fs::create_dir(path).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", kind, "-o", options, "none"]).arg(path);
+        assert!(mount.status().unwrap().success());
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        drop(Command::new("umount").arg("--lazy").arg(&self.0).status());
+    }
 }
 
 /// Scenario 60: a command sees the container's root as root, cannot write, and sees nothing of the host.

@@ -83,7 +83,7 @@ fn kill_at(scene: &Scene, mode: &str, step: &str, images: &Path) {
     assert!(!killed.status.success(), "{step} was not reached: {}", killed.stdout);
     scene.run(&["doctor", "--fix"]);
     assert_runs(scene, &format!("the container runs after {mode} killed at {step}"));
-    for dir in ["state/journal", "run/ct-backup"] {
+    for dir in ["state/journal", "run/ct-backup", "state/tmp"] {
         assert_eq!(names(scene.root.join(dir)), [""; 0], "{mode} killed at {step}");
     }
     assert_eq!(names(images.join("200")).len(), 2, "{mode} killed at {step}: snapshots");
@@ -112,6 +112,27 @@ fn a_program_that_is_killed_leaves_no_frozen_container_and_no_snapshot() {
     }
     let report = scene.run(&["backup", "200"]);
     assert_eq!(report["guests"][0]["result"], "committed", "{report}");
+}
+
+#[test]
+fn suspend_63_a_program_that_is_killed_leaves_no_frozen_container_and_no_copy() {
+    let scene = scene_with(None);
+    let steps = [
+        "entry:temporary_tree",
+        "first-copy",
+        "entry:freeze",
+        "frozen",
+        "copied",
+        "entry:thawed",
+        "Transfer",
+        "Cleanup",
+    ];
+    for step in steps {
+        kill_at(&scene, "suspend", step, &scene.root.join("state/storage/images"));
+    }
+    let report = scene.run(&["backup", "200", "--mode", "suspend"]);
+    assert_eq!(report["guests"][0]["result"], "committed", "{report}");
+    assert_eq!(names(scene.root.join("state/tmp")), [""; 0]);
 }
 
 #[test]

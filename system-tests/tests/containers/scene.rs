@@ -123,7 +123,7 @@ impl Scene {
             loops.lines().filter(|line| line.contains(&own)).map(str::to_owned).collect();
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
         found.extend(mounts.lines().filter(|line| line.contains(&own)).map(str::to_owned));
-        for dir in ["state/journal", "run/ct-restore", "run/ct-backup"] {
+        for dir in ["state/journal", "run/ct-restore", "run/ct-backup", "state/tmp"] {
             if let Ok(entries) = std::fs::read_dir(self.root.join(dir)) {
                 found.extend(entries.map(|entry| entry.unwrap().path().display().to_string()));
             }

@@ -24,9 +24,8 @@ const SCHEDULE_KEYS: [&str; 7] =
     ["comment", "dow", "enabled", "id", "next-run", "repeat-missed", "schedule"];
 
 /// Options of vzdump that make no sense here, and why.
-const WITHOUT_MEANING: [(&str, &str); 17] = [
+const WITHOUT_MEANING: [(&str, &str); 16] = [
     ("dumpdir", "archives go to a storage and its provider; choose it with 'storage'"),
-    ("tmpdir", "nothing is written to a temporary directory"),
     ("compress", "the provider of the storage decides how data is stored"),
     ("zstd", "the provider of the storage decides how data is stored"),
     ("pigz", "the provider of the storage decides how data is stored"),
@@ -119,6 +118,8 @@ pub struct BackupSettings {
     pub lockwait_minutes: Option<u32>,
     /// How long a guest may take to shut down, in minutes.
     pub stopwait_minutes: Option<u32>,
+    /// Where files of containers are copied to that cannot be snapshotted.
+    pub tmpdir: Option<PathBuf>,
     /// The hook script.
     pub script: Option<PathBuf>,
     /// Template of the notes of the archives.
@@ -187,6 +188,7 @@ impl BackupSettings {
                 let minutes = number(value, 1, STOP_WAIT_MAX_MINUTES.into())?;
                 self.stopwait_minutes = Some(minutes as u32);
             }
+            "tmpdir" => self.tmpdir = Some(value.into()),
             "script" => self.script = Some(value.into()),
             "notes-template" => self.notes_template = Some(value.to_owned()),
             "protected" => self.protected = Some(boolean(value)?),
@@ -223,6 +225,7 @@ impl BackupSettings {
             ionice: self.ionice.or(lower.ionice),
             lockwait_minutes: self.lockwait_minutes.or(lower.lockwait_minutes),
             stopwait_minutes: self.stopwait_minutes.or(lower.stopwait_minutes),
+            tmpdir: self.tmpdir.or(lower.tmpdir),
             script: self.script.or(lower.script),
             notes_template: self.notes_template.or(lower.notes_template),
             protected: self.protected.or(lower.protected),
@@ -297,12 +300,12 @@ mod tests {
     #[test]
     fn keys_without_effect_are_named() {
         let (settings, notices) =
-            parse("tmpdir: /x\nschedule: 21:00\nsnurf: 1\nprotected: 1").unwrap();
+            parse("dumpdir: /x\nschedule: 21:00\nsnurf: 1\nprotected: 1").unwrap();
         assert_eq!(settings.protected, Some(true));
         assert_eq!(
             notices,
             [
-                "vzdump.conf: 'tmpdir' has no effect: nothing is written to a temporary directory",
+                "vzdump.conf: 'dumpdir' has no effect: archives go to a storage and its provider; choose it with 'storage'",
                 "vzdump.conf: the key 'snurf' is unknown and has no effect",
             ]
         );

@@ -34,6 +34,7 @@ use crate::lock::{FileLock, LockError};
 use crate::restore;
 use crate::storage::{StorageError, VolumeId};
 use crate::task_log::TaskSink;
+use crate::temp_tree;
 use crate::vm::backup::power::{self, Change, Vm};
 use crate::vm::backup::{file, ops};
 use crate::vm::freeze_guard::thaw_directly;
@@ -253,8 +254,25 @@ async fn recover_container_backup(
     for volume in record.volumes.iter().rev() {
         free_named(ctx, volume).await?;
     }
+    for path in &record.temporary_trees {
+        remove_temporary_tree(ctx, path, record.begin.guest_id).await?;
+    }
     remove_directories(ctx, record).await?;
     Ok(is_committed)
+}
+
+async fn remove_temporary_tree(ctx: &JobContext, path: &Path, id: u32) -> Result<(), String> {
+    // A journal is our own, but a wrong path here would cost too much.
+    if !temp_tree::is_planned(path, id) {
+        return Err(format!("the directory '{}' is not one of ours", path.display()));
+    }
+    let tree = path.to_owned();
+    let removed = blocking::run(move || temp_tree::remove(&tree));
+    // As many files as the container has.
+    let in_time = tokio::time::timeout(ctx.limits.removal, removed).await;
+    in_time
+        .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
+        .map_err(|error| format!("cannot remove the copy '{}': {error}", path.display()))
 }
 
 async fn delete_snapshot(ctx: &JobContext, volume: &str, name: &str) -> Result<(), String> {

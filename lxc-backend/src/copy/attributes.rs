@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a file has besides its content: owner, mode, times, extended attributes with ACLs and capabilities.
+
+use std::ffi::{CStr, CString};
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::{
+    AtFlags, Gid, Mode, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, fchmod,
+    fchown, fgetxattr, flistxattr, fsetxattr, futimens, lgetxattr, llistxattr, lsetxattr,
+    utimensat,
+};
+use rustix::io::Errno;
+
+use super::{Buffers, Fault};
+
+/// What a backup keeps of extended attributes; others belong to one file system or one host.
+const KEPT: [&[u8]; 4] = [b"user.", b"trusted.", b"security.capability", b"system.posix_acl_"];
+
+/// An extended attribute.
+pub(super) type Attribute = (CString, Vec<u8>);
+
+/// A file by a descriptor, or by a path for what cannot be opened.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum At<'a> {
+    Open(BorrowedFd<'a>),
+    /// Its directory and its name.
+    Named(BorrowedFd<'a>, &'a CStr),
+}
+
+impl At<'_> {
+    /// The path that calls take which know no descriptors of directories.
+    fn path(dir: BorrowedFd<'_>, name: &CStr) -> Vec<u8> {
+        use std::os::fd::AsRawFd as _;
+        let mut path = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
+        path.extend(name.to_bytes());
+        path
+    }
+
+    fn list(self, list: &mut Vec<u8>) -> rustix::io::Result<()> {
+        list.clear();
+        let room = rustix::buffer::spare_capacity(list);
+        match self {
+            Self::Open(fd) => flistxattr(fd, room)?,
+            Self::Named(dir, name) => llistxattr(Self::path(dir, name), room)?,
+        };
+        Ok(())
+    }
+
+    fn get(self, attribute: &CStr, value: &mut Vec<u8>) -> rustix::io::Result<()> {
+        value.clear();
+        let room = rustix::buffer::spare_capacity(value);
+        match self {
+            Self::Open(fd) => fgetxattr(fd, attribute, room)?,
+            Self::Named(dir, name) => lgetxattr(Self::path(dir, name), attribute, room)?,
+        };
+        Ok(())
+    }
+
+    fn set(self, attribute: &CStr, value: &[u8]) -> rustix::io::Result<()> {
+        let flags = XattrFlags::empty();
+        match self {
+            Self::Open(fd) => fsetxattr(fd, attribute, value, flags),
+            Self::Named(dir, name) => lsetxattr(Self::path(dir, name), attribute, value, flags),
+        }
+    }
+}
+
+/// Reads the extended attributes that a backup keeps.
+pub(super) fn read(source: At<'_>, buffers: &mut Buffers) -> Result<Vec<Attribute>, Fault> {
+    match source.list(&mut buffers.list) {
+        Err(Errno::NOTSUP | Errno::NODATA) => return Ok(Vec::new()),
+        other => other.map_err(Fault::source)?,
+    }
+    let mut found = Vec::new();
+    for name in buffers.list.split_inclusive(|byte| *byte == 0) {
+        let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
+        if !KEPT.iter().any(|kept| name.to_bytes().starts_with(kept)) {
+            continue;
+        }
+        match source.get(name, &mut buffers.value) {
+            // Removed since it was listed.
+            Err(Errno::NODATA) => continue,
+            other => other.map_err(Fault::source)?,
+        }
+        found.push((name.to_owned(), buffers.value.clone()));
+    }
+    Ok(found)
+}
+
+/// Gives a new file what the other one has. The order matters: a new owner takes bits and capabilities away.
+pub(super) fn give(target: At<'_>, stat: &Stat, attributes: &[Attribute]) -> Result<(), Fault> {
+    let (uid, gid) = (Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)));
+    let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
+    let is_link =
+        rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Symlink;
+    match target {
+        At::Open(fd) => fchown(fd, uid, gid).and_then(|()| fchmod(fd, mode)),
+        At::Named(dir, name) => {
+            chownat(dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW).and_then(|()| {
+                // A link has no mode; nothing else is followed.
+                if is_link { Ok(()) } else { chmodat(dir, name, mode, AtFlags::empty()) }
+            })
+        }
+    }
+    .map_err(|errno| Fault::target("give a file its owner and mode", errno))?;
+    for (name, value) in attributes {
+        target.set(name, value).map_err(|errno| {
+            let what =
+                format!("keep the extended attribute '{}' of a file", name.to_string_lossy());
+            Fault::target(what, errno)
+        })?;
+    }
+    let times = times_of(stat);
+    match target {
+        At::Open(fd) => futimens(fd, &times),
+        At::Named(dir, name) => utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW),
+    }
+    .map_err(|errno| Fault::target("give a file its times", errno))
+}
+
+fn times_of(stat: &Stat) -> Timestamps {
+    let time = |seconds, nanoseconds| Timespec {
+        tv_sec: seconds,
+        tv_nsec: i64::try_from(nanoseconds).unwrap_or_default(),
+    };
+    Timestamps {
+        last_access: time(stat.st_atime, stat.st_atime_nsec),
+        last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
+    }
+}
