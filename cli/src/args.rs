@@ -341,6 +341,9 @@ pub(crate) struct CreateArgs {
     /// Boot with UEFI, whose variables get a disk of their own; pre-enrolled-keys=1 for Secure Boot
     #[arg(long, value_name = "LIST", num_args = 0..=1, default_missing_value = "efitype=4m")]
     pub(crate) efidisk: Option<String>,
+    /// Add a TPM of version 2.0
+    #[arg(long)]
+    pub(crate) tpm: bool,
     /// The guest runs the QEMU guest agent
     #[arg(long)]
     pub(crate) agent: bool,

@@ -358,6 +358,7 @@ fn create_options(args: CreateArgs) -> anyhow::Result<CreateOptions> {
         .to_owned(),
         disk_options: args.disk_options,
         efi: args.efidisk,
+        tpm: args.tpm,
     })
 }
 

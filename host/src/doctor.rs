@@ -84,6 +84,9 @@ impl Host {
             recovered = Some(Box::pin(recover_all(&ctx, sink)).await?);
             swept = Some(Box::pin(leftovers::remove_all(&ctx, sink)).await);
             Box::pin(vzdump_core::restore::sweep_boots(&ctx)).await;
+            let left = Box::pin(vzdump_core::vm::tpm::sweep(&self.layout)).await;
+            let check = |found| Check { name: "end left TPMs".to_owned(), ok: false, found };
+            checks.extend(left.into_iter().map(check));
             // Only now, because what is left in a storage tells the recovery what had become of it.
             checks.extend(self.activate_storages().await);
         }

@@ -7,6 +7,7 @@
 //! * [`disk_form`]: how a disk and its bitmaps are stored.
 //! * [`records`]: numbered, self-checking records that a guest writes to two disks.
 //! * [`guest`]: builds the small Linux guest that writes them.
+//! * [`secrets`]: what a guest keeps in EFI variables and its TPM.
 //! * [`story`]: the main job, step by step, and what must be true at its end.
 //! * [`table`]: the demo's closing table.
 //! * [`docs`]: runs the sessions that a document shows.
@@ -29,6 +30,7 @@ pub mod loopfs;
 pub mod process;
 pub mod qemu;
 pub mod records;
+pub mod secrets;
 pub mod soak;
 pub mod storage;
 pub mod story;

@@ -235,6 +235,11 @@ pub enum Entry {
     Freeze,
     /// The guest is thawed.
     Thawed,
+    /// The VM's swtpm is about to be stopped by a signal for a moment.
+    Tpm {
+        /// The process.
+        process: ProcessStamp,
+    },
     /// The running guest is about to be shut down for its backup; it must run again.
     ShutDown,
     /// QEMU is about to be started without letting its guest run.
@@ -473,6 +478,8 @@ pub struct Record {
     pub fleecing: Vec<FleecingImage>,
     /// The guest may be frozen.
     pub frozen: bool,
+    /// The swtpm that may be stopped by a signal.
+    pub tpm: Option<ProcessStamp>,
     /// The guest was shut down or paused and may not run again yet.
     pub held: Option<Held>,
     /// The QEMU it ran in then.
@@ -527,6 +534,7 @@ impl Record {
             temporary_trees: Vec::new(),
             fleecing: Vec::new(),
             frozen: false,
+            tpm: None,
             held: None,
             ran: None,
             started: None,
@@ -561,6 +569,7 @@ impl Record {
             Entry::Fleecing(image) => self.fleecing.push(image),
             Entry::Freeze => self.frozen = true,
             Entry::Thawed => self.frozen = false,
+            Entry::Tpm { process } => self.tpm = Some(process),
             Entry::ShutDown => self.hold(Held::ShutDown),
             Entry::Pause => self.hold(Held::Paused),
             Entry::Resumed => self.held = None,

@@ -231,10 +231,28 @@ impl Layout {
         self.etc.join("firewall").join(format!("{id}.fw"))
     }
 
+    /// The private directories of all VMs.
+    #[must_use]
+    pub fn vm_runs_dir(&self) -> PathBuf {
+        self.run.join("vm")
+    }
+
     /// The private directory of a VM's sockets and logs.
     #[must_use]
     pub fn vm_run_dir(&self, id: u32) -> PathBuf {
-        self.run.join("vm").join(id.to_string())
+        self.vm_runs_dir().join(id.to_string())
+    }
+
+    /// The socket of a VM's TPM, if it has one.
+    #[must_use]
+    pub fn tpm_socket(&self, id: u32) -> PathBuf {
+        self.vm_run_dir(id).join("swtpm.sock")
+    }
+
+    /// What the VM's TPM said since it was started.
+    #[must_use]
+    pub fn tpm_log(&self, id: u32) -> PathBuf {
+        self.vm_run_dir(id).join("swtpm.log")
     }
 
     /// The socket of one of a VM's monitors.

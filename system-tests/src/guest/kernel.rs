@@ -33,10 +33,24 @@ pub(super) fn take(root: &Path, to: &Path, stop: &Stop) -> Result<()> {
     let kernel = unpack_kernel(&image, &unpacker)
         .with_context(|| format!("cannot unpack {}", packed.display()))?;
     fs::write(to.join("vmlinux"), kernel.as_deref().unwrap_or(&image))?;
+    take_modules(root, to, &MODULES, &unpacker)
+}
+
+/// Writes the kernel as it is packaged, which UEFI can start, to `to/vmlinuz`, and these modules like
+/// [`take`].
+pub(super) fn take_packed(root: &Path, to: &Path, wanted: &[&str], stop: &Stop) -> Result<()> {
+    let scratch = tempfile::tempdir_in(to).context("cannot make a folder for unpacking")?;
+    let packed = only_file(&root.join("boot"), "vmlinuz-")?;
+    fs::copy(&packed, to.join("vmlinuz"))
+        .with_context(|| format!("cannot copy {}", packed.display()))?;
+    take_modules(root, to, wanted, &Unpacker::new(scratch.path(), stop))
+}
+
+fn take_modules(root: &Path, to: &Path, wanted: &[&str], unpacker: &Unpacker<'_>) -> Result<()> {
     fs::create_dir(to.join("modules"))?;
     let modules = Modules::find(root)?;
-    let read = |path: &Path| read_module(path, &unpacker);
-    for (index, (name, content)) in modules.loading_order(read)?.into_iter().enumerate() {
+    let read = |path: &Path| read_module(path, unpacker);
+    for (index, (name, content)) in modules.loading_order(wanted, read)?.into_iter().enumerate() {
         fs::write(to.join(format!("modules/{index:02}-{name}.ko")), content)?;
     }
     Ok(())
@@ -120,13 +134,14 @@ impl Modules {
     /// Each module names what it needs; `modules.dep` is made only when a package is installed.
     fn loading_order(
         &self,
+        wanted: &[&str],
         read: impl Fn(&Path) -> Result<Vec<u8>>,
     ) -> Result<Vec<(String, Vec<u8>)>> {
         let mut order: Vec<(String, Vec<u8>)> = Vec::new();
         // A module comes up twice: without content to be looked at, then, after all it needs, with
         // content to be put in.
         let mut open: Vec<(String, Option<Vec<u8>>)> =
-            MODULES.iter().rev().map(|name| ((*name).to_owned(), None)).collect();
+            wanted.iter().rev().map(|name| ((*name).to_owned(), None)).collect();
         let mut seen = BTreeSet::new();
         while let Some((name, content)) = open.pop() {
             if let Some(content) = content {
@@ -231,7 +246,7 @@ mod tests {
         file("unused.ko", "missing");
         let order = || {
             let read = |path: &Path| Ok(fs::read(path)?);
-            Modules::find(dir.path()).unwrap().loading_order(read)
+            Modules::find(dir.path()).unwrap().loading_order(&MODULES, read)
         };
         let error = order().unwrap_err().to_string();
         assert!(error.contains("no module scsi_common"), "{error}");

@@ -11,6 +11,7 @@ mod kernel;
 mod lz4;
 mod packages;
 mod program;
+pub mod secrets;
 mod unpack;
 
 use std::fs;

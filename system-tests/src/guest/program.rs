@@ -1,68 +1,94 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Compiles the record program as a static program for the guest.
+//! Compiles modules of this crate as static programs for the guest.
 //!
-//! Only the module `records` is compiled, with the compiler alone: it needs nothing but the
+//! Only the module is compiled, with the compiler alone: it needs nothing but the
 //! standard library, so it takes seconds and no second build of the dependencies.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::cache::Cache;
 use crate::process::{Stop, run};
 
 const COMPILE_WITHIN: Duration = Duration::from_secs(120);
-const MAIN: &str = "
-mod records;
-fn main() -> std::process::ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    records::program::run(&arguments)
-}
-";
-const SOURCES: [(&str, &str); 8] = [
-    ("mod.rs", include_str!("../records/mod.rs")),
-    ("check.rs", include_str!("../records/check.rs")),
-    ("content.rs", include_str!("../records/content.rs")),
-    ("disk.rs", include_str!("../records/disk.rs")),
-    ("layout.rs", include_str!("../records/layout.rs")),
-    ("passes.rs", include_str!("../records/passes.rs")),
-    ("program.rs", include_str!("../records/program.rs")),
-    ("writer.rs", include_str!("../records/writer.rs")),
-];
+const RECORDS: Program = Program {
+    name: "guest-records",
+    module: "records",
+    sources: &[
+        ("mod.rs", include_str!("../records/mod.rs")),
+        ("check.rs", include_str!("../records/check.rs")),
+        ("content.rs", include_str!("../records/content.rs")),
+        ("disk.rs", include_str!("../records/disk.rs")),
+        ("layout.rs", include_str!("../records/layout.rs")),
+        ("passes.rs", include_str!("../records/passes.rs")),
+        ("program.rs", include_str!("../records/program.rs")),
+        ("writer.rs", include_str!("../records/writer.rs")),
+    ],
+    call: "records::program::run(&arguments)",
+};
 
-/// The cache's entry with the program, compiled when sources or compiler are new.
+/// A program that is one module of this crate.
+pub(super) struct Program {
+    /// Its name.
+    pub(super) name: &'static str,
+    /// The module.
+    pub(super) module: &'static str,
+    /// Its files, below a folder of its name, and what is in them.
+    pub(super) sources: &'static [(&'static str, &'static str)],
+    /// What it begins with, given its arguments.
+    pub(super) call: &'static str,
+}
+
+impl Program {
+    fn main(&self) -> String {
+        format!(
+            "mod {};\nfn main() -> std::process::ExitCode {{\n    let arguments: Vec<String> = \
+             std::env::args().skip(1).collect();\n    {}\n}}\n",
+            self.module, self.call
+        )
+    }
+}
+
+/// The cache's entry with the record program.
 pub(super) fn entry(cache: &Cache, stop: &Stop) -> Result<PathBuf> {
+    compile(&RECORDS, cache, stop)
+}
+
+/// The cache's entry with a program, compiled when sources or compiler are new.
+pub(super) fn compile(program: &Program, cache: &Cache, stop: &Stop) -> Result<PathBuf> {
     let compiler = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let version = run(Command::new(&compiler).arg("-vV"), COMPILE_WITHIN, stop)?;
     let mut key = blake3::Hasher::new();
-    key.update(version.as_bytes()).update(MAIN.as_bytes());
-    for (name, source) in SOURCES {
+    let main = program.main();
+    key.update(version.as_bytes()).update(main.as_bytes());
+    for (name, source) in program.sources {
         key.update(name.as_bytes()).update(source.as_bytes());
     }
-    cache.entry("records", &key.finalize().to_hex()[..16], |to| {
+    cache.entry(program.module, &key.finalize().to_hex()[..16], |to| {
         let sources = to.join("source");
-        fs::create_dir_all(sources.join("records"))?;
-        fs::write(sources.join("main.rs"), MAIN)?;
-        for (name, source) in SOURCES {
-            fs::write(sources.join("records").join(name), source)?;
-        }
+        write_sources(program, &main, &sources)?;
         let mut command = Command::new(&compiler);
-        command.args([
-            "--edition",
-            "2024",
-            "--crate-name",
-            "guest_records",
-            "--cap-lints",
-            "allow",
-        ]);
+        let crate_name = program.name.replace('-', "_");
+        command.args(["--edition", "2024", "--crate-name", &crate_name, "--cap-lints", "allow"]);
         command.args(["-C", "opt-level=3", "-C", "target-feature=+crt-static"]);
         command.args(["-C", "strip=symbols", "-C", "panic=abort", "-o"]);
-        command.arg(to.join("guest-records")).arg(sources.join("main.rs"));
+        command.arg(to.join(program.name)).arg(sources.join("main.rs"));
         run(&mut command, COMPILE_WITHIN, stop)?;
         fs::remove_dir_all(sources)?;
         Ok(())
     })
+}
+
+fn write_sources(program: &Program, main: &str, to: &Path) -> Result<()> {
+    let folder = to.join(program.module);
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    fs::write(to.join("main.rs"), main)?;
+    for (name, source) in program.sources {
+        fs::write(folder.join(name), source)?;
+    }
+    Ok(())
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Cleans up after tasks that died, from their journals.
 //!
-//! For a backup, in this order: thaw, and let a guest run again that was paused or shut down; end the
+//! For a backup, in this order: thaw, have a TPM go on, and let a guest run again that was paused or shut down; end the
 //! storage daemons that offered its disks as files, and remove their mounts; ask what became of a commit that was begun (nothing is torn
 //! down while that is open); tear the access down with its exports, as a success only if the
 //! commit is durable; stop the NBD server, if it is ours; detach and free the fleecing images; remove directories; leave
@@ -39,6 +39,7 @@ use crate::vm::backup::power::{self, Change, Vm};
 use crate::vm::backup::{file, ops};
 use crate::vm::freeze_guard::thaw_directly;
 use crate::vm::process::VmProcess;
+use crate::vm::tpm_guard;
 
 /// A journal that could not be cleared.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -169,6 +170,11 @@ async fn recover_backup(
         if let Err(error) = thaw_directly(&ctx.layout.agent_socket(id), ctx.limits.freeze).await {
             sink.warn(&format!("whether VM {id} is thawed is not known: {error}"));
         }
+    }
+    if let Some(tpm) = record.tpm.as_ref().filter(|tpm| tpm.is_alive()) {
+        // Its guard has most likely done so long ago.
+        tpm_guard::go_on(tpm.process)
+            .map_err(|error| format!("the swtpm of VM {id} may be stopped: {error}"))?;
     }
     // After a start of the host it is the host's matter which guests run.
     let is_of_this_boot = record.ran.as_ref().is_some_and(ProcessStamp::is_of_this_boot);

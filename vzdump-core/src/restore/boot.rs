@@ -33,7 +33,7 @@ use crate::lock::FileLock;
 use crate::storage::{DEFAULT_STORAGE, ImageFormat, StorageSet, VolumeId};
 use crate::task_log::{TaskSink, clean};
 use crate::vm::backup::short_id;
-use crate::vm::runner;
+use crate::vm::{runner, tpm};
 
 /// The number of the VM within its own installation.
 const BOOT_ID: u32 = 100;
@@ -224,7 +224,7 @@ impl Restore<'_> {
         Ok(())
     }
 
-    /// An empty image over what the provider serves.
+    /// An empty image over what the provider serves; of a TPM's state a copy.
     async fn overlay(
         &self,
         disk: &PlannedDisk,
@@ -235,21 +235,21 @@ impl Restore<'_> {
             return Err("the provider offers no NBD export for a guest to read".to_owned());
         };
         let storage = disk.storage.as_ref();
-        let volume = VolumeId::new(storage.id(), BOOT_ID, name, ImageFormat::Qcow2);
+        let volume = VolumeId::new(storage.id(), BOOT_ID, name, disk.format);
         let volume = volume.map_err(|error| chain(&error))?;
         let path = storage.volume_path(&volume).map_err(|error| chain(&error))?;
         let dir = path.parent().map(Path::to_owned).unwrap_or_default();
         blocking::run(move || fs::create_dir_all(dir)).await.map_err(|error| error.to_string())?;
         let qemu_img = self.ctx.tools.qemu_img().map_err(|error| chain(&error))?;
-        let made = Command::new(qemu_img)
-            .args(["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b"])
-            .arg(options)
-            .arg("--")
-            .arg(path)
-            .arg(disk.size_bytes.to_string())
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output();
+        let mut command = Command::new(qemu_img);
+        if disk.format == ImageFormat::Raw {
+            // The state of a TPM is small, and swtpm reads nothing but a file.
+            command.args(["convert", "-q", "-O", "raw", "--image-opts"]).arg(options).arg(path);
+        } else {
+            command.args(["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b"]).arg(options);
+            command.arg("--").arg(path).arg(disk.size_bytes.to_string());
+        }
+        let made = command.stdin(Stdio::null()).kill_on_drop(true).output();
         let made = made.await.map_err(|error| format!("cannot start qemu-img: {error}"))?;
         if made.status.success() {
             return Ok(volume);
@@ -359,7 +359,8 @@ impl Place {
 
     async fn end_vm(&self) -> Result<(), String> {
         if !self.layout.pid_file(BOOT_ID).exists() {
-            return Ok(());
+            // It may have died before it started QEMU.
+            return tpm::end(&self.layout, BOOT_ID).await.map_err(|error| chain(&error));
         }
         let options = runner::StopOptions { timeout: Duration::ZERO };
         let stopped = runner::stop(&self.layout, BOOT_ID, options).await;

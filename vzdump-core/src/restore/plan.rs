@@ -12,6 +12,7 @@ use crate::config::guest::{DiskEntry, VmConfig, is_disk_key};
 use crate::job::chain;
 use crate::storage::{DEFAULT_STORAGE, ImageFormat, Storage, StorageSet, VolumeId};
 use crate::task_log::clean;
+use crate::vm::tpm;
 
 /// The most disks a VM can have.
 const DISKS_MAX: usize = 128;
@@ -91,6 +92,7 @@ fn plan_guest(
         };
         let (storage, format) = place(&[&disk.volume], storages, options, &mut warnings)?;
         let (device, key) = (disk.key.clone(), disk.key);
+        let format = format_of(&key, format);
         disks.push(PlannedDisk { device, key, size_bytes, storage, format });
     }
     let known: HashSet<&str> = disks.iter().map(|disk| disk.device.as_str()).collect();
@@ -135,6 +137,7 @@ fn plan_disks(
         let volumes: Vec<&str> =
             [now, was].into_iter().flatten().map(|drive| drive.volume.as_str()).collect();
         let (storage, format) = place(&volumes, storages, options, &mut warnings)?;
+        let format = format_of(&key, format);
         disks.push(PlannedDisk { device: device.clone(), key, size_bytes, storage, format });
     }
     let keys: HashSet<&str> = disks.iter().map(|disk| disk.key.as_str()).collect();
@@ -179,6 +182,11 @@ pub(super) fn check_device(entry: &RestoreDevice) -> Result<(), String> {
         return Err(format!("the disk '{device}' has the bad size of {size_bytes} bytes"));
     }
     Ok(())
+}
+
+/// The state of a TPM is raw whatever is asked for: swtpm knows nothing else.
+fn format_of(key: &str, wanted: ImageFormat) -> ImageFormat {
+    if key == tpm::KEY { ImageFormat::Raw } else { wanted }
 }
 
 /// Storage and format: as asked for, else as the first volume has them that is one, else the default.

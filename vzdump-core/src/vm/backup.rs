@@ -25,6 +25,7 @@ mod regions;
 mod relay;
 mod source;
 mod stats;
+mod tpm;
 mod watch;
 
 use std::path::{Path, PathBuf};
@@ -46,6 +47,7 @@ pub(crate) use self::fleecing::is_ours as is_our_fleecing_image;
 use self::power::Power;
 use self::regions::ExportRegions;
 use self::relay::Relay;
+use self::tpm::Tpm;
 use super::freeze_guard::{self, FreezeLimits, Frozen, GuardCommand};
 use super::runner;
 use crate::config::guest::{DiskEntry, VmConfig};
@@ -144,6 +146,8 @@ pub struct VmDriver {
     /// What is to be backed up, until it is measured.
     chosen: Vec<DiskEntry>,
     disks: Vec<Disk>,
+    /// The TPM's state, which is backed up beside the disks.
+    tpm: Option<Tpm>,
     fleecing: Vec<Fleecing>,
     /// The setup was begun.
     access_begun: bool,
@@ -200,6 +204,7 @@ impl VmDriver {
             session: None,
             chosen: Vec::new(),
             disks: Vec::new(),
+            tpm: None,
             fleecing: Vec::new(),
             access_begun: false,
             access: None,
@@ -264,6 +269,7 @@ impl VmDriver {
         }
         self.chosen =
             disks::choose_disks(&self.config, sink).map_err(GuestError::at("choose the disks"))?;
+        self.take_tpm(sink)?;
         disks::log_left_out(&self.config, sink);
         sink.info(&format!("backup mode: {}", self.effective_mode()));
         if self.chosen.is_empty() {
@@ -283,6 +289,7 @@ impl VmDriver {
         task.journal.append(Entry::Access { target_id: target_id.clone() }).await?;
         let request = self.setup_request(target_id, requests);
         self.warn_if_run(&session, task).await?;
+        let guard = self.guard_tpm(task).await?;
         let is_paused =
             self.options.mode == BackupMode::Suspend && self.pause(&session, task).await?;
         let (frozen, mut words) = if is_paused {
@@ -290,9 +297,20 @@ impl VmDriver {
         } else {
             self.freeze(&session, task).await?
         };
-        self.events = Some(session.events());
-        self.access_begun = true;
-        let setup = BackupAccess::setup(session, request).await;
+        // What goes wrong from here on is told when nothing is frozen any more.
+        let still = self.stop_tpm(guard).await;
+        let setup = match &still {
+            Ok(_) => {
+                self.events = Some(session.events());
+                self.access_begun = true;
+                Some(BackupAccess::setup(session, request).await)
+            }
+            Err(_) => None,
+        };
+        let tpm = match still {
+            Ok(still) => self.continue_tpm(still).await,
+            Err(error) => Err(error),
+        };
         let mut freeze_ms = None;
         if let Some(frozen) = frozen {
             // Not a line before it is thawed: a terminal that is stopped would keep it frozen.
@@ -310,10 +328,15 @@ impl VmDriver {
                 task.journal.append(Entry::Thawed).await?;
             }
         }
-        let access =
-            setup.map_err(GuestError::at(format!("set up the backup access of VM {}", self.id)))?;
+        let doing = format!("set up the backup access of VM {}", self.id);
+        let setup = setup.transpose().map_err(GuestError::at(doing))?;
+        // Kept even if the TPM has spoilt the point in time: it must be torn down.
+        self.access = setup;
+        if let Some(words) = tpm? {
+            task.sink.info(&words);
+        }
+        let access = self.access.as_ref().ok_or_else(|| self.gone())?;
         self.infos = access.infos().to_vec();
-        self.access = Some(access);
         self.check_infos(requests)?;
         let drained_ns = self.infos.first().map(|info| info.drained_ns);
         Ok(PointInTime { freeze_ms, freeze: words, drained_ns, downtime_ms: None })
@@ -634,6 +657,7 @@ impl GuestDriver for VmDriver {
             bitmap_action: info.bitmap_action.as_str().to_owned(),
             dirty_bytes: info.dirty_bytes,
         };
-        self.disks.iter().zip(&self.infos).map(report).collect()
+        let disks = self.disks.iter().zip(&self.infos).map(report);
+        disks.chain(self.tpm.as_ref().map(Tpm::report)).collect()
     }
 }

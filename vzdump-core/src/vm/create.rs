@@ -25,6 +25,7 @@ use crate::task_log::{TaskSink, size_config};
 use crate::tools::{MissingTool, Tools};
 use crate::vm::leftovers;
 use crate::vm::ovmf::{self, EfiOptions, MissingFirmware};
+use crate::vm::tpm;
 
 const EFI_KEY: &str = "efidisk0";
 
@@ -117,6 +118,8 @@ pub struct CreateOptions {
     pub disk_options: Option<String>,
     /// Boot with UEFI, and keep its variables on a disk of their own: the options of `efidisk0`.
     pub efi: Option<String>,
+    /// Add a TPM of version 2.0, and a volume for its state.
+    pub tpm: bool,
 }
 
 impl Default for CreateOptions {
@@ -129,6 +132,7 @@ impl Default for CreateOptions {
             bus: "virtio".into(),
             disk_options: None,
             efi: None,
+            tpm: false,
         }
     }
 }
@@ -258,6 +262,14 @@ async fn make_disks(
     }
     if let Some(text) = &options.efi {
         disks.push(make_efi_disk(ctx, id, options, text, config, new).await?);
+    }
+    if options.tpm {
+        // Its first start makes the TPM.
+        let raw = ImageFormat::Raw;
+        let volume = new.allocate(ctx, storage.as_ref(), id, raw, tpm::STATE_BYTES).await?;
+        let size = size_config(tpm::STATE_BYTES);
+        config.set(tpm::KEY, &format!("{volume},size={size},version=v2.0"))?;
+        disks.push((tpm::KEY.to_owned(), volume.to_string()));
     }
     Ok(disks)
 }

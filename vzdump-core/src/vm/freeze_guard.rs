@@ -31,6 +31,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
+use super::tpm_guard;
 use crate::job::chain;
 use crate::task_log::clean;
 
@@ -337,8 +338,11 @@ async fn thaw(agent: &Agent) -> Result<(), Error> {
 }
 
 /// Runs the guard: `args` are the agent's socket and the [`FreezeLimits`] in milliseconds. Ends when
-/// the guest is thawed.
+/// the guest is thawed. The guard of a TPM, too, which begins with a word of its own.
 pub async fn run_guard(args: &[OsString]) -> ExitCode {
+    if let Some((_, rest)) = args.split_first().filter(|(first, _)| *first == tpm_guard::WORD) {
+        return tpm_guard::run(rest).await;
+    }
     let parsed = args.split_first().and_then(|(socket, limits)| {
         FreezeLimits::parse(limits).map(|limits| (PathBuf::from(socket), limits))
     });

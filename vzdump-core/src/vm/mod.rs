@@ -10,3 +10,5 @@ pub mod ovmf;
 pub mod process;
 pub mod qemu_cmdline;
 pub mod runner;
+pub mod tpm;
+pub mod tpm_guard;

@@ -88,7 +88,7 @@ impl VmProcess {
     }
 
     /// The process among whose arguments these two follow one another.
-    fn of_arguments(wanted: &[String; 2]) -> io::Result<Option<Self>> {
+    pub(super) fn of_arguments(wanted: &[String; 2]) -> io::Result<Option<Self>> {
         for entry in std::fs::read_dir("/proc")? {
             // Processes come and go meanwhile.
             let Ok(entry) = entry else { continue };

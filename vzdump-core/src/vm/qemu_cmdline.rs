@@ -15,6 +15,7 @@
 
 mod disks;
 mod firmware;
+mod tpm;
 pub(crate) mod words;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use crate::layout::{Layout, Monitor};
 use crate::storage::StorageError;
 use crate::vm::ovmf::MissingFirmware;
 use crate::vm::process::mark_argument;
+use crate::vm::tpm::TpmState;
 
 /// Keys that change the machine.
 const USED_KEYS: [&str; 16] = [
@@ -143,6 +145,8 @@ pub struct CommandLine {
     pub args: Vec<String>,
     /// What the administrator should know about it, one sentence each.
     pub notices: Vec<String>,
+    /// The TPM that must run before QEMU does.
+    pub tpm: Option<TpmState>,
 }
 
 impl CommandLine {
@@ -157,14 +161,13 @@ impl CommandLine {
 pub fn known_keys() -> String {
     let mut keys = [&USED_KEYS[..], &USED_KEYS_TOO, &WITHOUT_EFFECT].concat();
     keys.sort_unstable();
-    format!("{}, efidisk0, ideN, sataN, scsiN, virtioN, unusedN", keys.join(", "))
+    format!("{}, efidisk0, tpmstate0, ideN, sataN, scsiN, virtioN, unusedN", keys.join(", "))
 }
 
 fn is_known(key: &str) -> bool {
     let plain = [&USED_KEYS[..], &USED_KEYS_TOO, &WITHOUT_EFFECT].iter().any(|k| k.contains(&key));
     let numbered = matches!(split_numbered(key), Some(("unused", _)));
-    let disk = is_disk_key(key) && !key.starts_with("tpmstate");
-    plain || numbered || disk
+    plain || numbered || is_disk_key(key)
 }
 
 pub(super) fn value_error(key: &str, value: &str, why: impl Into<String>) -> CmdlineError {
@@ -212,6 +215,7 @@ pub fn build(config: &VmConfig, input: &Input<'_>) -> Result<CommandLine, Cmdlin
     console(config, input, chipset, &mut line)?;
     agent(config, input, chipset, &mut line)?;
     unknown.extend(disks::add(config, input, chipset, &mut line)?);
+    unknown.extend(tpm::add(config, input, &mut line)?);
     if !unknown.is_empty() {
         return Err(CmdlineError::Unknown { unknown });
     }

@@ -22,6 +22,7 @@ use tokio::process::{Child, Command};
 
 use super::process::VmProcess;
 use super::qemu_cmdline::{self, CmdlineError, CommandLine, DiskFile, Input};
+use super::tpm::{self, TpmError};
 use crate::config::ConfigError;
 use crate::config::guest::{DiskEntry, VmConfig};
 use crate::job::chain;
@@ -137,6 +138,14 @@ pub enum RunnerError {
     /// A program is missing.
     #[error(transparent)]
     Tool(#[from] MissingTool),
+    /// Its TPM.
+    #[error("The TPM of the VM {id} does not run.")]
+    Tpm {
+        /// The number.
+        id: u32,
+        /// Why.
+        source: TpmError,
+    },
     /// QEMU's process or its files.
     #[error("Cannot {what} of the VM {id}.")]
     Io {
@@ -332,10 +341,22 @@ async fn launch(
     }
     let qemu = tools.qemu_system()?;
     layout.make_vm_run_dir(id)?;
+    let tpm = match &line.tpm {
+        Some(state) => {
+            let tpm = tpm::start(layout, id, state).await;
+            let tpm = Tpm(Some(tpm.map_err(|source| RunnerError::Tpm { id, source })?));
+            #[cfg(debug_assertions)]
+            crate::job::kill_point::at("tpm:started");
+            Some(tpm)
+        }
+        None => None,
+    };
     let mut starting = Starting::spawn(layout, &qemu, id, &line)?;
     match starting.ready().await {
         Ok(process) => {
             starting.child = None;
+            // From now on it ends with QEMU.
+            tpm.into_iter().for_each(|mut tpm| drop(tpm.0.take()));
             let mut notices = line.notices;
             notices.extend(tail(&starting.log).lines().map(str::to_owned));
             Ok(Started { process, notices })
@@ -428,6 +449,17 @@ fn find_file(storages: &StorageSet, disk: &DiskEntry) -> Result<DiskFile, Storag
         None
     };
     Ok(DiskFile { is_device, direct, is_aligned, size_bytes, path, data })
+}
+
+/// The TPM of a QEMU that has not answered yet; ended when dropped.
+struct Tpm(Option<Child>);
+
+impl Drop for Tpm {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.start_kill();
+        }
+    }
 }
 
 /// A QEMU that has not answered yet; ended when dropped.

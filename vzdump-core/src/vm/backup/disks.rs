@@ -54,8 +54,6 @@ fn choose(disk: &DiskEntry, config: &VmConfig) -> Choice {
         Choice::Exclude("backup=no")
     } else if disk.key.starts_with("efidisk") && config.get("bios") != Some("ovmf") {
         Choice::Exclude("efidisk but no OVMF BIOS")
-    } else if disk.key.starts_with("tpmstate") {
-        Choice::Exclude("the TPM's state is not a disk of QEMU")
     } else {
         Choice::Include
     }

@@ -30,6 +30,7 @@ use qmp_client::commands::{
 };
 use qmp_client::{Error, Session};
 
+use super::tpm::Tpm;
 use super::{SETUP_COMMAND, VmDriver, disks, ops};
 use crate::guest::{BackupMode, GuestError, Task};
 use crate::job::report::millis;
@@ -118,7 +119,8 @@ impl VmDriver {
             size_bytes: disk.size_bytes,
             volume_id: Some(disk.volume.clone()),
         };
-        Ok(self.disks.iter().map(volume).collect())
+        let tpm = self.tpm.as_ref().map(Tpm::info);
+        Ok(self.disks.iter().map(volume).chain(tpm).collect())
     }
 
     async fn enter_existing(

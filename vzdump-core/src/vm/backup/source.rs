@@ -15,6 +15,7 @@ use super::disks::Disk;
 use super::file::{self, FileDisk};
 use super::regions::ExportRegions;
 use super::relay::{Passing, Relay};
+use super::tpm::Tpm;
 use super::{Mechanism, NBD_TIMEOUT, Offered, Server, VmDriver, ops, short_id};
 use crate::bandwidth::{Budget, GuestShare};
 use crate::blocking;
@@ -57,6 +58,9 @@ impl VmDriver {
                 .map_err(GuestError::at(format!("export the disk '{}'", disk.key)))?;
         }
         self.open_relays(&dir).map_err(GuestError::at("open a socket for a disk"))?;
+        if let Some(tpm) = &mut self.tpm {
+            tpm.serve(&dir).map_err(GuestError::at("open a socket for the TPM's state"))?;
+        }
         if self.mechanism == Mechanism::File {
             self.open_files(&dir, task).await?;
         }
@@ -82,19 +86,38 @@ impl VmDriver {
     /// Offers all disks as files, beside the sockets.
     async fn open_files(&mut self, dir: &Path, task: Task<'_>) -> Result<(), GuestError> {
         for (index, (disk, info)) in self.disks.iter().zip(&self.infos).enumerate() {
-            let name = format!("file{index}");
-            let mark = format!("vzdump-{}-{}-{index}", self.id, short_id());
-            let export = FileExport { mark, path: dir.join(name) };
-            task.journal.append(Entry::FileExport(export.clone())).await?;
+            let socket = self.relays[index].socket().to_owned();
+            let export = self.journal_file(dir, index, task).await?;
             self.file_exports.push(export.clone());
-            let socket = self.relays[index].socket();
             let file =
-                FileDisk::open(&self.tools, export, socket, &disk.key, disk.size_bytes).await?;
+                FileDisk::open(&self.tools, export, &socket, &disk.key, disk.size_bytes).await?;
             self.files.push(file);
             let regions = ExportRegions::new(dir.join(NBD_SOCKET), offered(disk, info)?);
             self.regions.push(Arc::new(regions));
         }
+        let Some((tpm, server)) = self.tpm.as_ref().and_then(|tpm| Some((tpm, tpm.server()?)))
+        else {
+            return Ok(());
+        };
+        let (socket, offered) = (server.socket().to_owned(), tpm.offered());
+        let export = self.journal_file(dir, self.disks.len(), task).await?;
+        self.file_exports.push(export.clone());
+        let (name, size_bytes) = (&offered.device, offered.size_bytes);
+        self.files.push(FileDisk::open(&self.tools, export, &socket, name, size_bytes).await?);
+        self.regions.push(Arc::new(ExportRegions::new(socket, offered)));
         Ok(())
+    }
+
+    async fn journal_file(
+        &self,
+        dir: &Path,
+        index: usize,
+        task: Task<'_>,
+    ) -> Result<FileExport, GuestError> {
+        let mark = format!("vzdump-{}-{}-{index}", self.id, short_id());
+        let export = FileExport { mark, path: dir.join(format!("file{index}")) };
+        task.journal.append(Entry::FileExport(export.clone())).await?;
+        Ok(export)
     }
 
     /// Ends the daemons of all files that were begun, and removes their mounts.
@@ -119,6 +142,7 @@ impl VmDriver {
         self.is_open = false;
         self.withdraw_files().await?;
         self.relays.clear();
+        self.tpm.iter_mut().for_each(Tpm::close);
         // The directory stays with a server that stays: its socket tells the recovery whose it is.
         self.stop_server().await?;
         remove_dir(self.run_dir.take()).await
@@ -134,6 +158,7 @@ impl VmDriver {
         self.is_open = false;
         self.withdraw_files().await?;
         self.relays.clear();
+        self.tpm.iter_mut().for_each(Tpm::close);
         let server = self.server.as_ref().map(|server| server.socket.clone());
         if let Some(socket) = server {
             for disk in &self.disks {
@@ -177,6 +202,19 @@ impl VmDriver {
         }
     }
 
+    fn tpm_volume(&self) -> Option<Volume> {
+        let tpm = self.tpm.as_ref()?;
+        let index = self.disks.len();
+        let access = match (self.files.get(index), self.regions.get(index)) {
+            (Some(file), Some(regions)) => {
+                let regions = Arc::clone(regions);
+                Access::File { path: file.path().to_owned(), regions }
+            }
+            _ => tpm.nbd_access()?,
+        };
+        Some(Tpm::volume(access))
+    }
+
     pub(super) fn make_source(&self) -> VmBackup {
         let mut volumes = Vec::new();
         if let Some(Server { socket, .. }) = self.server.as_ref().filter(|_| self.is_open) {
@@ -200,6 +238,7 @@ impl VmDriver {
                 volume_of(disk, info, access)
             });
             volumes = offered.collect();
+            volumes.extend(self.tpm_volume());
         }
         let config = self.config.for_backup().to_string().into_bytes();
         VmBackup { config, firewall: self.firewall.clone(), volumes }

@@ -25,6 +25,7 @@ use crate::job::backup_lock_path;
 use crate::layout::{self, Layout};
 use crate::lock::{FileLock, LockError};
 use crate::vm::process::{ProcessHandle, VmProcess};
+use crate::vm::tpm;
 
 /// Closing images may have to write caches out.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -75,12 +76,14 @@ pub async fn stop(layout: &Layout, id: u32, options: StopOptions) -> Result<Stop
     let fault = |source| RunnerError::Io { what: "end the QEMU", id, source };
     let Some(process) = find_process(layout, id)? else {
         // A wrong number is an error, a VM that is off is not.
-        return read_config(layout, id).map(|_| Stopped::NotRunning);
+        read_config(layout, id)?;
+        tidy(layout, id).await;
+        return Ok(Stopped::NotRunning);
     };
     let Some(handle) = process.open().map_err(fault)? else { return Ok(Stopped::NotRunning) };
     let stopped = end(layout, id, &handle, options).await.map_err(fault)?;
-    if stopped != Some(Stopped::ShutdownInBackup) {
-        remove_sockets(layout, id);
+    if stopped.is_some_and(|stopped| stopped != Stopped::ShutdownInBackup) {
+        tidy(layout, id).await;
     }
     stopped.ok_or(RunnerError::Unkillable { id, pid: process.pid, after_s: KILL_TIMEOUT.as_secs() })
 }
@@ -228,7 +231,7 @@ pub async fn shut_down(layout: &Layout, id: u32, timeout: Duration) -> Result<bo
         Asked::Runs => return Ok(false),
         Asked::Off => end_process(id, &process, &handle).await?,
     }
-    remove_sockets(layout, id);
+    tidy(layout, id).await;
     Ok(true)
 }
 
@@ -266,12 +269,17 @@ pub async fn end_if(
     let opened = opened.map_err(|source| RunnerError::Io { what: "end the QEMU", id, source })?;
     if let Some(handle) = opened {
         end_process(id, process, &handle).await?;
-        remove_sockets(layout, id);
+        tidy(layout, id).await;
     }
     Ok((status.status, true))
 }
 
-fn remove_sockets(layout: &Layout, id: u32) {
+/// Removes what a QEMU that has ended leaves.
+async fn tidy(layout: &Layout, id: u32) {
+    if let Err(error) = tpm::end(layout, id).await {
+        // The next start ends it, or refuses.
+        tracing::warn!(vm = id, %error, "the TPM is left");
+    }
     for socket in sockets(layout, id) {
         let _ = std::fs::remove_file(socket);
     }
