@@ -53,6 +53,7 @@ pub struct StorageInfo {
 pub(crate) struct StorageProviders {
     infos: Vec<StorageInfo>,
     by_id: BTreeMap<String, Entry>,
+    plugin_dir: PathBuf,
 }
 
 enum Entry {
@@ -114,7 +115,7 @@ impl StorageProviders {
             let (id, kind) = (section.id.clone(), section.kind.clone());
             infos.push(StorageInfo { id, kind, used_for, disabled: section.is_disabled() });
         }
-        Self { infos, by_id }
+        Self { infos, by_id, plugin_dir: plugins.dir.clone() }
     }
 
     pub(crate) fn infos(&self) -> Vec<StorageInfo> {
@@ -143,6 +144,13 @@ impl StorageProviders {
         Err(match self.infos.iter().find(|info| info.id == storage) {
             None => format!(
                 "The storage '{storage}' is not in storage.cfg; storages for backups: {}.",
+                self.names()
+            ),
+            Some(info) if info.used_for == StorageUse::Unsupported => format!(
+                "The storage '{storage}' has the type '{}', which is neither built in nor the name of a \
+                 program in '{}'; storages for backups: {}.",
+                info.kind,
+                self.plugin_dir.display(),
                 self.names()
             ),
             Some(info) => format!(

@@ -64,7 +64,7 @@ fn files(name: &str, language: Language) -> Vec<(String, u32, String)> {
     let readme = |program: &str| ("README.md".to_owned(), 0o644, readme(name, program));
     match language {
         Language::Python => {
-            vec![(name.to_owned(), 0o755, PYTHON.to_owned()), readme(&format!("./{name}"))]
+            vec![(name.to_owned(), 0o755, PYTHON.to_owned()), readme(name)]
         }
         Language::Rust => vec![
             ("Cargo.toml".to_owned(), 0o644, RUST_MANIFEST.replace("@NAME@", name)),
@@ -82,7 +82,7 @@ fn readme(name: &str, program: &str) -> String {
          the other.\n\n\
          ```\n\
          {build}mkdir -p try/etc try/lib/providers\n\
-         cp {program} try/lib/providers/{name}\n\
+         ln -s \"$PWD/{program}\" try/lib/providers/{name}\n\
          printf '{name}: mine\\n\\tpath %s/try/data\\n' \"$PWD\" > try/etc/storage.cfg\n\
          vzdump --root try storage status\n\
          vzdump --root try provider check mine\n\

@@ -39,7 +39,7 @@ fn storages_are_told_apart() {
 async fn a_storage_that_holds_no_backups_is_refused_by_name() {
     let (_dir, host) = host(STORAGES);
     for (storage, fault) in [
-        ("tank", "has the type 'zfspool', which holds no backups; storages for backups: backups."),
+        ("tank", "has the type 'zfspool', which is neither built in nor the name of a program in"),
         ("none", "is not in storage.cfg"),
         ("off", "is disabled"),
     ] {

@@ -42,6 +42,16 @@ impl Vzdump {
         })
     }
 
+    /// Has a command find the program, and the program QEMU, as if they were installed.
+    pub fn installed<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        let folders = self.program.parent().map(Path::to_owned).into_iter();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let others: Vec<_> = std::env::split_paths(&path).collect();
+        // Fails for a colon in a path, which no checkout has that cargo can build.
+        let path = std::env::join_paths(folders.chain(others)).unwrap_or(path);
+        command.env("PATH", path).env("VZDUMP_QEMU_BIN", &self.qemu_bin)
+    }
+
     /// The same program that cannot be interrupted, for cleaning up.
     #[must_use]
     pub fn uninterrupted(&self) -> Self {
@@ -120,7 +130,7 @@ pub fn last_json(output: &str) -> Result<Value> {
 
 /// The `vzdump` of this program's own profile: tests need the kill points of a debug build, the
 /// demo shows the release build.
-fn find_program() -> Result<PathBuf> {
+pub(crate) fn find_program() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(PROGRAM_VARIABLE).filter(|value| *value != OsString::new())
     {
         return Ok(path.into());

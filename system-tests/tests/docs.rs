@@ -5,9 +5,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use system_tests::process::Stop;
 use system_tests::qemu::{bin_dir, workspace};
+use system_tests::vzdump::Vzdump;
 use system_tests::{docs, storage};
 
 #[allow(dead_code, reason = "its main function is for those who run it by hand")]
@@ -42,6 +46,36 @@ async fn every_command_of_the_session_by_hand_does_what_is_shown() {
     if let Err(error) = docs::check(&document, &folder).await {
         panic!("{error:#}");
     }
+}
+
+#[tokio::test]
+async fn a_stranger_comes_from_nothing_to_a_provider_that_passes_checks() {
+    let parent = storage::folder().unwrap();
+    let document = workspace().join("docs/writing-a-provider.md");
+    if let Err(error) = docs::check(&document, &parent.path().join("demo")).await {
+        panic!("{error:#}");
+    }
+}
+
+/// What the README of a new provider in Python says, word for word, but with two of the checks.
+#[test]
+fn the_readme_of_a_new_provider_says_how_to_try_it() {
+    let folder = storage::folder().unwrap();
+    let vzdump = Vzdump::find(&folder.path().join("root"), false, &Stop::default()).unwrap();
+    let provider = folder.path().join("own");
+    let new = ["provider", "new", provider.to_str().unwrap(), "--language", "python"];
+    vzdump.run(&new, Duration::from_secs(60)).unwrap();
+    let readme = fs::read_to_string(provider.join("README.md")).unwrap();
+    let commands = readme.split("```").nth(1).unwrap();
+    assert!(commands.contains("vzdump --root try provider check mine\n"), "{commands}");
+    let commands = commands.replace("check mine", "check mine --only full --only abort");
+    let mut shell = Command::new("bash");
+    let output =
+        vzdump.installed(&mut shell).args(["-ec", &commands]).current_dir(&provider).output();
+    let output = output.unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("file store: conforming (2 passed, 0 failed"), "{text}");
 }
 
 #[tokio::test]

@@ -27,6 +27,7 @@ import sys
 import tarfile
 import threading
 import time
+import traceback
 
 PIECE_BYTES = 1 << 20
 BLOCK_BYTES = 4096
@@ -98,6 +99,9 @@ class Host:
             reply = error(kinds.get(failure.errno, "io"), f"{name}: {failure}")
         except (KeyError, TypeError, ValueError) as failure:
             reply = error("invalid", f"{name}: {failure!r}")
+        except Exception as failure:  # a mistake of ours; without an answer the host would wait
+            traceback.print_exc()
+            reply = error("other", f"{name}: {failure!r}")
         with self.lock:
             del self.cancelled[ident]
         self.send({"id": ident, **reply})

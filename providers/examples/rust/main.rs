@@ -14,15 +14,17 @@
     reason = "a lock is only poisoned by a panic that has ended its request"
 )]
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock};
 use serde_json::{Value, json};
@@ -87,6 +89,8 @@ struct Host {
 struct Request {
     id: u64,
     stop: Arc<AtomicBool>,
+    /// When progress was told last.
+    told: Cell<Option<Instant>>,
 }
 
 fn send(mut message: Value) {
@@ -157,8 +161,11 @@ fn receive(host: &Arc<Host>, message: Value) {
             host.stops.lock().unwrap().insert(id, Arc::clone(&stop));
             let host = Arc::clone(host);
             std::thread::spawn(move || {
-                let request = Request { id, stop };
-                let answer = handle(&host, &request, &method, &message["params"]);
+                let request = Request { id, stop, told: Cell::default() };
+                let work = || handle(&host, &request, &method, &message["params"]);
+                // A mistake of ours is an error, too: without an answer the host would wait.
+                let answer = catch_unwind(AssertUnwindSafe(work))
+                    .unwrap_or_else(|_| Err(Failure("other", format!("{method}: a panic"))));
                 host.stops.lock().unwrap().remove(&id);
                 send(match answer {
                     Ok(Some(result)) => json!({"id": id, "result": result}),
@@ -532,7 +539,13 @@ fn copy(
     Ok([size, read, zero, written])
 }
 
+/// A few times a second is enough.
 fn progress(request: &Request, device: &str, done: u64, total: u64, zero: u64) {
+    let is_recent = |told: Instant| told.elapsed() < Duration::from_millis(200);
+    if done < total && request.told.get().is_some_and(is_recent) {
+        return;
+    }
+    request.told.set(Some(Instant::now()));
     send(json!({"method": "progress", "params": {
         "request": request.id, "device": device, "done_bytes": done.to_string(),
         "total_bytes": total.to_string(), "zero_bytes": zero.to_string()}}));

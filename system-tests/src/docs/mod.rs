@@ -71,8 +71,12 @@ pub async fn check(document: &Path, folder: &Path) -> Result<()> {
         .with_context(|| format!("{}: cannot read", document.display()))?;
     let mut doc = Document::parse(&text)?;
     let programs = crate::qemu::bin_dir()?;
+    let mut shell = Shell::start(crate::qemu::workspace())?;
+    if text.contains("\n$ vzdump ") {
+        shell.run(&installed(&programs)?)?;
+    }
     let mut run = Run {
-        shell: Shell::start(crate::qemu::workspace())?,
+        shell,
         monitor: None,
         names: Names::default(),
         folder: folder.to_owned(),
@@ -104,6 +108,13 @@ pub async fn check(document: &Path, folder: &Path) -> Result<()> {
     }
     ensure!(faults.is_empty(), "{}:\n{}", document.display(), faults.join("\n"));
     Ok(())
+}
+
+/// The command after which `vzdump` and its QEMU are there, as if they were installed.
+fn installed(programs: &Path) -> Result<String> {
+    let program = crate::vzdump::find_program()?;
+    let folder = program.parent().context("no folder of vzdump")?.display();
+    Ok(format!("export PATH='{folder}':\"$PATH\" VZDUMP_QEMU_BIN='{}'", programs.display()))
 }
 
 impl Run {

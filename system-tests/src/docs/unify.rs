@@ -183,11 +183,19 @@ pub(super) fn pretty(value: &Value) -> String {
     String::from_utf8(out).expect("JSON is text")
 }
 
-/// Whether texts are the same but for versions of programs.
+/// A line of a table without the time in its last column.
+fn without_time(line: &str) -> &str {
+    let time =
+        line.strip_suffix(" ms").map(|rest| rest.trim_end_matches(|c: char| c.is_ascii_digit()));
+    time.unwrap_or(line)
+}
+
+/// Whether texts are the same but for versions of programs, and times in the last columns of tables.
 pub(super) fn same_text(shown: &str, found: &str) -> bool {
     let general = |line: &str| {
         let version = VERSIONS.iter().find(|version| line.starts_with(**version));
-        version.map_or_else(|| line.trim_end().to_owned(), |&version| version.to_owned())
+        version
+            .map_or_else(|| without_time(line.trim_end()).to_owned(), |&version| version.to_owned())
     };
     shown.lines().map(general).eq(found.lines().map(general))
 }
@@ -244,7 +252,10 @@ mod tests {
     }
 
     #[test]
-    fn texts_differ_in_versions_only() {
+    fn texts_differ_in_versions_and_times_only() {
+        assert!(same_text("full  passed  40 ms", "full  passed  1040 ms"));
+        assert!(!same_text("full  passed  40 ms", "full  FAILED  40 ms"));
+        assert!(!same_text("40 ms", "40 s"));
         assert!(same_text("a\nConnected to QEMU 10.0.13", "a\nConnected to QEMU 10.2.2"));
         assert!(!same_text("a\nb", "a\nc"));
         assert!(!same_text("a\nb", "a"));

@@ -183,7 +183,14 @@ pub(super) async fn verify(ctx: &Ctx) -> Checked<Verdict> {
             let list = ctx.list(ctx.bare_provider().await?.as_ref()).await?;
             let verified = list.get(name).and_then(|archive| archive.verified);
             ensure(verified.is_some_and(|v| v.extent == extent && v.damage_count == 0), || {
-                format!("The verification of {name} is not listed: {verified:?}.")
+                let listed = verified.map_or_else(|| "nothing".to_owned(), |v| format!("{v:?}"));
+                format!("{name} was verified ({extent:?}), and `list` says {listed} of it.")
+            })
+            .map_err(|fault| {
+                fault.advise(
+                    "Keep time, extent and number of damages of the last verification, and list them as \
+                     the archive's `verified`.",
+                )
             })?;
         }
     }
