@@ -10,7 +10,7 @@ use provider_kit::{
 use vzdump_core::job::Providers as _;
 use vzdump_core::vm::runner;
 
-use crate::real::RealMaker;
+use crate::real::{RealMaker, RealTrees};
 use crate::{CancellationToken, Host, HostError, TaskSink, clean};
 
 /// Opens the host anew, as another process would.
@@ -51,7 +51,9 @@ pub async fn check_provider(
     let storage = request.storage.clone();
     check_wanted(&request.only, request.is_real)?;
     // A storage that is not there is no fault of a provider.
-    host.providers.provider(&storage).await.map_err(HostError::Storage)?;
+    let provider = host.providers.provider(&storage).await.map_err(HostError::Storage)?;
+    let can = provider.describe().capabilities;
+    drop(provider);
     let mut options = KitOptions {
         only: request.only,
         seed: request.seed.unwrap_or_else(crate::random_seed).into(),
@@ -63,7 +65,12 @@ pub async fn check_provider(
     options.size_bytes = request.size_bytes.unwrap_or(options.size_bytes);
     options.chain_steps = request.chain_steps.unwrap_or(options.chain_steps);
     if request.is_real {
-        options.machines = Some(Arc::new(RealMaker::open(&host.tools).await?));
+        if can.vm_nbd || can.vm_file {
+            let maker = RealMaker::open(&host.tools, !can.vm_nbd).await?;
+            options.machines = Some(Arc::new(maker));
+        }
+        let program = host.context()?.guard.program;
+        options.trees = Some(Arc::new(RealTrees::new(program)));
     }
     drop(host);
     let factory: Factory = Arc::new(move || {

@@ -33,6 +33,7 @@ pub mod restore;
 pub mod runner;
 pub mod runtime;
 pub mod sandbox;
+pub mod show;
 mod snapshot;
 mod suspend;
 mod system;

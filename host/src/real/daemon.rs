@@ -193,6 +193,10 @@ fn remove_left_in(parent: &Path) -> io::Result<()> {
         if !meta.is_dir() || meta.uid() != us || VmProcess::of_pid(owner.pid)? == Some(owner) {
             continue;
         }
+        // A daemon that was killed leaves the mounts of its files.
+        for file in std::fs::read_dir(entry.path()).into_iter().flatten().flatten() {
+            super::files::unmount_file(&file.path());
+        }
         match std::fs::remove_dir_all(entry.path()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}

@@ -8,6 +8,8 @@
 //! ```
 
 mod daemon;
+mod files;
+mod trees;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -25,7 +27,10 @@ use qmp_client::{Command, Error};
 use serde_json::{Value, json};
 use vzdump_core::tools::Tools;
 
+pub(crate) use self::trees::RealTrees;
+
 use self::daemon::Daemon;
+use self::files::Files;
 use crate::{HostError, chain};
 
 /// The command all of this stands on.
@@ -45,11 +50,13 @@ const HOLE_BYTES: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct RealMaker {
     program: PathBuf,
+    as_files: bool,
 }
 
 impl RealMaker {
-    /// Finds the storage daemon and sees whether it has the extension.
-    pub(crate) async fn open(tools: &Tools) -> Result<Self, HostError> {
+    /// Finds the storage daemon and sees whether it has the extension. The machines offer their disks as files,
+    /// or over NBD.
+    pub(crate) async fn open(tools: &Tools, as_files: bool) -> Result<Self, HostError> {
         let program =
             tools.qemu_storage_daemon().map_err(|error| HostError::Settings(error.to_string()))?;
         if let Err(error) = daemon::remove_left() {
@@ -63,7 +70,7 @@ impl RealMaker {
         };
         let daemon = Daemon::start(&program).await.map_err(refused)?;
         match daemon.session().require_command(SETUP_COMMAND).await {
-            Ok(()) => Ok(Self { program }),
+            Ok(()) => Ok(Self { program, as_files }),
             Err(Error::MissingFeature { .. }) => Err(refused(format!(
                 "it lacks the backup access extension (command {SETUP_COMMAND}). Build the patched \
                  QEMU with `cargo xtask qemu`, or name the directory of its programs by --qemu-bin."
@@ -79,10 +86,15 @@ impl MachineMaker for RealMaker {
         disks: &'a [(String, Arc<Vec<u8>>)],
     ) -> BoxFuture<'a, Result<Box<dyn Machine>, String>> {
         Box::pin(async move {
-            let machine = RealMachine::start(&self.program, disks).await;
+            let files = self.as_files.then(|| self.program.clone());
+            let machine = RealMachine::start(&self.program, files, disks).await;
             let machine = machine.map_err(|why| format!("QEMU's storage daemon: {why}"))?;
             Ok(Box::new(machine) as Box<dyn Machine>)
         })
+    }
+
+    fn offers_files(&self) -> bool {
+        self.as_files
     }
 }
 
@@ -101,14 +113,23 @@ struct RealMachine {
     access: Option<BackupAccess>,
     /// Nodes of fleecing images.
     fleecing: Vec<String>,
+    /// The daemon that offers the disks as files, if they are wanted so.
+    files_program: Option<PathBuf>,
+    files: Option<Files>,
     // The last one to be dropped: the others are within it.
     daemon: Daemon,
 }
 
 impl RealMachine {
-    async fn start(program: &Path, disks: &[(String, Arc<Vec<u8>>)]) -> Result<Self, String> {
+    async fn start(
+        program: &Path,
+        files_program: Option<PathBuf>,
+        disks: &[(String, Arc<Vec<u8>>)],
+    ) -> Result<Self, String> {
         let daemon = Daemon::start(program).await?;
-        let mut machine = Self { disks: Vec::new(), access: None, fleecing: Vec::new(), daemon };
+        let (disks_now, fleecing) = (Vec::new(), Vec::new());
+        let mut machine =
+            Self { disks: disks_now, access: None, fleecing, files_program, files: None, daemon };
         let socket = machine.daemon.path("nbd");
         let start = NbdServerStart::unix(&socket)
             .ok_or_else(|| format!("'{}' is not UTF-8, as QMP needs", socket.display()))?;
@@ -209,7 +230,11 @@ impl RealMachine {
         let access = access.map_err(|error| format!("{SETUP_COMMAND}: {}", chain(&error)))?;
         let infos = access.infos().to_vec();
         self.access = Some(access);
-        self.offer(&infos).await
+        let mut volumes = self.offer(&infos).await?;
+        if let Some(program) = &self.files_program {
+            self.files = Some(Files::open(program, &mut volumes).await?);
+        }
+        Ok(volumes)
     }
 
     async fn offer(&self, infos: &[AccessInfo]) -> Result<Vec<Volume>, String> {
@@ -234,6 +259,9 @@ impl RealMachine {
 
     /// Ends the access, which ends its exports, and removes the fleecing images.
     async fn end(&mut self, success: bool) -> Result<(), String> {
+        if let Some(files) = self.files.take() {
+            files.close().await;
+        }
         let ended = match self.access.take() {
             None => Ok(()),
             Some(access) => {

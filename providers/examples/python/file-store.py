@@ -27,7 +27,6 @@ import sys
 import tarfile
 import threading
 import time
-import traceback
 
 PIECE_BYTES = 1 << 20
 BLOCK_BYTES = 4096
@@ -97,11 +96,9 @@ class Host:
         except OSError as failure:
             kinds = {errno.ENOSPC: "no_space", errno.EDQUOT: "no_space", errno.ENOENT: "not_found"}
             reply = error(kinds.get(failure.errno, "io"), f"{name}: {failure}")
-        except (KeyError, TypeError, ValueError) as failure:
+        except Exception as failure:  # a mistake; without an answer the host would wait
+            sys.excepthook(*sys.exc_info())
             reply = error("invalid", f"{name}: {failure!r}")
-        except Exception as failure:  # a mistake of ours; without an answer the host would wait
-            traceback.print_exc()
-            reply = error("other", f"{name}: {failure!r}")
         with self.lock:
             del self.cancelled[ident]
         self.send({"id": ident, **reply})

@@ -175,6 +175,57 @@ fn read_entry(path: &Path) -> std::io::Result<Entry> {
     })
 }
 
+/// A directory as a provider finds it in the backup of a container.
+pub trait ShownTree: Send + Sync {
+    /// Where commands find it.
+    fn tree(&self) -> PathBuf;
+
+    /// Where a provider of this process finds it.
+    fn host_tree(&self) -> PathBuf;
+
+    /// Runs commands beside it.
+    fn runner(&self) -> Arc<dyn ContainerRunner>;
+
+    /// Withdraws it. An error says what holds it.
+    fn close(self: Box<Self>) -> BoxFuture<'static, std::result::Result<(), String>>;
+}
+
+/// Shows directories as the trees of containers.
+pub trait TreeMaker: Send + Sync {
+    /// Why it cannot; none if it can.
+    fn unusable(&self) -> Option<String> {
+        None
+    }
+
+    /// Shows the directory `root`; `place` is empty, private to it, and stays until it is withdrawn.
+    fn show<'a>(
+        &'a self,
+        root: &'a Path,
+        place: &'a Path,
+    ) -> BoxFuture<'a, std::result::Result<Box<dyn ShownTree>, String>>;
+}
+
+/// The directory itself.
+pub(crate) struct PlainTree(pub(crate) PathBuf);
+
+impl ShownTree for PlainTree {
+    fn tree(&self) -> PathBuf {
+        self.0.clone()
+    }
+
+    fn host_tree(&self) -> PathBuf {
+        self.0.clone()
+    }
+
+    fn runner(&self) -> Arc<dyn ContainerRunner> {
+        Arc::new(PlainRunner)
+    }
+
+    fn close(self: Box<Self>) -> BoxFuture<'static, std::result::Result<(), String>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
 /// Runs commands as they are: the tree is an ordinary directory here, and nobody is locked in.
 #[derive(Debug)]
 pub(crate) struct PlainRunner;
@@ -284,9 +335,4 @@ async fn untar(path: &Path, compression: Compression, room: &Path) -> Checked<Pa
         format!("tar cannot unpack the archive: {}", clean(&end.stderr_tail))
     })?;
     Ok(target)
-}
-
-/// The runner of all the kit's containers.
-pub(crate) fn runner() -> Arc<dyn ContainerRunner> {
-    Arc::new(PlainRunner)
 }

@@ -32,6 +32,7 @@ mod disk;
 mod fault;
 mod file;
 mod machine;
+mod place;
 mod random;
 mod report;
 mod restore;
@@ -45,6 +46,7 @@ use std::time::Duration;
 
 use provider_api::{BoxFuture, Provider};
 
+pub use container::{ShownTree, TreeMaker};
 pub use machine::{Change, Machine, MachineMaker};
 pub use report::{CheckResult, Counts, Grade, Outcome, Report};
 pub use run::{check, check_names, main_step_names};
@@ -86,6 +88,8 @@ pub struct KitOptions {
     pub call_limit: Duration,
     /// Makes real machines instead of simulated ones; only the main steps are checked then.
     pub machines: Option<Arc<dyn MachineMaker>>,
+    /// Shows trees of containers as a host does; only the main steps are checked then.
+    pub trees: Option<Arc<dyn TreeMaker>>,
     /// QEMU's storage daemon, to offer disks as files that fail where they must.
     pub storage_daemon: Option<PathBuf>,
 }
@@ -102,8 +106,16 @@ impl Default for KitOptions {
             only: Vec::new(),
             call_limit: Duration::from_secs(60),
             machines: None,
+            trees: None,
             storage_daemon: None,
         }
+    }
+}
+
+impl KitOptions {
+    /// Whether what is backed up is not simulated.
+    pub(crate) fn is_real(&self) -> bool {
+        self.machines.is_some() || self.trees.is_some()
     }
 }
 

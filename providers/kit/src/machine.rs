@@ -90,6 +90,11 @@ pub trait MachineMaker: Send + Sync {
         &'a self,
         disks: &'a [(String, Arc<Vec<u8>>)],
     ) -> BoxFuture<'a, Result<Box<dyn Machine>, String>>;
+
+    /// Whether their disks are offered as files, and not over NBD.
+    fn offers_files(&self) -> bool {
+        false
+    }
 }
 
 /// How the simulation offers its disks.

@@ -11,6 +11,7 @@ use crate::bench::{Bench, Ctx};
 use crate::checks::{CHECKS, Check, Verdict};
 use crate::fault::{Checked, Fault, clean, words};
 use crate::machine::Offer;
+use crate::place::Place;
 use crate::report::{CheckResult, Outcome, Report, grade};
 use crate::{Factory, KitOptions, Observer, SIZE_BYTES_MAX, SIZE_BYTES_MIN};
 
@@ -67,20 +68,13 @@ struct Kit {
     bench: Arc<Bench>,
     description: Description,
     source: &'static str,
-    _dir: tempfile::TempDir,
+    _place: Place,
 }
 
 async fn begin(factory: Factory, options: KitOptions, cancel: &CancellationToken) -> Checked<Kit> {
-    // Short, because the path of a socket is limited to 107 bytes.
-    let dir = tempfile::Builder::new()
-        .prefix("kit-")
-        .tempdir()
+    let place = Place::make()
         .map_err(|error| Fault::new(format!("No temporary directory can be made: {error}.")))?;
-    // The host opens nothing through symbolic links.
-    let path = dir
-        .path()
-        .canonicalize()
-        .map_err(|error| Fault::new(format!("{}: {error}", dir.path().display())))?;
+    let path = place.path().to_owned();
     let taken = options.used_guest_ids.clone();
     let first = Bench::new(
         Arc::clone(&factory),
@@ -97,13 +91,19 @@ async fn begin(factory: Factory, options: KitOptions, cancel: &CancellationToken
     let taken = taken.into_iter().chain(list.values().map(|archive| archive.guest_id)).collect();
     let (offer, source) = offer(&options, description.capabilities);
     let bench = Bench::new(factory, options, offer, taken, path, cancel.clone());
-    Ok(Kit { bench: Arc::new(bench), description, source, _dir: dir })
+    Ok(Kit { bench: Arc::new(bench), description, source, _place: place })
 }
 
 /// How the disks are offered: over NBD if the provider can, as the host does.
 fn offer(options: &KitOptions, capabilities: Capabilities) -> (Offer, &'static str) {
-    if options.machines.is_some() {
-        return (Offer::Nbd, "disks of a real QEMU over NBD");
+    if let Some(machines) = &options.machines {
+        let is_file = machines.offers_files();
+        let source =
+            if is_file { "disks of a real QEMU as files" } else { "disks of a real QEMU over NBD" };
+        return (Offer::Nbd, source);
+    }
+    if options.trees.is_some() {
+        return (Offer::Nbd, "trees shown as those of real containers");
     }
     if capabilities.vm_nbd || !capabilities.vm_file {
         return (Offer::Nbd, "simulated disks over NBD");
@@ -118,7 +118,7 @@ fn offer(options: &KitOptions, capabilities: Capabilities) -> (Offer, &'static s
 impl Kit {
     async fn run(self, observer: &dyn Observer) -> Report {
         let only = &self.bench.options.only;
-        let is_real = self.bench.options.machines.is_some();
+        let is_real = self.bench.options.is_real();
         let wanted: Vec<&Check> = CHECKS
             .iter()
             .filter(|check| only.is_empty() || only.iter().any(|name| name == check.name))
@@ -158,9 +158,8 @@ impl Kit {
         {
             return Outcome::NotSupported { capability: missing.name.to_owned() };
         }
-        if self.bench.options.machines.is_some() && !self.description.capabilities.vm_nbd {
-            let why = "the real disks are offered over NBD only, which the provider cannot read";
-            return Outcome::NotTested { why: why.to_owned() };
+        if let Some(why) = self.cannot_look(check) {
+            return Outcome::NotTested { why };
         }
         // The same disks, whichever checks are run.
         let number = CHECKS.iter().position(|c| c.name == check.name).unwrap_or(0) as u64;
@@ -183,6 +182,20 @@ impl Kit {
             }
             Err(Fault { why, advice }) => Outcome::Failed { why, advice },
         }
+    }
+
+    /// Why a check cannot be made with what is not simulated.
+    fn cannot_look(&self, check: &Check) -> Option<String> {
+        let (options, can) = (&self.bench.options, &self.description.capabilities);
+        if check.is_of_containers() {
+            return options.trees.as_ref()?.unusable();
+        }
+        let machines = options.machines.as_ref()?;
+        let fits = if machines.offers_files() { can.vm_file } else { can.vm_nbd };
+        let way = if machines.offers_files() { "as files" } else { "over NBD" };
+        (!fits).then(|| {
+            format!("the real disks are offered {way} only, which the provider cannot read")
+        })
     }
 
     /// Removes the archives of one check, those first that were made last.

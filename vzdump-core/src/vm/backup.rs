@@ -45,7 +45,7 @@ use self::fleecing::Fleecing;
 pub use self::fleecing::FleecingOptions;
 pub(crate) use self::fleecing::is_ours as is_our_fleecing_image;
 use self::power::Power;
-use self::regions::ExportRegions;
+pub use self::regions::ExportRegions;
 use self::relay::Relay;
 use self::tpm::Tpm;
 use super::freeze_guard::{self, FreezeLimits, Frozen, GuardCommand};
@@ -116,15 +116,17 @@ struct Server {
 
 /// A disk as the NBD server offers it.
 #[derive(Debug)]
-struct Offered {
-    device: String,
+pub struct Offered {
+    /// The disk, for people.
+    pub device: String,
     /// Name of the export.
-    export: String,
-    size_bytes: u64,
+    pub export: String,
+    /// Its size.
+    pub size_bytes: u64,
     /// The bitmap that tells what changed; none if all of the disk is wanted.
-    reused_bitmap: Option<String>,
+    pub reused_bitmap: Option<String>,
     /// How much is wanted, as QEMU said when the point in time was taken.
-    wanted_bytes: u64,
+    pub wanted_bytes: u64,
 }
 
 /// The backup of one VM.

@@ -11,7 +11,7 @@ use provider_api::{
 use super::Verdict;
 use super::trouble::Silent;
 use crate::bench::Ctx;
-use crate::container::{Tree, change_tree, make_tree, runner, unpack};
+use crate::container::{PlainTree, ShownTree, Tree, change_tree, make_tree, unpack};
 use crate::fault::{Checked, Fault, ensure, words};
 
 const CONFIG: &[u8] = b"arch: amd64\nhostname: kit\nrootfs: kit:rootfs,size=1G\n";
@@ -35,30 +35,55 @@ async fn begin(ctx: &Ctx, provider: &dyn Provider, id: u32) -> Checked<Begun> {
     Ok(Begun { job, backup, archive })
 }
 
-/// Copies the tree as it is.
+/// Shows the tree, as it is or as the host shows it.
+async fn show(ctx: &Ctx, root: &Path) -> Checked<Box<dyn ShownTree>> {
+    match &ctx.bench.options.trees {
+        None => Ok(Box::new(PlainTree(root.to_owned()))),
+        Some(maker) => {
+            let shown = maker.show(root, &ctx.bench.private_dir()?).await;
+            shown.map_err(|why| Fault::new(format!("The kit's tree cannot be shown: {why}")))
+        }
+    }
+}
+
+/// Copies the tree, or what is at another place in it, leaving out `exclude`.
 async fn copy(
     ctx: &Ctx,
     backup: &mut dyn GuestBackup,
-    tree: &Path,
+    root: &Path,
+    (below, exclude): (&str, &[&str]),
 ) -> Checked<Result<ContainerTransferred, Error>> {
+    let shown = show(ctx, root).await?;
+    let at = |tree: std::path::PathBuf| if below.is_empty() { tree } else { tree.join(below) };
     let container = ContainerBackup {
         config: CONFIG.to_vec(),
         firewall: None,
-        tree: tree.to_owned(),
-        host_tree: tree.to_owned(),
+        tree: at(shown.tree()),
+        host_tree: at(shown.host_tree()),
         mounts: vec![ContainerMount {
             key: "rootfs".to_owned(),
             mount_point: "/".into(),
             volume_id: "kit:rootfs".to_owned(),
         }],
         id_map: Vec::new(),
-        exclude: Vec::new(),
+        exclude: exclude.iter().map(|pattern| (*pattern).to_owned()).collect(),
         bandwidth_limit: None,
-        runner: runner(),
+        runner: shown.runner(),
     };
     let call = ctx.call();
-    ctx.answer("backup_container", backup.backup_container(container, &Silent, &call)).await
+    let copied = backup.backup_container(container, &Silent, &call);
+    let copied = ctx.answer("backup_container", copied).await;
+    let closed = shown.close().await;
+    let copied = copied?;
+    closed.map_err(|why| {
+        Fault::new(format!("The tree cannot be withdrawn after backup_container: {why}"))
+            .advise("The tree and its runner are there until backup_container returns, no longer.")
+    })?;
+    Ok(copied)
 }
+
+/// All of the tree.
+const WHOLE: (&str, &[&str]) = ("", &[]);
 
 async fn finish(ctx: &Ctx, job: Box<dyn Job>) -> Checked {
     let call = ctx.call();
@@ -71,10 +96,10 @@ async fn back_up(
     provider: &dyn Provider,
     id: u32,
     root: &Path,
-    tree: &Tree,
+    (tree, exclude): (&Tree, &[&str]),
 ) -> Checked<String> {
     let mut begun = begin(ctx, provider, id).await?;
-    let moved = match copy(ctx, begun.backup.as_mut(), root).await? {
+    let moved = match copy(ctx, begun.backup.as_mut(), root, ("", exclude)).await? {
         Ok(moved) => moved,
         Err(error) => {
             let fault = Fault::new(format!("backup_container fails: {}", words(&error)));
@@ -157,10 +182,10 @@ pub(super) async fn container(ctx: &Ctx) -> Checked<Verdict> {
     make_tree(&root).map_err(made)?;
     let first = Tree::read(&root)?;
     let id = ctx.bench.guest_id();
-    let one = back_up(ctx, provider.as_ref(), id, &root, &first).await?;
+    let one = back_up(ctx, provider.as_ref(), id, &root, (&first, &[])).await?;
     change_tree(&root).map_err(made)?;
     let second = Tree::read(&root)?;
-    let two = back_up(ctx, provider.as_ref(), id, &root, &second).await?;
+    let two = back_up(ctx, provider.as_ref(), id, &root, (&second, &[])).await?;
     restore(ctx, provider.as_ref(), &one, &first).await?;
     restore(ctx, ctx.provider().await?.as_ref(), &two, &second).await?;
     Ok(Verdict::Passed)
@@ -175,7 +200,7 @@ pub(super) async fn abort(ctx: &Ctx) -> Checked<Verdict> {
     for is_copied in [false, true] {
         let mut begun = begin(ctx, provider.as_ref(), id).await?;
         if is_copied {
-            let copied = copy(ctx, begun.backup.as_mut(), &root).await?;
+            let copied = copy(ctx, begun.backup.as_mut(), &root, WHOLE).await?;
             ctx.expect("backup_container", async { copied }).await?;
         }
         let call = ctx.call();
@@ -187,14 +212,14 @@ pub(super) async fn abort(ctx: &Ctx) -> Checked<Verdict> {
     }
     // A tree that cannot be read is no archive.
     let mut begun = begin(ctx, provider.as_ref(), id).await?;
-    let copied = copy(ctx, begun.backup.as_mut(), &root.join("nowhere")).await?;
+    let copied = copy(ctx, begun.backup.as_mut(), &root, ("nowhere", &[])).await?;
     let call = ctx.call();
     ctx.expect("abort", begun.backup.abort("the kit gives it up", &call)).await?;
     finish(ctx, begun.job).await?;
     ensure(copied.map_or(true, |moved| moved.entries == 0), || {
         "The backup of a tree that is not there succeeds.".to_owned()
     })?;
-    let archive = back_up(ctx, provider.as_ref(), id, &root, &tree).await?;
+    let archive = back_up(ctx, provider.as_ref(), id, &root, (&tree, &[])).await?;
     restore(ctx, provider.as_ref(), &archive, &tree).await?;
     Ok(Verdict::Passed)
 }

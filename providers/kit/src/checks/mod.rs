@@ -37,6 +37,13 @@ pub(crate) struct Check {
     pub(crate) run: for<'a> fn(&'a Ctx) -> BoxFuture<'a, Checked<Verdict>>,
 }
 
+impl Check {
+    /// Whether it is about containers.
+    pub(crate) fn is_of_containers(&self) -> bool {
+        self.needs.iter().any(|need| need.name == CONTAINER.name)
+    }
+}
+
 static VM: Need = Need { name: "vm_nbd or vm_file", has: |c| c.vm_nbd || c.vm_file };
 static RESTORE: Need = Need { name: "vm_restore", has: |c| c.vm_restore };
 static INCREMENTAL: Need = Need { name: "vm_incremental", has: |c| c.vm_incremental };
@@ -179,14 +186,14 @@ pub(crate) static CHECKS: &[Check] = &[
         "container",
         "a container with odd files, restored file by file",
         &[&CONTAINER, &CONTAINER_RESTORE],
-        false,
+        true,
         containers::container
     ),
     check!(
         "container-abort",
         "gives up the backup of a container",
         &[&CONTAINER, &CONTAINER_RESTORE],
-        false,
+        true,
         containers::abort
     ),
 ];

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A provider that is right passes, and each way to be wrong is caught by the check that is for it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use provider_api::BoxFuture;
 use provider_kit::{
-    Grade, KitOptions, Machine, MachineMaker, NoObserver, Outcome, Report, check, check_names,
-    main_step_names,
+    Grade, KitOptions, Machine, MachineMaker, NoObserver, Outcome, Report, ShownTree, TreeMaker,
+    check, check_names, main_step_names,
 };
 
 use crate::files::{Fault, Setup};
@@ -146,7 +147,7 @@ fn every_check_has_a_fault_that_it_catches() {
 /// QEMU's storage daemon, where it can offer files.
 fn storage_daemon() -> Option<std::path::PathBuf> {
     let path = std::path::PathBuf::from("/usr/bin/qemu-storage-daemon");
-    let is_usable = path.exists() && std::path::Path::new("/dev/fuse").exists();
+    let is_usable = path.exists() && Path::new("/dev/fuse").exists();
     if !is_usable {
         eprintln!(
             "skipped in part: qemu-storage-daemon of Debian's qemu-system-common, or /dev/fuse, is missing"
@@ -190,8 +191,10 @@ async fn disks_may_be_files() {
     }
 }
 
-/// Must not be asked.
-struct NoMachines;
+/// Machines that cannot be made.
+struct NoMachines {
+    as_files: bool,
+}
 
 impl MachineMaker for NoMachines {
     fn make<'a>(
@@ -200,24 +203,58 @@ impl MachineMaker for NoMachines {
     ) -> BoxFuture<'a, Result<Box<dyn Machine>, String>> {
         Box::pin(std::future::ready(Err("a machine is made".to_owned())))
     }
+
+    fn offers_files(&self) -> bool {
+        self.as_files
+    }
+}
+
+/// Trees that cannot be shown.
+struct NoTrees {
+    unusable: Option<String>,
+}
+
+impl TreeMaker for NoTrees {
+    fn unusable(&self) -> Option<String> {
+        self.unusable.clone()
+    }
+
+    fn show<'a>(
+        &'a self,
+        _root: &'a Path,
+        _place: &'a Path,
+    ) -> BoxFuture<'a, Result<Box<dyn ShownTree>, String>> {
+        Box::pin(std::future::ready(Err("a tree is shown".to_owned())))
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn real_disks_are_for_providers_that_read_nbd() {
-    for from_files in [true, false] {
+async fn real_disks_are_for_providers_that_can_read_them() {
+    for (from_files, as_files) in [(true, true), (true, false), (false, true), (false, false)] {
         let dir = tempfile::tempdir().unwrap();
         let setup = Setup { from_files, ..Setup::new(dir.path().to_owned(), None) };
-        let options = KitOptions { machines: Some(Arc::new(NoMachines)), ..KitOptions::default() };
+        let unusable = as_files.then(|| "no rights".to_owned());
+        let options = KitOptions {
+            machines: Some(Arc::new(NoMachines { as_files })),
+            trees: Some(Arc::new(NoTrees { unusable })),
+            ..KitOptions::default()
+        };
         let report = check(setup.factory(), options, &NoObserver, &Default::default()).await;
         let names: Vec<_> = report.checks.iter().map(|check| check.name.as_str()).collect();
         assert_eq!(names, main_step_names().collect::<Vec<_>>());
+        // One that reads NBD reads files, too.
+        let can_read = as_files || !from_files;
         for check in &report.checks {
+            let is_tree = check.name.starts_with("container");
             let is_told = match &check.outcome {
-                Outcome::NotTested { why } => from_files && why.contains("NBD"),
-                Outcome::Failed { why, .. } => !from_files && why.contains("a machine is made"),
-                _ => false,
+                Outcome::NotTested { why } if is_tree => as_files && why.contains("no rights"),
+                Outcome::NotTested { why } => !can_read && why.contains("NBD"),
+                Outcome::Failed { why, .. } if is_tree => why.contains("a tree is shown"),
+                Outcome::Failed { why, .. } => can_read && why.contains("a machine is made"),
+                Outcome::NotSupported { .. } => is_tree && from_files,
+                Outcome::Passed { .. } => false,
             };
-            assert!(is_told, "{}", shown(&report));
+            assert!(is_told, "{}: {}", check.name, shown(&report));
         }
     }
 }

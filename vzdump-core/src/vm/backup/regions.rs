@@ -26,7 +26,7 @@ type Area = (u64, u64);
 
 /// The regions of one disk.
 #[derive(Debug)]
-pub(super) struct ExportRegions {
+pub struct ExportRegions {
     socket: PathBuf,
     disk: Offered,
     state: tokio::sync::Mutex<State>,
@@ -43,12 +43,13 @@ enum State {
 
 impl ExportRegions {
     /// Of a disk that the server at `socket` exports.
-    pub(super) fn new(socket: PathBuf, disk: Offered) -> Self {
+    #[must_use]
+    pub fn new(socket: PathBuf, disk: Offered) -> Self {
         Self { socket, disk, state: tokio::sync::Mutex::new(State::Unused) }
     }
 
     /// Answers no more: whoever still asks gets an error.
-    pub(super) async fn close(&self) {
+    pub async fn close(&self) {
         *self.state.lock().await = State::Closed;
     }
 
