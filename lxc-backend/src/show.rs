@@ -46,7 +46,7 @@ impl ShownDirectory {
         let (log, mut lines) = mpsc::channel(LOG_LINES);
         // Ends with the runner.
         tokio::spawn(async move { while lines.recv().await.is_some() {} });
-        Ok(Self { runner: Arc::new(Runner { view, program, log, writable: false }) })
+        Ok(Self { runner: Arc::new(Runner { view, program, log }) })
     }
 
     /// Where commands find it.
