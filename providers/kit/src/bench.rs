@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use provider_api::{
     Archive, BitmapMode, BitmapRequest, Call, CancellationToken, CommitOutcome, Committed, Error,
-    GuestBackup, GuestInfo, GuestKind, Job, JobInfo, Progress, Provider, Transferred, Uuid, Volume,
-    check_archive_name,
+    GuestBackup, GuestInfo, GuestKind, Job, JobInfo, Progress, Provider, Readable, Transferred,
+    Uuid, Volume, check_archive_name,
 };
 
 use crate::fault::{Checked, Fault, clean, ensure, words};
@@ -115,6 +115,8 @@ pub(crate) struct Copied {
     pub(crate) result: Result<Transferred, Error>,
     pub(crate) truth: Truth,
     pub(crate) volumes: Vec<Volume>,
+    /// Bytes that may have been looked at, as few and as many as is right.
+    looked_at: (u64, u64),
     pub(crate) seen: Option<Seen>,
 }
 
@@ -337,7 +339,7 @@ impl Ctx {
         if vm.is_busy {
             vm.scribble(2).await?;
         }
-        let meter = Meter::new(&volumes);
+        let meter = Meter::new(&volumes, requests);
         let call = self.call();
         let offered = vm.backup(volumes.clone());
         let result = self.answer("backup_vm", backup.backup_vm(offered, &meter, &call)).await?;
@@ -348,7 +350,8 @@ impl Ctx {
         if result.is_ok() {
             meter.judge()?;
         }
-        Ok(Copied { result, truth, volumes, seen })
+        let looked_at = meter.sums();
+        Ok(Copied { result, truth, volumes, looked_at, seen })
     }
 
     /// Ends the backup by a commit, and the job.
@@ -408,10 +411,10 @@ impl Ctx {
 
     /// Judges what a provider did with the disks, and what it says about it.
     pub(crate) fn judge_copy(&self, copied: &Copied, moved: &Transferred) -> Checked {
-        let expected: u64 = copied.volumes.iter().map(looked_at_bytes).sum();
-        ensure(moved.total_bytes == expected, || {
+        let (least, most) = copied.looked_at;
+        ensure(moved.total_bytes == least || moved.total_bytes == most, || {
             format!(
-                "backup_vm says that it looked at {} bytes; the disks had {expected} to look at.",
+                "backup_vm says that it looked at {} bytes; the disks had {least} to look at.",
                 moved.total_bytes
             )
         })?;
@@ -520,33 +523,42 @@ impl Ctx {
     }
 }
 
-/// Bytes of a volume that a backup has to look at.
-pub(crate) fn looked_at_bytes(volume: &Volume) -> u64 {
+/// Bytes of a volume that a backup has to look at, and those that it may: all of the disk, if it asked for
+/// that.
+fn looked_at_bytes(volume: &Volume, request: Option<&BitmapRequest>) -> (u64, u64) {
+    let has_all = matches!(request, Some(BitmapRequest::Use { readable: Readable::All, .. }));
     match (volume.bitmap_mode, volume.dirty_bytes) {
-        (BitmapMode::Reuse, Some(dirty)) => dirty,
-        _ => volume.size_bytes,
+        (BitmapMode::Reuse, Some(dirty)) if has_all => (dirty, volume.size_bytes),
+        (BitmapMode::Reuse, Some(dirty)) => (dirty, dirty),
+        _ => (volume.size_bytes, volume.size_bytes),
     }
 }
 
 /// Checks what is reported.
 struct Meter {
-    /// Bytes to be looked at, by device.
-    expected: BTreeMap<String, u64>,
+    /// Bytes to be looked at, by device: as few and as many as is right.
+    expected: BTreeMap<String, (u64, u64)>,
     fault: Mutex<Option<String>>,
     reports: AtomicU64,
 }
 
 impl Meter {
-    fn new(volumes: &[Volume]) -> Self {
-        let expected = volumes.iter().map(|v| (v.device.clone(), looked_at_bytes(v))).collect();
+    fn new(volumes: &[Volume], requests: &[BitmapRequest]) -> Self {
+        let looked_at =
+            |(n, v): (usize, &Volume)| (v.device.clone(), looked_at_bytes(v, requests.get(n)));
+        let expected = volumes.iter().enumerate().map(looked_at).collect();
         Self { expected, fault: Mutex::default(), reports: AtomicU64::new(0) }
+    }
+
+    fn sums(&self) -> (u64, u64) {
+        self.expected.values().fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     }
 
     fn judge(&self) -> Checked {
         if let Some(fault) = held(&self.fault).take() {
             return Err(Fault::new(fault));
         }
-        let has_work = self.expected.values().any(|bytes| *bytes > 0);
+        let has_work = self.expected.values().any(|(least, _)| *least > 0);
         let is_silent = self.reports.load(Ordering::Relaxed) == 0;
         if has_work && is_silent {
             return Err(Fault::new("It reports no progress.")
@@ -559,7 +571,7 @@ impl Meter {
 impl Progress for Meter {
     fn report(&self, device: &str, done_bytes: u64, total_bytes: u64, zero_bytes: u64) {
         self.reports.fetch_add(1, Ordering::Relaxed);
-        let expected = self.expected.get(device);
+        let expected = self.expected.get(device).map(|(_, most)| most);
         let is_right = expected.is_some_and(|bytes| total_bytes <= *bytes)
             && done_bytes <= total_bytes
             && zero_bytes <= done_bytes;

@@ -28,6 +28,10 @@ const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 const STDERR_BYTES: usize = 16 << 10;
 /// Entries of a restored tree that are looked at; the kit's own trees have far fewer.
 const ENTRIES_MAX: usize = 10_000;
+/// What a restored tree may take, of one file and in all; the kit's own trees take some 100 KiB.
+const TREE_BYTES_MAX: u64 = 64 << 20;
+/// How often a tree that is being unpacked is looked at.
+const WATCH_STEP: Duration = Duration::from_millis(100);
 /// Time stamps of the tree lie in the past, where nothing else sets them.
 const OLD: Duration = Duration::from_secs(1_500_000_000);
 
@@ -68,6 +72,21 @@ pub(crate) fn make_tree(root: &Path) -> std::io::Result<()> {
         fs::File::open(root.join(file))?.set_modified(time)?;
     }
     Ok(())
+}
+
+/// Patterns of what is left out of a tree, and what they leave out of that of [`make_excluded`].
+pub(crate) const EXCLUDED: [&str; 4] = ["/tmp/?*", "/opt", "*.swp", "/var/run/?*.pid"];
+pub(crate) const LEFT_OUT: [&str; 5] =
+    ["tmp/file", "tmp/deep", "opt", "home/notes.swp", "var/run/x.pid"];
+
+/// Adds what [`EXCLUDED`] leaves out, and what stays though it looks similar.
+pub(crate) fn make_excluded(root: &Path) -> std::io::Result<()> {
+    for dir in ["tmp/deep", "opt/deep", "home/tmp", "home/opt", "var/run"] {
+        fs::create_dir_all(root.join(dir))?;
+    }
+    let stay = ["home/tmp/file", "home/opt/file", "home/notes.swp.txt", "var/run/lock", "swp"];
+    let go = ["tmp/file", "tmp/deep/file", "opt/deep/file", "home/notes.swp", "var/run/x.pid"];
+    stay.iter().chain(&go).try_for_each(|name| fs::write(root.join(name), name))
 }
 
 /// Changes the tree as a container that runs on.
@@ -117,6 +136,12 @@ impl Tree {
         Ok(Self(entries))
     }
 
+    /// The tree without these entries and what is in them; for the others nothing else changes.
+    pub(crate) fn without(mut self, left_out: &[&str]) -> Self {
+        self.0.retain(|name, _| !left_out.iter().any(|out| Path::new(name).starts_with(out)));
+        self
+    }
+
     /// How many entries it has.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
@@ -160,6 +185,10 @@ fn read_entry(path: &Path) -> std::io::Result<Entry> {
     } else if kind.is_fifo() {
         ("fifo", Vec::new())
     } else if kind.is_file() {
+        if meta.len() > TREE_BYTES_MAX {
+            let text = format!("'{}' has {} bytes", clean(&path.to_string_lossy()), meta.len());
+            return Err(std::io::Error::other(text));
+        }
         ("file", fs::read(path)?)
     } else {
         ("other", Vec::new())
@@ -223,6 +252,43 @@ impl ShownTree for PlainTree {
 
     fn close(self: Box<Self>) -> BoxFuture<'static, std::result::Result<(), String>> {
         Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+/// The same tree, whose commands wait before they begin.
+pub(crate) struct SlowTree(pub(crate) PathBuf, pub(crate) Duration);
+
+impl ShownTree for SlowTree {
+    fn tree(&self) -> PathBuf {
+        self.0.clone()
+    }
+
+    fn host_tree(&self) -> PathBuf {
+        self.0.clone()
+    }
+
+    fn runner(&self) -> Arc<dyn ContainerRunner> {
+        Arc::new(SlowRunner(self.1))
+    }
+
+    fn close(self: Box<Self>) -> BoxFuture<'static, std::result::Result<(), String>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+#[derive(Debug)]
+struct SlowRunner(Duration);
+
+impl ContainerRunner for SlowRunner {
+    fn command<'a>(
+        &'a self,
+        command: ContainerCommand,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<CommandEnd>> {
+        Box::pin(async move {
+            tokio::time::sleep(self.0).await;
+            run(command, call).await
+        })
     }
 }
 
@@ -300,6 +366,40 @@ pub(crate) async fn unpack(data: &ContainerData, room: &Path) -> Checked<PathBuf
     }
 }
 
+/// Looks at a tree that grows, until it is too large.
+async fn watch(root: PathBuf) -> String {
+    loop {
+        tokio::time::sleep(WATCH_STEP).await;
+        let root = root.clone();
+        let found = tokio::task::spawn_blocking(move || too_large(&root)).await;
+        if let Ok(Some(why)) = found {
+            return why;
+        }
+    }
+}
+
+/// Why a tree is too large. Entries may come and go meanwhile.
+fn too_large(root: &Path) -> Option<String> {
+    let (mut open, mut entries, mut bytes) = (vec![root.to_owned()], 0, 0_u64);
+    while let Some(dir) = open.pop() {
+        for found in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let Ok(meta) = found.metadata() else { continue };
+            entries += 1;
+            bytes = bytes.saturating_add(meta.blocks().saturating_mul(512));
+            if entries > ENTRIES_MAX || bytes > TREE_BYTES_MAX {
+                return Some(format!(
+                    "The restored archive goes on after {entries} entries and {bytes} bytes, which is far \
+                     more than was backed up."
+                ));
+            }
+            if meta.is_dir() {
+                open.push(found.path());
+            }
+        }
+    }
+    None
+}
+
 async fn untar(path: &Path, compression: Compression, room: &Path) -> Checked<PathBuf> {
     let shown = clean(&path.display().to_string());
     let meta = fs::symlink_metadata(path)
@@ -329,7 +429,11 @@ async fn untar(path: &Path, compression: Compression, room: &Path) -> Checked<Pa
         stdin: None,
         stdout: None,
     };
-    let end = run(command, &Call::default()).await;
+    let call = Call::default();
+    let end = tokio::select! {
+        end = run(command, &call) => end,
+        why = watch(target.clone()) => return Err(Fault::new(why)),
+    };
     let end = end.map_err(|e| Fault::new(format!("tar: {}", clean(&e.message))))?;
     ensure(end.exit_code == 0, || {
         format!("tar cannot unpack the archive: {}", clean(&end.stderr_tail))

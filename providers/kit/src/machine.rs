@@ -154,6 +154,14 @@ impl SimMachine {
         self.disks.iter_mut().for_each(Disk::invalidate);
     }
 
+    /// Takes the disks away from the provider; what counts for the next increment is not decided by that.
+    pub(crate) async fn withdraw(&mut self) {
+        if let Some(files) = self.files.take() {
+            files.close().await;
+        }
+        self.server = None;
+    }
+
     /// Replaces the disks; those of the same name and size keep their bitmaps.
     pub(crate) fn replace_disks(&mut self, disks: &[(String, Arc<Vec<u8>>)]) {
         let mut old = std::mem::take(&mut self.disks);
@@ -241,10 +249,7 @@ impl Machine for SimMachine {
 
     fn thaw(&mut self, success: bool) -> BoxFuture<'_, Result<(), String>> {
         Box::pin(async move {
-            if let Some(files) = self.files.take() {
-                files.close().await;
-            }
-            self.server = None;
+            self.withdraw().await;
             self.disks.iter_mut().for_each(|disk| disk.thaw(success));
             Ok(())
         })

@@ -120,7 +120,8 @@ impl Ctx {
         truth: &Arc<Vec<u8>>,
     ) -> Checked {
         let at = |fault: Fault| fault.at(&format!("disk {device}"));
-        let (source, size_bytes) = open(source, dir).await.map_err(at)?;
+        let limit = self.bench.options.call_limit.min(NBD_TIMEOUT);
+        let (source, size_bytes) = open(source, dir, limit).await.map_err(at)?;
         ensure(size_bytes == truth.len() as u64, || {
             format!(
                 "The archive announces {} bytes for disk {device}, and what it offers has {size_bytes}.",
@@ -151,7 +152,7 @@ async fn compare_at_random(source: &VolumeSource, dir: &Path, truth: &[u8]) -> C
     ensure(matches!(source, VolumeSource::NbdUnix { .. }), || {
         "A disk that can be read at random must be offered over NBD.".to_owned()
     })?;
-    let (source, _) = open(source, dir).await?;
+    let (source, _) = open(source, dir, NBD_TIMEOUT).await?;
     let mut random = Random::new(7);
     for _ in 0..16 {
         let reads: Vec<(usize, usize)> = (0..8)
@@ -171,10 +172,10 @@ async fn compare_at_random(source: &VolumeSource, dir: &Path, truth: &[u8]) -> C
     Ok(())
 }
 
-async fn open(source: &VolumeSource, dir: &Path) -> Checked<(Source, u64)> {
+async fn open(source: &VolumeSource, dir: &Path, limit: Duration) -> Checked<(Source, u64)> {
     match source {
         VolumeSource::Path(path) => open_file(path),
-        VolumeSource::NbdUnix { socket, export } => open_export(socket, export, dir).await,
+        VolumeSource::NbdUnix { socket, export } => open_export(socket, export, dir, limit).await,
         _ => Err(Fault::new("It offers the disk in a way that the kit does not know.")),
     }
 }
@@ -203,7 +204,12 @@ fn open_file(path: &Path) -> Checked<(Source, u64)> {
     Ok((Source::File(Arc::new(file)), size_bytes))
 }
 
-async fn open_export(socket: &Path, export: &str, dir: &Path) -> Checked<(Source, u64)> {
+async fn open_export(
+    socket: &Path,
+    export: &str,
+    dir: &Path,
+    limit: Duration,
+) -> Checked<(Source, u64)> {
     let shown = clean(&socket.display().to_string());
     ensure(socket.parent() == Some(dir) && socket.file_name().is_some(), || {
         format!("The socket {shown} is not in the private directory of the restore.")
@@ -214,7 +220,7 @@ async fn open_export(socket: &Path, export: &str, dir: &Path) -> Checked<(Source
     ensure(export.len() <= EXPORT_BYTES_MAX && !export.contains('\0'), || {
         "The name of the export is not allowed.".to_owned()
     })?;
-    let options = Options { timeout: Some(NBD_TIMEOUT), ..Options::default() };
+    let options = Options { timeout: Some(limit), ..Options::default() };
     let client = Client::connect_unix(socket, export, options).await;
     let client = client
         .map_err(|e| Fault::new(format!("The export cannot be used: {}", clean(&e.to_string()))))?;

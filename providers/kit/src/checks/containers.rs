@@ -2,6 +2,10 @@
 //! Containers: a tree of odd files, backed up and compared with what a restore gives.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures_util::future::join;
 
 use provider_api::{
     ContainerBackup, ContainerData, ContainerMount, ContainerRestore, ContainerTransferred, Error,
@@ -9,12 +13,19 @@ use provider_api::{
 };
 
 use super::Verdict;
+use super::guests::ask_until;
 use super::trouble::Silent;
 use crate::bench::Ctx;
-use crate::container::{PlainTree, ShownTree, Tree, change_tree, make_tree, unpack};
+use crate::container::{
+    EXCLUDED, LEFT_OUT, PlainTree, ShownTree, SlowTree, Tree, change_tree, make_excluded,
+    make_tree, unpack,
+};
 use crate::fault::{Checked, Fault, ensure, words};
 
 const CONFIG: &[u8] = b"arch: amd64\nhostname: kit\nrootfs: kit:rootfs,size=1G\n";
+
+/// How long a command waits for the storage to be asked meanwhile.
+const SLOW_COMMAND: Duration = Duration::from_secs(1);
 
 /// A container's backup that was begun.
 struct Begun {
@@ -51,9 +62,17 @@ async fn copy(
     ctx: &Ctx,
     backup: &mut dyn GuestBackup,
     root: &Path,
+    part: (&str, &[&str]),
+) -> Checked<Result<ContainerTransferred, Error>> {
+    copy_shown(ctx, backup, show(ctx, root).await?, part).await
+}
+
+async fn copy_shown(
+    ctx: &Ctx,
+    backup: &mut dyn GuestBackup,
+    shown: Box<dyn ShownTree>,
     (below, exclude): (&str, &[&str]),
 ) -> Checked<Result<ContainerTransferred, Error>> {
-    let shown = show(ctx, root).await?;
     let at = |tree: std::path::PathBuf| if below.is_empty() { tree } else { tree.join(below) };
     let container = ContainerBackup {
         config: CONFIG.to_vec(),
@@ -188,6 +207,47 @@ pub(super) async fn container(ctx: &Ctx) -> Checked<Verdict> {
     let two = back_up(ctx, provider.as_ref(), id, &root, (&second, &[])).await?;
     restore(ctx, provider.as_ref(), &one, &first).await?;
     restore(ctx, ctx.provider().await?.as_ref(), &two, &second).await?;
+    Ok(Verdict::Passed)
+}
+
+/// Patterns of vzdump's `--exclude-path`: those that begin with a slash are about that very path.
+pub(super) async fn exclude(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let root = ctx.bench.private_dir()?;
+    let made = |e: std::io::Error| Fault::new(format!("The kit cannot make its tree: {e}."));
+    make_tree(&root).map_err(made)?;
+    make_excluded(&root).map_err(made)?;
+    let expected = Tree::read(&root)?.without(&LEFT_OUT);
+    let id = ctx.bench.guest_id();
+    let archive = back_up(ctx, provider.as_ref(), id, &root, (&expected, &EXCLUDED)).await?;
+    let advice = "`exclude` has the patterns of vzdump's --exclude-path: with a slash at the beginning from \
+                  the container's root, else anywhere.";
+    let compared = restore(ctx, provider.as_ref(), &archive, &expected).await;
+    compared.map_err(|fault| fault.at(&format!("With {EXCLUDED:?} left out")).advise(advice))?;
+    Ok(Verdict::Passed)
+}
+
+/// A command that is slow keeps a backup under way, and the storage is asked meanwhile.
+pub(super) async fn load(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let root = ctx.bench.private_dir()?;
+    make_tree(&root).map_err(|e| Fault::new(format!("The kit cannot make its tree: {e}.")))?;
+    let mut begun = begin(ctx, provider.as_ref(), ctx.bench.guest_id()).await?;
+    let is_over = AtomicBool::new(false);
+    let backup = async {
+        let shown = Box::new(SlowTree(root, SLOW_COMMAND));
+        let copied = copy_shown(ctx, begun.backup.as_mut(), shown, WHOLE).await;
+        is_over.store(true, Ordering::Relaxed);
+        copied
+    };
+    let asking = ask_until(ctx, provider.as_ref(), &is_over);
+    let (copied, asked) = join(backup, asking).await;
+    let call = ctx.call();
+    ctx.expect("abort", begun.backup.abort("the kit gives it up", &call)).await?;
+    finish(ctx, begun.job).await?;
+    let copied = copied?;
+    ctx.expect("backup_container", async { copied }).await?;
+    asked.map_err(|fault| fault.at("During the backup of a container"))?;
     Ok(Verdict::Passed)
 }
 

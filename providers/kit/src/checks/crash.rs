@@ -49,6 +49,36 @@ async fn die_after(ctx: &Ctx, vm: &mut Vm, step: &str) -> Checked<String> {
     Ok(begun.archive)
 }
 
+/// The host takes the disks away before a commit that is slow, and the guest goes on.
+pub(super) async fn slow_commit(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let provider = provider.as_ref();
+    let mut vm = ctx.usual_vm().await?;
+    let mut all = Vec::new();
+    for _ in 0..2 {
+        let mut begun = ctx.begin(provider, &vm).await?;
+        let requests = ctx.plan(begun.backup.as_mut(), &mut vm).await?;
+        let copied = ctx.copy(begun.backup.as_mut(), &mut vm, &requests).await?;
+        let moved = ctx.expect("backup_vm", async { copied.result }).await?;
+        vm.sim()?.withdraw().await;
+        vm.scribble(2).await?;
+        let (archive, commit_id) = (begun.archive.clone(), Uuid::new_v4());
+        let committed = ctx.commit(begun, commit_id).await?;
+        vm.machine.as_dyn().thaw(committed.is_ok()).await.map_err(Fault::new)?;
+        let what = "commit, after the disks were withdrawn,";
+        ctx.expect(what, async { committed }).await.map_err(|fault| {
+            fault.advise("With `slow_commit` all that is read of disks is read in backup_vm.")
+        })?;
+        let volumes = (copied.truth, copied.volumes.as_slice());
+        all.push(Made::new(archive, commit_id, requests, volumes, moved));
+        vm.scribble(3).await?;
+    }
+    for made in &all {
+        ctx.check_restore(provider, made).await?;
+    }
+    Ok(Verdict::Passed)
+}
+
 pub(super) async fn outcome(ctx: &Ctx) -> Checked<Verdict> {
     let mut vm = ctx.usual_vm().await?;
     let provider = ctx.provider().await?;

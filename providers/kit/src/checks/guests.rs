@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::{join, join_all};
-use provider_api::{JobInfo, Uuid};
+use provider_api::{JobInfo, Provider, Uuid};
 
 use super::Verdict;
 use super::backup::check_config;
@@ -114,6 +114,26 @@ pub(super) async fn configs(ctx: &Ctx) -> Checked<Verdict> {
     Ok(Verdict::Passed)
 }
 
+/// Asks for status and list until a backup is over; says how often.
+pub(super) async fn ask_until(
+    ctx: &Ctx,
+    provider: &dyn Provider,
+    is_over: &AtomicBool,
+) -> Checked<u32> {
+    let mut asked = 0;
+    while !is_over.load(Ordering::Relaxed) {
+        ask_status(ctx, provider).await?;
+        let begin = Instant::now();
+        ctx.list(provider).await?;
+        ensure(begin.elapsed() < LIST_LIMIT, || {
+            format!("list takes {} ms during a backup.", begin.elapsed().as_millis())
+        })?;
+        asked += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(asked)
+}
+
 /// A slow disk keeps a backup under way, and the storage is asked meanwhile.
 pub(super) async fn load(ctx: &Ctx) -> Checked<Verdict> {
     let provider = ctx.provider().await?;
@@ -126,20 +146,7 @@ pub(super) async fn load(ctx: &Ctx) -> Checked<Verdict> {
         is_over.store(true, Ordering::Relaxed);
         made
     };
-    let asking = async {
-        let mut asked = 0;
-        while !is_over.load(Ordering::Relaxed) {
-            ask_status(ctx, provider.as_ref()).await?;
-            let begin = Instant::now();
-            ctx.list(provider.as_ref()).await?;
-            ensure(begin.elapsed() < LIST_LIMIT, || {
-                format!("list takes {} ms during a backup.", begin.elapsed().as_millis())
-            })?;
-            asked += 1;
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ok::<_, Fault>(asked)
-    };
+    let asking = ask_until(ctx, provider.as_ref(), &is_over);
     let (made, asked) = join(backup, asking).await;
     made?;
     let asked = asked.map_err(|fault| fault.at("During a backup"))?;

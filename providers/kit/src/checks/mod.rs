@@ -55,6 +55,7 @@ static LOG: Need = Need { name: "log", has: |c| c.log };
 static FILE: Need = Need { name: "vm_file", has: |c| c.vm_file };
 static CONTAINER: Need = Need { name: "container", has: |c| c.container };
 static CONTAINER_RESTORE: Need = Need { name: "container_restore", has: |c| c.container_restore };
+static SLOW_COMMIT: Need = Need { name: "slow_commit", has: |c| c.slow_commit };
 static RANDOM_READ: Need = Need { name: "random_read", has: |c| c.random_read };
 
 macro_rules! check {
@@ -138,6 +139,13 @@ pub(crate) static CHECKS: &[Check] = &[
         false,
         crash::outcome
     ),
+    check!(
+        "slow-commit",
+        "commits when the disks are gone",
+        &[&VM, &RESTORE, &SLOW_COMMIT],
+        false,
+        crash::slow_commit
+    ),
     check!("concurrent", "several guests at once", &[&VM, &RESTORE], false, guests::concurrent),
     check!("hostile-names", "guests with hostile names", &[&VM, &RESTORE], false, guests::names),
     check!(
@@ -195,6 +203,20 @@ pub(crate) static CHECKS: &[Check] = &[
         &[&CONTAINER, &CONTAINER_RESTORE],
         true,
         containers::abort
+    ),
+    check!(
+        "container-exclude",
+        "leaves out what is to be left out, no more",
+        &[&CONTAINER, &CONTAINER_RESTORE],
+        true,
+        containers::exclude
+    ),
+    check!(
+        "container-load",
+        "answers fast during the backup of a container",
+        &[&CONTAINER],
+        false,
+        containers::load
     ),
 ];
 

@@ -74,7 +74,15 @@ const CAUGHT_BY: &[(Fault, &str)] = &[
     (Fault::WrongTime, "full"),
     (Fault::WrongTotal, "full"),
     (Fault::ZeroesLost, "incremental"),
+    (Fault::DeafExport, "full"),
+    (Fault::EndlessTar, "container"),
+    (Fault::HugeFile, "container"),
+    (Fault::IgnoresExcludes, "container-exclude"),
+    (Fault::ReadsInCommit, "slow-commit"),
+    (Fault::RestoreNeverAnswers, "full"),
+    (Fault::SilentTar, "container"),
     // The same faults, seen in other lights.
+    (Fault::SlowStatus, "container-load"),
     (Fault::SkipsLastArea, "chain"),
     (Fault::SkipsLastArea, "files"),
     (Fault::AbortLeavesArchive, "container-abort"),
@@ -114,6 +122,17 @@ async fn a_provider_without_faults_is_complete() {
     };
     let remarks = remarks.filter(is_blame);
     assert_eq!(remarks.collect::<Vec<_>>(), [""; 0]);
+}
+
+/// Some compare with the last archive what a bitmap does not mark, or make full backups now and then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_may_ask_for_all_of_a_disk() {
+    let dir = tempfile::Builder::new().prefix("kit-all").tempdir().unwrap();
+    let setup = Setup { reads_all: true, ..Setup::new(dir.path().to_owned(), None) };
+    let only = ["incremental", "chain", "late-full"].map(str::to_owned).to_vec();
+    let options = KitOptions { size_bytes: 1 << 20, chain_steps: 4, only, ..KitOptions::default() };
+    let report = check(setup.factory(), options, &NoObserver, &Default::default()).await;
+    assert_eq!(report.counts().passed, 3, "{}", shown(&report));
 }
 
 #[tokio::test(flavor = "multi_thread")]

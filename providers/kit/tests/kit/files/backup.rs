@@ -44,7 +44,8 @@ impl Job for FileJob {
                 commit_id: None,
                 disks: Vec::new(),
             };
-            let backup: Box<dyn GuestBackup> = Box::new(FileBackup { store, name, manifest });
+            let backup: Box<dyn GuestBackup> =
+                Box::new(FileBackup { store, name, manifest, late: None });
             backup
         }))
     }
@@ -61,6 +62,8 @@ struct FileBackup {
     store: Store,
     name: String,
     manifest: Manifest,
+    /// A disk that is read once more in the commit.
+    late: Option<Volume>,
 }
 
 impl Drop for FileBackup {
@@ -117,7 +120,9 @@ impl FileBackup {
                     readable: Readable::Dirty,
                 },
                 Some((_, generation)) => {
-                    BitmapRequest::Use { generation, readable: Readable::Dirty }
+                    let all = self.store.setup.reads_all;
+                    let readable = if all { Readable::All } else { Readable::Dirty };
+                    BitmapRequest::Use { generation, readable }
                 }
                 None => BitmapRequest::New,
             });
@@ -162,6 +167,9 @@ impl FileBackup {
                 result = work => result?,
             };
         }
+        if self.has(Fault::ReadsInCommit) {
+            self.late = backup.volumes.first().cloned();
+        }
         if self.has(Fault::EndlessBackup) {
             std::future::pending::<()>().await;
         }
@@ -182,8 +190,8 @@ impl FileBackup {
         progress: &dyn Progress,
         moved: &mut Transferred,
     ) -> Result<()> {
-        let is_increment =
-            volume.bitmap_mode == BitmapMode::Reuse && !self.has(Fault::IgnoresBitmap);
+        let is_full = self.store.setup.reads_all || self.has(Fault::IgnoresBitmap);
+        let is_increment = volume.bitmap_mode == BitmapMode::Reuse && !is_full;
         let mut content = match self.base(&volume.device, volume.size_bytes)? {
             Some((base, _)) if is_increment => {
                 fs::read(base).map_err(|error| Error::io("Reading the base failed.", error))?
@@ -435,6 +443,9 @@ impl GuestBackup for FileBackup {
         Box::pin(async move {
             let (store, name, manifest) =
                 (self.store.clone(), self.name.clone(), self.manifest.clone());
+            if let Some(volume) = &self.late {
+                self.open(volume).await?;
+            }
             // A slow step, during which the host may die.
             let slow = Duration::from_millis(4);
             if store.setup.has(Fault::CommitsAnyway) {

@@ -2,12 +2,15 @@
 //! Containers: `tar`, run beside the tree, into one archive file.
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use provider_api::{
     BoxFuture, Call, Compression, ContainerBackup, ContainerCommand, ContainerData,
     ContainerRestore, ContainerTransferred, Error, Identity, Result,
 };
+
+use rustix::fs::{CWD, FileType, Mode};
 
 use super::store::Store;
 use super::{Fault, now, other};
@@ -29,6 +32,14 @@ pub(crate) async fn store(
         argv.push("--hard-dereference");
     }
     let mut argv: Vec<std::ffi::OsString> = argv.into_iter().map(Into::into).collect();
+    if !store.setup.has(Fault::IgnoresExcludes) {
+        argv.push("--wildcards".into());
+        for pattern in &backup.exclude {
+            let (how, dot) =
+                if pattern.starts_with('/') { ("--anchored", ".") } else { ("--no-anchored", "") };
+            argv.extend([how.into(), format!("--exclude={dot}{pattern}").into()]);
+        }
+    }
     argv.extend(["--index-file".into(), list.clone().into(), "--directory".into()]);
     argv.extend([backup.tree.clone().into(), ".".into()]);
     if store.setup.has(Fault::ContainerIsEmpty) {
@@ -62,16 +73,67 @@ pub(crate) async fn store(
 }
 
 /// The restore of one.
-pub(crate) struct TarRestore(pub(crate) PathBuf);
+pub(crate) struct TarRestore {
+    pub(crate) archive: PathBuf,
+    pub(crate) fault: Option<Fault>,
+}
+
+impl TarRestore {
+    fn offer(&self, private_dir: &Path) -> std::io::Result<ContainerData> {
+        let fifo = || -> std::io::Result<PathBuf> {
+            let path = private_dir.join("fifo");
+            let mode = Mode::from_raw_mode(0o600);
+            rustix::fs::mknodat(CWD, &path, FileType::Fifo, mode, 0)?;
+            Ok(path)
+        };
+        let mut path = self.archive.clone();
+        match self.fault {
+            Some(Fault::HugeFile) => {
+                File::create(private_dir.join("huge"))?.set_len(1 << 40)?;
+                return Ok(ContainerData::Directory(private_dir.to_owned()));
+            }
+            Some(Fault::SilentTar) => path = fifo()?,
+            Some(Fault::EndlessTar) => {
+                path = fifo()?;
+                let fifo = path.clone();
+                // Ends when nobody reads any more.
+                std::thread::spawn(move || {
+                    let mut fifo = File::options().write(true).open(fifo)?;
+                    (0_u32..).try_for_each(|n| fifo.write_all(&empty_file(n)))
+                });
+            }
+            _ => {}
+        }
+        Ok(ContainerData::Tar { path, compression: Compression::None })
+    }
+}
+
+/// A header of tar for an empty file.
+fn empty_file(number: u32) -> [u8; 512] {
+    let mut header = [0; 512];
+    let mut put = |at: usize, text: &str| {
+        header[at..at + text.len()].copy_from_slice(text.as_bytes());
+    };
+    put(0, &format!("file-{number}"));
+    for (at, text) in [(100, "0000644"), (108, "0000000"), (116, "0000000")] {
+        put(at, text);
+    }
+    for (at, text) in [(124, "00000000000"), (136, "00000000000"), (148, "        "), (156, "0")] {
+        put(at, text);
+    }
+    put(257, "ustar\u{0}00");
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    header
+}
 
 impl ContainerRestore for TarRestore {
     fn data<'a>(
         &'a mut self,
-        _private_dir: &'a Path,
+        private_dir: &'a Path,
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<ContainerData>> {
-        let (path, compression) = (self.0.clone(), Compression::None);
-        now(Ok(ContainerData::Tar { path, compression }))
+        now(self.offer(private_dir).map_err(|error| Error::io("No files.", error)))
     }
 
     fn cleanup<'a>(self: Box<Self>, _call: &'a Call) -> BoxFuture<'a, Result<()>>

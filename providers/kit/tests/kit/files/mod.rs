@@ -40,17 +40,21 @@ pub(crate) enum Fault {
     ContainerErrorsIgnored,
     ContainerIsEmpty,
     CrashLeavesArchive,
+    DeafExport,
     DirtySumIgnored,
     DuplicateInList,
     EndlessBackup,
     EndlessNotes,
+    EndlessTar,
     FalseAlarm,
     FirewallLost,
     ForgetsCommits,
     HardLinksLost,
+    HugeFile,
     HugeGeneration,
     IgnoresBitmap,
     IgnoresCancel,
+    IgnoresExcludes,
     KeepsProtectedNot,
     ListedEarly,
     LogCut,
@@ -65,12 +69,15 @@ pub(crate) enum Fault {
     PendingForEver,
     ProgressPastEnd,
     ReadsClean,
+    ReadsInCommit,
     ReleasesUnread,
     RemoveIsRefused,
     RemoveTakesNext,
+    RestoreNeverAnswers,
     SameBytesAgain,
     ShortFile,
     SilentProgress,
+    SilentTar,
     SizeIgnored,
     SizeRounded,
     SkipsLastArea,
@@ -95,13 +102,15 @@ pub(crate) struct Setup {
     pub(crate) fault: Option<Fault>,
     /// Backs up from files, not over NBD.
     pub(crate) from_files: bool,
+    /// Asks for increments in which all of a disk can be read, and makes full backups of them.
+    pub(crate) reads_all: bool,
     /// In place of a lock of the storage.
     pub(crate) lock: Arc<Mutex<()>>,
 }
 
 impl Setup {
     pub(crate) fn new(dir: PathBuf, fault: Option<Fault>) -> Self {
-        Self { dir, fault, from_files: false, lock: Arc::default() }
+        Self { dir, fault, from_files: false, reads_all: false, lock: Arc::default() }
     }
 
     pub(crate) fn has(&self, fault: Fault) -> bool {
@@ -157,6 +166,7 @@ impl Provider for FileProvider {
                 remove: true,
                 verify: true,
                 log: true,
+                slow_commit: true,
                 random_read: true,
                 container: true,
                 container_restore: true,
@@ -298,8 +308,10 @@ impl Provider for FileProvider {
         archive: &'a str,
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<Box<dyn ContainerRestore>>> {
+        let fault = self.store.setup.fault;
         now(self.store.path(archive).map(|path| {
-            let restore: Box<dyn ContainerRestore> = Box::new(TarRestore(path.join("files.tar")));
+            let restore = TarRestore { archive: path.join("files.tar"), fault };
+            let restore: Box<dyn ContainerRestore> = Box::new(restore);
             restore
         }))
     }

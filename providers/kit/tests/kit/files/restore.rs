@@ -38,6 +38,7 @@ pub(crate) struct FileRestore {
     path: PathBuf,
     devices: Vec<RestoreDevice>,
     server: Option<Server>,
+    deaf: Option<std::os::unix::net::UnixListener>,
 }
 
 impl FileRestore {
@@ -47,7 +48,7 @@ impl FileRestore {
         let device =
             |d: super::store::Disk| RestoreDevice { device: d.device, size_bytes: d.size_bytes };
         let devices = disks.map(device).collect();
-        Ok(Self { store: store.clone(), path, devices, server: None })
+        Ok(Self { store: store.clone(), path, devices, server: None, deaf: None })
     }
 
     fn offer(&mut self, device: &str, private_dir: &Path) -> Result<VolumeSource> {
@@ -61,6 +62,12 @@ impl FileRestore {
                 let link = private_dir.join("link");
                 std::os::unix::fs::symlink(&path, &link).map_err(failed)?;
                 return Ok(VolumeSource::Path(link));
+            }
+            Some(Fault::DeafExport) => {
+                let socket = private_dir.join("deaf");
+                // Whoever connects waits in line.
+                self.deaf = Some(std::os::unix::net::UnixListener::bind(&socket).map_err(failed)?);
+                return Ok(VolumeSource::NbdUnix { socket, export: "disk".to_owned() });
             }
             Some(Fault::PathForRandomRead) => return Ok(VolumeSource::Path(path)),
             _ => {}
@@ -90,7 +97,12 @@ impl VmRestore for FileRestore {
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<VolumeSource>> {
         // Within the runtime, as the server needs it.
-        Box::pin(async move { self.offer(device, private_dir) })
+        Box::pin(async move {
+            if self.store.setup.has(Fault::RestoreNeverAnswers) {
+                std::future::pending::<()>().await;
+            }
+            self.offer(device, private_dir)
+        })
     }
 
     fn volume_cleanup<'a>(
