@@ -152,27 +152,23 @@ impl FileProvider {
 
 impl Provider for FileProvider {
     fn describe(&self) -> Description {
-        let from_files = self.store.setup.from_files;
-        Description {
-            name: "files".to_owned(),
-            api_version: API_VERSION,
-            capabilities: Capabilities {
-                vm_nbd: !from_files,
-                vm_file: true,
-                vm_restore: true,
-                vm_incremental: true,
-                notes: true,
-                protect: true,
-                remove: true,
-                verify: true,
-                log: true,
-                slow_commit: true,
-                random_read: true,
-                container: true,
-                container_restore: true,
-                ..Capabilities::default()
-            },
-        }
+        let mut capabilities = Capabilities {
+            vm_file: true,
+            vm_restore: true,
+            vm_incremental: true,
+            notes: true,
+            protect: true,
+            remove: true,
+            verify: true,
+            log: true,
+            slow_commit: true,
+            random_read: true,
+            container: true,
+            container_restore: true,
+            ..Capabilities::default()
+        };
+        capabilities.vm_nbd = !self.store.setup.from_files;
+        Description { name: "files".to_owned(), api_version: API_VERSION, capabilities }
     }
 
     fn properties(&self) -> Vec<Property> {
