@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::json;
-use vzdump_host::{DiskChoice, DiskToFile, FileRestoreRequest, RestorePlan, RestoreRequest, size};
+use vzdump_host::{
+    DiskChoice, DiskToFile, FileRestoreRequest, RestorePlan, RestoreReport, RestoreRequest, size,
+};
 
 use crate::args::RestoreArgs;
 use crate::commands::{CommandResult, GUEST_FAILED, Run, task_result};
@@ -14,6 +16,9 @@ use crate::task::Screen;
 
 impl Run<'_> {
     pub(crate) async fn restore(&self, args: RestoreArgs) -> CommandResult {
+        if let Some(id) = args.resume {
+            return self.resume_restore(id, args.bwlimit).await;
+        }
         let targets: anyhow::Result<Vec<Target>> =
             args.disks.iter().map(|text| target(text)).collect();
         let targets = targets?;
@@ -28,9 +33,20 @@ impl Run<'_> {
         let screen = Screen::new(self.output, false);
         let report = self.host.restore(request, &screen, self.cancel).await?;
         drop(screen);
+        Ok(self.restored(&report))
+    }
+
+    async fn resume_restore(&self, id: u32, bwlimit: Option<u64>) -> CommandResult {
+        let screen = Screen::new(self.output, false);
+        let report = self.host.resume_restore(id, bwlimit, &screen, self.cancel).await?;
+        drop(screen);
+        Ok(self.restored(&report))
+    }
+
+    fn restored(&self, report: &RestoreReport) -> ExitCode {
         let success = report.is_success();
         self.output.result(&task_result(json!(report), success), String::new);
-        Ok(if success { ExitCode::SUCCESS } else { ExitCode::from(GUEST_FAILED) })
+        if success { ExitCode::SUCCESS } else { ExitCode::from(GUEST_FAILED) }
     }
 
     async fn restore_to_files(&self, args: RestoreArgs, targets: Vec<Target>) -> CommandResult {
@@ -66,7 +82,7 @@ fn request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<RestoreReq
         Target::File(_) => None,
     });
     Ok(RestoreRequest {
-        archive: args.archive,
+        archive: args.archive.context("the archive is missing")?,
         id: args.id.context("the number of the guest is missing, behind the archive")?,
         disks: disks.collect(),
         storage: args.storage,
@@ -77,6 +93,7 @@ fn request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<RestoreReq
         parallel: Some(args.parallel),
         bwlimit_kib_per_s: args.bwlimit,
         start: args.start,
+        live: args.live,
         allow_raw_config: args.allow_raw_config,
         overcommit: args.overcommit,
         privileged: args.privileged,
@@ -105,7 +122,7 @@ fn file_request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<FileR
         }
     }
     Ok(FileRestoreRequest {
-        archive: args.archive,
+        archive: args.archive.context("the archive is missing")?,
         disks,
         format: args.format.map(Into::into),
         force: args.force,
@@ -132,6 +149,9 @@ fn target(text: &str) -> anyhow::Result<Target> {
 fn plan_text(plan: &RestorePlan) -> String {
     let what = if plan.replaces { "changes the VM" } else { "makes the VM" };
     let mut text = format!("{what} {} from {}\n", plan.id, printable(&plan.archive));
+    if plan.live {
+        text.push_str("  live     the VM starts at once; its disks are filled while it runs\n");
+    }
     for disk in &plan.disks {
         let from = match disk.device == disk.key {
             true => String::new(),

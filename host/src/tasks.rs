@@ -6,7 +6,7 @@ use provider_api::{GuestKind, Provider};
 use vzdump_core::job;
 use vzdump_core::restore::{
     DiskChoice, DiskToFile, FileReport, RestoreOptions, RestorePlan, RestoreReport, plan_restore,
-    restore_to_files, restore_vm,
+    restore_to_files, restore_vm, resume_restore,
 };
 use vzdump_core::storage::ImageFormat;
 
@@ -39,6 +39,8 @@ pub struct RestoreRequest {
     pub bwlimit_kib_per_s: Option<u64>,
     /// Start the guest afterwards.
     pub start: bool,
+    /// Start the VM at once, and fill its disks while it runs.
+    pub live: bool,
     /// Keep lines of the configuration that run code or open files of this host.
     pub allow_raw_config: bool,
     /// Restore even if the disks could outgrow the storage.
@@ -60,6 +62,7 @@ impl RestoreRequest {
             parallel: self.parallel,
             limit_bytes_per_s: bytes_per_s(self.bwlimit_kib_per_s)?,
             start: self.start,
+            live: self.live,
             allow_raw_config: self.allow_raw_config,
             overcommit: self.overcommit,
         })
@@ -90,6 +93,7 @@ impl RestoreRequest {
             ("--force", self.force),
             ("--in-place", self.in_place),
             ("--unique", self.unique),
+            ("--live", self.live),
             ("--bwlimit", self.bwlimit_kib_per_s.is_some_and(|limit| limit > 0)),
         ];
         if let Some((option, _)) = only_vms.iter().find(|(_, is_given)| *is_given) {
@@ -165,6 +169,23 @@ impl Host {
         let provider = provider.as_ref();
         let job = restore_vm(&ctx, provider, &archive.name, id, &options, sink, cancel);
         Ok(Box::pin(job).await)
+    }
+
+    /// Goes on with a live restore that was interrupted. What goes wrong is in the report. Must be awaited to its
+    /// end; cancel it by the token.
+    ///
+    /// # Errors
+    /// [`HostError::Settings`].
+    pub async fn resume_restore(
+        &self,
+        id: u32,
+        bwlimit_kib_per_s: Option<u64>,
+        sink: &dyn TaskSink,
+        cancel: &CancellationToken,
+    ) -> Result<RestoreReport, HostError> {
+        let limit = bytes_per_s(bwlimit_kib_per_s)?;
+        let ctx = self.context()?;
+        Ok(Box::pin(resume_restore(&ctx, id, limit, sink, cancel)).await)
     }
 
     /// What the provider says an archive is; its name does not count.

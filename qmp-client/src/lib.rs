@@ -41,6 +41,7 @@ mod event;
 pub mod events;
 mod generated;
 mod handshake;
+pub mod jobs;
 mod open_enum;
 mod pending;
 mod pump;

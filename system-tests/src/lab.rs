@@ -205,6 +205,14 @@ impl Lab {
         Ok(Running { console, checked })
     }
 
+    /// The console of a VM that something else starts from now on; it is stopped at the end, too.
+    pub fn watch(&mut self, vm: u32) -> Console {
+        self.started.insert(vm);
+        // QEMU begins the log anew.
+        let _ = fs::remove_file(self.console_log(vm));
+        Console::from_start_of(&self.console_log(vm))
+    }
+
     fn console_log(&self, vm: u32) -> PathBuf {
         self.dir.join(format!("run/vm/{vm}/console.log"))
     }
@@ -321,7 +329,7 @@ impl Lab {
     }
 
     /// Ends a VM's QEMU without asking it.
-    fn kill_qemu(&self, vm: u32) {
+    pub fn kill_qemu(&self, vm: u32) {
         let Ok(pid) = self.qemu_pid(vm) else { return };
         let root = self.dir.to_string_lossy().into_owned();
         // The number may belong to another process by now: ours names this installation.

@@ -15,6 +15,7 @@
 pub mod recover;
 pub mod volumes;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -315,8 +316,65 @@ pub enum Entry {
     },
     /// The new configuration lies beside the old one and is about to take its place.
     Switch,
+    /// A new guest is about to get volumes that are filled while it runs.
+    Live(Live),
+    /// The guest is about to run on them: from here on they have what it writes.
+    Runs,
+    /// Another process goes on with the task.
+    Resume {
+        /// The process.
+        owner: ProcessStamp,
+    },
+    /// The name by which an archive's disk is served to a QEMU that is about to be started.
+    Export {
+        /// The disk's key.
+        key: String,
+        /// The name.
+        export: String,
+    },
+    /// A disk's target has everything, durably, and is about to take the place of the overlay.
+    Pivot {
+        /// The disk's key.
+        key: String,
+    },
+    /// It could not: the overlay stays in use.
+    Unpivot {
+        /// The disk's key.
+        key: String,
+    },
+    /// A disk has everything, durably, and needs no archive any more.
+    Filled {
+        /// The disk's key.
+        key: String,
+    },
     /// The guest is made: its volumes belong to the new guest.
     Complete,
+}
+
+/// What a live restore works on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Live {
+    /// Where QEMU finds the archive's sockets, whoever serves them.
+    pub dir: PathBuf,
+    /// Most bytes per second.
+    pub limit_bytes_per_s: Option<u64>,
+    /// The disks that are filled while the guest runs.
+    pub disks: Vec<LiveDisk>,
+}
+
+/// A disk that is filled while its guest runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveDisk {
+    /// Its name in the archive.
+    pub device: String,
+    /// Its key in the configuration.
+    pub key: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// The volume that is filled.
+    pub volume: String,
+    /// The volume that has the guest's writes, unless it is the same.
+    pub overlay: Option<String>,
 }
 
 /// The journal of a running task.
@@ -362,6 +420,25 @@ impl Journal {
             return Err(fault(source));
         }
         Ok(Self { path, file: Arc::new(Mutex::new(file)) })
+    }
+
+    /// Goes on with the journal of a process that has ended.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub(crate) async fn reopen(path: &Path) -> Result<Self, JournalError> {
+        let path = path.to_owned();
+        blocking(move || {
+            let opened =
+                cut_torn_line(&path).and_then(|()| File::options().append(true).open(&path));
+            let file = opened.map_err(|source| JournalError::Io {
+                doing: "open",
+                path: path.clone(),
+                source,
+            })?;
+            Ok(Self { path, file: Arc::new(Mutex::new(file)) })
+        })
+        .await
     }
 
     /// The file.
@@ -510,6 +587,16 @@ pub struct Record {
     pub replaces: Option<(Vec<String>, bool)>,
     /// The new configuration was about to take the place of the old one.
     pub switching: bool,
+    /// What a live restore works on.
+    pub live: Option<Live>,
+    /// Its guest has run, or may have.
+    pub runs: bool,
+    /// By which names its disks are served, by their keys.
+    pub exports: BTreeMap<String, String>,
+    /// Its disks whose target was about to take the place of the overlay.
+    pub pivoted: BTreeSet<String>,
+    /// Its disks that are complete.
+    pub filled: BTreeSet<String>,
     /// The restore was complete.
     pub complete: bool,
 }
@@ -550,6 +637,11 @@ impl Record {
             files: Vec::new(),
             replaces: None,
             switching: false,
+            live: None,
+            runs: false,
+            exports: BTreeMap::new(),
+            pivoted: BTreeSet::new(),
+            filled: BTreeSet::new(),
             complete: false,
         }
     }
@@ -594,6 +686,13 @@ impl Record {
             Entry::File { path } => self.files.push(path),
             Entry::Replace { frees, in_place } => self.replaces = Some((frees, in_place)),
             Entry::Switch => self.switching = true,
+            Entry::Live(live) => self.live = Some(live),
+            Entry::Runs => self.runs = true,
+            Entry::Resume { owner } => self.begin.owner = owner,
+            Entry::Export { key, export } => drop(self.exports.insert(key, export)),
+            Entry::Pivot { key } => drop(self.pivoted.insert(key)),
+            Entry::Unpivot { key } => drop(self.pivoted.remove(&key)),
+            Entry::Filled { key } => drop(self.filled.insert(key)),
             Entry::Complete => self.complete = true,
         }
         Ok(())
@@ -683,79 +782,4 @@ pub fn list(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn begin() -> Begin {
-        Begin::new(TaskKind::Backup, GuestKind::Qemu, 100, "store").expect("/proc is readable")
-    }
-
-    #[tokio::test]
-    async fn what_is_written_is_read_back() {
-        let root = tempfile::tempdir().unwrap();
-        let layout = Layout::new(Some(root.path().to_owned()));
-        let journal = Journal::create(&layout, begin()).await.unwrap();
-        let id = Uuid::new_v4();
-        let file = FileExport { mark: "m".into(), path: "/f".into() };
-        let image = FleecingImage { node: "n".into(), volume: "local:100/f.raw".into() };
-        for entry in [
-            Entry::Qemu { process: ProcessStamp::current().unwrap() },
-            Entry::Archive { name: "a".into() },
-            Entry::Fleecing(image.clone()),
-            Entry::Freeze,
-            Entry::Access { target_id: "vzdump:store".into() },
-            Entry::Thawed,
-            Entry::NbdServer { socket: "/s".into(), exports: vec!["scsi0".into()] },
-            Entry::FileExport(file.clone()),
-            Entry::ShutDown,
-            Entry::Start { mark: "m".into(), is_to_run: true },
-            Entry::KeepAlive,
-            Entry::Committing { id, description: Description::default() },
-            Entry::Outcome { id, outcome: KnownOutcome::Committed },
-        ] {
-            journal.append(entry).await.unwrap();
-        }
-        let found = list(&layout, Some((GuestKind::Qemu, 100))).unwrap();
-        assert_eq!(found, [journal.path().to_owned()]);
-        assert!(list(&layout, Some((GuestKind::Qemu, 10))).unwrap().is_empty());
-        let record = read(&found[0]).unwrap();
-        assert!(record.begin.owner.is_alive() && !record.frozen);
-        assert_eq!((record.fleecing, record.file_exports), (vec![image], vec![file]));
-        assert_eq!((record.held, record.kept_alive), (Some(Held::ShutDown), true));
-        assert_eq!((&record.ran, record.started), (&record.qemu, Some(("m".to_owned(), true))));
-        assert_eq!((record.committing, record.outcome), (Some(id), Some(KnownOutcome::Committed)));
-        journal.remove().await.unwrap();
-        assert!(list(&layout, None).unwrap().is_empty());
-    }
-
-    #[test]
-    fn a_torn_last_line_names_nothing() {
-        let mut text = serde_json::to_vec(&Entry::Begin(begin())).unwrap();
-        let path = Path::new("j");
-        // Torn within the first line: there is nothing to say whose it is.
-        assert!(matches!(parse(path, &text), Err(JournalError::Damaged { .. })));
-        text.extend_from_slice(b"\n{\"entry\":\"archive\",\"na");
-        assert_eq!(parse(path, &text).unwrap().archive, None);
-        // A line that is whole must make sense.
-        text.extend_from_slice(b"?\n");
-        let error = parse(path, &text).unwrap_err().to_string();
-        assert!(error.contains("line 2"), "{error}");
-    }
-
-    #[test]
-    fn a_newer_journal_is_not_touched() {
-        let text = b"{\"entry\":\"begin\",\"version\":2,\"other\":1}\n";
-        assert!(matches!(parse(Path::new("j"), text), Err(JournalError::Newer { version: 2, .. })));
-    }
-
-    #[test]
-    fn a_process_is_told_from_its_successor() {
-        let own = ProcessStamp::current().unwrap();
-        assert!(own.is_alive() && own.is_of_this_boot());
-        let mut other = own.clone();
-        other.process.start_time_ticks += 1;
-        assert!(!other.is_alive());
-        let earlier = ProcessStamp { boot_id: "other".into(), ..own };
-        assert!(!earlier.is_alive() && !earlier.is_of_this_boot());
-    }
-}
+mod tests;

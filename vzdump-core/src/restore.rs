@@ -19,6 +19,7 @@ mod config;
 mod copy;
 mod file;
 mod identity;
+mod live;
 mod meter;
 mod old;
 mod plan;
@@ -35,6 +36,8 @@ use serde::Serialize;
 
 pub use self::boot::{BootOptions, BootReport, boot_archive, sweep as sweep_boots};
 pub use self::file::{DiskToFile, FileReport, RestoredFile, restore_to_files};
+pub use self::live::resume_restore;
+pub(crate) use self::live::{recover as recover_live, refuse_recovery};
 pub use self::space::PlannedSpace;
 use self::task::Restore;
 use crate::job::JobContext;
@@ -77,6 +80,8 @@ pub struct RestoreOptions {
     pub limit_bytes_per_s: Option<u64>,
     /// Start the VM afterwards.
     pub start: bool,
+    /// Start the VM at once, and fill its disks while it runs.
+    pub live: bool,
     /// Keep lines of the configuration that reach the host.
     pub allow_raw_config: bool,
     /// Restore even if the disks could outgrow the storage.
@@ -107,6 +112,8 @@ pub struct RestorePlan {
     pub archive: String,
     /// Whether there is a VM of this number.
     pub replaces: bool,
+    /// Whether the VM is started at once and its disks are filled while it runs.
+    pub live: bool,
     /// The disks that are made.
     pub disks: Vec<PlannedVolume>,
     /// Volumes of the VM that is there that are removed.
@@ -201,7 +208,18 @@ pub async fn restore_vm(
     let mut report = RestoreReport::new(id, archive, ctx.layout.vm_config_path(id));
     sink.info(&format!("restore of '{}' as VM {id}", clean(archive)));
     let task = Restore { ctx, provider, archive, id, options, sink, cancel };
-    match Box::pin(task.run(&mut report)).await {
+    let result = Box::pin(task.run(&mut report)).await;
+    end_report(report, result, started, sink)
+}
+
+fn end_report(
+    mut report: RestoreReport,
+    result: Result<(), String>,
+    started: Instant,
+    sink: &dyn TaskSink,
+) -> RestoreReport {
+    let id = report.id;
+    match result {
         Ok(()) => {
             let time = clock(started.elapsed());
             sink.info(&format!("restore of VM {id} finished ({time})"));

@@ -10,7 +10,8 @@
 //!
 //! For a new guest, restored or not: a configuration that names one of the new volumes makes it
 //! complete, because it is written in one step and last; else the volumes are freed. For one that is
-//! replaced: `restore/replace.rs`.
+//! replaced: `restore/replace.rs`. A guest that has run while its disks were filled is not touched: only
+//! going on with its restore makes it whole (`restore/live.rs`).
 //!
 //! The caller holds the guest's lock. Whoever writes a journal holds it from before the journal is
 //! made until nobody writes to it any more, so no journal found belongs to a task under way, even if
@@ -122,6 +123,7 @@ async fn recover_journal(
         }
         other => other.map_err(|error| chain(&error))?,
     };
+    restore::refuse_recovery(&record)?;
     let begin = &record.begin;
     let is_ours = begin.owner.process.pid.unsigned_abs() == std::process::id();
     if begin.owner.is_alive() && !is_ours {
@@ -147,6 +149,10 @@ async fn recover_journal(
             if is_committed {
                 describe(ctx, &record, sink).await;
             }
+        }
+        TaskKind::Restore if record.live.is_some() => {
+            restore::recover_live(ctx, &record).await?;
+            recover_new(ctx, &record, what, sink).await?;
         }
         TaskKind::Restore if record.replaces.is_some() => {
             restore::replace::recover(ctx, &record, sink).await?;

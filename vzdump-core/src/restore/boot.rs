@@ -19,7 +19,7 @@ use serde::Serialize;
 use tokio::process::Command;
 
 use super::config::{self, Merge, NewVolume};
-use super::copy::Source;
+use super::copy::{Source, nbd_options};
 use super::plan::{self, PlannedDisk};
 use super::task::{Archived, Restore, within};
 use super::{PlannedVolume, RestoreOptions};
@@ -231,7 +231,7 @@ impl Restore<'_> {
         name: &str,
         source: Source,
     ) -> Result<VolumeId, String> {
-        let Source::Nbd { options } = source else {
+        let Source::Nbd { socket, export } = source else {
             return Err("the provider offers no NBD export for a guest to read".to_owned());
         };
         let storage = disk.storage.as_ref();
@@ -241,6 +241,7 @@ impl Restore<'_> {
         let dir = path.parent().map(Path::to_owned).unwrap_or_default();
         blocking::run(move || fs::create_dir_all(dir)).await.map_err(|error| error.to_string())?;
         let qemu_img = self.ctx.tools.qemu_img().map_err(|error| chain(&error))?;
+        let options = nbd_options(&socket, &export);
         let mut command = Command::new(qemu_img);
         if disk.format == ImageFormat::Raw {
             // The state of a TPM is small, and swtpm reads nothing but a file.

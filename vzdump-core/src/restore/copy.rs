@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::FileTypeExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -31,8 +31,21 @@ const STDERR_BYTES_MAX: u64 = 4096;
 pub(super) enum Source {
     /// An open file or block device.
     File { file: File, is_device: bool },
-    /// A QEMU description of an NBD export.
-    Nbd { options: String },
+    /// An NBD export.
+    Nbd { socket: PathBuf, export: String },
+}
+
+/// A QEMU description of an NBD export on a socket whose path is text.
+pub(super) fn nbd_options(socket: &Path, export: &str) -> String {
+    let options = json!({
+        "driver": "raw",
+        "file": {
+            "driver": "nbd",
+            "server": { "type": "unix", "path": socket },
+            "export": export,
+        },
+    });
+    format!("json:{options}")
 }
 
 /// Where a disk is copied to.
@@ -110,7 +123,9 @@ async fn open_export(socket: &Path, export: &str) -> Result<(Source, u64), Strin
     if export.len() > EXPORT_BYTES_MAX || export.contains('\0') {
         return Err("the provider's export has a bad name".to_owned());
     }
-    let path = socket.to_str().ok_or("the socket's path is not UTF-8")?;
+    if socket.to_str().is_none() {
+        return Err("the socket's path is not UTF-8".to_owned());
+    }
     let fault = |error| {
         format!(
             "the provider's export '{}' cannot be used: {}",
@@ -124,15 +139,7 @@ async fn open_export(socket: &Path, export: &str) -> Result<(Source, u64), Strin
     let size_bytes = client.size_bytes();
     // The size is known; a server that does not say goodbye is no fault.
     let _ = client.disconnect().await;
-    let options = json!({
-        "driver": "raw",
-        "file": {
-            "driver": "nbd",
-            "server": { "type": "unix", "path": path },
-            "export": export,
-        },
-    });
-    Ok((Source::Nbd { options: format!("json:{options}") }, size_bytes))
+    Ok((Source::Nbd { socket: socket.to_owned(), export: export.to_owned() }, size_bytes))
 }
 
 /// Copies. `moved` is told how many bytes of the disk are dealt with. Dropping the future ends the
@@ -148,7 +155,7 @@ pub(super) async fn copy(
     let (options, stdin) = match source {
         // Handed over open, so that it is the file that was checked.
         Source::File { file, is_device } => (file_options(is_device), Stdio::from(file)),
-        Source::Nbd { options } => (options, Stdio::null()),
+        Source::Nbd { socket, export } => (nbd_options(&socket, &export), Stdio::null()),
     };
     let mut command = Command::new(qemu_img);
     command.args(["convert", "-p", "-n", "--target-image-opts"]);

@@ -18,8 +18,8 @@ use super::meter::Meter;
 use super::plan::{self, Plan, PlannedDisk};
 use super::replace::{self, beside};
 use super::{
-    PARALLEL_DISKS, PlannedVolume, RestoreOptions, RestorePlan, RestoreReport, RestoredVolume, old,
-    space,
+    PARALLEL_DISKS, PlannedVolume, RestoreOptions, RestorePlan, RestoreReport, RestoredVolume,
+    live, old, space,
 };
 use crate::blocking;
 use crate::config::guest::VmConfig;
@@ -51,30 +51,30 @@ pub(super) struct Restore<'a> {
 /// What an archive says of its guest.
 pub(super) struct Archived {
     pub(super) config: VmConfig,
-    firewall: Option<Vec<u8>>,
+    pub(super) firewall: Option<Vec<u8>>,
 }
 
 /// What was made so far.
-struct Made {
-    new: NewVolumes,
-    private_dir: PathBuf,
+pub(super) struct Made {
+    pub(super) new: NewVolumes,
+    pub(super) private_dir: PathBuf,
     firewall: Option<PathBuf>,
     /// Old disks are gone already.
     is_cleared: bool,
 }
 
-type Step<T> = Result<T, String>;
-type Volumes = BTreeMap<String, NewVolume>;
+pub(super) type Step<T> = Result<T, String>;
+pub(super) type Volumes = BTreeMap<String, NewVolume>;
 
 /// A step that tests kill the process at.
-fn step(name: &str) {
+pub(super) fn step(name: &str) {
     #[cfg(debug_assertions)]
     crate::job::kill_point::at(name);
     #[cfg(not(debug_assertions))]
     let _ = name;
 }
 
-fn words(error: impl std::error::Error + 'static) -> String {
+pub(super) fn words(error: impl std::error::Error + 'static) -> String {
     chain(&error)
 }
 
@@ -89,6 +89,11 @@ impl Restore<'_> {
         let old = old::find(self.ctx, self.id, self.options)?;
         let archived = self.open_archive().await?;
         let mut source = self.begin_source().await?;
+        if self.options.live {
+            let result = self.run_live(source.as_mut(), &archived, power, report).await;
+            self.end_source(source, report).await;
+            return result;
+        }
         let result = self.with_source(source.as_mut(), archived, old.as_ref(), report).await;
         self.end_source(source, report).await;
         result?;
@@ -126,13 +131,16 @@ impl Restore<'_> {
         if options.unique && !options.disks.is_empty() {
             return Err("--unique is for a whole VM".to_owned());
         }
+        if options.live {
+            self.check_live_request()?;
+        }
         match options.limit_bytes_per_s {
             Some(0) => Err("a limit of 0 bytes per second would copy nothing".to_owned()),
             _ => Ok(()),
         }
     }
 
-    fn power_lock(&self) -> Step<FileLock> {
+    pub(super) fn power_lock(&self) -> Step<FileLock> {
         let path = self.ctx.layout.vm_power_lock_path(self.id);
         FileLock::try_acquire(&path, &format!("The power state of VM {}", self.id)).map_err(words)
     }
@@ -183,7 +191,7 @@ impl Restore<'_> {
         .await
     }
 
-    async fn make_plan(
+    pub(super) async fn make_plan(
         &self,
         devices: &[RestoreDevice],
         archived: &Archived,
@@ -192,6 +200,11 @@ impl Restore<'_> {
         let JobContext { storages, layout, limits, tools, .. } = self.ctx;
         let plan = plan::plan(self.id, &archived.config, old, devices, storages, self.options)?;
         tools.qemu_img().map_err(words)?;
+        let mut disks = plan.disks.clone();
+        if self.options.live {
+            self.check_live(&plan, archived)?;
+            disks.extend(live::overlays(&plan.disks));
+        }
         let firewall = layout.firewall_path(self.id);
         if old.is_none() && archived.firewall.is_some() && firewall.exists() {
             return Err(format!("there are firewall rules already ('{}')", firewall.display()));
@@ -204,7 +217,7 @@ impl Restore<'_> {
         let freed = if self.options.in_place { plan.fates.frees.clone() } else { <_>::default() };
         let look = async {
             can_write.await.map_err(|error| error.to_string())??;
-            Ok(space::measure(&plan.disks, &freed, storages).await)
+            Ok(space::measure(&disks, &freed, storages).await)
         };
         let space = self.cancellable(within_storage(limits.undo, look)).await?;
         Ok((plan, space))
@@ -228,6 +241,7 @@ impl Restore<'_> {
             id: self.id,
             archive: self.archive.to_owned(),
             replaces: old.is_some(),
+            live: self.options.live,
             disks,
             removed: plan.fates.frees.iter().map(ToString::to_string).collect(),
             stays: plan.fates.stays,
@@ -240,7 +254,7 @@ impl Restore<'_> {
         })
     }
 
-    fn new_config(
+    pub(super) fn new_config(
         &self,
         plan: &Plan,
         archived: &Archived,
@@ -294,7 +308,7 @@ impl Restore<'_> {
     }
 
     /// The journal and the private directory.
-    async fn begin(&self, plan: &Plan, old: Option<&VmConfig>) -> Step<Made> {
+    pub(super) async fn begin(&self, plan: &Plan, old: Option<&VmConfig>) -> Step<Made> {
         let storage = &self.options.source_storage;
         let begin = Begin::new(TaskKind::Restore, GuestKind::Qemu, self.id, storage)
             .map_err(|error| format!("cannot read /proc of this process: {error}"))?;
@@ -471,15 +485,19 @@ impl Restore<'_> {
                 copied.map_err(|error| format!("the disk '{}': {error}", disk.device))
             },
         );
-        // A limit is one of all disks together.
-        let at_once = match self.options.limit_bytes_per_s {
-            Some(_) => 1,
-            None => self.options.parallel.unwrap_or(PARALLEL_DISKS).max(1),
-        };
-        stream::iter(copies).buffer_unordered(at_once.into()).try_for_each(|()| ready(Ok(()))).await
+        let at_once = self.disks_at_once();
+        stream::iter(copies).buffer_unordered(at_once).try_for_each(|()| ready(Ok(()))).await
     }
 
-    async fn copy(
+    pub(super) fn disks_at_once(&self) -> usize {
+        // A limit is one of all disks together.
+        match self.options.limit_bytes_per_s {
+            Some(_) => 1,
+            None => self.options.parallel.unwrap_or(PARALLEL_DISKS).max(1).into(),
+        }
+    }
+
+    pub(super) async fn copy(
         &self,
         source: Source,
         disk: &PlannedDisk,
@@ -520,7 +538,7 @@ impl Restore<'_> {
     }
 
     /// Makes a new VM exist.
-    async fn write_new(
+    pub(super) async fn write_new(
         &self,
         config: &VmConfig,
         firewall: Option<Vec<u8>>,
@@ -560,7 +578,7 @@ impl Restore<'_> {
     }
 
     /// Removes what was made; returns what could not be removed.
-    async fn undo(&self, mut made: Made, dir_removed: Step<()>) -> Vec<String> {
+    pub(super) async fn undo(&self, mut made: Made, dir_removed: Step<()>) -> Vec<String> {
         let mut problems: Vec<String> = dir_removed.err().into_iter().collect();
         problems.extend(made.new.free(self.ctx).await);
         problems.extend(replace::unstage(&self.ctx.layout, self.id).await.err());
@@ -579,7 +597,7 @@ impl Restore<'_> {
         problems
     }
 
-    async fn end_source(&self, source: Box<dyn VmRestore>, report: &mut RestoreReport) {
+    pub(super) async fn end_source(&self, source: Box<dyn VmRestore>, report: &mut RestoreReport) {
         let limit = self.ctx.limits.undo;
         let call = call_within(&CancellationToken::new(), limit);
         let ended =
@@ -588,7 +606,7 @@ impl Restore<'_> {
         self.warn(report, ended.err());
     }
 
-    async fn start(&self, report: &mut RestoreReport) {
+    pub(super) async fn start(&self, report: &mut RestoreReport) {
         let JobContext { layout, tools, storages, .. } = self.ctx;
         let options = runner::StartOptions::default();
         match runner::start(layout, tools, storages, self.id, options).await {
@@ -605,7 +623,11 @@ impl Restore<'_> {
         }
     }
 
-    fn warn(&self, report: &mut RestoreReport, warnings: impl IntoIterator<Item = String>) {
+    pub(super) fn warn(
+        &self,
+        report: &mut RestoreReport,
+        warnings: impl IntoIterator<Item = String>,
+    ) {
         for warning in warnings {
             self.sink.warn(&warning);
             report.warnings.push(clean(&warning));
@@ -657,7 +679,7 @@ async fn within_storage<T>(limit: Duration, step: impl Future<Output = Step<T>>)
     tokio::time::timeout(limit, step).await.unwrap_or_else(|_| Err(late()))
 }
 
-async fn remove_dir(dir: PathBuf) -> Step<()> {
+pub(super) async fn remove_dir(dir: PathBuf) -> Step<()> {
     let shown = dir.display().to_string();
     match blocking::run(move || std::fs::remove_dir_all(dir)).await {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -15,6 +15,7 @@
 
 mod disks;
 mod firmware;
+mod live;
 mod tpm;
 pub(crate) mod words;
 
@@ -27,6 +28,8 @@ use crate::storage::StorageError;
 use crate::vm::ovmf::MissingFirmware;
 use crate::vm::process::mark_argument;
 use crate::vm::tpm::TpmState;
+
+pub use live::LiveNode;
 
 /// Keys that change the machine.
 const USED_KEYS: [&str; 16] = [
@@ -136,6 +139,8 @@ pub struct Input<'a> {
     pub paused: bool,
     /// What the process is found by, see [`crate::vm::process::VmProcess::of_mark`].
     pub mark: Option<&'a str>,
+    /// Disks that are filled from an archive while the guest runs.
+    pub live: &'a [LiveNode],
 }
 
 /// A command line without the program.
@@ -172,6 +177,11 @@ fn is_known(key: &str) -> bool {
 
 pub(super) fn value_error(key: &str, value: &str, why: impl Into<String>) -> CmdlineError {
     CmdlineError::Value { key: key.to_owned(), value: value.to_owned(), why: why.into() }
+}
+
+/// The node of a disk.
+pub(crate) fn drive_node(key: &str) -> String {
+    format!("drive-{key}")
 }
 
 /// In QEMU's options a comma inside a value is doubled.

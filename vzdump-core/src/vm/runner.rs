@@ -6,6 +6,7 @@
 //! processes find it. A start is complete only when QEMU answers over QMP; everything that goes
 //! wrong before ends QEMU again and shows what it said.
 
+mod live;
 mod stop;
 
 use std::fs::{self, File, OpenOptions};
@@ -31,6 +32,7 @@ use crate::lock::{FileLock, LockError};
 use crate::storage::{ImageFormat, StorageError, StorageSet, VolumeId, image_size};
 use crate::tools::{MissingTool, Tools};
 
+pub use live::{LIVE_LOCK, check_config, live_advice, start_live};
 pub use stop::{StopOptions, Stopped, end_if, shut_down, stop};
 
 /// Longest start until QMP answers; loading a large firmware on a busy host takes seconds.
@@ -76,6 +78,12 @@ pub enum RunnerError {
         id: u32,
         /// What locked it.
         lock: String,
+    },
+    /// Its disks are not complete.
+    #[error("{}.", live_advice(*.id))]
+    Incomplete {
+        /// The number.
+        id: u32,
     },
     /// Its QEMU was started for a backup, and no guest can run in it.
     #[error(
@@ -247,7 +255,7 @@ pub async fn start(
         return let_run(layout, id, process).await;
     }
     let find = |disk: &DiskEntry| find_file(storages, disk);
-    let input = Input { layout, id, find: &find, paused: options.paused, mark: None };
+    let input = Input { layout, id, find: &find, paused: options.paused, mark: None, live: &[] };
     let line = qemu_cmdline::build(&config, &input)
         .map_err(|source| RunnerError::Cmdline { id, source })?;
     launch(layout, tools, id, line).await
@@ -274,7 +282,8 @@ pub async fn start_for_backup(
         return Err(RunnerError::AlreadyRunning { id, pid });
     }
     let find = |disk: &DiskEntry| find_file(storages, disk);
-    let input = Input { layout, id, find: &find, paused: true, mark: Some(options.mark) };
+    let input =
+        Input { layout, id, find: &find, paused: true, mark: Some(options.mark), live: &[] };
     let fault = |source| RunnerError::Cmdline { id, source };
     let error = match qemu_cmdline::build(&config, &input).map_err(fault) {
         Ok(line) => match launch(layout, tools, id, line).await {
@@ -317,7 +326,7 @@ pub fn check_startable(
     let config = read_config(layout, id)?;
     refuse_locked(&config, id)?;
     let find = |disk: &DiskEntry| find_file(storages, disk);
-    let input = Input { layout, id, find: &find, paused: true, mark: None };
+    let input = Input { layout, id, find: &find, paused: true, mark: None, live: &[] };
     qemu_cmdline::build(&config, &input).map_err(|source| RunnerError::Cmdline { id, source })?;
     tools.qemu_system()?;
     Ok(())
@@ -325,6 +334,7 @@ pub fn check_startable(
 
 fn refuse_locked(config: &VmConfig, id: u32) -> Result<(), RunnerError> {
     match config.get("lock") {
+        Some(LIVE_LOCK) => Err(RunnerError::Incomplete { id }),
         Some(lock) => Err(RunnerError::Locked { id, lock: lock.to_owned() }),
         None => Ok(()),
     }

@@ -6,7 +6,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{
-    Chipset, CmdlineError, CommandLine, DiskFile, Input, boot_index, firmware, path_text, words,
+    Chipset, CmdlineError, CommandLine, DiskFile, Input, LiveNode, boot_index, drive_node,
+    firmware, path_text, words,
 };
 use crate::config::guest::{DiskEntry, VmConfig, split_numbered};
 use crate::storage::ImageFormat;
@@ -106,7 +107,8 @@ pub(super) fn add(
     for disk in &disks {
         unknown.extend(unknown_options(disk));
         let cache = backend(disk, input, false, line)?;
-        let drive = throttle(disk, line)?;
+        let live = input.live.iter().find(|live| live.key == disk.key());
+        let drive = throttle(disk, live, line)?;
         let iothread = iothread(disk, hardware, line);
         let queues = queues(disk, hardware, line)?;
         let place = match disk.bus {
@@ -133,7 +135,12 @@ pub(super) fn add(
             _ => ide_place(chipset, disk.number),
         };
         let backend = cache.map(|cache| (cache, drive));
-        line.option("-device", device(disk, config, backend, &place)?);
+        let mut device = device(disk, config, backend, &place)?;
+        if live.is_some() {
+            // What cannot be read or written now can be later, and the guest must not notice.
+            device.push_str(",rerror=stop,werror=stop");
+        }
+        line.option("-device", device);
     }
     Ok(unknown)
 }
@@ -167,7 +174,11 @@ pub(super) fn add_node(
 
 /// Adds the limits of a disk, above its nodes: a backup reads below them. Returns the node that the
 /// device uses.
-fn throttle(disk: &Disk<'_>, line: &mut CommandLine) -> Result<String, CmdlineError> {
+fn throttle(
+    disk: &Disk<'_>,
+    live: Option<&LiveNode>,
+    line: &mut CommandLine,
+) -> Result<String, CmdlineError> {
     let key = disk.key();
     let mut limits = serde_json::Map::new();
     for (option, name, unit_bytes) in LIMITS {
@@ -182,7 +193,7 @@ fn throttle(disk: &Disk<'_>, line: &mut CommandLine) -> Result<String, CmdlineEr
             limits.insert(name.to_owned(), json!((number as u64).max(1)));
         }
     }
-    let node = format!("drive-{key}");
+    let node = live.map_or_else(|| drive_node(key), LiveNode::top);
     if limits.is_empty() || disk.entry.is_cdrom {
         return Ok(node);
     }
@@ -348,7 +359,7 @@ fn backend(
     };
     let mut node: Value = json!({
         "driver": format.name(),
-        "node-name": format!("drive-{key}"),
+        "node-name": drive_node(key),
         "read-only": read_only,
         "discard": discard,
         "detect-zeroes": if read_only { "off" } else { detect_zeroes },
@@ -362,7 +373,15 @@ fn backend(
         // Named here, so that QEMU does not open whatever the image's header says.
         node["data-file"] = below("data", data)?;
     }
+    let live = input.live.iter().find(|live| live.key == key);
+    if let Some(live) = live {
+        line.option("-blockdev", live.archive()?.to_string());
+    }
+    let overlay = live.map(|live| live.attach(&mut node)).transpose()?.flatten();
     line.option("-blockdev", node.to_string());
+    if let Some(overlay) = overlay {
+        line.option("-blockdev", overlay.to_string());
+    }
     Ok(Some(cache))
 }
 

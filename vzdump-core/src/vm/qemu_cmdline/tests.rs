@@ -21,7 +21,8 @@ fn find(disk: &DiskEntry) -> Result<DiskFile, StorageError> {
 
 fn build_text(text: &str) -> Result<CommandLine, CmdlineError> {
     let layout = Layout::new(Some("/r".into()));
-    let input = Input { layout: &layout, id: 100, find: &find, paused: true, mark: None };
+    let input =
+        Input { layout: &layout, id: 100, find: &find, paused: true, mark: None, live: &[] };
     build(&VmConfig::parse(text), &input)
 }
 
@@ -59,7 +60,8 @@ fn a_qemu_with_nothing_but_disks_has_no_machine_and_no_devices() {
          virtio1: local:100/b.raw,backup=0\nide2: local:100/x.raw,media=cdrom\nargs: -kernel /x\n",
     );
     let layout = Layout::new(Some("/r".into()));
-    let input = Input { layout: &layout, id: 100, find: &find, paused: true, mark: Some("m-1") };
+    let input =
+        Input { layout: &layout, id: 100, find: &find, paused: true, mark: Some("m-1"), live: &[] };
     let keys = ["efidisk0", "scsi0"].map(str::to_owned);
     let line = build_disks_only(&config, &input, &keys, true).unwrap();
     assert!(is_disks_only(&line.args));
