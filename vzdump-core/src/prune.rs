@@ -176,6 +176,12 @@ impl Pruner<'_> {
                 false
             }
         });
+        // One that counts twice would be kept once and removed once.
+        let mut names: Vec<&str> = archives.iter().map(|archive| archive.name.as_str()).collect();
+        names.sort_unstable();
+        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("the storage lists the archive '{}' twice", twice[0]));
+        }
         sort_by_guest(&mut archives);
         Ok(archives)
     }

@@ -4,6 +4,9 @@
 //! The guard is a shell that waits for the end of its standard input, which comes when we close it or die
 //! in whatever way, gives the group some seconds to end by itself, and kills it. It leads the group, so the
 //! group's number stays taken as long as we have not waited for it.
+//!
+//! What leaves the group (`setsid`, a daemon) is known by a mark in its environment, which is another one for
+//! each start of a plugin, and is killed when the group is.
 
 use std::fs::File;
 use std::io::Write;
@@ -15,9 +18,11 @@ use std::time::Duration;
 
 use command_fds::CommandFdExt;
 use command_fds::FdMapping;
-use provider_api::{Error, Kind, Result};
+use provider_api::{Error, Kind, Result, Uuid};
 use rustix::fs::OFlags;
-use rustix::process::{Pid, Signal, geteuid, kill_process_group};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, geteuid, kill_process_group, pidfd_open, pidfd_send_signal,
+};
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 
 /// How long a plugin may take to end once its standard input has ended.
@@ -36,11 +41,19 @@ pub(crate) struct Started {
     pub(crate) secrets: SecretsPipe,
 }
 
-/// The plugin and all that it started and did not move to another group.
+/// The variable whose value is a plugin's mark.
+const MARK_VARIABLE: &str = "VZDUMP_PROVIDER_PROCESS";
+/// How often is looked for processes with the mark: one that is found takes a moment to end, and may just
+/// have started another one.
+const LOOKS: u32 = 50;
+const LOOK_STEP: Duration = Duration::from_millis(20);
+
+/// The plugin and all that it started, as long as that keeps its group or its mark.
 pub(crate) struct Process {
     plugin: Child,
     guard: Child,
     group: Pid,
+    mark: String,
 }
 
 /// The writing end of descriptor 3; the plugin reads it to its end.
@@ -94,10 +107,11 @@ fn start_both(program: &PathBuf) -> std::io::Result<Started> {
     let (secrets_in, secrets_out) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     // A write that does not fit must fail, not wait.
     rustix::fs::fcntl_setfl(secrets_out.as_fd(), OFlags::NONBLOCK)?;
-    let guard = start_guard()?;
+    let mark = Uuid::new_v4().simple().to_string();
+    let guard = start_guard(&mark)?;
     let raw = guard.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
     let group = raw.ok_or_else(|| std::io::Error::other("the guard ended at once"))?;
-    let started = start_plugin(program, group, secrets_in);
+    let started = start_plugin(program, group, &mark, secrets_in);
     let mut plugin = match started {
         Ok(plugin) => plugin,
         Err(error) => {
@@ -107,7 +121,7 @@ fn start_both(program: &PathBuf) -> std::io::Result<Started> {
         }
     };
     let pipes = (plugin.stdin.take(), plugin.stdout.take(), plugin.stderr.take());
-    let process = Process { plugin, guard, group };
+    let process = Process { plugin, guard, group, mark };
     let (Some(stdin), Some(stdout), Some(stderr)) = pipes else {
         process.kill();
         return Err(std::io::Error::other("no pipes"));
@@ -116,16 +130,28 @@ fn start_both(program: &PathBuf) -> std::io::Result<Started> {
     Ok(Started { process, stdin, stdout, stderr, secrets })
 }
 
-fn start_guard() -> std::io::Result<Child> {
-    let script = format!("read -r line; sleep {}; kill -s KILL 0", END_GRACE.as_secs());
+fn start_guard(mark: &str) -> std::io::Result<Child> {
+    // Without the mark in its own environment, so that it finds the others, and itself not.
+    let script = format!(
+        "read -r line; sleep {}; for look in 1 2 3; do for file in /proc/[0-9]*/environ; do \
+         if grep -qsF {MARK_VARIABLE}={mark} \"$file\"; then file=${{file#/proc/}}; \
+         kill -s KILL \"${{file%/environ}}\"; fi; done; sleep 0.1; done; kill -s KILL 0",
+        END_GRACE.as_secs()
+    );
     let mut command = Command::new("/bin/sh");
-    command.args(["-c", &script]).current_dir("/").process_group(0);
+    command.args(["-c", &script]).current_dir("/").process_group(0).env_remove(MARK_VARIABLE);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn()
 }
 
-fn start_plugin(program: &PathBuf, group: Pid, secrets: OwnedFd) -> std::io::Result<Child> {
+fn start_plugin(
+    program: &PathBuf,
+    group: Pid,
+    mark: &str,
+    secrets: OwnedFd,
+) -> std::io::Result<Child> {
     let mut command = Command::new(program);
+    command.env(MARK_VARIABLE, mark);
     command.current_dir("/").process_group(group.as_raw_nonzero().get());
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mapping = FdMapping { parent_fd: secrets, child_fd: SECRETS_FD };
@@ -147,14 +173,51 @@ impl Process {
         }
     }
 
-    /// Kills the whole group and waits for both.
+    /// Kills all of it and waits for both.
     pub(crate) async fn end(mut self) {
         self.kill();
+        let mark = format!("{MARK_VARIABLE}={}", self.mark);
+        let killed = tokio::task::spawn_blocking(move || kill_marked(mark.as_bytes())).await;
+        match killed {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!("what a provider started may live on: {error}"),
+            Err(error) => tracing::warn!("what a provider started may live on: {error}"),
+        }
         let both = async { tokio::join!(self.plugin.wait(), self.guard.wait()) };
         if tokio::time::timeout(REAP_WAIT, both).await.is_err() {
             tracing::warn!(group = self.group.as_raw_nonzero().get(), "a killed provider lives on");
         }
     }
+}
+
+/// Kills all processes with this line in their environment, until none is left.
+fn kill_marked(mark: &[u8]) -> std::io::Result<()> {
+    for _ in 0..LOOKS {
+        let mut found = false;
+        for entry in std::fs::read_dir("/proc")?.flatten() {
+            let name = entry.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+            found |= kill_if_marked(pid, mark);
+        }
+        if !found {
+            return Ok(());
+        }
+        std::thread::sleep(LOOK_STEP);
+    }
+    Err(std::io::Error::other("a killed process does not end"))
+}
+
+/// Whether the process has the mark and was killed. It may end at any moment.
+fn kill_if_marked(pid: i32, mark: &[u8]) -> bool {
+    let environment = || std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let is_marked = || environment().split(|byte| *byte == 0).any(|line| line == mark);
+    if !is_marked() {
+        return false;
+    }
+    let Some(pid) = Pid::from_raw(pid) else { return false };
+    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return false };
+    // What is held now is the process that was looked at, unless another one has its number.
+    is_marked() && pidfd_send_signal(process, Signal::KILL).is_ok()
 }
 
 #[cfg(test)]

@@ -105,6 +105,21 @@ async fn notes_protection_and_pruning_come_after_the_teardown_in_this_order() {
     world.assert_clean("success");
 }
 
+/// It would be kept by a rule and removed by the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_pruned_by_a_list_that_has_an_archive_twice() {
+    let world = world(Script::default());
+    {
+        let mut script = world.provider.0.script.lock().unwrap();
+        let again = script.archives[0].clone();
+        script.archives.push(again);
+    }
+    let report = world.backup().await;
+    assert_warned(&report, "older archives are not pruned: the storage lists the archive 'old-");
+    assert_eq!(world.provider.count("remove"), 0);
+    world.assert_clean("twice");
+}
+
 /// Scenario 40.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_fails_after_the_commit_only_warns() {

@@ -505,11 +505,13 @@ async fn too_many_questions_of_a_plugin_are_refused() {
     }
 }
 
-/// A plugin that ignores the end of its input, with a child that does, too.
+/// A plugin that ignores the end of its input, with a child that does, too, and one in a session of its own.
 const STUBBORN: &str = r#"
     if name == "configure":
         import subprocess
-        subprocess.Popen(["/bin/sh", "-c", "while true; do sleep 1; done", os.path.abspath(__file__)])
+        endless = ["/bin/sh", "-c", "while true; do sleep 1; done", os.path.abspath(__file__)]
+        subprocess.Popen(endless)
+        subprocess.Popen(endless, start_new_session=True)
         reply(request, {})
         while True: time.sleep(1)"#;
 
@@ -517,8 +519,7 @@ const STUBBORN: &str = r#"
 async fn a_dropped_provider_leaves_nothing() {
     let (bench, provider) = started(STUBBORN).await;
     let word = bench.options.program.to_str().unwrap();
-    wait_until("both are up", Duration::from_secs(5), || processes(word, |_| true).len() == 2)
-        .await;
+    wait_until("all are up", Duration::from_secs(5), || processes(word, |_| true).len() == 3).await;
     drop(provider);
     wait_until("all end", Duration::from_secs(15), || processes(word, |_| true).is_empty()).await;
 }
@@ -543,7 +544,7 @@ fn a_host_that_is_killed_leaves_nothing() {
     let mut host = host.env(HOLD, word).spawn().unwrap();
     runtime.block_on(async {
         let count = || processes(word, |_| true).len();
-        wait_until("the plugin is up", Duration::from_secs(20), || count() == 2).await;
+        wait_until("the plugin is up", Duration::from_secs(20), || count() == 3).await;
         host.kill().unwrap();
         host.wait().unwrap();
         wait_until("all end", Duration::from_secs(15), || count() == 0).await;
