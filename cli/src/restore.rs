@@ -147,8 +147,13 @@ fn target(text: &str) -> anyhow::Result<Target> {
 }
 
 fn plan_text(plan: &RestorePlan) -> String {
-    let what = if plan.replaces { "changes the VM" } else { "makes the VM" };
-    let mut text = format!("{what} {} from {}\n", plan.id, printable(&plan.archive));
+    let what = if plan.replaces { "changes" } else { "makes" };
+    let guest = match plan.privileged {
+        None => "VM",
+        Some(false) => "unprivileged container",
+        Some(true) => "privileged container",
+    };
+    let mut text = format!("{what} the {guest} {} from {}\n", plan.id, printable(&plan.archive));
     if plan.live {
         text.push_str("  live     the VM starts at once; its disks are filled while it runs\n");
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Backups and restores.
 
-use lxc_backend::restore::{CtRestoreOptions, restore_container};
+use lxc_backend::restore::{CtRestoreOptions, plan_container_restore, restore_container};
 use provider_api::{GuestKind, Provider};
 use vzdump_core::job;
 use vzdump_core::restore::{
@@ -86,13 +86,11 @@ pub struct FileRestoreRequest {
 
 impl RestoreRequest {
     /// What is asked of a container; what only VMs have is refused, not forgotten.
-    fn container_options(self) -> Result<CtRestoreOptions, HostError> {
+    fn container_options(self, source_storage: String) -> Result<CtRestoreOptions, HostError> {
         let only_vms = [
             ("--disk", !self.disks.is_empty()),
             ("--format", self.format.is_some()),
-            ("--force", self.force),
             ("--in-place", self.in_place),
-            ("--unique", self.unique),
             ("--live", self.live),
             ("--bwlimit", self.bwlimit_kib_per_s.is_some_and(|limit| limit > 0)),
         ];
@@ -102,7 +100,11 @@ impl RestoreRequest {
             )));
         }
         Ok(CtRestoreOptions {
+            source_storage,
             storage: self.storage,
+            force: self.force,
+            unique: self.unique,
+            overcommit: self.overcommit,
             privileged: self.privileged,
             allow_raw_config: self.allow_raw_config,
             start: self.start,
@@ -158,7 +160,7 @@ impl Host {
         let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
         let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
         if self.is_container(&archive, provider.as_ref()).await? {
-            let options = request.container_options()?;
+            let options = request.container_options(archive.storage)?;
             let ctx = self.context()?;
             let provider = provider.as_ref();
             let job = restore_container(&ctx, provider, &archive.name, id, &options, sink, cancel);
@@ -215,6 +217,13 @@ impl Host {
     ) -> Result<RestorePlan, HostError> {
         let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
         let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
+        if self.is_container(&archive, provider.as_ref()).await? {
+            let options = request.container_options(archive.storage)?;
+            let ctx = self.context()?;
+            let (name, provider) = (&archive.name, provider.as_ref());
+            let plan = plan_container_restore(&ctx, provider, name, id, &options, cancel);
+            return Box::pin(plan).await.map_err(HostError::Refused);
+        }
         let options = request.options(archive.storage)?;
         let ctx = self.context()?;
         let plan = plan_restore(&ctx, provider.as_ref(), &archive.name, id, &options, cancel);

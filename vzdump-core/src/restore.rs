@@ -18,26 +18,27 @@ mod boot;
 mod config;
 mod copy;
 mod file;
-mod identity;
+pub mod identity;
 mod live;
 mod meter;
 mod old;
 mod plan;
-pub(crate) mod replace;
-mod space;
+pub mod replace;
+pub mod space;
 mod task;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use provider_api::{CancellationToken, Provider};
+use provider_api::{CancellationToken, GuestKind, Provider};
 use serde::Serialize;
 
 pub use self::boot::{BootOptions, BootReport, boot_archive, sweep as sweep_boots};
 pub use self::file::{DiskToFile, FileReport, RestoredFile, restore_to_files};
 pub use self::live::resume_restore;
 pub(crate) use self::live::{recover as recover_live, refuse_recovery};
+pub use self::old::add_unused;
 pub use self::space::PlannedSpace;
 use self::task::Restore;
 use crate::job::JobContext;
@@ -106,11 +107,16 @@ pub struct PlannedVolume {
 /// What a restore would do.
 #[derive(Debug, Clone, Serialize)]
 pub struct RestorePlan {
-    /// Number of the VM.
+    /// Kind of the guest.
+    pub kind: GuestKind,
+    /// Number of the guest.
     pub id: u32,
     /// The archive.
     pub archive: String,
-    /// Whether there is a VM of this number.
+    /// Whether the guest's root is root on the host; only of containers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub privileged: Option<bool>,
+    /// Whether there is a guest of this number.
     pub replaces: bool,
     /// Whether the VM is started at once and its disks are filled while it runs.
     pub live: bool,

@@ -7,6 +7,7 @@
 mod backup;
 mod program;
 mod provider;
+mod replace;
 mod restore;
 mod scene;
 

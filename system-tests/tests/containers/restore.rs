@@ -14,7 +14,7 @@ use crate::backup::{Lines, back_up, provider};
 use crate::provider::TarProvider;
 use crate::scene::{Scene, wait_for};
 
-fn restore(
+pub(crate) fn restore(
     scene: &Scene,
     provider: &TarProvider,
     archive: &str,
@@ -61,7 +61,7 @@ fn a_container_comes_back_and_starts() {
 const CONFIG: &str = "hostname: web\nrootfs: local:200/vm-200-disk-0.raw,size=64M\n";
 
 /// A tar archive with one member, by header fields.
-fn tar_of(scene: &Scene, name: &str, members: &[(&str, u8, &str, &[u8])]) -> PathBuf {
+pub(crate) fn tar_of(scene: &Scene, name: &str, members: &[(&str, u8, &str, &[u8])]) -> PathBuf {
     let mut bytes = Vec::new();
     for (path, kind, link, data) in members {
         let mut header = [0_u8; 512];
@@ -108,18 +108,23 @@ fn archives_that_mean_harm_are_refused_or_contained() {
     let upwards = tar_of(&scene, "up.tar", &[("../../../../../tmp/vzct-harm", b'0', "", b"harm")]);
     let device = tar_of(&scene, "device.tar", &[("./disk", b'4', "", b"")]);
     let empty = tar_of(&scene, "empty.tar", &[]);
+    let twice =
+        tar_of(&scene, "twice.tar", &[("a", b'0', "", b"first"), ("a", b'0', "", b"second")]);
+    let hard = tar_of(&scene, "hard.tar", &[("a", b'1', &through[1..], b"")]);
     let bomb = tar_of(&scene, "bomb.tar", &[("./big", b'0', "", &vec![7; 80 << 20])]);
     let good = scene.template.clone();
     let default = CtRestoreOptions::default();
-    let cases: [(&str, &str, &PathBuf, Option<&str>); 8] = [
+    let cases: [(&str, &str, &PathBuf, Option<&str>); 10] = [
         ("absolute", &unprivileged, &absolute, None),
-        ("link", &unprivileged, &link, Some("unpack the archive")),
-        ("upwards", &unprivileged, &upwards, Some("")),
-        ("device", &unprivileged, &device, Some("unpack the archive")),
+        ("link", &unprivileged, &link, Some("no directory, but a link")),
+        ("upwards", &unprivileged, &upwards, Some("leads upwards")),
+        ("device", &unprivileged, &device, Some("must not have")),
         ("empty", &unprivileged, &empty, Some("holds no files")),
-        ("bomb", &unprivileged, &bomb, Some("unpack the archive")),
+        ("twice", &unprivileged, &twice, Some("there twice")),
+        ("hard", &unprivileged, &hard, Some("is not there yet")),
+        ("bomb", &unprivileged, &bomb, Some("bytes of data")),
         ("privileged", CONFIG, &good, Some("Use --privileged")),
-        ("no size", "rootfs: local:200/a.raw\nunprivileged: 1\n", &good, Some("has no size")),
+        ("no-size", "rootfs: local:200/a.raw\nunprivileged: 1\n", &good, Some("has no size")),
     ];
     for (name, config, tar, refused) in cases {
         provider.plant(name, config, tar);

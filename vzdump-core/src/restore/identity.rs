@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A new identity for a restored VM: what two guests must not share when both run.
+//! A new identity for a restored guest: what two guests must not share when both run.
 
 use provider_api::Uuid;
 
 use crate::config::guest::{VmConfig, split_numbered};
 use crate::config::{ConfigError, OptionList};
 
-/// Gives the VM new network addresses, a new SMBIOS UUID and a new generation.
-pub(super) fn renew(config: &mut VmConfig) -> Result<(), ConfigError> {
+/// Gives a guest new network addresses and a new SMBIOS UUID.
+///
+/// # Errors
+/// A value that cannot be in a configuration.
+pub fn renew(config: &mut VmConfig) -> Result<(), ConfigError> {
     let pairs: Vec<(String, String)> =
         config.pairs().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
     for (key, value) in pairs {

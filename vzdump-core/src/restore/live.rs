@@ -23,7 +23,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use provider_api::VmRestore;
+use provider_api::{GuestKind, VmRestore};
 use qmp_client::Session;
 use qmp_client::commands::{Cont, RunState, SetAction, ShutdownAction};
 use tokio::process::Command;
@@ -91,7 +91,7 @@ pub(crate) async fn recover(ctx: &JobContext, record: &Record) -> Result<(), Str
         return undo_guest(ctx, id).await;
     }
     let overlays = record.live.as_ref().map(overlay_volumes).unwrap_or_default();
-    let freed = free_unnamed(ctx, id, &overlays).await;
+    let freed = free_unnamed(ctx, (GuestKind::Qemu, id), &overlays).await;
     freed.map_err(|problems| problems.join("; "))
 }
 
@@ -443,8 +443,10 @@ impl Restore<'_> {
         filling.journal.append(Entry::Complete).await.map_err(words)?;
         // What is left can only warn.
         let overlays = overlay_volumes(&filling.live);
-        let mut problems =
-            free_unnamed(self.ctx, self.id, &overlays).await.err().unwrap_or_default();
+        let mut problems = free_unnamed(self.ctx, (GuestKind::Qemu, self.id), &overlays)
+            .await
+            .err()
+            .unwrap_or_default();
         for dir in [&filling.private_dir, &filling.live.dir] {
             problems.extend(remove_dir(dir.clone()).await.err());
         }

@@ -139,7 +139,10 @@ fn volume_of(value: &str) -> Option<String> {
 }
 
 /// Names volumes as unused disks, unless something names them already.
-pub(super) fn add_unused(config: &mut VmConfig, volumes: &BTreeSet<String>) -> Result<(), String> {
+///
+/// # Errors
+/// In words.
+pub fn add_unused(config: &mut VmConfig, volumes: &BTreeSet<String>) -> Result<(), String> {
     for volume in volumes {
         if config.names_volume(volume) {
             continue;

@@ -15,10 +15,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use provider_api::GuestKind;
+
 use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::config::{ConfigError, write_atomically};
-use crate::job::{JobContext, chain};
+use crate::job::{JobContext, chain, guest_words};
 use crate::journal::volumes::free_within;
 use crate::journal::{self, Entry, Journal, Record, sync_dir};
 use crate::layout::Layout;
@@ -34,20 +36,26 @@ fn staged(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}{STAGED}"))
 }
 
-fn staged_files(layout: &Layout, id: u32) -> [PathBuf; 2] {
-    [staged(&layout.vm_config_path(id)), staged(&layout.firewall_path(id))]
+/// The guest that is replaced.
+type Guest = (GuestKind, u32);
+
+fn staged_files(layout: &Layout, (kind, id): Guest) -> [PathBuf; 2] {
+    [staged(&layout.guest_config_path(kind, id)), staged(&layout.firewall_path(id))]
 }
 
 /// Stages and switches. After an error before the switch the old configuration is in place; what is staged is
 /// removed by [`unstage`].
-pub(super) async fn switch(
+///
+/// # Errors
+/// In words.
+pub async fn switch(
     layout: &Layout,
-    id: u32,
+    guest: Guest,
     config: &VmConfig,
     firewall: Option<Vec<u8>>,
     journal: &Journal,
 ) -> Result<(), String> {
-    let [staged_config, staged_firewall] = staged_files(layout, id);
+    let [staged_config, staged_firewall] = staged_files(layout, guest);
     let (text, to) = (config.to_string(), staged_config.clone());
     beside(move || {
         if let Some(rules) = firewall {
@@ -57,7 +65,7 @@ pub(super) async fn switch(
     })
     .await?;
     journal.append(Entry::Switch).await.map_err(|error| chain(&error))?;
-    let to = layout.vm_config_path(id);
+    let to = layout.guest_config_path(guest.0, guest.1);
     beside(move || {
         let fault = |source| ConfigError::Write { path: to.clone(), source };
         fs::rename(&staged_config, &to).map_err(fault)
@@ -69,8 +77,11 @@ pub(super) async fn switch(
 }
 
 /// Removes what is staged.
-pub(super) async fn unstage(layout: &Layout, id: u32) -> Result<(), String> {
-    for path in staged_files(layout, id) {
+///
+/// # Errors
+/// In words.
+pub async fn unstage(layout: &Layout, guest: Guest) -> Result<(), String> {
+    for path in staged_files(layout, guest) {
         remove_file(path).await?;
     }
     Ok(())
@@ -78,9 +89,10 @@ pub(super) async fn unstage(layout: &Layout, id: u32) -> Result<(), String> {
 
 /// What follows a switch: the rules, and the old volumes, which go only when nothing brings the
 /// old configuration back. Returns what is left to do.
-pub(super) async fn finish(ctx: &JobContext, id: u32, frees: &[VolumeId]) -> Vec<String> {
+pub async fn finish(ctx: &JobContext, guest: Guest, frees: &[VolumeId]) -> Vec<String> {
     let layout = &ctx.layout;
-    let (config, firewall) = (layout.vm_config_path(id), layout.firewall_path(id));
+    let (kind, id) = guest;
+    let (config, firewall) = (layout.guest_config_path(kind, id), layout.firewall_path(id));
     let settled = blocking::run(move || {
         config.parent().map_or(Ok(()), sync_dir)?;
         match fs::rename(staged(&firewall), &firewall) {
@@ -91,20 +103,21 @@ pub(super) async fn finish(ctx: &JobContext, id: u32, frees: &[VolumeId]) -> Vec
     });
     if let Err(error) = settled.await {
         return vec![format!(
-            "the restored configuration of VM {id} may be lost by a power cut, so the volumes it \
-             replaced are kept: {error}"
+            "the restored configuration of {} may be lost by a power cut, so the volumes it \
+             replaced are kept: {error}",
+            guest_words(kind, id)
         )];
     }
-    free_unnamed(ctx, id, frees).await.err().into_iter().flatten().collect()
+    free_unnamed(ctx, guest, frees).await.err().into_iter().flatten().collect()
 }
 
 /// Frees volumes that the guest's configuration does not name.
 pub(super) async fn free_unnamed(
     ctx: &JobContext,
-    id: u32,
+    (kind, id): Guest,
     frees: &[VolumeId],
 ) -> Result<(), Vec<String>> {
-    let config = VmConfig::read(&ctx.layout.vm_config_path(id));
+    let config = VmConfig::read(&ctx.layout.guest_config_path(kind, id));
     let config = config.map_err(|error| vec![chain(&error)])?.unwrap_or_default();
     let mut problems = Vec::new();
     for volume in frees {
@@ -121,27 +134,29 @@ pub(crate) async fn recover(
     record: &Record,
     sink: &dyn TaskSink,
 ) -> Result<(), String> {
-    let id = record.begin.guest_id;
+    let guest @ (kind, id) = (record.begin.guest_kind, record.begin.guest_id);
+    let name = guest_words(kind, id);
     let Some((frees, in_place)) = &record.replaces else { return Ok(()) };
     let frees: Vec<VolumeId> = frees.iter().filter_map(|text| text.parse().ok()).collect();
-    let [staged_config, _] = staged_files(&ctx.layout, id);
+    let [staged_config, _] = staged_files(&ctx.layout, guest);
     let is_staged = blocking::run(move || staged_config.try_exists())
         .await
         .map_err(|error| error.to_string())?;
     if record.complete || (record.switching && !is_staged) {
-        sink.info(&format!("the interrupted restore of VM {id} had replaced its disks"));
+        sink.info(&format!("the interrupted restore of {name} had replaced its disks"));
         journal::append_to(&record.path, Entry::Complete).await.map_err(|error| chain(&error))?;
-        let left = finish(ctx, id, &frees).await;
+        let left = finish(ctx, guest, &frees).await;
         return left.into_iter().next().map_or(Ok(()), Err);
     }
-    unstage(&ctx.layout, id).await?;
+    unstage(&ctx.layout, guest).await?;
     let new: Vec<VolumeId> = record.volumes.iter().filter_map(|text| text.parse().ok()).collect();
     let both = if *in_place { [new, frees].concat() } else { new };
-    let freed = free_unnamed(ctx, id, &both).await;
-    let now = VmConfig::read(&ctx.layout.vm_config_path(id)).map_err(|error| chain(&error))?;
+    let freed = free_unnamed(ctx, guest, &both).await;
+    let now =
+        VmConfig::read(&ctx.layout.guest_config_path(kind, id)).map_err(|error| chain(&error))?;
     if now.is_some_and(|config| config.get("lock") == Some(super::old::LOCK)) {
         sink.warn(&format!(
-            "the disks that the restore of VM {id} was to replace are gone, as '--in-place' allows; \
+            "the disks that the restore of {name} was to replace are gone, as '--in-place' allows; \
              restore it again"
         ));
     }

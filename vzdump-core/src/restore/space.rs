@@ -4,13 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{Access, access};
 use serde::Serialize;
 
 use super::plan::PlannedDisk;
 use crate::job::chain;
-use crate::storage::{StorageSet, VolumeId};
+use crate::storage::{Storage, StorageSet, VolumeId};
 use crate::task_log::size;
 
 /// Space of storages that share it.
@@ -34,23 +35,23 @@ impl PlannedSpace {
 
 /// Compares what the disks can take with what is free, per storage that has its own space. `freed`
 /// are volumes that go before the disks are made.
-pub(super) async fn measure(
-    disks: &[PlannedDisk],
+pub async fn measure(
+    needs: impl Iterator<Item = (Arc<dyn Storage>, u64)>,
     freed: &BTreeSet<VolumeId>,
     storages: &StorageSet,
 ) -> Vec<PlannedSpace> {
     let mut pools: BTreeMap<u64, PlannedSpace> = BTreeMap::new();
-    for disk in disks {
+    for (storage, size_bytes) in needs {
         // What does not tell its space may still have enough.
-        let Ok(status) = disk.storage.status().await else { continue };
+        let Ok(status) = storage.status().await else { continue };
         let pool = pools.entry(status.pool_id).or_insert_with(|| PlannedSpace {
             storages: BTreeSet::new(),
             needed_bytes: 0,
             available_bytes: status.available_bytes,
             freed_bytes: 0,
         });
-        pool.storages.insert(disk.storage.id().to_owned());
-        pool.needed_bytes = pool.needed_bytes.saturating_add(disk.size_bytes);
+        pool.storages.insert(storage.id().to_owned());
+        pool.needed_bytes = pool.needed_bytes.saturating_add(size_bytes);
     }
     for volume in freed {
         let Ok(storage) = storages.images(volume.storage()) else { continue };
@@ -65,7 +66,10 @@ pub(super) async fn measure(
 }
 
 /// Refuses disks that could outgrow their storage.
-pub(super) fn check(space: &[PlannedSpace]) -> Result<(), String> {
+///
+/// # Errors
+/// In words.
+pub fn check(space: &[PlannedSpace]) -> Result<(), String> {
     let Some(pool) = space.iter().find(|pool| !pool.is_enough()) else { return Ok(()) };
     let storages: Vec<&str> = pool.storages.iter().map(String::as_str).collect();
     Err(format!(
@@ -87,8 +91,11 @@ pub(super) fn check_writable(id: u32, disks: &[(String, PathBuf)]) -> Result<(),
     Ok(())
 }
 
-/// Refuses a directory in which no file can be made, or the nearest parent that exists.
-pub(super) fn check_dir(path: &Path) -> Result<(), String> {
+/// Refuses a directory in which no file can be made, or the nearest parent that exists. May block.
+///
+/// # Errors
+/// In words.
+pub fn check_dir(path: &Path) -> Result<(), String> {
     let existing = path.ancestors().find(|path| path.exists()).unwrap_or(path);
     if !existing.is_dir() {
         return Err(format!("'{}' is not a directory", existing.display()));

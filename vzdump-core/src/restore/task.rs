@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::future::{Future, ready};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -217,7 +218,8 @@ impl Restore<'_> {
         let freed = if self.options.in_place { plan.fates.frees.clone() } else { <_>::default() };
         let look = async {
             can_write.await.map_err(|error| error.to_string())??;
-            Ok(space::measure(&disks, &freed, storages).await)
+            let needs = disks.iter().map(|disk| (Arc::clone(&disk.storage), disk.size_bytes));
+            Ok(space::measure(needs, &freed, storages).await)
         };
         let space = self.cancellable(within_storage(limits.undo, look)).await?;
         Ok((plan, space))
@@ -238,7 +240,9 @@ impl Restore<'_> {
         let (config, more) = self.new_config(&plan, archived, old, &volumes.collect())?;
         let problem = space::check(&space).err().filter(|_| !self.options.overcommit);
         Ok(RestorePlan {
+            kind: GuestKind::Qemu,
             id: self.id,
+            privileged: None,
             archive: self.archive.to_owned(),
             replaces: old.is_some(),
             live: self.options.live,
@@ -378,7 +382,8 @@ impl Restore<'_> {
         if old.is_some() {
             let journal = &made.new.journal;
             let layout = &self.ctx.layout;
-            return replace::switch(layout, self.id, &config, archived.firewall, journal).await;
+            let guest = (GuestKind::Qemu, self.id);
+            return replace::switch(layout, guest, &config, archived.firewall, journal).await;
         }
         self.write_new(&config, archived.firewall, made).await
     }
@@ -531,7 +536,7 @@ impl Restore<'_> {
         step("restore:locked");
         let frees: Vec<VolumeId> = plan.fates.frees.iter().cloned().collect();
         frees.iter().for_each(|volume| self.sink.info(&format!("removing '{volume}'")));
-        let freed = replace::free_unnamed(self.ctx, self.id, &frees).await;
+        let freed = replace::free_unnamed(self.ctx, (GuestKind::Qemu, self.id), &frees).await;
         freed.map_err(|problems| problems.join("; "))?;
         step("restore:cleared");
         Ok(())
@@ -566,7 +571,7 @@ impl Restore<'_> {
         }
         // Of new volumes none is among them: those of a restore in place are gone already.
         let frees: Vec<VolumeId> = plan.fates.frees.iter().cloned().collect();
-        let left = replace::finish(self.ctx, self.id, &frees).await;
+        let left = replace::finish(self.ctx, (GuestKind::Qemu, self.id), &frees).await;
         step("restore:finished");
         let is_done = left.is_empty();
         self.warn(report, left);
@@ -581,7 +586,8 @@ impl Restore<'_> {
     pub(super) async fn undo(&self, mut made: Made, dir_removed: Step<()>) -> Vec<String> {
         let mut problems: Vec<String> = dir_removed.err().into_iter().collect();
         problems.extend(made.new.free(self.ctx).await);
-        problems.extend(replace::unstage(&self.ctx.layout, self.id).await.err());
+        let guest = (GuestKind::Qemu, self.id);
+        problems.extend(replace::unstage(&self.ctx.layout, guest).await.err());
         if let Some(path) = made.firewall
             && let Err(error) = blocking::run(move || std::fs::remove_file(path)).await
             && error.kind() != std::io::ErrorKind::NotFound

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A restore in the place of a container that is there: the old one or the new one, wherever it ends.
+
+use std::path::PathBuf;
+
+use lxc_backend::restore::CtRestoreOptions;
+use provider_api::Identity;
+
+use crate::backup::provider;
+use crate::restore::{restore, tar_of};
+use crate::scene::{LIMIT, Scene, wait_for};
+
+const RULES: &str = "[RULES]\nIN ACCEPT -p tcp -dport 22\n";
+
+/// A host with the stopped container 200, one archive of it, and what was done to it since.
+struct Replaced {
+    scene: Scene,
+    volid: String,
+}
+
+impl Replaced {
+    fn new() -> Self {
+        let scene = Scene::new();
+        let archives = scene.root.join("archives");
+        std::fs::create_dir(&archives).unwrap();
+        let file = scene.root.join("etc/storage.cfg");
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(&file, format!("directory: store\n\tpath {}\n", archives.display()))
+            .unwrap();
+        scene.create(200, &["--hostname", "web", "--mount", "/srv:32M"]);
+        let rules = scene.root.join("etc/firewall/200.fw");
+        std::fs::create_dir_all(rules.parent().unwrap()).unwrap();
+        std::fs::write(&rules, RULES).unwrap();
+        let config = scene.root.join("etc/lxc/200.conf");
+        let net = "net0: name=eth0,hwaddr=BC:24:11:00:00:01,type=veth\n";
+        std::fs::write(&config, format!("{}{net}", scene.config(200))).unwrap();
+        let report = scene.run(&["backup", "200"]);
+        assert_eq!(report["guests"][0]["result"], "committed", "{report}");
+        let volid = scene.run(&["list"])["archives"][0]["volid"].as_str().unwrap().to_owned();
+        // A volume that the archive does not know, and rules that it replaces.
+        let later = scene.root.join("state/storage/images/200/vm-200-disk-2.raw");
+        std::fs::write(later, "later").unwrap();
+        let more = "mp1: local:200/vm-200-disk-2.raw,mp=/cache,size=4M\n";
+        std::fs::write(&config, format!("{}{more}", scene.config(200))).unwrap();
+        std::fs::write(&rules, "[OPTIONS]\nenable: 0\n").unwrap();
+        Self { scene, volid }
+    }
+
+    fn images(&self) -> Vec<String> {
+        let dir = self.scene.root.join("state/storage/images/200");
+        let entries = std::fs::read_dir(dir).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// The configuration and the content of all that it names.
+    fn state(&self) -> (String, Vec<(String, blake3::Hash)>) {
+        let hashed = |name: String| {
+            let path = self.scene.root.join("state/storage/images/200").join(&name);
+            let hash = blake3::hash(&std::fs::read(path).unwrap());
+            (name, hash)
+        };
+        (self.scene.config(200), self.images().into_iter().map(hashed).collect())
+    }
+
+    fn restore<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
+        [&["restore", &self.volid, "200"], more].concat()
+    }
+}
+
+#[test]
+fn a_container_is_replaced_and_keeps_what_the_archive_lacks() {
+    let test = Replaced::new();
+    let scene = &test.scene;
+    let before = test.state();
+    let refused = scene.fail(&test.restore(&[]));
+    assert!(refused.contains("exists already"), "{refused}");
+    let plan = scene.run(&test.restore(&["--force", "--unique", "--dry-run"]));
+    assert_eq!((&plan["kind"], &plan["privileged"]), (&"lxc".into(), &false.into()), "{plan}");
+    assert_eq!((&plan["replaces"], &plan["firewall"]), (&true.into(), &true.into()), "{plan}");
+    assert_eq!(plan["unused"][0], "local:200/vm-200-disk-2.raw", "{plan}");
+    assert_eq!(plan["removed"].as_array().unwrap().len(), 2, "{plan}");
+    assert_eq!(plan["space"][0]["needed_bytes"], 96 << 20, "{plan}");
+    assert_eq!(test.state(), before, "a dry run changes nothing");
+    let report = scene.run(&test.restore(&["--force", "--unique"]));
+    assert_eq!(report["removed"].as_array().unwrap().len(), 2, "{report}");
+    let config = scene.config(200);
+    assert!(!config.contains("BC:24:11:00:00:01"), "{config}");
+    let net = config.lines().find(|line| line.starts_with("net0:")).unwrap();
+    assert_eq!(
+        config.replace(&format!("{net}\n"), ""),
+        "hostname: web\nunprivileged: 1\nrootfs: local:200/vm-200-disk-3.raw,size=64M\n\
+         mp0: local:200/vm-200-disk-4.raw,mp=/srv,backup=1,size=32M\n\
+         unused0: local:200/vm-200-disk-2.raw\n"
+    );
+    assert_eq!(test.images(), ["vm-200-disk-2.raw", "vm-200-disk-3.raw", "vm-200-disk-4.raw"]);
+    let rules = std::fs::read_to_string(scene.root.join("etc/firewall/200.fw")).unwrap();
+    assert_eq!(rules, RULES);
+    assert_eq!(scene.leftovers(), [""; 0]);
+    std::fs::write(scene.root.join("etc/lxc/200.conf"), config.replace(&format!("{net}\n"), ""))
+        .unwrap();
+    scene.run(&["ct", "start", "200"]);
+    wait_for("the restored container is up", || scene.inside(200, "/srv/b").exists());
+    let refused = scene.fail(&test.restore(&["--force"]));
+    assert!(refused.contains("is running"), "{refused}");
+}
+
+#[test]
+fn a_restore_that_fails_leaves_the_old_container() {
+    let test = Replaced::new();
+    let scene = &test.scene;
+    let provider = provider(scene, Identity::MappedRoot);
+    let config = "rootfs: local:200/a.raw,size=64M\nunprivileged: 1\n";
+    let harm = tar_of(scene, "harm.tar", &[("a", b'0', "", b"x"), ("../b", b'0', "", b"x")]);
+    let before = test.state();
+    provider.plant("harm", config, &harm);
+    let force = CtRestoreOptions { force: true, ..CtRestoreOptions::default() };
+    let (report, log) = restore(scene, &provider, "harm", 200, &force);
+    assert!(report.error.is_some_and(|error| error.contains("leads upwards")), "{log}");
+    provider.plant("root", "rootfs: local:200/a.raw,size=64M\n", &scene.template);
+    let (report, log) = restore(scene, &provider, "root", 200, &force);
+    assert!(report.error.is_some_and(|error| error.contains("Use --privileged")), "{log}");
+    provider.plant("huge", "rootfs: local:200/a.raw,size=900T\nunprivileged: 1\n", &scene.template);
+    let (report, log) = restore(scene, &provider, "huge", 200, &force);
+    assert!(report.error.is_some_and(|error| error.contains("--overcommit")), "{log}");
+    assert_eq!(test.state(), before);
+    assert_eq!(scene.leftovers(), [""; 0]);
+}
+
+#[test]
+fn a_restore_that_is_killed_leaves_the_old_container_or_the_new_one() {
+    let test = Replaced::new();
+    let scene = &test.scene;
+    let steps = [
+        ("entry:replace", false),
+        ("entry:volume", false),
+        ("entry:directory", false),
+        ("restore:allocated", false),
+        ("restore:filled", false),
+        ("entry:switch", false),
+        ("restore:switched", true),
+        ("entry:complete", true),
+        ("restore:finished", true),
+    ];
+    for (step, is_new) in steps {
+        let before = test.state();
+        let environment = [("VZDUMP_TEST_KILL_AT", step)];
+        let killed = scene.vzdump.spawn_with(&test.restore(&["--force"]), &environment).unwrap();
+        let killed = killed.finish(LIMIT, &system_tests::process::Stop::default()).unwrap();
+        assert!(!killed.status.success(), "{step} was not reached: {}", killed.stdout);
+        scene.run(&["doctor", "--fix"]);
+        wait_for("everything is unmounted", || scene.leftovers().is_empty());
+        let after = test.state();
+        if is_new {
+            assert_ne!(after.0, before.0, "{step}");
+        } else {
+            assert_eq!(after, before, "{step}");
+        }
+        // Nothing but what the configuration names, and all of that.
+        for (name, _) in &after.1 {
+            assert!(after.0.contains(name.as_str()), "{step}: {name} of {}", after.0);
+        }
+        assert_eq!(after.0.matches(".raw").count(), after.1.len(), "{step}: {}", after.0);
+        let staged: PathBuf = scene.root.join("etc/lxc/.200.conf.restore");
+        assert!(!staged.exists(), "{step}");
+    }
+    let config = scene.config(200);
+    let without_net: String = config
+        .lines()
+        .filter(|line| !line.starts_with("net0:"))
+        .map(|l| format!("{l}\n"))
+        .collect();
+    std::fs::write(scene.root.join("etc/lxc/200.conf"), without_net).unwrap();
+    scene.run(&["ct", "start", "200"]);
+    wait_for("the restored container is up", || scene.inside(200, "/srv/b").exists());
+}
