@@ -142,17 +142,18 @@ fn boot_text(reports: &[BootReport]) -> String {
             (None, false) => "NOT READY".to_owned(),
             (None, true) => "not tested".to_owned(),
         };
-        vec![report.archive.clone(), result]
+        let picture = report.screenshot.as_ref().map(|path| path.display().to_string());
+        vec![report.archive.clone(), result, picture.unwrap_or_else(|| "-".to_owned())]
     });
-    table(&["VOLID", "RESULT"], rows.collect())
+    table(&["VOLID", "RESULT", "SCREENSHOT"], rows.collect())
 }
 
 /// What the last test of this host said of an archive.
-pub(crate) fn booted_text(booted: Option<Booted>) -> String {
-    let Some(Booted { time_s, ready_ms }) = booted else { return "-".to_owned() };
-    let time = utc(time_s).unwrap_or_else(|| "?".to_owned());
+pub(crate) fn booted_text(booted: Option<&Booted>) -> String {
+    let Some(Booted { time_s, ready_ms, .. }) = booted else { return "-".to_owned() };
+    let time = utc(*time_s).unwrap_or_else(|| "?".to_owned());
     match ready_ms {
-        Some(ms) => format!("{time} {:.1}s", ms as f64 / 1000.0),
+        Some(ms) => format!("{time} {:.1}s", *ms as f64 / 1000.0),
         None => format!("{time} NOT READY"),
     }
 }

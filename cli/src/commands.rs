@@ -183,7 +183,7 @@ impl Run<'_> {
                     archive.base.clone().unwrap_or_else(|| "-".to_owned()),
                     if archive.protected { "yes" } else { "-" }.to_owned(),
                     verified_text(archive.verified),
-                    booted_text(archive.booted),
+                    booted_text(archive.booted.as_ref()),
                     printable(archive.notes.as_deref().unwrap_or("-")),
                 ]
             });

@@ -105,9 +105,14 @@ impl Host {
                 }
             }
         }
-        let mut booted = self.boot_results();
+        let mut booted = self.results::<Booted>();
+        let verified = self.results::<Verified>();
         for archive in &mut list.archives {
             archive.booted = booted.remove(&archive.volid);
+            let kept = verified.get(&archive.volid).copied();
+            // What was found before the archive was made is about another one of its name.
+            archive.verified =
+                archive.verified.or(kept.filter(|verified| verified.time_s >= archive.time_s));
         }
         list.archives.sort_by(|a, b| {
             (a.vmid, a.time_s, a.volid.as_str()).cmp(&(b.vmid, b.time_s, b.volid.as_str()))

@@ -25,6 +25,7 @@ mod plan;
 mod provider_call;
 mod providers;
 mod real;
+mod results;
 mod retention;
 mod tasks;
 mod template;

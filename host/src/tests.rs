@@ -246,6 +246,63 @@ async fn a_prune_leaves_alone_what_is_busy_protected_or_not_meant() {
     host.remove_archive(&web[0], &cancel).await.unwrap();
 }
 
+#[tokio::test]
+async fn what_a_verification_found_is_kept_by_the_host_only_if_the_provider_forgets_it() {
+    use provider_api::{Verified, VerifyExtent};
+    let (_dir, host) = host(STORAGES);
+    let (sink, cancel) = (vzdump_core::task_log::NoLog, CancellationToken::new());
+    let archives = store(&host, 100, &[0, 1]).await;
+    let now = jiff::Timestamp::now().as_second();
+    let found = |time_s, damage_count| Verified { time_s, extent: VerifyExtent::All, damage_count };
+    let all = async || host.list(None).await.unwrap().archives;
+    // As by a provider that remembers nothing; the second is about an older archive of this name.
+    let kept = [(archives[0].clone(), found(now, 0)), (archives[1].clone(), found(1, 0))];
+    host.keep(kept).await.unwrap();
+    let listed: Vec<_> = all().await.iter().map(|archive| archive.verified).collect();
+    assert_eq!(listed, [Some(found(now, 0)), None]);
+    let request = |not_since_days| VerifyRequest {
+        archives: Vec::new(),
+        storage: Some("backups".to_owned()),
+        guests: Vec::new(),
+        extent: VerifyExtent::All,
+        not_since_days,
+    };
+    let verify = async |days| {
+        let summary = host.verify(request(days), &sink, &cancel).await.unwrap();
+        summary.archives.into_iter().map(|archive| archive.result).collect::<Vec<_>>()
+    };
+    assert_eq!(verify(Some(1)).await, [VerifyResult::Skipped, VerifyResult::Sound]);
+    host.keep([(archives[0].clone(), found(now, 3))]).await.unwrap();
+    assert_eq!(all().await[0].verified, Some(found(now, 3)));
+    assert_eq!(verify(Some(1)).await, [VerifyResult::Sound, VerifyResult::Skipped]);
+    // This provider remembers: what it says goes before what the host has kept.
+    assert_eq!(all().await[0].verified.unwrap().damage_count, 0);
+    assert_eq!(host.results::<Verified>()[&archives[0]], found(now, 3));
+}
+
+#[tokio::test]
+async fn a_picture_goes_with_the_result_it_belongs_to() {
+    let (dir, host) = host(STORAGES);
+    let picture = |name: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, "").unwrap();
+        path
+    };
+    let (first, second) = (picture("a.png"), picture("b.png"));
+    let booted = |screenshot: Option<&PathBuf>| Booted {
+        time_s: 1,
+        ready_ms: None,
+        screenshot: screenshot.cloned(),
+    };
+    let volid = || "backups:backup/a".to_owned();
+    host.keep([(volid(), booted(Some(&first)))]).await.unwrap();
+    host.keep([(volid(), booted(Some(&first)))]).await.unwrap();
+    assert!(first.exists(), "it is that of the new result, too");
+    host.keep([(volid(), booted(Some(&second)))]).await.unwrap();
+    assert!(!first.exists() && second.exists());
+    assert_eq!(host.results::<Booted>()[&volid()].screenshot, Some(second));
+}
+
 fn request(settings: BackupSettings) -> BackupRequest {
     BackupRequest {
         settings,

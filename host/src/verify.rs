@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Verifies archives, those first that others build upon: each then needs to be read once only.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use provider_api::{
-    Archive, Damage, GuestKind, Kind, Provider, Uuid, VerifyExtent, VerifyOptions, VerifyReport,
-    check_archive_name,
+    Archive, Damage, GuestKind, Kind, Provider, Uuid, Verified, VerifyExtent, VerifyOptions,
+    VerifyReport, check_archive_name,
 };
 use serde::Serialize;
 use vzdump_core::job::Limits;
@@ -141,11 +142,28 @@ impl Host {
             work.push((storage, provider, wanted));
         }
         let mut summary = VerifySummary { extent: request.extent, archives: Vec::new() };
+        let kept = self.results::<Verified>();
         for (storage, provider, wanted) in work {
-            let task = Task { storage, provider, request: &request, sink, cancel };
+            let task = Task { storage, provider, request: &request, kept: &kept, sink, cancel };
+            let begin = summary.archives.len();
             task.run(wanted, &mut summary.archives).await;
+            let found = task.not_remembered(&summary.archives[begin..]).await;
+            if let Err(error) = self.keep(found).await {
+                sink.warn(&format!("what was found is not kept: {}", chain(&error)));
+            }
         }
         Ok(summary)
+    }
+}
+
+impl VerifyResult {
+    /// How many places were found to be damaged; none if it did not come to its end.
+    fn damage_count(&self) -> Option<u64> {
+        match self {
+            Self::Sound => Some(0),
+            Self::Damaged { damage_count, .. } => Some(*damage_count),
+            Self::Skipped | Self::Gone | Self::Failed { .. } => None,
+        }
     }
 }
 
@@ -201,6 +219,8 @@ struct Task<'a> {
     storage: String,
     provider: Arc<dyn Provider>,
     request: &'a VerifyRequest,
+    /// What this host has kept of earlier ones.
+    kept: &'a BTreeMap<String, Verified>,
     sink: &'a dyn TaskSink,
     cancel: &'a CancellationToken,
 }
@@ -230,7 +250,11 @@ impl Task<'_> {
 
     /// Whether an archive was found sound lately, by reading at least as much as now.
     fn is_fresh(&self, archive: &Archive) -> bool {
-        let (Some(days), Some(verified)) = (self.request.not_since_days, archive.verified) else {
+        let volid = ArchiveName { storage: self.storage.clone(), name: archive.name.clone() };
+        let kept = self.kept.get(&volid.to_string()).copied();
+        let kept = kept.filter(|verified| verified.time_s >= archive.time_s);
+        let verified = archive.verified.or(kept);
+        let (Some(days), Some(verified)) = (self.request.not_since_days, verified) else {
             return false;
         };
         let percent = |extent| match extent {
@@ -241,6 +265,26 @@ impl Task<'_> {
         verified.damage_count == 0
             && (0..i64::from(days) * DAY_S).contains(&age_s)
             && percent(verified.extent) >= percent(self.request.extent)
+    }
+
+    /// What was found just now of archives with which their provider does not remember it, by volume id.
+    async fn not_remembered(&self, done: &[VerifiedArchive]) -> Vec<(String, Verified)> {
+        let found = done.iter().filter_map(|archive| {
+            let damage_count = archive.result.damage_count()?;
+            let extent = self.request.extent;
+            Some((archive.volid.clone(), Verified { time_s: now_s(), extent, damage_count }))
+        });
+        let mut found: Vec<_> = found.collect();
+        if found.is_empty() {
+            return found;
+        }
+        let Ok(archives) = in_time(self.provider.list(&call())).await else { return found };
+        let remembers = |volid: &str| {
+            let mut all = archives.iter().filter(|archive| archive.verified.is_some());
+            all.any(|archive| volid.split_once(":backup/").is_some_and(|(_, n)| n == archive.name))
+        };
+        found.retain(|(volid, _)| !remembers(volid));
+        found
     }
 
     async fn one(&self, name: &str, options: &VerifyOptions, archive: &mut VerifiedArchive) {

@@ -24,6 +24,7 @@ mod meter;
 mod old;
 mod plan;
 pub mod replace;
+mod screenshot;
 pub mod space;
 mod task;
 

@@ -197,3 +197,23 @@ fn the_log_of_a_backup_is_kept_with_its_archive_and_shown() {
     let gone = place.vzdump.finish(&["show-log", &archive], crate::place::SOON).unwrap();
     assert!(!gone.status.success(), "the log of an archive that is gone is shown");
 }
+
+/// The state of a TPM, whose swtpm does not run, comes as a file, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn s49_the_state_of_a_tpm_is_offered_as_a_file_like_a_disk() {
+    let scene = Scene::new(Behaviour::default());
+    let volume = "local:100/vm-100-disk-9.raw";
+    let state: Vec<u8> = (0..9000_u32).map(|n| (n % 250) as u8 + 1).collect();
+    std::fs::write(scene.ctx.storages.resolve(volume).unwrap(), &state).unwrap();
+    let path = scene.ctx.layout.vm_config_path(VM);
+    let config = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(path, format!("{config}tpmstate0: {volume},version=v2.0\n")).unwrap();
+    for turn in 0..2 {
+        let report = scene.good_backup().await;
+        scene.assert_holds(&report, &scene.bytes, &format!("turn {turn}"));
+        let stored = scene.provider.bytes(report.archive.as_deref().unwrap(), "tpmstate0");
+        assert_eq!(stored.len(), 4 << 20);
+        assert!(stored[..state.len()] == state && stored[state.len()..].iter().all(|b| *b == 0));
+        scene.assert_tidy(&format!("turn {turn}"));
+    }
+}

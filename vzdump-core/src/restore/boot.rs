@@ -22,7 +22,7 @@ use super::config::{self, Merge, NewVolume};
 use super::copy::{Source, nbd_options};
 use super::plan::{self, PlannedDisk};
 use super::task::{Archived, Restore, within};
-use super::{PlannedVolume, RestoreOptions};
+use super::{PlannedVolume, RestoreOptions, screenshot};
 use crate::blocking;
 use crate::config::guest::{VmConfig, split_numbered};
 use crate::config::storage::StorageConfig;
@@ -58,6 +58,8 @@ pub struct BootOptions {
     pub console: Option<String>,
     /// Keep lines of the configuration that reach the host.
     pub allow_raw_config: bool,
+    /// Where a picture of the guest's display goes, if it has one.
+    pub screenshot: Option<PathBuf>,
 }
 
 /// What came of a test.
@@ -69,6 +71,8 @@ pub struct BootReport {
     pub ready: bool,
     /// From the start of QEMU until then, in milliseconds.
     pub ready_ms: Option<u64>,
+    /// The picture of its display then.
+    pub screenshot: Option<PathBuf>,
     /// Why it is not ready.
     pub error: Option<String>,
     /// The archive could not be tested at all; it says nothing about the archive.
@@ -98,6 +102,7 @@ pub async fn boot_archive(
         archive: archive.to_owned(),
         ready: false,
         ready_ms: None,
+        screenshot: None,
         error: None,
         is_untested: true,
         warnings: Vec::new(),
@@ -219,6 +224,19 @@ impl Restore<'_> {
         let ready = self.cancellable(wait_until_ready(place, options, started)).await;
         // Of a test that was cancelled nothing is known.
         report.is_untested = self.cancel.is_cancelled();
+        if let Some(to) = options.screenshot.as_ref().filter(|_| has_display(&config)) {
+            match self.cancellable(screenshot::take(&place.layout, BOOT_ID, to)).await {
+                Ok(()) => {
+                    self.sink.info(&format!("its display is in '{}'", to.display()));
+                    report.screenshot = Some(to.clone());
+                }
+                Err(why) => {
+                    let why = format!("there is no picture of its display: {why}");
+                    self.sink.warn(&why);
+                    report.warnings.push(why);
+                }
+            }
+        }
         report.ready_ms = Some(millis(ready?));
         report.ready = true;
         Ok(())
@@ -245,7 +263,7 @@ impl Restore<'_> {
         let mut command = Command::new(qemu_img);
         if disk.format == ImageFormat::Raw {
             // The state of a TPM is small, and swtpm reads nothing but a file.
-            command.args(["convert", "-q", "-O", "raw", "--image-opts"]).arg(options).arg(path);
+            command.args(["convert", "-q", "-O", "raw", "--"]).arg(options).arg(path);
         } else {
             command.args(["create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b"]).arg(options);
             command.arg("--").arg(path).arg(disk.size_bytes.to_string());
@@ -257,6 +275,10 @@ impl Restore<'_> {
         }
         Err(format!("qemu-img made no image: {}", clean(&String::from_utf8_lossy(&made.stderr))))
     }
+}
+
+fn has_display(config: &VmConfig) -> bool {
+    config.get("vga") == Some("std")
 }
 
 /// Takes away what would reach others, or keep the VM from being started.
