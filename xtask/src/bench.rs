@@ -43,6 +43,13 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         args: Vec<String>,
     },
+    /// Restores beside qemu-img convert, and a guest's first answer from a live restore beside a full one
+    #[command(disable_help_flag = true)]
+    Restore {
+        /// Passed to the program: --rounds N, --disk-size MIB …, see --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
 }
 
 pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
@@ -50,18 +57,23 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
         What::Fleecing { args } => fleecing(paths, args),
         What::Vm { args } => {
             let vzdump = ["--package", "vzdump", "--bin", "vzdump"];
-            beside_tools(paths, "vm-bench", &vzdump, args)
+            beside_tools(paths, "benches", "vm-bench", &vzdump, args)
+        }
+        What::Restore { args } => {
+            let vzdump = ["--package", "vzdump", "--bin", "vzdump"];
+            beside_tools(paths, "system-tests", "restore-bench", &vzdump, args)
         }
         What::Providers { args } => {
             let plugin = ["--bin", "directory-plugin"];
-            beside_tools(paths, "providers-bench", &plugin, args)
+            beside_tools(paths, "benches", "providers-bench", &plugin, args)
         }
     }
 }
 
-/// How backups compare with plain copies: runs a program of `benches` that needs another one beside it.
+/// How backups compare with plain copies: runs a program that needs another one beside it.
 fn beside_tools(
     paths: &Paths,
+    package: &str,
     program: &str,
     needed: &[&str],
     args: &[String],
@@ -70,7 +82,7 @@ fn beside_tools(
         setup::run()?;
         qemu::run(paths, &qemu::Options::default())?;
     }
-    let programs = [&["--release", "--package", "benches", "--bin", program], needed].concat();
+    let programs = [&["--release", "--package", package, "--bin", program], needed].concat();
     build(paths, &programs)?;
     let status = Command::new(paths.root.join("target/release").join(program))
         .env(QEMU_BIN_ENV, paths.qemu_bin())

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask bench restore`: full restores beside `qemu-img convert` of the archive's images, and a live
+//! restore beside a full one that is followed by a boot, of a real guest.
+
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use system_tests::console::Console;
+use system_tests::lab::{IMAGES, Lab, LabOptions, PLAIN_VIRTIO, SOURCE_VM};
+use system_tests::process::{Collected, Stop};
+use system_tests::qemu;
+
+const USAGE: &str =
+    "usage: cargo xtask bench restore [--rounds N] [--disk-size MIB] [--only CASE] [--folder DIR]
+  --rounds N       rounds of each way, which take turns (default 3)
+  --disk-size MIB  size of each of the two disks (default 512)
+  --only CASE      only this: full or live
+  --folder DIR     where disks and archives are (default /var/tmp)";
+const NEW_VM: u32 = 200;
+const WITHIN: Duration = Duration::from_secs(1800);
+const MIB: u64 = 1 << 20;
+
+struct Options {
+    rounds: usize,
+    disk_bytes: u64,
+    folder: PathBuf,
+    only: Option<String>,
+}
+
+/// A way, and what was measured of it in each round.
+struct Series {
+    name: &'static str,
+    rounds: Vec<Vec<f64>>,
+}
+
+/// What the guest shows of a start.
+struct Start {
+    /// Until its agent is there.
+    answer_s: f64,
+    /// How long it took to read and check all of both disks.
+    check_s: f64,
+    /// Its longest write afterwards.
+    longest_write_ms: f64,
+    /// Until the disks are complete.
+    complete_s: f64,
+}
+
+fn main() -> ExitCode {
+    match parse(std::env::args().skip(1)).and_then(|options| options.map_or(Ok(()), |o| run(&o))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>> {
+    let (rounds, disk_bytes, folder) = (3, 512 * MIB, "/var/tmp".into());
+    let mut options = Options { rounds, disk_bytes, folder, only: None };
+    while let Some(argument) = arguments.next() {
+        if ["-h", "--help"].contains(&argument.as_str()) {
+            println!("{USAGE}");
+            return Ok(None);
+        }
+        let value = arguments.next().context(USAGE)?;
+        match argument.as_str() {
+            "--rounds" => options.rounds = value.parse().context(USAGE)?,
+            "--disk-size" => options.disk_bytes = value.parse::<u64>().context(USAGE)? * MIB,
+            "--only" if ["full", "live"].contains(&value.as_str()) => options.only = Some(value),
+            "--folder" => options.folder = value.into(),
+            _ => anyhow::bail!("{USAGE}"),
+        }
+    }
+    ensure!((1..=1000).contains(&options.rounds), "{USAGE}");
+    ensure!((16 * MIB..=1 << 40).contains(&options.disk_bytes), "{USAGE}");
+    Ok(Some(options))
+}
+
+fn run(options: &Options) -> Result<()> {
+    let stop = Stop::default();
+    let dir = tempfile::Builder::new().prefix("vz-rb-").tempdir_in(&options.folder)?;
+    let lab_options = LabOptions {
+        disk_bytes: options.disk_bytes,
+        format: "qcow2",
+        hardware: PLAIN_VIRTIO,
+        rate_per_s: 200,
+        show: false,
+    };
+    let mut lab = Lab::create(dir.path(), lab_options, &stop)?;
+    let mut console = lab.start(SOURCE_VM)?.console;
+    console.wait_for_record(200, WITHIN, &stop)?;
+    lab.stop_vm(SOURCE_VM)?;
+    let archive = lab.backup()?.volume;
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!("two disks of {} MiB, load {}", options.disk_bytes / MIB, load.trim());
+    let wanted = |case: &str| options.only.as_deref().is_none_or(|only| only == case);
+    for format in ["qcow2", "raw"].into_iter().filter(|_| wanted("full")) {
+        full(options, &lab, &archive, format)?;
+    }
+    if wanted("live") {
+        live(options, &mut lab, &archive)?;
+    }
+    Ok(())
+}
+
+/// Full restores into one format.
+fn full(options: &Options, lab: &Lab, archive: &str, format: &str) -> Result<()> {
+    let sources = images(&lab.backups_dir(), "qcow2")?;
+    ensure!(sources.len() == 2, "the archive has {} images, not 2", sources.len());
+    let mut series = [Series::new("vzdump restore"), Series::new("qemu-img convert")];
+    for round in 0..options.rounds {
+        for turn in 0..series.len() {
+            let way = (round + turn) % series.len();
+            let seconds = match way {
+                0 => restore(lab, archive, format)?,
+                _ => convert(lab, &sources, format)?,
+            };
+            series[way].rounds.push(vec![seconds]);
+        }
+    }
+    println!("\n== full restore to {format}\n");
+    show(&series, &["seconds"]);
+    println!("goal: qemu-img / vzdump at least 1.0");
+    Ok(())
+}
+
+fn restore(lab: &Lab, archive: &str, format: &str) -> Result<f64> {
+    let begin = Instant::now();
+    let (vm, kernel) = (NEW_VM.to_string(), "--allow-raw-config");
+    let arguments = ["restore", archive, &vm, "--storage", IMAGES, "--format", format, kernel];
+    lab.vzdump.run(&arguments, WITHIN)?;
+    let seconds = begin.elapsed().as_secs_f64();
+    lab.vzdump.run(&["vm", "destroy", &vm], WITHIN)?;
+    Ok(seconds)
+}
+
+/// All images at the same time, as a restore does it, and durably.
+fn convert(lab: &Lab, sources: &[PathBuf], format: &str) -> Result<f64> {
+    let folder = tempfile::tempdir_in(&lab.dir)?;
+    let qemu_img = qemu::bin_dir()?.join("qemu-img");
+    let begin = Instant::now();
+    let mut running = Vec::new();
+    let mut targets = Vec::new();
+    for (index, source) in sources.iter().enumerate() {
+        let target = folder.path().join(index.to_string());
+        let mut command = Command::new(&qemu_img);
+        command.args(["convert", "-f", "qcow2", "-O", format]).arg(source).arg(&target);
+        running.push(Collected::spawn(&mut command)?);
+        targets.push(target);
+    }
+    for command in running {
+        command.finish(WITHIN, &lab.stop)?.success("qemu-img convert")?;
+    }
+    for target in targets {
+        File::open(target)?.sync_all()?;
+    }
+    Ok(begin.elapsed().as_secs_f64())
+}
+
+/// The files of a folder that end like this.
+fn images(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.extend(images(&path, ending)?);
+        } else if path.extension().is_some_and(|end| end == ending) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Live restores beside full ones that are followed by a boot.
+fn live(options: &Options, lab: &mut Lab, archive: &str) -> Result<()> {
+    for format in ["qcow2", "raw"] {
+        let mut series = [Series::new("restore --live"), Series::new("restore --start")];
+        for round in 0..options.rounds {
+            for turn in 0..series.len() {
+                let way = (round + turn) % series.len();
+                let start = start(lab, archive, format, ["--live", "--start"][way])?;
+                let Start { answer_s, check_s, longest_write_ms, complete_s } = start;
+                series[way].rounds.push(vec![answer_s, check_s, longest_write_ms, complete_s]);
+            }
+        }
+        println!("\n== the guest runs, {format}\n");
+        show(&series, &["first answer s", "reads all s", "longest write ms", "complete s"]);
+    }
+    Ok(())
+}
+
+fn start(lab: &mut Lab, archive: &str, format: &str, how: &str) -> Result<Start> {
+    let vm = NEW_VM.to_string();
+    let mut console = lab.watch(NEW_VM);
+    let begin = Instant::now();
+    let fixed = ["restore", archive, &vm, how, "--storage", IMAGES, "--format", format];
+    let running = lab.vzdump.spawn(&[fixed.as_slice(), &["--allow-raw-config"]].concat())?;
+    console.wait_for("GUEST AGENT", WITHIN, &lab.stop)?;
+    let answer_s = begin.elapsed().as_secs_f64();
+    // The agent may be there before or after the check.
+    let mut all = Console::from_start_of(&lab.dir.join(format!("run/vm/{vm}/console.log")));
+    let line = all.wait_for("CHECK ", WITHIN, &lab.stop)?;
+    let check_ms = line.split_whitespace().find_map(|word| word.strip_prefix("ms="));
+    let check_ms: f64 =
+        check_ms.and_then(|ms| ms.parse().ok()).with_context(|| format!("odd check: {line}"))?;
+    let mut longest = Duration::ZERO;
+    let until = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < until {
+        longest = longest.max(all.records()?.longest_stall);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let finished = running.finish(WITHIN, &lab.stop)?.success("vzdump restore")?;
+    let result = system_tests::vzdump::last_json(&finished.stdout)?;
+    let complete_ms = result["duration_ms"].as_f64().context("no duration")?;
+    lab.stop_vm(NEW_VM)?;
+    lab.vzdump.run(&["vm", "destroy", &vm], WITHIN)?;
+    Ok(Start {
+        answer_s,
+        check_s: check_ms / 1000.0,
+        longest_write_ms: longest.as_secs_f64() * 1000.0,
+        complete_s: complete_ms / 1000.0,
+    })
+}
+
+impl Series {
+    fn new(name: &'static str) -> Self {
+        Self { name, rounds: Vec::new() }
+    }
+
+    fn column(&self, column: usize) -> Vec<f64> {
+        self.rounds.iter().map(|round| round[column]).collect()
+    }
+}
+
+/// The median and the whole range.
+fn with_range(mut values: Vec<f64>) -> String {
+    values.sort_by(f64::total_cmp);
+    let (Some(least), Some(most)) = (values.first(), values.last()) else { return "-".to_owned() };
+    format!("{:.2} [{least:.2}, {most:.2}]", values[values.len() / 2])
+}
+
+/// A table; ratios are made within each round, to the first way.
+fn show(series: &[Series; 2], columns: &[&str]) {
+    for (index, column) in columns.iter().enumerate() {
+        for way in series {
+            println!("{column:>18}  {:<18} {}", way.name, with_range(way.column(index)));
+        }
+        let [first, second] = series;
+        let both = second.column(index).into_iter().zip(first.column(index));
+        let ratios = both.map(|(second, first)| second / first.max(1e-9));
+        println!(
+            "{:>18}  {:<18} {}",
+            "",
+            format!("/ {}", first.name),
+            with_range(ratios.collect())
+        );
+    }
+}
