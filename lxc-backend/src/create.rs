@@ -235,7 +235,8 @@ fn make_file_system(path: &Path, format: ImageFormat, owner: (u32, u32)) -> Resu
         return std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(CtError::at(doing()));
     }
     let owner = format!("root_owner={uid}:{gid},lazy_itable_init=1,lazy_journal_init=1");
-    let mut mkfs = command("mkfs.ext4", ["-q", "-F", "-m", "0", "-E", &owner, "--"]);
+    // Small volumes would get smaller blocks, into which long links and attributes do not fit.
+    let mut mkfs = command("mkfs.ext4", ["-q", "-F", "-b", "4096", "-m", "0", "-E", &owner, "--"]);
     mkfs.arg(path);
     run(&mkfs, MKFS_LIMIT).map(drop).map_err(CtError::at(doing()))
 }

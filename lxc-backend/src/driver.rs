@@ -344,7 +344,12 @@ impl CtDriver {
         let view = beside(move || {
             make_private_dir(&private)?;
             make_private_dir(&dir)?;
-            View::open(&dir, &parts, &ids, ViewOptions { writable: false, is_snapshot })
+            View::open(
+                &dir,
+                &parts,
+                &ids,
+                ViewOptions { writable: false, is_snapshot, is_plain: false },
+            )
         })
         .await?;
         let (log, lines) = mpsc::channel(LOG_LINES);

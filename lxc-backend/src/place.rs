@@ -62,8 +62,25 @@ impl Place {
         let dir = self.private.join("view");
         make_private_dir(&dir)?;
         let ids = ids.to_vec();
-        let options = ViewOptions { writable: true, is_snapshot: false };
+        let options = ViewOptions { writable: true, is_snapshot: false, is_plain: false };
         let view = beside(move || View::open(&dir, &parts, &ids, options)).await?;
+        let (log, lines) = mpsc::channel(LOG_LINES);
+        let program = ctx.guard.program.clone();
+        Ok((Arc::new(Runner { view: Arc::new(view), program, log }), lines))
+    }
+
+    /// Shows a directory, read-only, to commands that see nothing else.
+    pub(crate) async fn show(
+        &self,
+        ctx: &JobContext,
+        path: PathBuf,
+    ) -> Result<(Arc<Runner>, mpsc::Receiver<String>), CtError> {
+        let dir = self.private.join("source");
+        make_private_dir(&dir)?;
+        let part =
+            Part { key: "source".to_owned(), mount_point: "/".into(), path, is_image: false };
+        let options = ViewOptions { writable: false, is_snapshot: false, is_plain: true };
+        let view = beside(move || View::open(&dir, &[part], &[], options)).await?;
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();
         Ok((Arc::new(Runner { view: Arc::new(view), program, log }), lines))

@@ -17,7 +17,7 @@ use provider_api::{
 };
 use tokio::sync::mpsc::Sender;
 
-use crate::sandbox::{NOT_BEGUN, NOT_BEGUN_PREFIX, Role, SUBCOMMAND, Spec, Work};
+use crate::sandbox::{NOT_BEGUN, NOT_BEGUN_PREFIX, Role, SUBCOMMAND, Spec, TREE, Work};
 use crate::tool::{command as program, ends_with_us};
 use crate::unpack::UnpackSpec;
 use crate::view::View;
@@ -26,6 +26,18 @@ use crate::view::View;
 const STDERR_TAIL_BYTES: usize = 16 << 10;
 /// Longest line of a command's output that is taken as one.
 const LINE_BYTES_MAX: u64 = 4 << 10;
+/// Packs with all that a restore brings back.
+const PACK: [&str; 9] = [
+    "tar",
+    "--create",
+    "--file=-",
+    "--format=posix",
+    "--numeric-owner",
+    "--sparse",
+    "--acls",
+    "--xattrs",
+    "--xattrs-include=*",
+];
 const POLL: Duration = Duration::from_millis(5);
 const POLL_MAX: Duration = Duration::from_millis(50);
 
@@ -66,6 +78,15 @@ impl Runner {
         let (stdin, stdout) = (Some(archive), Some(reports));
         let work = Work::Unpack(spec);
         self.run(Task { role, work, paths: Vec::new(), stdin, stdout }, call).await
+    }
+
+    /// Packs the tree, which nobody vouches for, into an archive. `tar` follows no links in it, and finds
+    /// nothing else.
+    pub(crate) async fn pack(&self, archive: OwnedFd, call: &Call) -> Result<CommandEnd> {
+        let argv = PACK.iter().chain(&["--directory", TREE, "."]).map(Into::into).collect();
+        let work = Work::Command { argv, env: Vec::new() };
+        let (role, stdout) = (Role::SourceReader, Some(archive));
+        self.run(Task { role, work, paths: Vec::new(), stdin: None, stdout }, call).await
     }
 
     async fn run(&self, task: Task, call: &Call) -> Result<CommandEnd> {

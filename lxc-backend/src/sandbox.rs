@@ -94,6 +94,8 @@ pub(crate) enum Role {
     Reader,
     /// Root of the host with the rights over files alone, for the volumes of a privileged container.
     Owner,
+    /// Root of the host with the right to read everything alone: some file systems show nothing to others.
+    SourceReader,
 }
 
 impl From<Identity> for Role {
@@ -150,6 +152,7 @@ fn enter(args: &[OsString]) -> Result<Work, String> {
         Role::MappedRoot => become_mapped_root(&namespace),
         Role::Reader => become_reader(),
         Role::Owner => keep_capabilities(OWNER_CAPABILITIES, None),
+        Role::SourceReader => keep_capabilities(CapabilitySet::DAC_READ_SEARCH, None),
     }
     .map_err(words("its rights"))?;
     drop(namespace);

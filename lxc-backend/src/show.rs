@@ -37,7 +37,7 @@ impl ShownDirectory {
             path: root.to_owned(),
             is_image: false,
         };
-        let options = ViewOptions { writable: false, is_snapshot: false };
+        let options = ViewOptions { writable: false, is_snapshot: false, is_plain: false };
         let view = beside(move || {
             vzdump_core::layout::make_private_dir(&dir)?;
             View::open(&dir, &[part], &[], options)

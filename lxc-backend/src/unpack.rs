@@ -344,13 +344,10 @@ impl Unpacking {
     fn metadata(&mut self, entry: Entry) -> Metadata {
         let Entry { mode, uid, gid, mtime, atime, access_acl, default_acl, .. } = entry;
         let mut xattrs = Vec::new();
-        let has_acl = access_acl.is_some() || default_acl.is_some();
         for (name, value) in entry.xattrs {
-            let is_acl = name == ACCESS_ACL || name == DEFAULT_ACL;
-            let is_kept = name.starts_with(b"user.") || name == b"security.capability";
-            if is_kept || (is_acl && !has_acl) {
+            if name.starts_with(b"user.") || name == b"security.capability" {
                 xattrs.push((name, value));
-            } else if !is_acl {
+            } else {
                 let space = name.split(|byte| *byte == b'.').next().unwrap_or_default();
                 let what = format!("attributes '{}.*', which are the host's matter", shown(space));
                 self.leave_out(&what);

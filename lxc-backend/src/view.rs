@@ -68,6 +68,8 @@ pub(crate) struct ViewOptions {
     pub(crate) writable: bool,
     /// The file systems may be in the middle of something, as after a power failure.
     pub(crate) is_snapshot: bool,
+    /// Only the tree with the ids that are on disk, for file systems that can show no others.
+    pub(crate) is_plain: bool,
 }
 
 impl View {
@@ -103,6 +105,9 @@ impl View {
                 // Of a privileged container's root the files are the host's root's.
                 let host_is_writable = options.writable && host_ids.is_none();
                 compose(&place, "host", &parts, host_ids.as_deref(), host_is_writable)?;
+                if options.is_plain {
+                    return Ok(());
+                }
                 compose(&place, "mapped", &parts, mapped_ids.as_deref(), options.writable)
             })
             .map_err(CtError::at("mount the container's files"))??;

@@ -12,6 +12,7 @@
 //! * [`table`]: the demo's closing table.
 //! * [`docs`]: runs the sessions that a document shows.
 //! * [`lab`]: a small installation with one VM, its backups and restores.
+//! * [`fidelity`]: a tree of odd things, and whether it came back.
 //! * [`vzdump`]: runs the program as a user would.
 //! * [`console`]: what the guest says on its serial line.
 //! * [`qemu`]: finds the patched QEMU, boots the guest directly.
@@ -24,6 +25,7 @@
 pub mod console;
 pub mod disk_form;
 pub mod docs;
+pub mod fidelity;
 pub mod guest;
 pub mod lab;
 pub mod loopfs;

@@ -36,8 +36,11 @@ const BUILD: &[&str] = &[
 const TESTS: &[&str] = &[
     "acl",
     "attr",
+    // Run beside containers, as people do.
+    "borgbackup",
     "btrfs-progs",
     "busybox-static",
+    "bzip2",
     "cpio",
     "e2fsprogs",
     "fuse3",
@@ -56,11 +59,12 @@ const TESTS: &[&str] = &[
     // The generated QMP reference.
     "python3-sphinx",
     "qemu-utils",
+    "restic",
     // TPMs for guests.
     "swtpm",
     "swtpm-tools",
     "xfsprogs",
-    // Containers' archives, unpacked by tar.
+    // Containers' archives.
     "zstd",
 ];
 

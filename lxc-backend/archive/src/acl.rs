@@ -11,6 +11,7 @@ const TAG_GROUP: u16 = 0x08;
 const TAG_MASK: u16 = 0x10;
 const TAG_OTHER: u16 = 0x20;
 const NO_ID: u32 = u32::MAX;
+const NOBODY: u32 = 65_534;
 /// The most lines of a list.
 const LINES_MAX: usize = 8192;
 
@@ -63,7 +64,9 @@ fn parse(line: &[u8]) -> Option<Line> {
     let (qualifier, permissions) = (*fields.get(1)?, permissions(fields.get(2)?)?);
     let number = match (qualifier, fields.get(3)) {
         (_, Some(number)) => Some(id(decimal(number)?)?),
+        // Names that are the same everywhere, so that a program may have written them for numbers.
         (b"root", None) => Some(0),
+        (b"nobody" | b"nogroup", None) => Some(NOBODY),
         (b"", None) => None,
         (number, None) => Some(id(decimal(number)?)?),
     };
@@ -127,6 +130,9 @@ mod tests {
             bytes.extend(id.to_le_bytes());
         }
         assert_eq!(value, bytes);
+        let named = from_text(b"u::r,g::r,o::r,m::r,u:nobody:r,g:nogroup:r,u:root:r").unwrap();
+        let numbers = from_text(b"u::r,g::r,o::r,m::r,u:65534:r,g:65534:r,u:0:r").unwrap();
+        assert_eq!(named, numbers);
         let short = from_text(b"u::rwx\ng::rx\no:r\n").unwrap();
         assert_eq!(short, from_text(b"user::rwx,group::r-x,other::r--").unwrap());
     }

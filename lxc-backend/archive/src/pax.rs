@@ -25,6 +25,8 @@ pub(crate) struct Pax {
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     pub(crate) access_acl: Option<Vec<u8>>,
     pub(crate) default_acl: Option<Vec<u8>>,
+    access_text: Option<Vec<u8>>,
+    default_text: Option<Vec<u8>>,
     pub(crate) sparse: SparseRecords,
 }
 
@@ -62,7 +64,26 @@ impl Pax {
         if pax.sparse.offset.is_some() {
             return Err("the map of a sparse file is cut off".to_owned());
         }
+        let texts = [pax.access_text.take(), pax.default_text.take()];
+        let [access, default] = texts;
+        pax.access_acl = pax.list(access, b"system.posix_acl_access")?;
+        pax.default_acl = pax.list(default, b"system.posix_acl_default")?;
         Ok(pax)
+    }
+
+    /// A list of permissions: as the kernel has it if the archive has it so, too, because the words may have names
+    /// of users that nobody here knows.
+    fn list(&mut self, text: Option<Vec<u8>>, raw: &[u8]) -> Result<Option<Vec<u8>>, String> {
+        if let Some(at) = self.xattrs.iter().position(|(name, _)| name == raw) {
+            let (_, value) = self.xattrs.remove(at);
+            // Its lines are the kernel's to check.
+            if value.len() < 4 + 3 * 8 || value.len() % 8 != 4 {
+                return Err("the list of permissions is none".to_owned());
+            }
+            return Ok(Some(value));
+        }
+        let words = |why| format!("the list of permissions {why}");
+        text.map(|text| acl::from_text(&text).map_err(words)).transpose()
     }
 
     fn take(&mut self, key: &[u8], value: &[u8], regions_max: usize) -> Result<(), String> {
@@ -77,8 +98,8 @@ impl Pax {
             b"gid" => once(&mut self.gid, owner()?),
             b"mtime" => once(&mut self.mtime, moment()?),
             b"atime" => once(&mut self.atime, moment()?),
-            b"SCHILY.acl.access" => once(&mut self.access_acl, acl::from_text(value)?),
-            b"SCHILY.acl.default" => once(&mut self.default_acl, acl::from_text(value)?),
+            b"SCHILY.acl.access" => once(&mut self.access_text, value.to_vec()),
+            b"SCHILY.acl.default" => once(&mut self.default_text, value.to_vec()),
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     return self.take_xattr(name, value);

@@ -2,18 +2,27 @@
 //! What a provider offers for a restore: opened with care, because it may be anything.
 
 use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use provider_api::Compression;
+use provider_api::{Call, CancellationToken, Compression};
+use tokio::sync::mpsc;
+use vzdump_core::job::JobContext;
+use vzdump_core::task_log::TaskSink;
 
 use crate::CtError;
+use crate::place::{Archive, Place, unpack};
+use crate::runner::Runner;
 use crate::runtime::beside;
-use crate::unpack::Codec;
+use crate::unpack::{Codec, Unpacked};
 
 /// For a provider to open its end of a FIFO.
 const OPEN_LIMIT: Duration = Duration::from_secs(120);
+/// How a command ends whose output is not taken any more.
+const ENDED_BY_SIGPIPE: i32 = 128 + 13;
 
 pub(super) fn codec_of(compression: Compression) -> Codec {
     match compression {
@@ -40,6 +49,74 @@ pub(super) async fn open(path: PathBuf) -> Result<File, CtError> {
     });
     let late = || CtError::Invalid("The provider does not write its archive.".to_owned());
     tokio::time::timeout(OPEN_LIMIT, opening).await.map_err(|_| late())?
+}
+
+/// Where the files go.
+pub(super) struct Files<'a> {
+    pub(super) place: &'a Place,
+    pub(super) runner: &'a Arc<Runner>,
+    pub(super) lines: mpsc::Receiver<String>,
+    pub(super) mounts: Vec<PathBuf>,
+    pub(super) data_bytes_max: u64,
+}
+
+/// Copies a directory: one sandbox that sees nothing else packs it, the one of all restores unpacks it.
+pub(super) async fn copy_directory(
+    ctx: &JobContext,
+    path: PathBuf,
+    files: Files<'_>,
+    sink: &dyn TaskSink,
+    cancel: &CancellationToken,
+) -> Result<Unpacked, CtError> {
+    let Files { place, runner, lines, mounts, data_bytes_max } = files;
+    let looked_at = path.clone();
+    let kind = beside(move || {
+        let shown = looked_at.display().to_string();
+        std::fs::symlink_metadata(&looked_at)
+            .map_err(CtError::at(format!("look at '{shown}', which the provider offers")))
+    });
+    if !kind.await?.is_dir() {
+        let path = path.display();
+        return Err(CtError::Invalid(format!(
+            "'{path}', which the provider offers, is no directory."
+        )));
+    }
+    let (source, mut said) = place.show(ctx, path).await?;
+    let copied = {
+        let (reader, writer) = std::io::pipe().map_err(CtError::at("make a pipe"))?;
+        let file = File::from(OwnedFd::from(reader));
+        let archive =
+            Archive { what: "the directory", file, codec: Codec::None, mounts, data_bytes_max };
+        let call = Call { cancel: cancel.child_token(), deadline: None };
+        let both = async {
+            tokio::join!(
+                source.pack(writer.into(), &call),
+                unpack(runner, lines, archive, sink, cancel)
+            )
+        };
+        tokio::pin!(both);
+        loop {
+            tokio::select! {
+                both = &mut both => break both,
+                Some(line) = said.recv() => sink.info(&line),
+            }
+        }
+    };
+    while let Ok(line) = said.try_recv() {
+        sink.info(&line);
+    }
+    beside(move || crate::runner::close(source)).await?;
+    let (packed, unpacked) = copied;
+    let packed = match packed {
+        Err(_) if cancel.is_cancelled() => return Err(CtError::Cancelled),
+        other => other.map_err(CtError::at("read the directory"))?,
+    };
+    let was_not_read =
+        packed.exit_code == ENDED_BY_SIGPIPE || packed.stderr_tail.contains("roken pipe");
+    if packed.exit_code != 0 && !(was_not_read && unpacked.is_err()) {
+        return Err(CtError::at("read the directory")(packed.stderr_tail.trim().to_owned()));
+    }
+    unpacked
 }
 
 #[cfg(test)]

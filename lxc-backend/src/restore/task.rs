@@ -326,8 +326,12 @@ impl Restore<'_> {
                     unpack(runner, lines, archive, self.sink, self.cancel).await
                 }
             },
+            Ok(ContainerData::Directory(path)) => {
+                let files = source::Files { place, runner, lines, mounts, data_bytes_max };
+                source::copy_directory(self.ctx, path, files, self.sink, self.cancel).await
+            }
             Ok(_) => Err(CtError::Invalid(
-                "The provider offers no tar archive; others cannot be restored.".to_owned(),
+                "The provider offers neither a tar archive nor a directory.".to_owned(),
             )),
         };
         let limit = self.ctx.limits.undo;

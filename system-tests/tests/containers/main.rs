@@ -5,11 +5,13 @@
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod backup;
+mod fidelity;
 mod program;
 mod provider;
 mod replace;
 mod restore;
 mod scene;
+mod tools;
 
 use std::os::unix::fs::MetadataExt as _;
 

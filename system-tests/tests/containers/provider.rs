@@ -38,6 +38,18 @@ impl TarProvider {
         self.dir.join(format!("{archive}.tar"))
     }
 
+    /// Where an archive that is a directory has its files.
+    pub(crate) fn tree(&self, archive: &str) -> PathBuf {
+        self.dir.join(format!("{archive}.tree"))
+    }
+
+    /// Puts an archive there that is a directory, still empty.
+    pub(crate) fn plant_tree(&self, archive: &str, config: &str) -> PathBuf {
+        std::fs::create_dir_all(self.tree(archive)).unwrap();
+        std::fs::write(self.config(archive), config).unwrap();
+        self.tree(archive)
+    }
+
     fn config(&self, archive: &str) -> PathBuf {
         self.dir.join(format!("{archive}.conf"))
     }
@@ -102,7 +114,7 @@ impl Provider for TarProvider {
         archive: &'a str,
         _: &'a Call,
     ) -> BoxFuture<'a, Result<Box<dyn ContainerRestore>>> {
-        ready(Ok(Box::new(TarRestore(self.tar(archive))) as _))
+        ready(Ok(Box::new(TarRestore(self.tar(archive), self.tree(archive))) as _))
     }
 }
 
@@ -222,10 +234,13 @@ impl GuestBackup for TarBackup {
     }
 }
 
-struct TarRestore(PathBuf);
+struct TarRestore(PathBuf, PathBuf);
 
 impl ContainerRestore for TarRestore {
     fn data<'a>(&'a mut self, _: &'a Path, _: &'a Call) -> BoxFuture<'a, Result<ContainerData>> {
+        if self.1.symlink_metadata().is_ok() {
+            return ready(Ok(ContainerData::Directory(self.1.clone())));
+        }
         let (path, compression) = (self.0.clone(), Compression::None);
         ready(Ok(ContainerData::Tar { path, compression }))
     }
