@@ -234,7 +234,15 @@ mod tests {
         let mut other = start(&["-e", &argument]);
         assert_eq!(VmProcess::of_mark(&mark).unwrap(), None);
         let mut child = start(&["-chardev", &argument]);
-        let found = VmProcess::of_mark(&mark).unwrap().unwrap();
+        // Its arguments are there a moment after it is.
+        let begin = Instant::now();
+        let found = loop {
+            if let Some(found) = VmProcess::of_mark(&mark).unwrap() {
+                break found;
+            }
+            assert!(begin.elapsed() < LIMIT, "it is not found");
+            std::thread::sleep(WAIT_POLL);
+        };
         assert_eq!(u32::try_from(found.pid).unwrap(), child.id());
         for child in [&mut child, &mut other] {
             child.kill().unwrap();
