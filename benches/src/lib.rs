@@ -21,6 +21,7 @@ pub mod access;
 pub mod backup;
 pub mod cases;
 pub mod child;
+pub mod ct;
 pub mod daemon;
 pub mod disk;
 pub mod fio;

@@ -439,6 +439,9 @@ pub(crate) struct BackupArgs {
     /// [default: 1]
     #[arg(long, value_name = "BOOL", value_parser = clap::value_parser!(u8).range(0..=1))]
     pub(crate) stdexcludes: Option<u8>,
+    /// Leave files of containers that cannot be read out, and tell which, instead of failing
+    #[arg(long)]
+    pub(crate) skip_unreadable: bool,
     /// Where files of containers are copied to that cannot be snapshotted; must exist
     #[arg(long, value_name = "DIR")]
     pub(crate) tmpdir: Option<PathBuf>,

@@ -245,6 +245,7 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
         fleecing: args.fleecing,
         exclude_path: (!args.exclude_path.is_empty()).then_some(args.exclude_path),
         stdexcludes: args.stdexcludes.map(|flag| flag == 1),
+        skip_unreadable: args.skip_unreadable.then_some(true),
         tmpdir: args.tmpdir,
         script: args.script,
         quiet: args.quiet.then_some(true),

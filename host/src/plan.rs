@@ -90,6 +90,7 @@ impl Host {
             bandwidth,
             host_ram: limits.buffer_total_bytes.map(|total| HostRam::new(&self.layout, total)),
             exclude,
+            skip_unreadable: settings.skip_unreadable.unwrap_or(false),
             temp_dir: settings.tmpdir.map(absolute),
             script: settings.script.map(absolute),
             notes: settings.notes_template,

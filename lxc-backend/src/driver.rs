@@ -287,7 +287,8 @@ impl CtDriver {
     async fn point_in_time_now(&mut self, task: Task<'_>) -> Result<PointInTime, GuestError> {
         let started = Instant::now();
         if let Some(suspension) = &self.suspension {
-            self.frozen_ms = Some(suspension.second(&self.ctx, &self.lxc, task).await?);
+            self.frozen_ms =
+                Some(suspension.second(&self.ctx, &self.options, &self.lxc, task).await?);
         } else if self.way == Way::Snapshots {
             self.snapshot_all(task).await?;
             task.sink.info(&format!(
@@ -478,6 +479,8 @@ impl GuestDriver for CtDriver {
             mounts: self.volumes.iter().map(mount).collect(),
             id_map: self.ids.clone(),
             exclude: self.options.exclude.clone(),
+            skip_unreadable: self.options.skip_unreadable,
+            expected_bytes: self.suspension.as_ref().map(Suspension::copied_bytes),
             bandwidth_limit: bandwidth.map(Budget::rate_bytes_per_s),
             runner: Arc::clone(runner) as _,
         })

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,8 @@ const TOLD_MAX: usize = 20;
 pub(crate) struct Suspension {
     dir: PathBuf,
     trees: Arc<Mutex<Vec<TreeCopy>>>,
+    /// Bytes of the first copy, which tell about how many there are.
+    bytes: AtomicU64,
     /// Held by the thread that works in the directory, also when nobody waits for it any more.
     busy: Arc<tokio::sync::Mutex<()>>,
 }
@@ -76,7 +79,7 @@ impl Suspension {
             }
         };
         let dir = temp_tree::plan(&around, id);
-        Ok(Self { dir, trees: Arc::default(), busy: Arc::default() })
+        Ok(Self { dir, trees: Arc::default(), bytes: AtomicU64::new(0), busy: Arc::default() })
     }
 
     /// What the journal keeps of it.
@@ -114,6 +117,7 @@ impl Suspension {
         let started = Instant::now();
         let report = watched(work, &control, ctx.limits.transfer_stall, task).await?;
         drop(cancel);
+        self.bytes.store(report.copied_bytes, Ordering::Relaxed);
         task.sink.info(&format!(
             "first copy: {} files, {} in {} ms",
             report.entries,
@@ -132,9 +136,11 @@ impl Suspension {
     pub(crate) async fn second(
         &self,
         ctx: &JobContext,
+        options: &BackupOptions,
         lxc: &Lxc,
         task: Task<'_>,
     ) -> Result<u64, CtError> {
+        let skips_unreadable = options.skip_unreadable;
         let limits = &ctx.limits;
         let hold = limits.point_in_time.saturating_sub(THAW_MARGIN).max(Duration::from_secs(1));
         let deadline = Instant::now() + hold.saturating_sub(COPY_MARGIN);
@@ -151,7 +157,9 @@ impl Suspension {
             let frozen = Frozen::freeze(&program, target, freeze, hold)?;
             #[cfg(debug_assertions)]
             vzdump_core::job::kill_point::at("frozen");
-            let copied = copy_frozen(trees, &control);
+            let begun = Instant::now();
+            let copied = copy_frozen(trees, &control, skips_unreadable);
+            let copy_ms = begun.elapsed().as_millis();
             #[cfg(debug_assertions)]
             vzdump_core::job::kill_point::at("copied");
             let thawed = frozen.thaw();
@@ -161,16 +169,16 @@ impl Suspension {
                 for tree in trees {
                     tree.finish().map_err(|error| words(error, &dir))?;
                 }
-                Ok((report, frozen_ms))
+                Ok((report, copy_ms, frozen_ms))
             });
             drop(busy);
             result
         });
-        let (report, frozen_ms) = work.await?;
+        let (report, copy_ms, frozen_ms) = work.await?;
         drop(cancel);
         task.journal.append(Entry::Thawed).await?;
         task.sink.info(&format!(
-            "second copy: {} of {} files, {}, {} removed; the container was frozen for {frozen_ms} ms",
+            "second copy: {} of {} files, {}, {} removed, in {copy_ms} ms; the container was frozen for {frozen_ms} ms",
             report.copied,
             report.entries,
             size(report.copied_bytes),
@@ -178,6 +186,11 @@ impl Suspension {
         ));
         tell_skipped(&report, task);
         Ok(frozen_ms)
+    }
+
+    /// About how many bytes the copies have.
+    pub(crate) fn copied_bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
     }
 
     /// Waits until nobody works in the directory any more, and so the container is not frozen.
@@ -320,10 +333,11 @@ fn check_space(
 fn copy_frozen(
     mut trees: Vec<TreeCopy>,
     control: &Control,
+    skips_unreadable: bool,
 ) -> Result<(Vec<TreeCopy>, PassReport), CopyError> {
     let mut report = PassReport::default();
     for tree in &mut trees {
-        report.add(tree.second(control, false)?);
+        report.add(tree.second(control, skips_unreadable)?);
     }
     Ok((trees, report))
 }
@@ -337,7 +351,9 @@ fn words(error: CopyError, dir: &Path) -> CtError {
                                the first copy. Use --mode stop."
                 .to_owned()
         }
-        CopyError::Source { .. } => format!("The copy of the container's files failed: {error}."),
+        CopyError::Source { .. } => format!(
+            "The copy of the container's files failed: {error}. With --skip-unreadable such files are left out."
+        ),
         full if full.is_full() => format!(
             "The temporary directory '{dir}' is full: {full}. Choose another one by 'tmpdir' in vzdump.conf, \
              or use --mode stop."

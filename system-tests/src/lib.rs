@@ -23,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 pub mod console;
+pub mod debian;
 pub mod disk_form;
 pub mod docs;
 pub mod fidelity;

@@ -40,9 +40,17 @@ impl LoopFs {
     /// # Errors
     /// A tool is missing or fails, for example without root.
     pub fn new(kind: Kind) -> Result<Self> {
+        Self::with_size(kind, IMAGE_BYTES)
+    }
+
+    /// The same with more room; the file is sparse.
+    ///
+    /// # Errors
+    /// A tool is missing or fails, for example without root.
+    pub fn with_size(kind: Kind, size_bytes: u64) -> Result<Self> {
         let folder = tempfile::tempdir().context("Cannot create a folder")?;
         let image = folder.path().join("image");
-        std::fs::File::create(&image)?.set_len(IMAGE_BYTES)?;
+        std::fs::File::create(&image)?.set_len(size_bytes)?;
         run(as_root(kind.mkfs()).arg("-q").arg(&image))?;
         let this = Self { folder };
         std::fs::create_dir(this.path())?;

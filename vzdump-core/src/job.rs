@@ -170,6 +170,8 @@ pub struct BackupOptions {
     pub temp_dir: Option<PathBuf>,
     /// Patterns of what is left out of containers, as `--exclude-path` of vzdump.
     pub exclude: Vec<String>,
+    /// Whether files of containers that cannot be read are left out.
+    pub skip_unreadable: bool,
     /// What happens to a running guest for the point in time.
     pub mode: BackupMode,
     /// How long a guest may take to shut down in the mode stop.
@@ -197,6 +199,7 @@ impl BackupOptions {
             script: None,
             temp_dir: None,
             exclude: Vec::new(),
+            skip_unreadable: false,
             mode: BackupMode::default(),
             stop_wait: STOP_WAIT,
         }

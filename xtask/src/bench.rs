@@ -36,6 +36,13 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
         args: Vec<String>,
     },
+    /// Backups of a container beside tar with zstd, rsync, borg and restic; needs root
+    #[command(disable_help_flag = true)]
+    Lxc {
+        /// Passed to the program: --rounds N, --data MIB …, see --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
     /// Backups by the directory provider, in process and over RPC, beside nbdcopy and qemu-img convert
     #[command(disable_help_flag = true)]
     Providers {
@@ -62,6 +69,13 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
         What::Restore { args } => {
             let vzdump = ["--package", "vzdump", "--bin", "vzdump"];
             beside_tools(paths, "system-tests", "restore-bench", &vzdump, args)
+        }
+        What::Lxc { args } => {
+            if !asks_only(args) {
+                setup::run_for_benchmarks()?;
+            }
+            let vzdump = ["--package", "vzdump", "--bin", "vzdump"];
+            beside_tools(paths, "benches", "lxc-bench", &vzdump, args)
         }
         What::Providers { args } => {
             let plugin = ["--bin", "directory-plugin"];

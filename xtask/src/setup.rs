@@ -42,6 +42,8 @@ const TESTS: &[&str] = &[
     "busybox-static",
     "bzip2",
     "cpio",
+    // A container with a whole system.
+    "debootstrap",
     "e2fsprogs",
     "fuse3",
     "git",
@@ -69,7 +71,7 @@ const TESTS: &[&str] = &[
 ];
 
 /// What only the benchmarks need.
-const BENCHMARKS: &[&str] = &["fio"];
+const BENCHMARKS: &[&str] = &["fio", "rsync"];
 
 /// Installs what is missing; silent and quick when nothing is.
 pub(crate) fn run() -> Result<()> {

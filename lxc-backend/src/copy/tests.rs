@@ -267,6 +267,34 @@ fn paths_longer_than_the_kernel_takes_are_copied() {
     }
 }
 
+/// What cannot be read is an error of the second pass, or is left out and told.
+#[test]
+fn what_cannot_be_read_fails_or_is_skipped() {
+    let Some(mut place) = Place::new() else { return };
+    fs::write(place.tree().join("file"), "text").unwrap();
+    let mut dir = OwnedFd::from(File::open(place.tree()).unwrap());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    // Longer than any path that is followed.
+    for _ in 0..=deep::PATH_BYTES_MAX / 250 {
+        mkdirat(&dir, "d".repeat(250), Mode::RWXU).unwrap();
+        dir = openat(&dir, "d".repeat(250), flags, Mode::empty()).unwrap();
+    }
+    drop(dir);
+    let first = place.begin();
+    assert_eq!(first.skipped_count, 0, "it may just have gone: {first:?}");
+    let copy = place.copy.as_mut().unwrap();
+    let error = copy.second(&Control::default(), false).unwrap_err();
+    assert!(matches!(error, CopyError::Source { .. }), "{error}");
+    let report = copy.second(&Control::default(), true).unwrap();
+    assert_eq!((report.skipped_count, report.skipped.len()), (1, 1), "{report:?}");
+    assert!(report.skipped[0].why.contains("longer than"), "{report:?}");
+    place.copy.take().unwrap().finish().unwrap();
+    assert_eq!(fs::read(place.dir.path().join("copies/c/file")).unwrap(), b"text");
+    for name in ["tree", "copies"] {
+        vzdump_core::temp_tree::remove(&place.dir.path().join(name)).unwrap();
+    }
+}
+
 #[test]
 fn a_target_without_room_and_a_cancelled_copy_are_told() {
     let Some(place) = Place::new() else { return };

@@ -71,6 +71,11 @@ pub struct ContainerBackup {
     /// What is left out: patterns of vzdump's `--exclude-path`, in order. The tree still shows these
     /// files if the guest was not copied.
     pub exclude: Vec<String>,
+    /// Whether a file that cannot be read is left out and told in [`ContainerTransferred::ignored`]; else the
+    /// backup fails.
+    pub skip_unreadable: bool,
+    /// How many bytes there are to be read, if that is known; only for progress.
+    pub expected_bytes: Option<u64>,
     /// What the provider may read, in bytes per second; none without a limit. A command's output is
     /// limited by the host.
     pub bandwidth_limit: Option<u64>,

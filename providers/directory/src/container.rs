@@ -27,7 +27,10 @@ use provider_api::{
 
 use crate::call::{blocking, corrupt, invalid};
 use crate::files;
-use crate::limits::{COMPRESSION_LEVEL, MOUNTS_MAX, PIPE_BYTES, PIPE_END_WAIT, REPORT_INTERVAL};
+use crate::limits::{
+    COMPRESSION_LEVEL, COMPRESSION_THREADS_MAX, MOUNTS_MAX, PIPE_BYTES, PIPE_END_WAIT,
+    REPORT_INTERVAL,
+};
 use crate::manifest::{TREE_FILE, Tree};
 
 use entries::Counter;
@@ -35,6 +38,8 @@ pub(crate) use restore::DirectoryContainerRestore;
 
 /// What `tar` says of a file that cannot be in an archive.
 const SOCKET: &str = ": socket ignored";
+/// What it says of a file that it cannot read, when that is no error.
+const UNREADABLE: &str = ": Warning: ";
 /// What it says first on each line.
 const TAR_PREFIX: &str = "tar: ";
 /// What it says besides the reason why it failed.
@@ -59,8 +64,11 @@ pub(crate) async fn store(
     }
     let (host_tree, mounts) = (backup.host_tree.clone(), backup.mounts.clone());
     let (walks, used_bytes) = blocking(move || look(&host_tree, &mounts)).await?;
+    let used_bytes = backup.expected_bytes.unwrap_or(used_bytes);
     let (reader, writer) =
         io::pipe().map_err(|e| Error::io("Cannot make a pipe for a container's files.", e))?;
+    // Fewer turns of the two; a kernel that refuses it has a small one.
+    let _ = rustix::pipe::fcntl_setpipe_size(&reader, PIPE_BYTES);
     let command = ContainerCommand {
         argv: arguments(backup, &walks),
         identity: Identity::MappedRoot,
@@ -183,6 +191,8 @@ fn arguments(backup: &ContainerBackup, walks: &[PathBuf]) -> Vec<OsString> {
         "--create",
         "--file=-",
         "--format=posix",
+        // In pieces of 256 KiB: fewer turns of the two.
+        "--blocking-factor=512",
         "--numeric-owner",
         "--sparse",
         "--acls",
@@ -198,6 +208,9 @@ fn arguments(backup: &ContainerBackup, walks: &[PathBuf]) -> Vec<OsString> {
     ]
     .map(OsString::from)
     .to_vec();
+    if backup.skip_unreadable {
+        argv.push("--ignore-failed-read".into());
+    }
     argv.extend(backup.exclude.iter().flat_map(|pattern| excluded(pattern)));
     argv.push("--directory".into());
     argv.push(backup.tree.clone().into());
@@ -225,12 +238,16 @@ fn excluded(pattern: &str) -> [OsString; 2] {
 
 /// What `tar` says it left out, as far as the end of its words tells.
 fn ignored(said: &str) -> Vec<IgnoredEntry> {
-    let sockets = said.lines().filter_map(|line| {
-        let path = line.strip_prefix(TAR_PREFIX)?.strip_suffix(SOCKET)?;
+    let ignored = said.lines().filter_map(|line| {
+        let text = line.strip_prefix(TAR_PREFIX)?;
+        let (path, why) = match text.strip_suffix(SOCKET) {
+            Some(path) => (path, "a socket"),
+            None => text.split_once(UNREADABLE)?,
+        };
         let path = path.strip_prefix('.').unwrap_or(path).to_owned();
-        Some(IgnoredEntry { path, why: "a socket".to_owned() })
+        Some(IgnoredEntry { path, why: why.to_owned() })
     });
-    sockets.collect()
+    ignored.collect()
 }
 
 struct Stored {
@@ -247,6 +264,11 @@ fn compress(mut pipe: PipeReader, path: &Path, counted: &AtomicU64) -> Result<St
     let mut encoder = zstd::Encoder::new(target, COMPRESSION_LEVEL).map_err(failed)?;
     // So that a restore notices damage by itself.
     encoder.include_checksum(true).map_err(failed)?;
+    // Beside this thread, which only reads, counts and writes.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = u32::try_from(threads)
+        .map_or(COMPRESSION_THREADS_MAX, |count| count.min(COMPRESSION_THREADS_MAX));
+    encoder.multithread(threads).map_err(failed)?;
     let mut counter = Counter::default();
     let mut buffer = vec![0; PIPE_BYTES];
     loop {
@@ -342,6 +364,9 @@ mod tests {
         let found = ignored(said);
         assert_eq!(found.len(), 1);
         assert_eq!((found[0].path.as_str(), found[0].why.as_str()), ("/run/a b.sock", "a socket"));
+        let found = ignored("tar: ./srv/a: Warning: Cannot open: Input/output error\n");
+        let expected = ("/srv/a", "Cannot open: Input/output error");
+        assert_eq!((found[0].path.as_str(), found[0].why.as_str()), expected);
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub(crate) const RECORD_BYTES_MAX: u64 = 4 << 10;
 pub(crate) const RECORD_KEEP: Duration = Duration::from_hours(90 * 24);
 /// Level of zstd for a container's files: its default, faster than most storages.
 pub(crate) const COMPRESSION_LEVEL: i32 = 3;
+/// Threads that compress one container's tree; each needs some MiB.
+pub(crate) const COMPRESSION_THREADS_MAX: u32 = 8;
 /// What is taken out of a pipe, or read of a stored tree, at once.
 pub(crate) const PIPE_BYTES: usize = 1 << 20;
 /// Wait for what is left in a pipe whose writer has ended: at most as much as a pipe holds, and what a

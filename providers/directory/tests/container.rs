@@ -128,6 +128,8 @@ impl Place {
             mounts: mounts.iter().map(mount).collect(),
             id_map: Vec::new(),
             exclude: exclude.iter().map(|text| (*text).to_owned()).collect(),
+            skip_unreadable: false,
+            expected_bytes: None,
             bandwidth_limit: None,
             runner: Arc::clone(&self.runner) as Arc<dyn ContainerRunner>,
         }

@@ -198,6 +198,7 @@ fn container_params(handle: &str, backup: &ContainerBackup, offer: &mut Offer) -
         "mounts": mounts?,
         "id_map": backup.id_map,
         "exclude": backup.exclude,
+        "skip_unreadable": backup.skip_unreadable,
         "bandwidth_limit": backup.bandwidth_limit.map(|limit| limit.to_string()),
         "container": offer.runner(Arc::clone(&backup.runner)),
     }))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The folder outside the checkout where parts of the guest are kept between runs.
+//! The folder outside the checkout where parts of guests are kept between runs.
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -16,14 +16,14 @@ const KEPT: usize = 4;
 
 /// The locked cache folder; entries are made whole or not at all.
 #[derive(Debug)]
-pub(super) struct Cache {
+pub(crate) struct Cache {
     dir: PathBuf,
     _lock: File,
 }
 
 impl Cache {
     /// Opens and locks the cache (`$VZDUMP_CACHE`, else the user's cache folder).
-    pub(super) fn open(stop: &Stop) -> Result<Self> {
+    pub(crate) fn open(stop: &Stop) -> Result<Self> {
         let dir = root()?.join("guest");
         fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let path = dir.join("lock");
@@ -39,7 +39,7 @@ impl Cache {
     }
 
     /// The entry `kind-key`; `fill` makes it in an empty folder when it is not there yet.
-    pub(super) fn entry(
+    pub(crate) fn entry(
         &self,
         kind: &str,
         key: &str,
@@ -64,7 +64,7 @@ impl Cache {
     }
 
     /// The newest entry of a kind, for a machine that cannot ask its package lists.
-    pub(super) fn newest(&self, kind: &str) -> Result<Option<PathBuf>> {
+    pub(crate) fn newest(&self, kind: &str) -> Result<Option<PathBuf>> {
         Ok(self.by_age(kind)?.into_iter().next())
     }
 

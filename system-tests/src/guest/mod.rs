@@ -5,7 +5,7 @@
 //! installed; the record program is compiled as a static program. Everything is kept in a cache
 //! outside the checkout, so that only the first build takes long (about 30 MB to fetch).
 
-mod cache;
+pub(crate) mod cache;
 mod initramfs;
 mod kernel;
 mod lz4;

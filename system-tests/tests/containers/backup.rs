@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use provider_api::{GuestKind, Identity};
 use system_tests::loopfs::{Kind, LoopFs};
@@ -35,7 +35,13 @@ impl TaskSink for Lines {
 }
 
 pub(crate) fn provider(scene: &Scene, identity: Identity) -> TarProvider {
-    TarProvider { dir: scene.root.join("archives"), identity, script: None }
+    TarProvider {
+        dir: scene.root.join("archives"),
+        identity,
+        script: None,
+        keeps: false,
+        kept: Arc::default(),
+    }
 }
 
 /// One backup; its report and its log.
@@ -85,18 +91,18 @@ fn assert_one_point_in_time(tar: &Path) {
     assert!(line.contains(" 0/0 "), "the container's ids: {line}");
 }
 
-fn start_writing(scene: &Scene, id: u32) {
+pub(crate) fn start_writing(scene: &Scene, id: u32) {
     scene.run(&["ct", "start", &id.to_string()]);
     wait_for("both volumes are written", || scene.inside(id, "/srv/b").exists());
 }
 
-fn assert_committed(report: &GuestReport, log: &str) {
+pub(crate) fn assert_committed(report: &GuestReport, log: &str) {
     assert_eq!((report.result, &report.error), (GuestResult::Committed, &None), "{log}");
     assert_eq!(report.kind, GuestKind::Lxc);
     assert!(report.warnings.is_empty(), "{:?}", report.warnings);
 }
 
-fn assert_writes_on(scene: &Scene, id: u32) {
+pub(crate) fn assert_writes_on(scene: &Scene, id: u32) {
     assert_eq!(scene.state(id), "running");
     let read = || std::fs::read_to_string(scene.inside(id, "/root/a")).unwrap_or_default();
     let before = read();
@@ -129,7 +135,7 @@ fn storage_without_snapshots_62_falls_back_to_suspend_with_a_warning() {
 }
 
 #[test]
-fn a_failing_provider_does_not_keep_the_container_down() {
+fn stop_mode_64_a_failing_provider_does_not_keep_the_container_down() {
     let scene = Scene::new();
     scene.create(200, &["--mount", "/srv:32M"]);
     start_writing(&scene, 200);
@@ -171,12 +177,12 @@ fn snapshots(kind: Kind, storage: &str, format: &str) {
 }
 
 #[test]
-fn raw_images_on_xfs_are_snapshotted_at_one_point_in_time() {
+fn two_volumes_61_on_xfs_are_of_one_point_in_time() {
     snapshots(Kind::Xfs, "dir", "raw");
 }
 
 #[test]
-fn subvolumes_are_snapshotted_at_one_point_in_time() {
+fn two_volumes_61_that_are_subvolumes_are_of_one_point_in_time() {
     snapshots(Kind::Btrfs, "btrfs", "subvol");
 }
 
@@ -229,9 +235,9 @@ impl Drop for Mounted {
     }
 }
 
-/// Scenario 60: a command sees the container's root as root, cannot write, and sees nothing of the host.
+/// A command sees the container's root as root, cannot write, and sees nothing of the host.
 #[test]
-fn commands_see_the_container_and_no_secret_of_the_host() {
+fn commands_60_see_the_container_and_no_secret_of_the_host() {
     const LOOK: &str = "echo owner $(stat -c %u:%g /guest/root) self $(id -u); \
         touch /guest/new 2>/dev/null && echo CHANGED; \
         cat /etc/shadow 2>/dev/null && echo SECRET; \

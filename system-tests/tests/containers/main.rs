@@ -5,11 +5,14 @@
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod backup;
+mod cgroups;
+mod debian;
 mod fidelity;
 mod program;
 mod provider;
 mod replace;
 mod restore;
+mod scenarios;
 mod scene;
 mod tools;
 

@@ -8,8 +8,9 @@ use system_tests::loopfs::{Kind, LoopFs};
 
 use crate::scene::{LIMIT, Scene, wait_for};
 
-/// A host with a storage for backups, and a container that writes to two volumes.
-fn scene_with(disk: Option<&Path>) -> Scene {
+/// A host with a storage for backups, and a container that writes to two volumes; on a storage of a type and with
+/// volumes of a format that are given.
+pub(crate) fn scene_with(disk: Option<(&str, &str, &Path)>) -> Scene {
     let scene = Scene::new();
     let archives = scene.root.join("archives");
     std::fs::create_dir(&archives).unwrap();
@@ -17,9 +18,9 @@ fn scene_with(disk: Option<&Path>) -> Scene {
     std::fs::create_dir_all(file.parent().unwrap()).unwrap();
     std::fs::write(&file, format!("directory: store\n\tpath {}\n", archives.display())).unwrap();
     let mut more = vec!["--hostname", "web", "--mount", "/srv:32M"];
-    if let Some(path) = disk {
-        scene.add_storage("dir", "fast", path);
-        more.extend(["--storage", "fast"]);
+    if let Some((kind, format, path)) = disk {
+        scene.add_storage(kind, "fast", path);
+        more.extend(["--storage", "fast", "--format", format]);
     }
     scene.create(200, &more);
     scene.run(&["ct", "start", "200"]);
@@ -94,7 +95,7 @@ fn kill_at(scene: &Scene, mode: &str, step: &str, images: &Path) {
 #[test]
 fn a_program_that_is_killed_leaves_no_frozen_container_and_no_snapshot() {
     let disk = LoopFs::new(Kind::Xfs).unwrap();
-    let scene = scene_with(Some(&disk.path()));
+    let scene = scene_with(Some(("dir", "raw", &disk.path())));
     let steps = [
         "entry:volume",
         "entry:freeze",

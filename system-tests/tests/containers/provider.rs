@@ -4,21 +4,26 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use provider_api::{
     Archive, BitmapRequest, BoxFuture, Call, Capabilities, CommitOutcome, Committed, Compression,
-    ContainerBackup, ContainerCommand, ContainerData, ContainerRestore, ContainerTransferred,
-    Description, Error, GuestBackup, GuestConfig, GuestInfo, Identity, Job, JobInfo, Kind,
-    Progress, Provider, Result, Status, Transferred, Uuid, VmBackup, VmRestore, VolumeInfo,
+    ContainerBackup, ContainerCommand, ContainerData, ContainerRestore, ContainerRunner,
+    ContainerTransferred, Description, Error, GuestBackup, GuestConfig, GuestInfo, Identity, Job,
+    JobInfo, Kind, Progress, Provider, Result, Status, Transferred, Uuid, VmBackup, VmRestore,
+    VolumeInfo,
 };
 
 /// Where it keeps archives, as whom it reads, and whether it fails at the end of the copy.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct TarProvider {
     pub(crate) dir: PathBuf,
     pub(crate) identity: Identity,
     /// A shell command instead of `tar`, for a look at what commands see.
     pub(crate) script: Option<String>,
+    /// Whether it keeps hold of the container's files.
+    pub(crate) keeps: bool,
+    pub(crate) kept: Arc<Mutex<Vec<Arc<dyn ContainerRunner>>>>,
 }
 
 fn io(error: std::io::Error) -> Error {
@@ -48,6 +53,11 @@ impl TarProvider {
         std::fs::create_dir_all(self.tree(archive)).unwrap();
         std::fs::write(self.config(archive), config).unwrap();
         self.tree(archive)
+    }
+
+    /// What it was given of a firewall.
+    pub(crate) fn firewall(&self, archive: &str) -> Option<Vec<u8>> {
+        std::fs::read(self.config(archive).with_extension("fw")).ok()
     }
 
     fn config(&self, archive: &str) -> PathBuf {
@@ -174,6 +184,13 @@ impl GuestBackup for TarBackup {
         Box::pin(async move {
             let provider = &self.provider;
             std::fs::write(provider.config(&self.name), &backup.config).map_err(io)?;
+            if let Some(firewall) = &backup.firewall {
+                std::fs::write(provider.config(&self.name).with_extension("fw"), firewall)
+                    .map_err(io)?;
+            }
+            if provider.keeps {
+                provider.kept.lock().unwrap().push(Arc::clone(&backup.runner));
+            }
             let path = provider.tar(&self.name);
             let tree = backup.tree.display();
             let argv: Vec<OsString> = match &provider.script {

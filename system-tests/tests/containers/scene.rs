@@ -92,8 +92,13 @@ impl Scene {
 
     /// Makes a container of busybox with small volumes.
     pub(crate) fn create(&self, id: u32, more: &[&str]) {
-        let (number, template) = (id.to_string(), self.template.display().to_string());
-        let mut arguments = vec!["ct", "create", &number, "--template", &template, "--size", "64M"];
+        self.create_from(&self.template, id, &[&["--size", "64M"], more].concat());
+    }
+
+    /// Makes one of a template.
+    pub(crate) fn create_from(&self, template: &Path, id: u32, more: &[&str]) {
+        let (number, template) = (id.to_string(), template.display().to_string());
+        let mut arguments = vec!["ct", "create", &number, "--template", &template];
         arguments.extend(more);
         self.ids.borrow_mut().push(id);
         self.run(&arguments);
@@ -149,10 +154,15 @@ impl Providers for One {
 }
 
 /// Waits until something holds that a container does by itself.
-pub(crate) fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
+pub(crate) fn wait_for(what: &str, holds: impl FnMut() -> bool) {
+    wait_within(SOON, what, holds);
+}
+
+/// The same with more time.
+pub(crate) fn wait_within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limit;
     while !holds() {
-        assert!(Instant::now() < deadline, "{what}: not within {SOON:?}");
+        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -118,6 +118,8 @@ pub struct BackupSettings {
     pub lockwait_minutes: Option<u32>,
     /// How long a guest may take to shut down, in minutes.
     pub stopwait_minutes: Option<u32>,
+    /// Whether files of containers that cannot be read are left out; they are an error unless this is true.
+    pub skip_unreadable: Option<bool>,
     /// Where files of containers are copied to that cannot be snapshotted.
     pub tmpdir: Option<PathBuf>,
     /// The hook script.
@@ -188,6 +190,7 @@ impl BackupSettings {
                 let minutes = number(value, 1, STOP_WAIT_MAX_MINUTES.into())?;
                 self.stopwait_minutes = Some(minutes as u32);
             }
+            "skip-unreadable" => self.skip_unreadable = Some(boolean(value)?),
             "tmpdir" => self.tmpdir = Some(value.into()),
             "script" => self.script = Some(value.into()),
             "notes-template" => self.notes_template = Some(value.to_owned()),
@@ -225,6 +228,7 @@ impl BackupSettings {
             ionice: self.ionice.or(lower.ionice),
             lockwait_minutes: self.lockwait_minutes.or(lower.lockwait_minutes),
             stopwait_minutes: self.stopwait_minutes.or(lower.stopwait_minutes),
+            skip_unreadable: self.skip_unreadable.or(lower.skip_unreadable),
             tmpdir: self.tmpdir.or(lower.tmpdir),
             script: self.script.or(lower.script),
             notes_template: self.notes_template.or(lower.notes_template),

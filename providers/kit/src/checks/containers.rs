@@ -86,6 +86,8 @@ async fn copy_shown(
         }],
         id_map: Vec::new(),
         exclude: exclude.iter().map(|pattern| (*pattern).to_owned()).collect(),
+        skip_unreadable: false,
+        expected_bytes: None,
         bandwidth_limit: None,
         runner: shown.runner(),
     };

@@ -274,6 +274,8 @@ pub(crate) fn container(tree: &Path) -> ContainerBackup {
         mounts: Vec::new(),
         id_map: Vec::new(),
         exclude: vec!["/tmp".to_owned(), "*.swp".to_owned()],
+        skip_unreadable: false,
+        expected_bytes: None,
         bandwidth_limit: None,
         runner: Arc::new(Plain),
     }

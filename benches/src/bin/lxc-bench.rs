@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo xtask bench lxc`: how fast backups of a container are, beside tools that copy files.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use benches::cases::turns;
+use benches::ct::{Container, Tool};
+use benches::disk::check_free;
+use benches::place;
+use benches::report::{Table, number, with_range};
+use benches::stats::{estimate, ratio};
+use clap::Parser;
+use serde_json::json;
+
+const MIB: u64 = 1 << 20;
+const VZDUMP: &str = "vzdump";
+/// `tar | zstd -T2` is to take so much longer.
+const FIRST_GOAL: f64 = 1.3;
+
+/// Measures backups of a container by vzdump beside tar with zstd, rsync, borg and restic of the same tree: a first
+/// run, and how long the container is frozen for a second copy.
+#[derive(Parser, Debug)]
+#[command(name = "cargo xtask bench lxc", bin_name = "cargo xtask bench lxc")]
+struct Options {
+    /// Rounds of each case
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Files of the container in MiB, at most
+    #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u64).range(16..=1 << 20))]
+    data: u64,
+    /// Where the container's files come from
+    #[arg(long, value_name = "DIR", default_value = "/usr")]
+    tree: PathBuf,
+    /// Only this: first or suspend
+    #[arg(long, value_name = "CASE", value_parser = ["first", "suspend"])]
+    only: Option<String>,
+    /// Writes everything that was measured
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// The program vzdump (default: beside this one)
+    #[arg(long, value_name = "FILE")]
+    vzdump: Option<PathBuf>,
+    /// Where the container and the copies are (default target/bench)
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
+}
+
+/// What one way took, by round.
+struct Series {
+    name: &'static str,
+    values: Vec<Option<f64>>,
+}
+
+fn measured(series: &mut Series, case: &str, unit: &str, value: Result<f64>) -> bool {
+    let round = series.values.len() + 1;
+    let name = series.name;
+    match &value {
+        Ok(value) => {
+            eprintln!("{case}: round {round}, {name}: {} {unit}", number(Some(*value)));
+        }
+        Err(error) => eprintln!("FAILED {case}: round {round}, {name}: {error:#}"),
+    }
+    let is_good = value.is_ok();
+    series.values.push(value.ok());
+    is_good
+}
+
+/// The table of a case: the first way is the one that the others are compared with.
+fn table(head: &str, series: &[Series]) -> String {
+    let mut table = Table::new(&["", head, "/ vzdump"]);
+    for one in series {
+        let known: Vec<f64> = one.values.iter().copied().flatten().collect();
+        table.rows.push(vec![
+            one.name.to_owned(),
+            with_range(estimate(&known)),
+            with_range(ratio(&one.values, &series[0].values)),
+        ]);
+    }
+    table.text(false)
+}
+
+fn verdict(what: &str, series: &[Series], least: f64) -> String {
+    let found = ratio(&series[1].values, &series[0].values);
+    let word = match found {
+        Some(found) if found.median >= least => "reached",
+        Some(_) => "NOT reached",
+        None => "not measured",
+    };
+    format!("{what}, at least {least}: {} {word}\n", with_range(found))
+}
+
+fn first(options: &Options, ct: &Container, is_good: &mut bool) -> Vec<Series> {
+    let names = [VZDUMP].into_iter().chain(Tool::ALL.map(Tool::name));
+    let mut series: Vec<Series> = names.map(|name| Series { name, values: Vec::new() }).collect();
+    for round in 0..options.rounds {
+        for way in turns(series.len(), round as usize) {
+            let seconds = match way.checked_sub(1) {
+                None => ct.backup("stop").map(|(seconds, _)| seconds),
+                Some(tool) => ct.copy(Tool::ALL[tool]),
+            };
+            *is_good &= measured(&mut series[way], "first run", "s", seconds);
+        }
+    }
+    series
+}
+
+fn suspend(options: &Options, ct: &Container, is_good: &mut bool) -> Vec<Series> {
+    let mut series: Vec<Series> =
+        [VZDUMP, "rsync"].map(|name| Series { name, values: Vec::new() }).into();
+    for round in 0..options.rounds {
+        for way in turns(2, round as usize) {
+            let milliseconds = match way {
+                0 => ct.backup("suspend").and_then(|(_, second)| second.context("no second copy")),
+                _ => ct.rsync_frozen(),
+            };
+            *is_good &= measured(&mut series[way], "frozen", "ms", milliseconds);
+        }
+    }
+    series
+}
+
+/// Whether everything could be measured.
+fn measure(options: &Options) -> Result<bool> {
+    let (folder, _alone) = place::folder(options.folder.as_deref())?;
+    check_free(&folder, options.data * MIB * 6, "--data makes that less")?;
+    let vzdump = match &options.vzdump {
+        Some(program) => program.clone(),
+        None => std::env::current_exe()?.with_file_name("vzdump"),
+    };
+    let vzdump = vzdump.canonicalize().with_context(|| format!("no {}", vzdump.display()))?;
+    let ct = Container::new(&vzdump, &folder, &options.tree, options.data * MIB)?;
+    let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
+    let mut is_good = true;
+    let mut results = Vec::new();
+    if wanted("first") {
+        let series = first(options, &ct, &mut is_good);
+        println!("\n== first run, {} MiB\n\n{}", ct.data_bytes / MIB, table("seconds", &series));
+        print!("{}", verdict("tar | zstd -T2 / vzdump", &series, FIRST_GOAL));
+        results.push(("first", series));
+    }
+    if wanted("suspend") {
+        ct.start()?;
+        let series = suspend(options, &ct, &mut is_good);
+        println!("\n== second copy, frozen\n\n{}", table("milliseconds", &series));
+        print!("{}", verdict("rsync / vzdump", &series, 1.0));
+        results.push(("suspend", series));
+    }
+    if let Some(path) = &options.json {
+        let cases = results.iter().map(|(case, series)| {
+            let ways = series.iter().map(|one| json!({ "name": one.name, "values": one.values }));
+            json!({ "case": case, "ways": ways.collect::<Vec<_>>() })
+        });
+        let text = serde_json::to_string_pretty(&cases.collect::<Vec<_>>())?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(is_good)
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let options = Options::parse();
+    let work = async { tokio::task::spawn_blocking(move || measure(&options)).await? };
+    match place::until_stopped(work).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
