@@ -18,6 +18,7 @@ const BUILD: &[&str] = &[
     "libfuse3-dev",
     "libglib2.0-dev",
     "libpixman-1-dev",
+    "libpng-dev",
     "libseccomp-dev",
     "liburing-dev",
     "ninja-build",
