@@ -591,10 +591,10 @@ impl KeepArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RestoreArgs {
     /// The archive, such as store:backup/vzdump-qemu-100-2026_01_02-03_04_05, or its name
-    #[arg(required_unless_present = "resume")]
+    #[arg(required_unless_present_any = ["resume", "give_up"])]
     pub(crate) archive: Option<String>,
     /// Number of the guest; none if disks go to files or block devices
-    #[arg(required_unless_present_any = ["disks", "resume"])]
+    #[arg(required_unless_present_any = ["disks", "resume", "give_up"])]
     pub(crate) id: Option<u32>,
     /// Start the VM at once, and fill its disks while it runs
     #[arg(long, conflicts_with_all = ["disks", "force"])]
@@ -605,6 +605,12 @@ pub(crate) struct RestoreArgs {
         "privileged", "start", "overcommit", "allow_raw_config",
     ])]
     pub(crate) resume: Option<u32>,
+    /// End the live restore of this VM, which was interrupted: the VM and all that it wrote are removed
+    #[arg(long, value_name = "ID", conflicts_with_all = [
+        "archive", "id", "live", "resume", "disks", "dry_run", "storage", "format", "force", "in_place",
+        "unique", "privileged", "start", "overcommit", "allow_raw_config", "bwlimit",
+    ])]
+    pub(crate) give_up: Option<u32>,
     /// Restore this disk only: to the drive of that name, to the drive or volume TARGET of the guest, or to the
     /// file or block device TARGET (a path with a slash in front, or `./`)
     #[arg(long = "disk", value_name = "DISK[=TARGET]")]

@@ -19,6 +19,9 @@ impl Run<'_> {
         if let Some(id) = args.resume {
             return self.resume_restore(id, args.bwlimit).await;
         }
+        if let Some(id) = args.give_up {
+            return self.give_up_restore(id).await;
+        }
         let targets: anyhow::Result<Vec<Target>> =
             args.disks.iter().map(|text| target(text)).collect();
         let targets = targets?;
@@ -41,6 +44,14 @@ impl Run<'_> {
         let report = self.host.resume_restore(id, bwlimit, &screen, self.cancel).await?;
         drop(screen);
         Ok(self.restored(&report))
+    }
+
+    async fn give_up_restore(&self, id: u32) -> CommandResult {
+        let screen = Screen::new(self.output, false);
+        self.host.give_up_restore(id, &screen).await?;
+        drop(screen);
+        self.output.result(&json!({ "id": id }), || format!("VM {id} is removed"));
+        Ok(ExitCode::SUCCESS)
     }
 
     fn restored(&self, report: &RestoreReport) -> ExitCode {

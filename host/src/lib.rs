@@ -118,6 +118,14 @@ pub enum HostError {
     /// A restore would be refused.
     #[error("It would not be restored: {0}")]
     Refused(String),
+    /// A live restore that cannot be given up.
+    #[error("The live restore of VM {id} is not given up: {why}.")]
+    Unfinished {
+        /// The VM.
+        id: u32,
+        /// Why.
+        why: String,
+    },
     /// The provider failed.
     #[error("The storage '{storage}' failed.")]
     Provider {

@@ -5,8 +5,8 @@ use lxc_backend::restore::{CtRestoreOptions, plan_container_restore, restore_con
 use provider_api::{GuestKind, Provider};
 use vzdump_core::job;
 use vzdump_core::restore::{
-    DiskChoice, DiskToFile, FileReport, RestoreOptions, RestorePlan, RestoreReport, plan_restore,
-    restore_to_files, restore_vm, resume_restore,
+    DiskChoice, DiskToFile, FileReport, RestoreOptions, RestorePlan, RestoreReport,
+    give_up_restore, plan_restore, restore_to_files, restore_vm, resume_restore,
 };
 use vzdump_core::storage::ImageFormat;
 
@@ -188,6 +188,16 @@ impl Host {
         let limit = bytes_per_s(bwlimit_kib_per_s)?;
         let ctx = self.context()?;
         Ok(Box::pin(resume_restore(&ctx, id, limit, sink, cancel)).await)
+    }
+
+    /// Gives up a live restore that was interrupted: the VM is removed.
+    ///
+    /// # Errors
+    /// [`HostError::Unfinished`].
+    pub async fn give_up_restore(&self, id: u32, sink: &dyn TaskSink) -> Result<(), HostError> {
+        let ctx = self.context()?;
+        let given_up = Box::pin(give_up_restore(&ctx, id, sink)).await;
+        given_up.map_err(|why| HostError::Unfinished { id, why })
     }
 
     /// What the provider says an archive is; its name does not count.

@@ -24,6 +24,7 @@ macro_rules! commands {
 commands! {
     BlockStream = "block-stream" -> Empty;
     BlockdevMirror = "blockdev-mirror" -> Empty;
+    BlockJobSetSpeed = "block-job-set-speed" -> Empty;
     JobComplete = "job-complete" -> Empty;
     JobFinalize = "job-finalize" -> Empty;
     JobDismiss = "job-dismiss" -> Empty;
@@ -85,6 +86,16 @@ pub enum MirrorSync {
 pub enum MirrorCopyMode {
     /// Before they are acknowledged.
     WriteBlocking,
+}
+
+/// Changes the limit of a job.
+#[derive(Debug, Clone, Serialize)]
+pub struct BlockJobSetSpeed {
+    /// The job.
+    pub device: String,
+    /// Most bytes per second; 0 means no limit.
+    #[serde(rename = "speed")]
+    pub speed_bytes_per_s: u64,
 }
 
 /// Tells a mirror that is ready to come to its end.
@@ -192,6 +203,8 @@ mod tests {
                               "copy-mode": "write-blocking", "auto-finalize": false,
                               "auto-dismiss": false});
         assert_eq!(serde_json::to_value(mirror).unwrap(), expected);
+        let speed = BlockJobSetSpeed { device: "j".into(), speed_bytes_per_s: 0 };
+        assert_eq!(serde_json::to_value(speed).unwrap(), json!({"device": "j", "speed": 0}));
         let flush = serde_json::to_value(HumanMonitor::flush("n")).unwrap();
         assert_eq!(flush, json!({"command-line": "qemu-io n flush"}));
     }

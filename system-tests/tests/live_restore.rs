@@ -97,7 +97,8 @@ impl Scene {
     fn kill(&self, mut running: Collected) {
         running.process().signal(Signal::KILL).unwrap();
         let finished = self.finish(running);
-        assert_eq!(finished.status.signal(), Some(9), "{}", finished.stderr);
+        let said = (&finished.stdout, &finished.stderr);
+        assert_eq!(finished.status.signal(), Some(9), "{said:?}");
     }
 
     /// Kills the VM's QEMU and waits for its end.
@@ -183,6 +184,44 @@ fn a_guest_runs_at_once_and_keeps_what_it_writes_while_its_disks_are_filled() {
         scene.end(wanted);
         scene.lab.vzdump.run(&["vm", "destroy", "200"], SOON).unwrap();
     }
+}
+
+#[test]
+fn a_live_restore_that_is_given_up_leaves_nothing_wherever_that_is_killed() {
+    let mut scene = Scene::new();
+    let (vm, give_up) = (NEW_VM.to_string(), ["restore", "--give-up", "200"]);
+    let finished = scene.lab.vzdump.finish(&give_up, SOON).unwrap();
+    assert!(!finished.status.success() && finished.stderr.contains("no unfinished live restore"));
+    for (format, with_qemu, killed) in
+        [("qcow2", true, false), ("raw", true, true), ("raw", false, false)]
+    {
+        println!("to {format}");
+        let mut console = scene.lab.watch(NEW_VM);
+        let restore = scene.live(format, &["--bwlimit", HARDLY_KIB_PER_S], &[]);
+        scene.checked(&mut console, scene.saved.last_b);
+        let finished = scene.lab.vzdump.finish(&give_up, SOON).unwrap();
+        assert!(!finished.status.success(), "{}", finished.stdout);
+        assert!(scene.is_running() && scene.config().contains("lock: live-restore"));
+        scene.kill(restore);
+        if !with_qemu {
+            scene.kill_qemu();
+        }
+        if killed {
+            let running = scene.lab.vzdump.spawn_with(&give_up, &[(KILL_AT, "live:given-up")]);
+            let finished = scene.finish(running.unwrap());
+            assert_eq!(finished.status.signal(), Some(9), "{}", finished.stderr);
+            let finished = scene.finish(scene.resume(FAST_KIB_PER_S, &[]));
+            assert!(!finished.status.success());
+            scene.lab.vzdump.run(&["doctor", "--fix"], SOON).unwrap();
+        } else {
+            scene.lab.vzdump.run(&give_up, SOON).unwrap();
+        }
+        let left = (scene.journals(), scene.images().len(), scene.config());
+        assert_eq!(left, (0, 0, String::new()), "{format}");
+        assert!(!scene.is_running() && !scene.dir.path().join("run/live-200").exists());
+    }
+    let again = ["restore", &scene.archive, &vm, "--allow-raw-config", "--storage", "local"];
+    scene.lab.vzdump.run(&again, SOON).unwrap();
 }
 
 /// Steps before the guest runs: the restore is undone.

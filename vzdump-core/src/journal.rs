@@ -320,6 +320,8 @@ pub enum Entry {
     Live(Live),
     /// The guest is about to run on them: from here on they have what it writes.
     Runs,
+    /// Its user gives it up: what the guest wrote goes, too.
+    GivenUp,
     /// Another process goes on with the task.
     Resume {
         /// The process.
@@ -591,6 +593,8 @@ pub struct Record {
     pub live: Option<Live>,
     /// Its guest has run, or may have.
     pub runs: bool,
+    /// It was given up, so it is undone although its guest has run.
+    pub given_up: bool,
     /// By which names its disks are served, by their keys.
     pub exports: BTreeMap<String, String>,
     /// Its disks whose target was about to take the place of the overlay.
@@ -639,6 +643,7 @@ impl Record {
             switching: false,
             live: None,
             runs: false,
+            given_up: false,
             exports: BTreeMap::new(),
             pivoted: BTreeSet::new(),
             filled: BTreeSet::new(),
@@ -688,6 +693,7 @@ impl Record {
             Entry::Switch => self.switching = true,
             Entry::Live(live) => self.live = Some(live),
             Entry::Runs => self.runs = true,
+            Entry::GivenUp => self.given_up = true,
             Entry::Resume { owner } => self.begin.owner = owner,
             Entry::Export { key, export } => drop(self.exports.insert(key, export)),
             Entry::Pivot { key } => drop(self.pivoted.insert(key)),

@@ -37,7 +37,7 @@ use serde::Serialize;
 
 pub use self::boot::{BootOptions, BootReport, boot_archive, sweep as sweep_boots};
 pub use self::file::{DiskToFile, FileReport, RestoredFile, restore_to_files};
-pub use self::live::resume_restore;
+pub use self::live::{give_up_restore, resume_restore};
 pub(crate) use self::live::{recover as recover_live, refuse_recovery};
 pub use self::old::add_unused;
 pub use self::space::PlannedSpace;

@@ -28,7 +28,7 @@ use qmp_client::Session;
 use qmp_client::commands::{Cont, RunState, SetAction, ShutdownAction};
 use tokio::process::Command;
 
-pub use self::resume::resume_restore;
+pub use self::resume::{give_up_restore, resume_restore};
 use super::config::NewVolume;
 use super::copy::{Source, nbd_options};
 use super::plan::{Plan, PlannedDisk};
@@ -77,14 +77,19 @@ pub(super) fn overlays(disks: &[PlannedDisk]) -> Vec<PlannedDisk> {
 
 /// Refuses to clean up after a restore whose guest has run: the images have what it wrote.
 pub(crate) fn refuse_recovery(record: &Record) -> Result<(), String> {
-    if record.live.is_some() && record.runs && !record.complete {
+    if is_unfinished(record) && !record.given_up {
         return Err(live_advice(record.begin.guest_id));
     }
     Ok(())
 }
 
-/// Undoes what is not a volume, a directory or a rule of the firewall, of a restore whose guest has not run; or finishes one
-/// that is complete.
+/// A live restore whose guest has run, or may have, and whose disks are not complete.
+fn is_unfinished(record: &Record) -> bool {
+    record.live.is_some() && record.runs && !record.complete
+}
+
+/// Undoes what is not a volume, a directory or a rule of the firewall, of a restore whose guest has not run or that is given
+/// up; or finishes one that is complete.
 pub(crate) async fn recover(ctx: &JobContext, record: &Record) -> Result<(), String> {
     let id = record.begin.guest_id;
     if !record.complete {
@@ -99,7 +104,7 @@ fn overlay_volumes(live: &Live) -> Vec<VolumeId> {
     live.disks.iter().filter_map(|disk| disk.overlay.as_ref()?.parse().ok()).collect()
 }
 
-/// Ends a QEMU whose guest has not run, and removes the configuration.
+/// Ends the QEMU, and removes the configuration.
 async fn undo_guest(ctx: &JobContext, id: u32) -> Result<(), String> {
     let path = ctx.layout.vm_config_path(id);
     let config = VmConfig::read(&path).map_err(words)?;

@@ -12,8 +12,8 @@ use provider_api::VmRestore;
 use qmp_client::Session;
 use qmp_client::commands::{Cont, QueryNamedBlockNodes, QueryStatus, RunState};
 use qmp_client::jobs::{
-    BlockStream, BlockdevMirror, HumanMonitor, JobComplete, JobDismiss, JobFinalize, JobInfo,
-    JobStatus, MirrorCopyMode, MirrorSync, QueryJobs,
+    BlockJobSetSpeed, BlockStream, BlockdevMirror, HumanMonitor, JobComplete, JobDismiss,
+    JobFinalize, JobInfo, JobStatus, MirrorCopyMode, MirrorSync, QueryJobs,
 };
 use tokio::net::UnixStream;
 
@@ -84,6 +84,7 @@ impl Restore<'_> {
             revivals: 0,
             completing: BTreeSet::new(),
         };
+        self.limit_jobs(session).await?;
         loop {
             if self.cancel.is_cancelled() {
                 return Err("the restore was cancelled".to_owned());
@@ -126,6 +127,22 @@ impl Restore<'_> {
             }
             tokio::time::sleep(if is_ending { LOOK_CLOSELY } else { LOOK }).await;
         }
+    }
+
+    /// Jobs that are left of another process had its limit.
+    async fn limit_jobs(&self, session: &Session) -> Step<()> {
+        let speed_bytes_per_s = self.options.limit_bytes_per_s.unwrap_or(0);
+        for job in session.execute(QueryJobs).await.map_err(lost)? {
+            if job.id.starts_with(&job_id("")) && job.status == JobStatus::Running {
+                let limit = BlockJobSetSpeed { device: job.id, speed_bytes_per_s };
+                match session.execute(limit).await {
+                    // It may have come to its end meanwhile.
+                    Ok(_) | Err(qmp_client::Error::Qmp { .. }) => {}
+                    Err(error) => return Err(lost(error)),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Whether enough other disks are being filled.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Goes on with a live restore whose process ended: the archive is served again where QEMU looks for it; a
-//! QEMU that ended, too, is started again.
+//! QEMU that ended, too, is started again. Or gives it up.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -10,12 +10,13 @@ use qmp_client::Session;
 use qmp_client::commands::{QueryStatus, RunState};
 
 use super::fill::open_in;
-use super::{Filling, live_dir, name_targets};
+use super::{Filling, is_unfinished, live_dir, name_targets};
 use crate::job::{JobContext, backup_lock_path};
+use crate::journal::recover::recover_guest;
 use crate::journal::{self, Entry, Journal, LiveDisk, ProcessStamp, Record};
 use crate::layout::{Monitor, check_guest_id, check_socket_path, make_private_dir};
 use crate::lock::FileLock;
-use crate::restore::task::{Restore, Step, remove_dir, words};
+use crate::restore::task::{Restore, Step, remove_dir, step, words};
 use crate::restore::{RestoreOptions, RestoreReport, RestoredVolume, end_report};
 use crate::task_log::{TaskSink, clean};
 use crate::vm::backup::{ops, short_id};
@@ -36,6 +37,25 @@ pub async fn resume_restore(
     end_report(report, resumed, started, sink)
 }
 
+/// Gives up the live restore of the VM `id`: its QEMU is ended, and it is removed with all that its guest wrote. A process
+/// that dies meanwhile leaves the rest to the next task of the VM.
+///
+/// # Errors
+/// There is none, somebody works on it, or not all of it could be removed.
+pub async fn give_up_restore(ctx: &JobContext, id: u32, sink: &dyn TaskSink) -> Result<(), String> {
+    check_guest_id(id).map_err(words)?;
+    let lock_path = backup_lock_path(&ctx.layout, GuestKind::Qemu, id);
+    let _lock = FileLock::try_acquire(&lock_path, &format!("VM {id}")).map_err(words)?;
+    let record = find(ctx, id)?;
+    if !record.given_up {
+        journal::append_to(&record.path, Entry::GivenUp).await.map_err(words)?;
+    }
+    step("live:given-up");
+    let left = recover_guest(ctx, GuestKind::Qemu, id, sink).await.map_err(words)?;
+    let problems: Vec<String> = left.into_iter().map(|left| left.reason).collect();
+    if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
+}
+
 async fn resume(
     ctx: &JobContext,
     id: u32,
@@ -48,6 +68,9 @@ async fn resume(
     let lock_path = backup_lock_path(&ctx.layout, GuestKind::Qemu, id);
     let _lock = FileLock::try_acquire(&lock_path, &format!("VM {id}")).map_err(words)?;
     let record = find(ctx, id)?;
+    if record.given_up {
+        return Err("it was given up; `vzdump doctor --fix` removes what is left of it".to_owned());
+    }
     let archive = record.archive.clone().ok_or("the journal does not name the archive")?;
     report.archive.clone_from(&archive);
     let storage = record.begin.storage.clone();
@@ -68,11 +91,11 @@ async fn resume(
 fn find(ctx: &JobContext, id: u32) -> Step<Record> {
     for path in journal::list(&ctx.layout, Some((GuestKind::Qemu, id))).map_err(words)? {
         let record = journal::read(&path).map_err(words)?;
-        if record.live.is_some() && record.runs && !record.complete {
+        if is_unfinished(&record) {
             return Ok(record);
         }
     }
-    Err(format!("there is no live restore of VM {id} to go on with"))
+    Err(format!("there is no unfinished live restore of VM {id}"))
 }
 
 impl Restore<'_> {

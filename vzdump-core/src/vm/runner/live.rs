@@ -19,7 +19,7 @@ pub const LIVE_LOCK: &str = "live-restore";
 pub fn live_advice(id: u32) -> String {
     format!(
         "VM {id} is being restored live and its disks are not complete; `vzdump restore --resume \
-         {id}` goes on with it"
+         {id}` goes on with it, `--give-up {id}` removes it"
     )
 }
 
