@@ -109,7 +109,12 @@ pub(super) fn add(
         let cache = backend(disk, input, false, line)?;
         let live = input.live.iter().find(|live| live.key == disk.key());
         let drive = throttle(disk, live, line)?;
-        let iothread = iothread(disk, hardware, line);
+        // QEMU may move a disk out of its thread when the guest is paused by an error. A job on the disk that has just
+        // failed of the same error is not ready for that, which ends QEMU (an assertion in its `job.c`).
+        let iothread = match live {
+            None => iothread(disk, hardware, line),
+            Some(_) => String::new(),
+        };
         let queues = queues(disk, hardware, line)?;
         let place = match disk.bus {
             "virtio" => {

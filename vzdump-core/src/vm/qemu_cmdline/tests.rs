@@ -239,3 +239,30 @@ fn a_machine_with_efi_has_its_firmware_and_variables_in_flash() {
     let line = build_text("efidisk0: local:100/vm-540672-disk-1.raw\n").unwrap();
     assert!(line.notices[0].contains("no effect without 'bios: ovmf'"), "{:?}", line.notices);
 }
+
+#[test]
+fn a_disk_that_is_being_filled_waits_for_its_archive_and_has_no_thread() {
+    let layout = Layout::new(Some("/r".into()));
+    let key = "virtio0".to_owned();
+    let live = [LiveNode {
+        key,
+        socket: "/r/run/live-100/virtio0".into(),
+        export: "x".to_owned(),
+        overlay: None,
+    }];
+    let config = VmConfig::parse(
+        "virtio0: local:100/a.qcow2,iothread=1\nvirtio1: local:100/b.raw,iothread=1\n",
+    );
+    let input =
+        Input { layout: &layout, id: 100, find: &find, paused: true, mark: None, live: &live };
+    let line = build(&config, &input).unwrap();
+    let devices = values(&line, "-device");
+    let of = |id: &str| *devices.iter().find(|device| device.contains(id)).unwrap();
+    assert!(
+        of("id=virtio0").contains(",rerror=stop,werror=stop")
+            && !of("id=virtio0").contains("iothread")
+    );
+    assert!(of("id=virtio1").contains("iothread=iothread-virtio1"));
+    assert!(!of("id=virtio1").contains("rerror"));
+    assert_eq!(values(&line, "-object").len(), 1);
+}
