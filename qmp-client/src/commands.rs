@@ -6,24 +6,11 @@
 
 use std::path::Path;
 
-use qapi_spec::{Command, Empty};
+use qapi_spec::Empty;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{Version, open_enum::open_enum};
-
-/// Implements [`Command`]; none of ours is ever sent out of band.
-macro_rules! commands {
-    ($( $name:ident = $wire:literal -> $ok:ty; )+) => {
-        $(
-            impl Command for $name {
-                type Ok = $ok;
-                const NAME: &'static str = $wire;
-                const ALLOW_OOB: bool = false;
-            }
-        )+
-    };
-}
+use crate::{Version, open_enum::open_enum, wire_command::commands};
 
 commands! {
     QueryVersion = "query-version" -> Version;

@@ -4,22 +4,11 @@
 //! Jobs are made to wait before they change the graph (`auto-finalize: false`) and stay until they are
 //! dismissed, so that whoever comes later finds out what became of them.
 
-use qapi_spec::{Command, Empty};
+use qapi_spec::Empty;
 use serde::{Deserialize, Serialize};
 
 use crate::open_enum::open_enum;
-
-macro_rules! commands {
-    ($( $name:ident = $wire:literal -> $ok:ty; )+) => {
-        $(
-            impl Command for $name {
-                type Ok = $ok;
-                const NAME: &'static str = $wire;
-                const ALLOW_OOB: bool = false;
-            }
-        )+
-    };
-}
+use crate::wire_command::commands;
 
 commands! {
     BlockStream = "block-stream" -> Empty;

@@ -47,6 +47,7 @@ mod pending;
 mod pump;
 mod session;
 mod stream;
+mod wire_command;
 
 pub use codec::{Event, Greeting, Timestamp, Version};
 pub use error::{Error, Result};

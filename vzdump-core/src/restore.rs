@@ -42,6 +42,7 @@ pub(crate) use self::live::{recover as recover_live, refuse_recovery};
 pub use self::old::add_unused;
 pub use self::space::PlannedSpace;
 use self::task::Restore;
+pub use self::task::step;
 use crate::job::JobContext;
 use crate::job::report::millis;
 use crate::storage::ImageFormat;

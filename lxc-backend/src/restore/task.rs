@@ -18,7 +18,7 @@ use vzdump_core::journal::volumes::NewVolumes;
 use vzdump_core::journal::{Begin, Entry, Journal, TaskKind};
 use vzdump_core::layout::check_guest_id;
 use vzdump_core::lock::FileLock;
-use vzdump_core::restore::{RestorePlan, RestoreReport, RestoredVolume, replace, space};
+use vzdump_core::restore::{RestorePlan, RestoreReport, RestoredVolume, replace, space, step};
 use vzdump_core::storage::VolumeId;
 use vzdump_core::task_log::{TaskSink, clean};
 
@@ -59,14 +59,6 @@ struct Made {
 
 /// The container that is restored over, and what becomes of it.
 type Old<'a> = Option<&'a CtConfig>;
-
-/// A step that tests kill the process at.
-fn step(name: &str) {
-    #[cfg(debug_assertions)]
-    vzdump_core::job::kill_point::at(name);
-    #[cfg(not(debug_assertions))]
-    let _ = name;
-}
 
 impl Restore<'_> {
     pub(super) async fn run(&self, report: &mut RestoreReport) -> Result<(), CtError> {
@@ -363,20 +355,10 @@ impl Restore<'_> {
 
     /// From here on the container exists; what is left can only warn.
     async fn complete(&self, made: Made, plan: &Plan, report: &mut RestoreReport) {
-        let journal = made.new.journal;
-        if let Err(error) = journal.append(Entry::Complete).await {
-            tracing::warn!(%error, "the end of a restore was not journalled");
-        }
-        let frees: Vec<VolumeId> = plan.fates.frees.iter().cloned().collect();
-        let left = replace::finish(self.ctx, (GuestKind::Lxc, self.id), &frees).await;
-        step("restore:finished");
-        let is_done = left.is_empty();
-        self.warn(report, left);
-        if is_done {
-            report.removed = frees.iter().map(ToString::to_string).collect();
-            let removed = journal.remove().await;
-            self.warn(report, removed.err().map(|error| error.to_string()));
-        }
+        let guest = (GuestKind::Lxc, self.id);
+        let done = replace::complete(self.ctx, guest, made.new.journal, &plan.fates.frees).await;
+        self.warn(report, done.problems);
+        report.removed = done.removed;
     }
 
     /// Removes what was made; returns what could not be removed.

@@ -29,12 +29,12 @@ use qmp_client::commands::{Cont, RunState, SetAction, ShutdownAction};
 use tokio::process::Command;
 
 pub use self::resume::{give_up_restore, resume_restore};
+use super::RestoreReport;
 use super::config::NewVolume;
 use super::copy::{Source, nbd_options};
 use super::plan::{Plan, PlannedDisk};
 use super::replace::{beside, free_unnamed};
-use super::task::{Archived, Made, Restore, Step, Volumes, remove_dir, step, words};
-use super::{RestoreReport, RestoredVolume};
+use super::task::{Archived, Made, Restore, Step, Volumes, remove_dir, reported, step, words};
 use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::job::{JobContext, chain};
@@ -300,14 +300,7 @@ impl Restore<'_> {
         let nodes = self.nodes(&live, &exports, &BTreeSet::new())?;
         let session = self.cancellable(self.start_live(&config, &nodes, report)).await?;
         step("live:started");
-        report.volumes = volumes
-            .into_iter()
-            .map(|(device, NewVolume { volume, size_bytes })| RestoredVolume {
-                device,
-                volume,
-                size_bytes,
-            })
-            .collect();
+        report.volumes = reported(volumes);
         if self.cancel.is_cancelled() {
             return Err("the restore was cancelled".to_owned());
         }

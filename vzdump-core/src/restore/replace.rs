@@ -11,12 +11,14 @@
 //! A crash before the rename leaves the old guest as it was; the recovery undoes. After it the
 //! recovery finishes. The guest's lock and its power lock are held throughout.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use provider_api::GuestKind;
 
+use super::task::step;
 use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::config::{ConfigError, write_atomically};
@@ -87,9 +89,38 @@ pub async fn unstage(layout: &Layout, guest: Guest) -> Result<(), String> {
     Ok(())
 }
 
+/// What [`complete`] came to.
+#[derive(Debug)]
+pub struct Completed {
+    /// The old volumes, if they are gone.
+    pub removed: Vec<String>,
+    /// What is left to do: the recovery's, as long as there is the journal.
+    pub problems: Vec<String>,
+}
+
+/// From here on the guest is whole; what is left can only warn.
+pub async fn complete(
+    ctx: &JobContext,
+    guest: Guest,
+    journal: Journal,
+    frees: &BTreeSet<VolumeId>,
+) -> Completed {
+    if let Err(error) = journal.append(Entry::Complete).await {
+        tracing::warn!(%error, "the end of a restore was not journalled");
+    }
+    let frees: Vec<VolumeId> = frees.iter().cloned().collect();
+    let mut problems = finish(ctx, guest, &frees).await;
+    step("restore:finished");
+    if !problems.is_empty() {
+        return Completed { removed: Vec::new(), problems };
+    }
+    problems.extend(journal.remove().await.err().map(|error| chain(&error)));
+    Completed { removed: frees.iter().map(ToString::to_string).collect(), problems }
+}
+
 /// What follows a switch: the rules, and the old volumes, which go only when nothing brings the
 /// old configuration back. Returns what is left to do.
-pub async fn finish(ctx: &JobContext, guest: Guest, frees: &[VolumeId]) -> Vec<String> {
+async fn finish(ctx: &JobContext, guest: Guest, frees: &[VolumeId]) -> Vec<String> {
     let layout = &ctx.layout;
     let (kind, id) = guest;
     let (config, firewall) = (layout.guest_config_path(kind, id), layout.firewall_path(id));

@@ -67,8 +67,16 @@ pub(super) struct Made {
 pub(super) type Step<T> = Result<T, String>;
 pub(super) type Volumes = BTreeMap<String, NewVolume>;
 
+/// What a report says of new volumes.
+pub(super) fn reported(volumes: Volumes) -> Vec<RestoredVolume> {
+    let volumes = volumes.into_iter();
+    let volume =
+        |(device, NewVolume { volume, size_bytes })| RestoredVolume { device, volume, size_bytes };
+    volumes.map(volume).collect()
+}
+
 /// A step that tests kill the process at.
-pub(super) fn step(name: &str) {
+pub fn step(name: &str) {
     #[cfg(debug_assertions)]
     crate::job::kill_point::at(name);
     #[cfg(not(debug_assertions))]
@@ -371,14 +379,7 @@ impl Restore<'_> {
         if self.cancel.is_cancelled() {
             return Err("the restore was cancelled".to_owned());
         }
-        report.volumes = volumes
-            .into_iter()
-            .map(|(device, NewVolume { volume, size_bytes })| RestoredVolume {
-                device,
-                volume,
-                size_bytes,
-            })
-            .collect();
+        report.volumes = reported(volumes);
         if old.is_some() {
             let journal = &made.new.journal;
             let layout = &self.ctx.layout;
@@ -565,21 +566,11 @@ impl Restore<'_> {
 
     /// From here on the VM exists; what is left can only warn.
     async fn complete(&self, made: Made, plan: &Plan, report: &mut RestoreReport) {
-        let journal = made.new.journal;
-        if let Err(error) = journal.append(Entry::Complete).await {
-            tracing::warn!(%error, "the end of a restore was not journalled");
-        }
-        // Of new volumes none is among them: those of a restore in place are gone already.
-        let frees: Vec<VolumeId> = plan.fates.frees.iter().cloned().collect();
-        let left = replace::finish(self.ctx, (GuestKind::Qemu, self.id), &frees).await;
-        step("restore:finished");
-        let is_done = left.is_empty();
-        self.warn(report, left);
-        if is_done {
-            report.removed = frees.iter().map(ToString::to_string).collect();
-            let removed = journal.remove().await;
-            self.warn(report, removed.err().map(words));
-        }
+        // Of new volumes none is among those that go: those of a restore in place are gone already.
+        let guest = (GuestKind::Qemu, self.id);
+        let done = replace::complete(self.ctx, guest, made.new.journal, &plan.fates.frees).await;
+        self.warn(report, done.problems);
+        report.removed = done.removed;
     }
 
     /// Removes what was made; returns what could not be removed.

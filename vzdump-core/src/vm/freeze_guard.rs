@@ -16,7 +16,7 @@
 //!   │◄──── "thawed asked 2 812" │                           │
 //! ```
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
@@ -184,11 +184,12 @@ pub struct Thawed {
     pub trouble: Option<String>,
 }
 
+/// A guard's process.
 #[derive(Debug)]
-struct Guard {
-    child: Child,
-    /// Closing it makes the guard thaw.
-    stdin: Option<ChildStdin>,
+pub(super) struct Guard {
+    pub(super) child: Child,
+    /// Closing it makes the guard undo what it guards.
+    pub(super) stdin: Option<ChildStdin>,
     lines: Lines<BufReader<tokio::io::Take<ChildStdout>>>,
 }
 
@@ -201,10 +202,12 @@ pub async fn freeze(
     agent_socket: &Path,
     limits: FreezeLimits,
 ) -> Result<Frozen, String> {
-    let mut guard = Guard::spawn(command, agent_socket, limits)
+    let limits_args = limits.to_args();
+    let args = [agent_socket.as_os_str()].into_iter().chain(limits_args.iter().map(OsStr::new));
+    let mut guard = Guard::spawn(command, args)
         .map_err(|error| format!("cannot start the freeze guard: {error}"))?;
     let limit = AgentOptions::default().connect_timeout + limits.ping * 2 + limits.freeze + MARGIN;
-    match timeout(limit, guard.report()).await {
+    match timeout(limit, guard.report(Report::parse)).await {
         Ok(Some(Report::Frozen { file_systems })) => {
             Ok(Frozen { guard, limits, file_systems, since: Instant::now() })
         }
@@ -235,7 +238,7 @@ impl Frozen {
             let _ = stdin.write_all(b"thaw\n").await;
         }
         let limit = self.limits.thaw * THAW_ATTEMPTS + MARGIN;
-        let report = timeout(limit, self.guard.report()).await;
+        let report = timeout(limit, self.guard.report(Report::parse)).await;
         let held = || u64::try_from(self.since.elapsed().as_millis()).ok();
         match report {
             Ok(Some(Report::Thawed { cause, held_ms })) => Thawed {
@@ -268,15 +271,14 @@ impl Frozen {
 }
 
 impl Guard {
-    fn spawn(
+    /// Starts a guard with these arguments.
+    pub(super) fn spawn<I: AsRef<OsStr>>(
         command: &GuardCommand,
-        agent_socket: &Path,
-        limits: FreezeLimits,
+        args: impl IntoIterator<Item = I>,
     ) -> io::Result<Self> {
         let mut child = Command::new(&command.program)
             .args(&command.args)
-            .arg(agent_socket)
-            .args(limits.to_args())
+            .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -290,10 +292,10 @@ impl Guard {
         Ok(Self { child, stdin, lines })
     }
 
-    /// The next report; `None` if the guard ended.
-    async fn report(&mut self) -> Option<Report> {
+    /// The next line that is a report; `None` if the guard ended.
+    pub(super) async fn report<R>(&mut self, parse: impl Fn(&str) -> Option<R>) -> Option<R> {
         while let Ok(Some(line)) = self.lines.next_line().await {
-            if let Some(report) = Report::parse(&line) {
+            if let Some(report) = parse(&line) {
                 return Some(report);
             }
         }

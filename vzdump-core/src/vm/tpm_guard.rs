@@ -19,17 +19,16 @@
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
-use std::process::{ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::pipe;
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-use super::freeze_guard::GuardCommand;
+use super::freeze_guard::{Guard, GuardCommand};
 use super::process::{ProcessHandle, VmProcess};
 
 /// Tells this guard from the freeze guard, which has the same subcommand.
@@ -41,8 +40,6 @@ const STOP_POLL: Duration = Duration::from_millis(1);
 const MARGIN: Duration = Duration::from_secs(10);
 /// Begins the guard's lines, so that nothing else on its output is taken for one.
 const PREFIX: &str = "tpm-guard: ";
-/// More is said by no guard.
-const SAID_BYTES_MAX: u64 = 64 << 10;
 
 /// What the guard tells the task.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,9 +84,7 @@ impl Report {
 #[derive(Debug)]
 pub struct TpmGuard {
     process: VmProcess,
-    child: Child,
-    stdin: Option<ChildStdin>,
-    lines: Lines<BufReader<tokio::io::Take<ChildStdout>>>,
+    guard: Guard,
 }
 
 impl TpmGuard {
@@ -102,24 +97,15 @@ impl TpmGuard {
         process: VmProcess,
         hold: Duration,
     ) -> Result<Self, String> {
-        let spawn = || {
-            let mut child = Command::new(&command.program)
-                .args(&command.args)
-                .arg(WORD)
-                .args([process.pid.to_string(), process.start_time_ticks.to_string()])
-                .arg(hold.as_millis().to_string())
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::null())
-                // Out of reach of a Ctrl-C in the task's terminal.
-                .process_group(0)
-                .spawn()?;
-            let stdin = child.stdin.take();
-            let stdout = child.stdout.take().ok_or_else(|| io::Error::other("no pipe"))?;
-            let lines = BufReader::new(tokio::io::AsyncReadExt::take(stdout, SAID_BYTES_MAX));
-            Ok::<_, io::Error>(Self { process, child, stdin, lines: lines.lines() })
-        };
-        let mut guard = spawn().map_err(|error| format!("cannot start its guard: {error}"))?;
+        let args = [
+            WORD.to_owned(),
+            process.pid.to_string(),
+            process.start_time_ticks.to_string(),
+            hold.as_millis().to_string(),
+        ];
+        let guard = Guard::spawn(command, args)
+            .map_err(|error| format!("cannot start its guard: {error}"))?;
+        let mut guard = Self { process, guard };
         match guard.report().await {
             Some(Report::Ready) => Ok(guard),
             Some(Report::Failed { why }) => Err(why),
@@ -168,27 +154,19 @@ impl TpmGuard {
 
     async fn ask(&mut self, word: &str) -> Option<Report> {
         // A guard that is gone shows below.
-        let _ = self.stdin.as_mut()?.write_all(word.as_bytes()).await;
+        let _ = self.guard.stdin.as_mut()?.write_all(word.as_bytes()).await;
         self.report().await
     }
 
     /// The next report; `None` if the guard ended or hangs.
     async fn report(&mut self) -> Option<Report> {
-        let next = async {
-            while let Ok(Some(line)) = self.lines.next_line().await {
-                if let Some(report) = Report::parse(&line) {
-                    return Some(report);
-                }
-            }
-            None
-        };
-        timeout(STOP_WITHIN + MARGIN, next).await.ok().flatten()
+        timeout(STOP_WITHIN + MARGIN, self.guard.report(Report::parse)).await.ok().flatten()
     }
 
     /// Ends the guard.
     pub async fn end(mut self) {
-        drop(self.stdin.take());
-        let _ = timeout(MARGIN, self.child.wait()).await;
+        drop(self.guard.stdin.take());
+        let _ = timeout(MARGIN, self.guard.child.wait()).await;
     }
 }
 
