@@ -33,6 +33,15 @@ pub const SOURCE_VM: u32 = 100;
 pub const IMAGES: &str = "local";
 /// The storage of backups.
 pub const BACKUPS: &str = "backups";
+
+/// The `storage.cfg` that has both, in folders of their names.
+pub fn storages(root: &Path) -> String {
+    format!(
+        "dir: {IMAGES}\n\tpath {}\n\tcontent images\n\ndirectory: {BACKUPS}\n\tpath {}\n",
+        root.join(IMAGES).display(),
+        root.join(BACKUPS).display()
+    )
+}
 /// Granularity of the bitmaps that mark what changed.
 pub const CLUSTER_BYTES: u64 = 64 << 10;
 /// Disks of every VM.
@@ -144,12 +153,7 @@ impl Lab {
             fs::create_dir_all(folder)
                 .with_context(|| format!("cannot make {}", folder.display()))?;
         }
-        let text = format!(
-            "dir: {IMAGES}\n\tpath {}\n\tcontent images\n\ndirectory: {BACKUPS}\n\tpath {}\n",
-            images.display(),
-            backups.display()
-        );
-        fs::write(etc.join("storage.cfg"), text).context("cannot write storage.cfg")
+        fs::write(etc.join("storage.cfg"), storages(&self.dir)).context("cannot write storage.cfg")
     }
 
     /// Makes the VM by copies of two prepared disks; it boots the kernel it is given, because the

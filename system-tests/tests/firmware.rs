@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::Value;
 use system_tests::console::Console;
 use system_tests::guest::{KERNEL_OPTIONS, secrets};
+use system_tests::lab::storages;
 use system_tests::process::{Stop, run};
 use system_tests::qemu::bin_dir;
 use system_tests::turn::Turn;
@@ -39,12 +40,7 @@ impl Site {
         for folder in ["etc", "local", "backups"] {
             std::fs::create_dir_all(site.path(folder)).unwrap();
         }
-        let storages = format!(
-            "dir: local\n\tpath {}\n\tcontent images\n\ndirectory: backups\n\tpath {}\n",
-            site.path("local").display(),
-            site.path("backups").display()
-        );
-        std::fs::write(site.path("etc/storage.cfg"), storages).unwrap();
+        std::fs::write(site.path("etc/storage.cfg"), storages(site.dir.path())).unwrap();
         site
     }
 

@@ -31,12 +31,7 @@ fn assert_whole(path: &Path, up_to: u64) {
 /// Backs up in these modes, and restores and starts each archive.
 fn round_trips(disk: Option<&Path>, is_privileged: bool, modes: &[&str]) {
     let template = template(&Stop::default()).unwrap();
-    let scene = Scene::new();
-    let archives = scene.root.join("archives");
-    std::fs::create_dir(&archives).unwrap();
-    let file = scene.root.join("etc/storage.cfg");
-    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
-    std::fs::write(&file, format!("directory: store\n\tpath {}\n", archives.display())).unwrap();
+    let scene = Scene::with_archives();
     let mut more = vec!["--size", "700M", "--mount", "/srv:64M", "--hostname", "debian"];
     if let Some(path) = disk {
         scene.add_storage("btrfs", "fast", path);

@@ -40,12 +40,7 @@ fn pack(tree: &Path, archive: &Path) {
 }
 
 fn round_trip(privileged: bool, prepare: impl FnOnce(&Path)) {
-    let scene = Scene::new();
-    let archives = scene.root.join("archives");
-    std::fs::create_dir(&archives).unwrap();
-    let settings = scene.root.join("etc/storage.cfg");
-    std::fs::create_dir_all(settings.parent().unwrap()).unwrap();
-    std::fs::write(settings, format!("directory: store\n\tpath {}\n", archives.display())).unwrap();
+    let scene = Scene::with_archives();
     let tree = scene.root.join("tree");
     std::fs::create_dir(&tree).unwrap();
     make_odd_tree(&tree).unwrap();

@@ -11,12 +11,7 @@ use crate::scene::{LIMIT, Scene, wait_for};
 /// A host with a storage for backups, and a container that writes to two volumes; on a storage of a type and with
 /// volumes of a format that are given.
 pub(crate) fn scene_with(disk: Option<(&str, &str, &Path)>) -> Scene {
-    let scene = Scene::new();
-    let archives = scene.root.join("archives");
-    std::fs::create_dir(&archives).unwrap();
-    let file = scene.root.join("etc/storage.cfg");
-    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
-    std::fs::write(&file, format!("directory: store\n\tpath {}\n", archives.display())).unwrap();
+    let scene = Scene::with_archives();
     let mut more = vec!["--hostname", "web", "--mount", "/srv:32M"];
     if let Some((kind, format, path)) = disk {
         scene.add_storage(kind, "fast", path);

@@ -20,13 +20,7 @@ struct Replaced {
 
 impl Replaced {
     fn new() -> Self {
-        let scene = Scene::new();
-        let archives = scene.root.join("archives");
-        std::fs::create_dir(&archives).unwrap();
-        let file = scene.root.join("etc/storage.cfg");
-        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
-        std::fs::write(&file, format!("directory: store\n\tpath {}\n", archives.display()))
-            .unwrap();
+        let scene = Scene::with_archives();
         scene.create(200, &["--hostname", "web", "--mount", "/srv:32M"]);
         let rules = scene.root.join("etc/firewall/200.fw");
         std::fs::create_dir_all(rules.parent().unwrap()).unwrap();

@@ -47,6 +47,18 @@ impl Scene {
         Self { root, vzdump, template, ids: std::cell::RefCell::default(), _dir: dir }
     }
 
+    /// A host with the storage `store` for backups.
+    pub(crate) fn with_archives() -> Self {
+        let scene = Self::new();
+        let archives = scene.root.join("archives");
+        std::fs::create_dir(&archives).unwrap();
+        let file = scene.root.join("etc/storage.cfg");
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(&file, format!("directory: store\n\tpath {}\n", archives.display()))
+            .unwrap();
+        scene
+    }
+
     /// A storage of images beside `local`.
     pub(crate) fn add_storage(&self, kind: &str, id: &str, path: &Path) {
         let file = self.root.join("etc/storage.cfg");

@@ -12,6 +12,7 @@ use qmp_client::{Options, Session};
 use rand::{RngCore as _, SeedableRng as _, rngs::StdRng};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use system_tests::lab::storages;
 use system_tests::process::{Collected, Finished, Stop, run};
 use system_tests::qemu::bin_dir;
 use system_tests::turn::Turn;
@@ -71,12 +72,7 @@ impl Site {
         for folder in ["etc/qemu-server", "backups", "local/images/100"] {
             std::fs::create_dir_all(site.path(folder)).unwrap();
         }
-        let storages = format!(
-            "dir: local\n\tpath {}\n\tcontent images\n\ndirectory: backups\n\tpath {}\n",
-            site.path("local").display(),
-            site.path("backups").display()
-        );
-        std::fs::write(site.path("etc/storage.cfg"), storages).unwrap();
+        std::fs::write(site.path("etc/storage.cfg"), storages(site.dir.path())).unwrap();
         let mut config = format!("name: sector\nmemory: 32\n{lines}");
         if let Some(first) = disks.first() {
             config.push_str(&format!("boot: order={}\n", first.key));

@@ -9,6 +9,7 @@ use std::time::Duration;
 use qmp_client::{Options, Session};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use system_tests::lab::storages;
 use system_tests::process::{Collected, Finished, Stop};
 use system_tests::vzdump::{Vzdump, last_json};
 
@@ -32,12 +33,7 @@ impl Place {
         let vzdump = Vzdump::find(dir.path(), true, &stop).unwrap();
         let place = Self { vzdump, stop, dir };
         fs::create_dir_all(place.path("etc")).unwrap();
-        let (images, backups) = (place.path("local"), place.path("backups"));
-        let text = format!(
-            "dir: local\n\tpath {}\n\tcontent images\n\ndirectory: backups\n\tpath {}\n\n{more}",
-            images.display(),
-            backups.display()
-        );
+        let text = format!("{}\n{more}", storages(place.dir.path()));
         fs::write(place.path("etc/storage.cfg"), text).unwrap();
         place
     }
