@@ -36,3 +36,38 @@ impl Turn {
         Ok(Self { _lock: lock })
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// A binary all of whose tests take turns, by its file's or folder's name.
+    fn takes_turns(path: &std::path::Path) -> bool {
+        let source = |path: &std::path::Path| {
+            path.extension().is_some_and(|extension| extension == "rs")
+                && fs::read_to_string(path).unwrap().contains("Turn::wait(")
+        };
+        let folder = path.is_dir() && path.join("site.rs").exists();
+        if folder { source(&path.join("site.rs")) } else { source(path) }
+    }
+
+    /// Else a test that waits for its turn takes the place of one that could run.
+    #[test]
+    fn the_runner_knows_who_takes_turns() {
+        let config = fs::read_to_string(workspace().join(".config/nextest.toml")).unwrap();
+        let folder = workspace().join("system-tests/tests");
+        let mut names = Vec::new();
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if takes_turns(&path) {
+                names.push(path.file_stem().unwrap().to_str().unwrap().to_owned());
+            }
+        }
+        names.sort();
+        let list = config.split_once("binary(/^(").unwrap().1.split_once(")$/)").unwrap().0;
+        assert_eq!(list.replace("\\\n", ""), names.join("|"));
+    }
+}
