@@ -38,7 +38,6 @@ impl Turn {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use std::fs;
 
