@@ -8,7 +8,7 @@
 //! * [`guest`]: the same in a Linux guest.
 //! * [`setup_time`]: how long all guest I/O is held; [`timeline`]: latency while a backup begins.
 //! * [`stats`]: medians and their confidence; [`goals`]: what is to be reached.
-//! * [`report`], [`svg`]: tables and plots.
+//! * [`report`], [`svg`]: tables and plots; [`results`]: all that was measured, in a file.
 //! * [`vm`]: backups of a VM, beside plain copying tools.
 //! * [`source`]: a disk with a bitmap, [`backup`]: a provider's backup of it, [`plugin`]: the directory
 //!   provider as a process of its own.
@@ -34,6 +34,7 @@ pub mod plugin;
 pub mod procfs;
 pub mod reader;
 pub mod report;
+pub mod results;
 pub mod run;
 pub mod sample;
 pub mod setup_time;

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::cases::Cache;
@@ -20,7 +20,7 @@ const RUNS: usize = 20;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Both kinds of setup, alternating.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SetupTimes {
     /// Drained time with eight disks of 1 TiB and new bitmaps.
     pub large_ms: Vec<f64>,

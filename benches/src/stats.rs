@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Medians with a confidence that assumes nothing about the distribution.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What an interval should at least cover.
 const WANTED: f64 = 0.95;
 
 /// A median and an interval that contains the true one with the given confidence.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// The median of the values.
     pub median: f64,

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::access;
@@ -22,10 +22,10 @@ const READER_BYTES_PER_SECOND: u64 = 300_000_000;
 const TOP: &str = "top";
 
 /// One line of the plot: seconds and microseconds, means of 100 ms.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Line {
     /// The mode.
-    pub mode: &'static str,
+    pub mode: String,
     /// Seconds since the guest's beginning, mean latency in microseconds.
     pub points: Vec<(f64, f64)>,
 }
@@ -60,7 +60,7 @@ pub async fn run(bench: &Bench, case: &Case, mode: Mode, seconds: u32, rate: u32
     }
     daemon.quit().await?;
     drop(image);
-    Ok(Line { mode: mode.name, points: fio::latency_log(&prefix)? })
+    Ok(Line { mode: mode.name.to_owned(), points: fio::latency_log(&prefix)? })
 }
 
 async fn begin(

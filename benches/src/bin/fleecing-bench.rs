@@ -9,16 +9,17 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use benches::cases::{self, Case, Work};
 use benches::disk::{Disk, check_space};
-use benches::goals::judge;
 use benches::report::{CaseResult, case_text, goals_text, setup_text};
+use benches::results::Results;
 use benches::run::Bench;
 use benches::sample::Metric;
-use benches::setup_time::{self, SetupTimes};
+use benches::setup_time;
 use benches::timeline::{self, Line};
 use benches::{fio, guest, place, svg};
 use clap::Parser;
-use serde_json::json;
+use serde_json::{Value, json};
 
+const DAEMON: &str = "qemu-storage-daemon";
 const SETUP: &str = "setup-8x1t";
 const TIMELINE: &str = "timeline";
 const TIMELINE_CASE: &str = "rate-4k/direct/raw/limited";
@@ -47,9 +48,12 @@ struct Options {
     /// Size of the disk in MiB (default 2048, with --full 8192)
     #[arg(long, value_name = "MIB")]
     disk_size: Option<u64>,
-    /// Writes everything that was measured
+    /// Writes everything that was measured, after each case
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// What is in the file of --json already is not measured again: goes on after an interruption
+    #[arg(long, requires = "json")]
+    resume: bool,
     /// Writes the tables as Markdown
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
@@ -121,15 +125,6 @@ impl Options {
     }
 }
 
-/// All that was measured.
-#[derive(Default)]
-struct Results {
-    cases: Vec<CaseResult>,
-    setup: Option<SetupTimes>,
-    timeline: Vec<Line>,
-    errors: Vec<String>,
-}
-
 fn main() -> ExitCode {
     let options = Options::parse();
     let runtime = match tokio::runtime::Runtime::new() {
@@ -169,17 +164,20 @@ async fn measure(options: &Options) -> Result<bool> {
     }
     let version = fio::probe().await?;
     let (bench, _alone) = prepare(options).await?;
-    announce(options, &cases);
-    let mut results = Results::default();
-    for case in cases {
+    let machine = machine(options, &bench, &version)?;
+    let mut results = already(options, &machine)?;
+    let left: Vec<Case> = cases.into_iter().filter(|case| !results.has(&case.name)).collect();
+    announce(options, &left);
+    for case in left {
         let result = Box::pin(one_case(&bench, case, options.rounds())).await;
         print!("{}", case_text(&result, false));
         results.cases.push(result);
+        keep(options, &machine, &results)?;
     }
-    if let Err(error) = Box::pin(in_guest(options, &bench, &mut results)).await {
+    if let Err(error) = Box::pin(in_guest(options, &bench, &machine, &mut results)).await {
         results.errors.push(format!("guest: {error:#}"));
     }
-    if options.wants(SETUP, true) {
+    if options.wants(SETUP, true) && results.setup.is_none() {
         eprintln!("{SETUP}");
         match Box::pin(setup_time::measure(&bench)).await {
             Ok(setup) => {
@@ -189,13 +187,29 @@ async fn measure(options: &Options) -> Result<bool> {
             Err(error) => results.errors.push(format!("{SETUP}: {error:#}")),
         }
     }
-    if options.wants(TIMELINE, false) {
+    if options.wants(TIMELINE, false) && results.timeline.is_empty() {
         match Box::pin(timelines(&bench)).await {
             Ok(lines) => results.timeline = lines,
             Err(error) => results.errors.push(format!("{TIMELINE}: {error:#}")),
         }
     }
-    finish(options, &bench, &version, &results)
+    keep(options, &machine, &results)?;
+    finish(options, &bench, &machine, &results)
+}
+
+/// What an interrupted run has measured.
+fn already(options: &Options, machine: &Value) -> Result<Results> {
+    let Some(path) = options.json.as_ref().filter(|_| options.resume) else {
+        return Ok(Results::default());
+    };
+    let known = [cases::all(), guest::cases()].concat();
+    let results = Results::load(path, machine, &known)?;
+    eprintln!("{} cases were measured before", results.cases.len());
+    Ok(results)
+}
+
+fn keep(options: &Options, machine: &Value, results: &Results) -> Result<()> {
+    options.json.as_ref().map_or(Ok(()), |path| results.save(path, machine))
 }
 
 /// The lock keeps other runs away while it is held.
@@ -268,8 +282,14 @@ async fn one_case(bench: &Bench, case: Case, rounds: u64) -> CaseResult {
 }
 
 /// The cases that run in a Linux guest.
-async fn in_guest(options: &Options, bench: &Bench, results: &mut Results) -> Result<()> {
-    let cases = options.guest_cases();
+async fn in_guest(
+    options: &Options,
+    bench: &Bench,
+    machine: &Value,
+    results: &mut Results,
+) -> Result<()> {
+    let mut cases = options.guest_cases();
+    cases.retain(|case| !results.has(&case.name));
     if cases.is_empty() {
         return Ok(());
     }
@@ -290,6 +310,7 @@ async fn in_guest(options: &Options, bench: &Bench, results: &mut Results) -> Re
         }
         print!("{}", case_text(&result, false));
         results.cases.push(result);
+        keep(options, machine, results)?;
     }
     Ok(())
 }
@@ -306,22 +327,15 @@ async fn timelines(bench: &Bench) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// Prints the goals and writes the files.
-fn finish(options: &Options, bench: &Bench, fio: &str, results: &Results) -> Result<bool> {
-    let verdicts = judge(&results.cases, results.setup.as_ref());
+/// Prints the goals, plots, and writes the tables.
+fn finish(options: &Options, bench: &Bench, machine: &Value, results: &Results) -> Result<bool> {
+    let verdicts = results.verdicts();
     print!("{}", goals_text(&verdicts, false));
     for error in &results.errors {
         eprintln!("FAILED {error}");
     }
     let plots = options.plots.clone().unwrap_or_else(|| bench.folder.join("plots"));
     plot(&plots, results)?;
-    let machine = machine(options, bench, fio);
-    if let Some(path) = &options.json {
-        let all = json!({ "machine": machine, "cases": results.cases, "setup": results.setup,
-                          "timeline": results.timeline, "goals": verdicts,
-                          "errors": results.errors });
-        write(path, &serde_json::to_string_pretty(&all)?)?;
-    }
     if let Some(path) = &options.markdown {
         let mut text = String::from("## Results\n\n");
         for (name, value) in machine.as_object().into_iter().flatten() {
@@ -337,13 +351,14 @@ fn finish(options: &Options, bench: &Bench, fio: &str, results: &Results) -> Res
 }
 
 /// What the numbers depend on.
-fn machine(options: &Options, bench: &Bench, fio: &str) -> serde_json::Value {
+fn machine(options: &Options, bench: &Bench, fio: &str) -> Result<Value> {
     let first = |path: &str, name: &str| {
         let text = std::fs::read_to_string(path).unwrap_or_default();
         let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
         line.rsplit(':').next().unwrap_or_default().trim().to_owned()
     };
-    json!({
+    let daemon = std::fs::read(bench.bin.join(DAEMON)).context(DAEMON)?;
+    Ok(json!({
         "processor": first("/proc/cpuinfo", "model name"),
         "processors": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
         "memory": first("/proc/meminfo", "MemTotal"),
@@ -359,7 +374,8 @@ fn machine(options: &Options, bench: &Bench, fio: &str) -> serde_json::Value {
         "reader releases": bench.reader_trims,
         "iothread": bench.iothread,
         "reflink KiB": options.reflink,
-    })
+        "BLAKE3 of qemu-storage-daemon": blake3::hash(&daemon).to_hex()[..16].to_owned(),
+    }))
 }
 
 fn plot(folder: &Path, results: &Results) -> Result<()> {
@@ -383,8 +399,11 @@ fn plot(folder: &Path, results: &Results) -> Result<()> {
         }
     }
     if !results.timeline.is_empty() {
-        let lines: Vec<_> =
-            results.timeline.iter().map(|line| (line.mode, line.points.as_slice())).collect();
+        let lines: Vec<_> = results
+            .timeline
+            .iter()
+            .map(|line| (line.mode.as_str(), line.points.as_slice()))
+            .collect();
         let title = "latency of 4 KiB writes at a fixed rate, means of 100 ms";
         let mark = (timeline::BEGINS.as_secs_f64(), "the backup begins");
         write(&folder.join("latency.svg"), &svg::lines(title, "µs", &lines, mark))?;
