@@ -376,6 +376,28 @@ fn a_provider_is_checked_with_disks_of_a_real_qemu() {
     assert_eq!(place.json(&["list"])["archives"].as_array().unwrap().len(), 0);
 }
 
+/// As simulated trees, and shown as those of real containers.
+#[test]
+fn containers_as_trees_of_files_keep_the_contract() {
+    let place = Place::new();
+    let config = place.path("etc/storage.cfg");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, format!("{text}\tcontainer-format zip\n")).unwrap();
+    let refused = String::from_utf8(place.run(&["provider", "check", "backups"]).stderr).unwrap();
+    assert!(refused.contains("'zip' is no format of containers; there are 'tar'"), "{refused}");
+    fs::write(&config, format!("{text}\tcontainer-format tree\n")).unwrap();
+    let checks = ["container", "container-abort", "container-exclude"];
+    let only: Vec<_> = checks.iter().flat_map(|check| ["--only", check]).collect();
+    let more: &[&[&str]] = if is_root() { &[&[], &["--real"]] } else { &[&[]] };
+    for arguments in more {
+        let begin = ["provider", "check", "backups"];
+        let output = place.run(&[&begin[..], &only, arguments].concat());
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{text}");
+        assert!(text.contains("(3 passed, 0 failed, 0 not"), "{text}");
+    }
+}
+
 /// A place with an example of `providers/examples` as the provider of the storage `store`.
 fn place_with_example(file: &str) -> Place {
     let place = Place::new();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use provider_api::{BoxFuture, Provider};
-use provider_directory::{DirectoryOptions, DirectoryProvider, ToolPaths};
+use provider_directory::{ContainerFormat, DirectoryOptions, DirectoryProvider, ToolPaths};
 use provider_rpc::{RpcOptions, RpcProvider, is_plugin_name};
 use serde::Serialize;
 use tokio::sync::OnceCell;
@@ -190,11 +190,17 @@ fn directory(section: &StorageSection, tools: &Tools) -> Result<Arc<dyn Provider
         .get("path")
         .filter(|path| Path::new(path).is_absolute())
         .ok_or_else(|| format!("The storage '{id}' needs a 'path' that is absolute."))?;
+    let format =
+        section.get("container-format").map_or(Ok(ContainerFormat::default()), |name| {
+            ContainerFormat::from_name(name)
+                .map_err(|why| format!("'container-format' of the storage '{id}': {why}."))
+        })?;
     // Only restores need them, so a missing one must not keep `list` from working.
     let defaults = ToolPaths::default();
     let tools = ToolPaths {
         qemu_img: tools.qemu_img().unwrap_or(defaults.qemu_img),
         qemu_nbd: tools.qemu_nbd().unwrap_or(defaults.qemu_nbd),
     };
-    Ok(Arc::new(DirectoryProvider::new(DirectoryOptions { path: path.into(), tools })))
+    let provider = DirectoryProvider::new(DirectoryOptions { path: path.into(), tools });
+    Ok(Arc::new(provider.with_container_format(format)))
 }

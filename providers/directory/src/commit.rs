@@ -36,6 +36,7 @@ use tracing::warn;
 
 use crate::call::{corrupt, invalid};
 use crate::files;
+use crate::kill_point::step;
 use crate::limits::RECORD_BYTES_MAX;
 use crate::manifest::{MANIFEST_FILE, Manifest, check_name};
 use crate::storage::{Claim, Leftover, RunDirectory, Storage, StorageLock};
@@ -111,7 +112,9 @@ pub(crate) fn commit(
         return Err(error);
     }
     files::sync_directory(storage.path())?;
+    step();
     remove_notes(storage, &archive, lock);
+    step();
     Ok(Committed { archive, size_bytes })
 }
 
@@ -127,9 +130,14 @@ fn publish(storage: &Storage, run: &RunDirectory, id: Uuid) -> Result<()> {
     // Without this a power cut could keep the record and lose the directory, which would read as
     // "committed, and removed since".
     files::sync_directory(storage.path())?;
+    step();
     write_record(storage, id, &Record::Committing { archive: archive.to_owned() })?;
-    fs::rename(run.path(), storage.archive_path(archive))
-        .map_err(|e| Error::io(format!("Cannot rename {} to {archive}.", run.path().display()), e))
+    step();
+    fs::rename(run.path(), storage.archive_path(archive)).map_err(|e| {
+        Error::io(format!("Cannot rename {} to {archive}.", run.path().display()), e)
+    })?;
+    step();
+    Ok(())
 }
 
 fn write_manifest(

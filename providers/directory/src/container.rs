@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The file tree of a container, as one compressed tar archive.
+//! The file tree of a container: as one compressed tar archive, or as files, see `tree`.
 //!
 //! ```text
 //!  tar (as the container's root, by the host's runner) ─► pipe ─► entries counted ─► zstd ─► hash, file
@@ -10,7 +10,9 @@
 //! command says of itself.
 
 mod entries;
+mod listing;
 mod restore;
+mod tree;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -18,7 +20,7 @@ use std::io::{self, PipeReader, Read as _, Write};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use provider_api::{
     Call, CommandEnd, ContainerBackup, ContainerCommand, ContainerMount, ContainerTransferred,
@@ -31,9 +33,10 @@ use crate::limits::{
     COMPRESSION_LEVEL, COMPRESSION_THREADS_MAX, MOUNTS_MAX, PIPE_BYTES, PIPE_END_WAIT,
     REPORT_INTERVAL,
 };
-use crate::manifest::{TREE_FILE, Tree};
+use crate::manifest::{ContainerFormat, TREE_DIRECTORY, TREE_FILE, TREE_LIST_FILE, Tree};
 
 use entries::Counter;
+pub(crate) use listing::Witness;
 pub(crate) use restore::DirectoryContainerRestore;
 
 /// What `tar` says of a file that cannot be in an archive.
@@ -52,7 +55,7 @@ const ENDED_BY_SIGPIPE: i32 = 128 + 13;
 /// Stores a container's tree in `directory`.
 pub(crate) async fn store(
     backup: &ContainerBackup,
-    directory: &Path,
+    (directory, format): (&Path, ContainerFormat),
     progress: &dyn Progress,
     call: &Call,
 ) -> Result<(Tree, ContainerTransferred)> {
@@ -78,10 +81,14 @@ pub(crate) async fn store(
         stdout: Some(writer.into()),
     };
     let counted = Arc::new(AtomicU64::new(0));
-    let path = directory.join(TREE_FILE);
+    let stop = StopOnDrop::default();
     let storing = {
-        let counted = Arc::clone(&counted);
-        blocking(move || compress(reader, &path, &counted))
+        let (counted, is_stopped) = (Arc::clone(&counted), Arc::clone(&stop.0));
+        let (directory, walks) = (directory.to_owned(), walks.len());
+        blocking(move || match format {
+            ContainerFormat::Tar => compress(reader, &directory.join(TREE_FILE), &counted),
+            ContainerFormat::Tree => tree::fill(reader, &directory, walks, &counted, &is_stopped),
+        })
     };
     let mut storing = std::pin::pin!(storing);
     let running = backup.runner.command(command, call);
@@ -100,6 +107,8 @@ pub(crate) async fn store(
     };
     let stored = match stored {
         Some(stored) => stored,
+        // A tree is read once more, which takes as long as it takes.
+        None if format == ContainerFormat::Tree => storing.await,
         // The pipe has ended with the command; what is in it is soon stored.
         None => wait_for_rest(storing.as_mut()).await?,
     };
@@ -116,7 +125,7 @@ pub(crate) async fn store(
     let transferred = ContainerTransferred {
         entries: stored.entries,
         read_bytes: stored.read_bytes,
-        written_bytes: stored.tree.file_size_bytes,
+        written_bytes: stored.tree.size_bytes(),
         ignored_count: ignored.len() as u64,
         ignored: ignored.into_iter().take(IGNORED_MAX).collect(),
     };
@@ -250,6 +259,16 @@ fn ignored(said: &str) -> Vec<IgnoredEntry> {
     ignored.collect()
 }
 
+/// Tells the thread that stores a container's files that nobody waits for it.
+#[derive(Default)]
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 struct Stored {
     tree: Tree,
     entries: u64,
@@ -259,8 +278,7 @@ struct Stored {
 /// Takes all that comes out of the pipe into a new file.
 fn compress(mut pipe: PipeReader, path: &Path, counted: &AtomicU64) -> Result<Stored> {
     let failed = |e| Error::io(format!("Cannot write {}.", path.display()), e);
-    let target =
-        Hashing { file: files::create(path)?, hasher: blake3::Hasher::new(), size_bytes: 0 };
+    let target = Hashing::new(files::create(path)?);
     let mut encoder = zstd::Encoder::new(target, COMPRESSION_LEVEL).map_err(failed)?;
     // So that a restore notices damage by itself.
     encoder.include_checksum(true).map_err(failed)?;
@@ -283,12 +301,13 @@ fn compress(mut pipe: PipeReader, path: &Path, counted: &AtomicU64) -> Result<St
         counted.store(counter.data_bytes(), Ordering::Relaxed);
     }
     counter.finish().map_err(corrupt)?;
-    let Hashing { file, hasher, size_bytes } = encoder.finish().map_err(failed)?;
+    let (file, blake3, size_bytes) = encoder.finish().map_err(failed)?.finish();
     file.sync_all().map_err(failed)?;
     let (entries, read_bytes) = (counter.entries(), counter.data_bytes());
     let tree = Tree {
+        format: ContainerFormat::Tar,
         file_size_bytes: size_bytes,
-        blake3: hasher.finalize().to_hex().to_string(),
+        blake3,
         entries,
         data_bytes: read_bytes,
     };
@@ -300,6 +319,17 @@ struct Hashing {
     file: File,
     hasher: blake3::Hasher,
     size_bytes: u64,
+}
+
+impl Hashing {
+    fn new(file: File) -> Self {
+        Self { file, hasher: blake3::Hasher::new(), size_bytes: 0 }
+    }
+
+    /// The file, the hash of all that was written, and how much that was.
+    fn finish(self) -> (File, String, u64) {
+        (self.file, self.hasher.finalize().to_hex().to_string(), self.size_bytes)
+    }
 }
 
 impl Write for Hashing {
@@ -315,8 +345,13 @@ impl Write for Hashing {
     }
 }
 
-/// Compares a stored tree with what the manifest says of it. `read` is told of each piece, and ends the
-/// comparison by an error.
+/// Compares a tree of files with its list, which was checked.
+pub(crate) fn check_files(archive: &Path, witness: &mut dyn Witness) -> Result<()> {
+    listing::compare(&archive.join(TREE_DIRECTORY), &archive.join(TREE_LIST_FILE), witness)
+}
+
+/// Compares the file of a stored tree with what the manifest says of it. `read` is told of each piece, and ends
+/// the comparison by an error.
 pub(crate) fn check(
     path: &Path,
     tree: &Tree,

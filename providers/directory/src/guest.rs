@@ -19,7 +19,9 @@ use crate::container;
 use crate::copy::{Budget, copy_disk};
 use crate::files;
 use crate::limits::{CHAIN_ARCHIVES_MAX, CONFIG_BYTES_MAX, DISK_BYTES_MAX, DISKS_MAX, LOCK_WAIT};
-use crate::manifest::{Disk, Manifest, SmallFile, check_device, config_file, firewall_file};
+use crate::manifest::{
+    ContainerFormat, Disk, Manifest, SmallFile, check_device, config_file, firewall_file,
+};
 use crate::storage::{RunDirectory, Storage, StorageLock};
 use crate::usage::{Guest, GuestLock};
 
@@ -27,6 +29,7 @@ use crate::usage::{Guest, GuestLock};
 #[derive(Debug)]
 pub(crate) struct DirectoryJob {
     pub(crate) storage: Storage,
+    pub(crate) container_format: ContainerFormat,
 }
 
 impl Job for DirectoryJob {
@@ -38,7 +41,7 @@ impl Job for DirectoryJob {
         Box::pin(limited(
             call,
             "Starting a guest's backup",
-            start_guest(&self.storage, guest, call),
+            start_guest(&self.storage, self.container_format, guest, call),
         ))
     }
 
@@ -52,6 +55,7 @@ impl Job for DirectoryJob {
 
 async fn start_guest(
     storage: &Storage,
+    container_format: ContainerFormat,
     guest: GuestInfo,
     call: &Call,
 ) -> Result<Box<dyn GuestBackup>> {
@@ -65,6 +69,7 @@ async fn start_guest(
         archive: run.archive().to_owned(),
         run: Arc::new(run),
         guest,
+        container_format,
         plans: HashMap::new(),
         manifest: None,
         _use: held,
@@ -85,6 +90,7 @@ struct DirectoryBackup {
     archive: String,
     run: Arc<RunDirectory>,
     guest: GuestInfo,
+    container_format: ContainerFormat,
     /// For each disk that may become an increment, what it would build upon.
     plans: HashMap<String, Chain>,
     /// Set once all data is durable.
@@ -155,8 +161,9 @@ impl DirectoryBackup {
         let mut manifest = Manifest::new(self.archive.clone(), &self.guest);
         (manifest.config, manifest.firewall) =
             self.store_config(backup.config.clone(), backup.firewall.clone()).await?;
-        let (tree, moved) = container::store(&backup, self.run.path(), progress, call).await?;
-        manifest.tree = Some(tree);
+        let target = (self.run.path(), self.container_format);
+        let (tree, moved) = container::store(&backup, target, progress, call).await?;
+        manifest.set_tree(tree);
         manifest.transferred = Transferred {
             total_bytes: moved.read_bytes,
             read_bytes: moved.read_bytes,

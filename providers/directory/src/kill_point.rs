@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Lets tests kill the process between any two steps of a removal. Debug builds only.
+//! Lets tests kill the process between any two steps of a removal, of storing a container's files, or of a
+//! commit. Debug builds only.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A backup provider that keeps archives in a directory: one subdirectory per guest and time, one
-//! qcow2 image per disk, increments backed by the archive before; of containers a compressed tar archive.
+//! qcow2 image per disk, increments backed by the archive before; of containers a compressed tar archive, or
+//! their files.
 //!
 //! ```text
 //! <path>/vzdump-qemu-100-2026_01_02-03_04_05/    full
 //! <path>/vzdump-qemu-100-2026_01_03-03_04_05/    increment: images backed by ../vzdump-…-02-…/
-//! <path>/vzdump-lxc-101-2026_01_02-03_04_05/     a container: a compressed tar archive
+//! <path>/vzdump-lxc-101-2026_01_02-03_04_05/     a container: a compressed tar archive, or a tree
 //! <path>/.tmp-vzdump-qemu-100-…/                 a backup under way, never listed
 //! <path>/.tmp-dead-…/                            what an unfinished backup left, being removed
 //! <path>/.tmp-merge-…/                           what will replace an archive whose base is removed
@@ -41,6 +42,7 @@ mod checksums;
 mod commit;
 mod container;
 mod copy;
+mod deep;
 mod files;
 mod guest;
 mod header;
@@ -81,6 +83,7 @@ use call::{blocking, corrupt, limited};
 use container::DirectoryContainerRestore;
 use guest::DirectoryJob;
 use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, RECORD_KEEP, STATUS_WAIT};
+pub use manifest::ContainerFormat;
 use manifest::{Manifest, SmallFile, config_file, firewall_file};
 use restore::DirectoryRestore;
 use storage::{Storage, StorageLock};
@@ -115,6 +118,7 @@ pub struct DirectoryOptions {
 pub struct DirectoryProvider {
     storage: Storage,
     tools: ToolPaths,
+    container_format: ContainerFormat,
 }
 
 impl DirectoryProvider {
@@ -124,7 +128,14 @@ impl DirectoryProvider {
         let DirectoryOptions { path, tools } = options;
         // Images name their files from any working directory.
         let path = std::path::absolute(&path).unwrap_or(path);
-        Self { storage: Storage::new(path), tools }
+        let container_format = ContainerFormat::default();
+        Self { storage: Storage::new(path), tools, container_format }
+    }
+
+    /// The provider that stores containers in this format. What is stored already is read whatever it has.
+    #[must_use]
+    pub fn with_container_format(self, container_format: ContainerFormat) -> Self {
+        Self { container_format, ..self }
     }
 
     async fn make_ready(&self, call: &Call) -> Result<()> {
@@ -254,13 +265,20 @@ impl Provider for DirectoryProvider {
     }
 
     fn properties(&self) -> Vec<Property> {
-        vec![Property {
-            name: "path".to_owned(),
-            kind: PropertyKind::Path,
-            required: true,
+        let property = |name: &str, kind, required, description: &str| Property {
+            name: name.to_owned(),
+            kind,
+            required,
             sensitive: false,
-            description: "The directory of the archives; it is made if needed.".to_owned(),
-        }]
+            description: description.to_owned(),
+        };
+        let path = "The directory of the archives; it is made if needed.";
+        let format =
+            "How containers are stored: 'tar' (compressed, the default) or 'tree' (as files).";
+        vec![
+            property("path", PropertyKind::Path, true, path),
+            property("container-format", PropertyKind::Text, false, format),
+        ]
     }
 
     fn activate<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<()>> {
@@ -389,7 +407,10 @@ impl Provider for DirectoryProvider {
         _job: JobInfo,
         call: &'a Call,
     ) -> BoxFuture<'a, Result<Box<dyn Job>>> {
-        let job: Box<dyn Job> = Box::new(DirectoryJob { storage: self.storage.clone() });
+        let job: Box<dyn Job> = Box::new(DirectoryJob {
+            storage: self.storage.clone(),
+            container_format: self.container_format,
+        });
         Box::pin(limited(call, "Starting a job", async move { Ok(job) }))
     }
 

@@ -11,7 +11,8 @@
 //! <storage>/vzdump-lxc-101-2026_01_02-03_04_05/
 //!     manifest.json          as above
 //!     lxc.conf, lxc.fw       as above, of a container
-//!     tree.tar.zst           its files
+//!     tree.tar.zst           its files; or, as a tree,
+//!     tree/, tree.blake3     its files, and the list of them with checksums, see `container::listing`
 //! ```
 //!
 //! A storage may be writable by others, so whatever is read from it is checked before use: names
@@ -29,6 +30,10 @@ use crate::limits::{BLOCK_BYTES, DISK_BYTES_MAX, DISKS_MAX};
 pub(crate) const MANIFEST_FILE: &str = "manifest.json";
 /// Name of a container's files in an archive.
 pub(crate) const TREE_FILE: &str = "tree.tar.zst";
+/// Name of the directory of a container's files in an archive.
+pub(crate) const TREE_DIRECTORY: &str = "tree";
+/// Name of the list of what is in that directory.
+pub(crate) const TREE_LIST_FILE: &str = "tree.blake3";
 
 /// Name of the guest's configuration in an archive.
 pub(crate) fn config_file(kind: GuestKind) -> &'static str {
@@ -51,6 +56,38 @@ const FORMAT: &str = "vzdump-directory";
 const VERSION: u32 = 1;
 /// Of archives of containers, which older programs do not know.
 const VERSION_WITH_TREE: u32 = 2;
+/// Of archives of containers that are trees of files, which were not known when the others were.
+const VERSION_WITH_FILES: u32 = 3;
+
+/// How the files of a container are stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContainerFormat {
+    /// In one compressed tar archive.
+    #[default]
+    Tar,
+    /// As files.
+    Tree,
+}
+
+impl ContainerFormat {
+    /// The format of this name, as it is in `storage.cfg`.
+    ///
+    /// # Errors
+    /// There is none; the text says which there are.
+    pub fn from_name(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "tar" => Ok(Self::Tar),
+            "tree" => Ok(Self::Tree),
+            _ => Err(format!("'{name}' is no format of containers; there are 'tar' and 'tree'")),
+        }
+    }
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+    fn is_tar(&self) -> bool {
+        *self == Self::Tar
+    }
+}
 
 /// One archive.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -80,11 +117,14 @@ pub(crate) struct Manifest {
     pub(crate) blake3: Option<String>,
 }
 
-/// The files of a container, in one compressed tar archive.
+/// The files of a container, in one compressed tar archive or as files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Tree {
+    #[serde(default, skip_serializing_if = "ContainerFormat::is_tar")]
+    pub(crate) format: ContainerFormat,
+    /// Size of the tar archive, or of the list.
     pub(crate) file_size_bytes: u64,
-    /// Hash of the file.
+    /// Hash of this file.
     pub(crate) blake3: String,
     /// How many entries it has.
     pub(crate) entries: u64,
@@ -97,6 +137,31 @@ pub(crate) struct Tree {
 pub(crate) struct SmallFile {
     pub(crate) size_bytes: u64,
     pub(crate) blake3: String,
+}
+
+impl Tree {
+    /// The file whose size and hash are known.
+    pub(crate) fn file(&self) -> &'static str {
+        match self.format {
+            ContainerFormat::Tar => TREE_FILE,
+            ContainerFormat::Tree => TREE_LIST_FILE,
+        }
+    }
+
+    /// Bytes it takes.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        match self.format {
+            ContainerFormat::Tar => self.file_size_bytes,
+            ContainerFormat::Tree => self.file_size_bytes.saturating_add(self.data_bytes),
+        }
+    }
+
+    fn version(&self) -> u32 {
+        match self.format {
+            ContainerFormat::Tar => VERSION_WITH_TREE,
+            ContainerFormat::Tree => VERSION_WITH_FILES,
+        }
+    }
 }
 
 impl SmallFile {
@@ -211,6 +276,12 @@ impl Manifest {
         }
     }
 
+    /// Adds the files of a container.
+    pub(crate) fn set_tree(&mut self, tree: Tree) {
+        self.version = tree.version();
+        self.tree = Some(tree);
+    }
+
     /// The content of the file, with its own hash.
     pub(crate) fn to_text(&self) -> Result<Vec<u8>> {
         let bare = Self { blake3: None, ..self.clone() };
@@ -242,7 +313,7 @@ impl Manifest {
     fn check(&self, name: &str) -> std::result::Result<(), String> {
         let version = match self.subtype {
             GuestKind::Qemu => VERSION,
-            GuestKind::Lxc => VERSION_WITH_TREE,
+            GuestKind::Lxc => self.tree.as_ref().map_or(VERSION_WITH_TREE, Tree::version),
         };
         if self.format != FORMAT || self.version != version {
             return Err(format!(
@@ -282,7 +353,7 @@ impl Manifest {
             .iter()
             .map(|d| d.file_size_bytes.saturating_add(d.checksums.file_size_bytes));
         let small = std::iter::once(&self.config).chain(&self.firewall).map(|f| f.size_bytes);
-        let tree = self.tree.iter().map(|tree| tree.file_size_bytes);
+        let tree = self.tree.iter().map(Tree::size_bytes);
         disks.chain(small).chain(tree).fold(0, u64::saturating_add)
     }
 

@@ -6,7 +6,7 @@
 //! configurations  by the manifest
 //! images          kind of file, size, header, backing file: as before each use, see `chain`
 //! checksums       by the manifest
-//! tree            of a container, by the manifest
+//! tree            of a container, by the manifest; files by their list, see `container::listing`
 //! disks           by the checksums, archive by archive from the bottom of the chain, see `layer`
 //! ```
 //!
@@ -32,10 +32,10 @@ use crate::areas::Area;
 use crate::attributes;
 use crate::call::{blocking, check, corrupt, invalid};
 use crate::chain::Chain;
-use crate::container;
+use crate::container::{self, Witness};
 use crate::files;
 use crate::limits::{LOCK_WAIT, MANIFEST_BYTES_MAX};
-use crate::manifest::{MANIFEST_FILE, Manifest, TREE_FILE, Tree};
+use crate::manifest::{ContainerFormat, MANIFEST_FILE, Manifest, TREE_DIRECTORY, Tree};
 use crate::storage::Storage;
 use crate::usage::Guest;
 
@@ -145,13 +145,48 @@ fn is_damage(error: &Error) -> bool {
             let source = error.source.as_ref().and_then(|s| s.downcast_ref::<io::Error>());
             // Others, such as too many open files, are this host's. Without a number it is the
             // reader of images that speaks.
-            let of_media = [Errno::IO, Errno::BADMSG, Errno::UCLEAN, Errno::LOOP, Errno::ISDIR];
+            let of_media =
+                [Errno::IO, Errno::BADMSG, Errno::UCLEAN, Errno::LOOP, Errno::ISDIR, Errno::NOTDIR];
             source.is_some_and(|e| {
                 e.raw_os_error()
                     .is_none_or(|code| of_media.contains(&Errno::from_raw_os_error(code)))
             })
         }
         _ => false,
+    }
+}
+
+/// Looks at the files of a container.
+struct Eye<'a> {
+    archive: &'a str,
+    call: &'a Call,
+    findings: &'a mut Findings,
+    done_bytes: u64,
+    total_bytes: u64,
+}
+
+impl Witness for Eye<'_> {
+    fn read(&mut self, bytes: u64) -> Result<()> {
+        check(self.call, "The verification")?;
+        if bytes > 0 {
+            self.findings.report.read_bytes += bytes;
+            self.findings.report.blocks += 1;
+            self.done_bytes += bytes;
+            self.findings.tell(News::Report {
+                device: TREE_DIRECTORY.to_owned(),
+                done_bytes: self.done_bytes,
+                total_bytes: self.total_bytes.max(self.done_bytes),
+            });
+        }
+        Ok(())
+    }
+
+    fn differs(&mut self, problem: String) {
+        self.findings.damage(self.archive, None, None, problem);
+    }
+
+    fn fails(&mut self, error: Error) -> Result<()> {
+        self.findings.fault(self.archive, None, None, error)
     }
 }
 
@@ -233,22 +268,33 @@ impl Verification {
         checked.or_else(|error| self.findings.fault(archive, None, None, error))
     }
 
-    /// Reads the files of a container, always all of them: they have one hash.
+    /// Reads the files of a container, always all of them: they have one hash, or one list.
     fn check_tree(&mut self, tree: &Tree) -> Result<()> {
-        let total_bytes = tree.file_size_bytes;
-        let path = self.storage.archive_path(&self.archive).join(TREE_FILE);
+        let total_bytes = tree.size_bytes();
+        let directory = self.storage.archive_path(&self.archive);
+        let path = directory.join(tree.file());
         let (mut done_bytes, mut blocks) = (0_u64, 0);
         let checked = container::check(&path, tree, |bytes| {
             check(&self.call, "The verification")?;
             done_bytes += bytes;
             blocks += 1;
-            let device = TREE_FILE.to_owned();
+            let device = tree.file().to_owned();
             self.findings.tell(News::Report { device, done_bytes, total_bytes });
             Ok(())
         });
         self.findings.report.read_bytes += done_bytes;
         self.findings.report.blocks += blocks;
-        checked.or_else(|error| self.findings.fault(&self.archive, None, None, error))
+        match checked {
+            // What builds on a damaged list is not looked at.
+            Err(error) => return self.findings.fault(&self.archive, None, None, error),
+            Ok(()) if tree.format == ContainerFormat::Tar => return Ok(()),
+            Ok(()) => {}
+        }
+        let (archive, call) = (self.archive.as_str(), &self.call);
+        let findings = &mut self.findings;
+        let mut eye = Eye { archive, call, findings, done_bytes, total_bytes };
+        let compared = container::check_files(&directory, &mut eye);
+        compared.or_else(|error| self.findings.fault(&self.archive, None, None, error))
     }
 
     fn check_disks(&mut self, disks: &[(&str, Chain)]) -> Result<()> {

@@ -18,8 +18,11 @@ use provider_api::{
     GuestKind, Identity, JobInfo, Kind, Progress, Provider, Result, Uuid, VerifyExtent,
     VerifyOptions,
 };
-use provider_directory::{DirectoryOptions, DirectoryProvider, ToolPaths};
+use provider_directory::{ContainerFormat, DirectoryOptions, DirectoryProvider, ToolPaths};
 use tempfile::TempDir;
+
+#[path = "container/tree.rs"]
+mod tree;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -88,11 +91,16 @@ struct Place {
 
 impl Place {
     async fn new(instead: Option<&'static str>) -> Self {
+        Self::with(instead, ContainerFormat::Tar).await
+    }
+
+    async fn with(instead: Option<&'static str>, format: ContainerFormat) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("tree")).unwrap();
         let path = dir.path().join("store");
         let provider =
             DirectoryProvider::new(DirectoryOptions { path, tools: ToolPaths::default() });
+        let provider = provider.with_container_format(format);
         let call = Call::default();
         provider.activate(&call).await.unwrap();
         let runner = Arc::new(Here { instead, seen: Mutex::default() });
@@ -153,9 +161,10 @@ impl Place {
         let committed = guest.commit(id, &self.call).await.unwrap();
         let outcome = self.provider.commit_outcome(id, &self.call).await.unwrap();
         assert_eq!(outcome, CommitOutcome::Committed { archive: committed.archive.clone() });
-        let tree = self.file(&committed.archive, "tree.tar.zst");
-        assert!(committed.size_bytes > tree.metadata().unwrap().len());
-        assert_eq!(moved.written_bytes, tree.metadata().unwrap().len());
+        assert!(committed.size_bytes > moved.written_bytes);
+        if let Ok(tree) = self.file(&committed.archive, "tree.tar.zst").metadata() {
+            assert_eq!(moved.written_bytes, tree.len());
+        }
         (committed.archive, moved)
     }
 

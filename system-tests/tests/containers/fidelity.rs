@@ -40,7 +40,10 @@ fn pack(tree: &Path, archive: &Path) {
 }
 
 fn round_trip(privileged: bool, prepare: impl FnOnce(&Path)) {
-    let scene = Scene::with_archives();
+    round_trip_of(Scene::with_archives(), privileged, prepare);
+}
+
+fn round_trip_of(scene: Scene, privileged: bool, prepare: impl FnOnce(&Path)) {
     let tree = scene.root.join("tree");
     std::fs::create_dir(&tree).unwrap();
     make_odd_tree(&tree).unwrap();
@@ -113,14 +116,35 @@ fn odd_things_of_an_unprivileged_container_come_back() {
 
 #[test]
 fn odd_things_of_a_privileged_container_come_back_with_its_devices() {
+    round_trip(true, make_devices);
+}
+
+fn make_devices(tree: &Path) {
     use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
-    round_trip(true, |tree| {
-        let mode = Mode::from_raw_mode(0o666);
-        for (name, kind, device) in [
-            ("contents/null", FileType::CharacterDevice, makedev(1, 3)),
-            ("contents/loop", FileType::BlockDevice, makedev(7, 0)),
-        ] {
-            mknodat(CWD, tree.join(name), kind, mode, device).unwrap();
-        }
-    });
+    let mode = Mode::from_raw_mode(0o666);
+    for (name, kind, device) in [
+        ("contents/null", FileType::CharacterDevice, makedev(1, 3)),
+        ("contents/loop", FileType::BlockDevice, makedev(7, 0)),
+    ] {
+        mknodat(CWD, tree.join(name), kind, mode, device).unwrap();
+    }
+}
+
+/// A host whose storage for backups keeps containers as files.
+fn scene_with_trees() -> Scene {
+    let scene = Scene::with_archives();
+    let file = scene.root.join("etc/storage.cfg");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("{text}\tcontainer-format tree\n")).unwrap();
+    scene
+}
+
+#[test]
+fn odd_things_of_an_unprivileged_container_come_back_from_a_tree_of_files() {
+    round_trip_of(scene_with_trees(), false, |_| {});
+}
+
+#[test]
+fn odd_things_of_a_privileged_container_come_back_from_a_tree_with_its_devices() {
+    round_trip_of(scene_with_trees(), true, make_devices);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The restore of a container's archive: the host reads the tar archive where it is.
+//! The restore of a container's archive: the host reads the tar archive, or the files, where they are.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use provider_api::{
 use crate::call::{corrupt, invalid};
 use crate::files;
 use crate::limits::LOCK_WAIT;
-use crate::manifest::TREE_FILE;
+use crate::manifest::{ContainerFormat, TREE_DIRECTORY};
 use crate::storage::Storage;
 use crate::usage::{Guest, GuestLock};
 
@@ -18,6 +18,7 @@ use crate::usage::{Guest, GuestLock};
 #[derive(Debug)]
 pub(crate) struct DirectoryContainerRestore {
     path: PathBuf,
+    format: ContainerFormat,
     /// Keeps what is read where it is.
     _use: GuestLock,
 }
@@ -36,15 +37,24 @@ impl DirectoryContainerRestore {
         let manifest = storage.manifest(archive)?;
         let tree =
             manifest.tree.ok_or_else(|| corrupt(format!("Archive {archive} has no file tree.")))?;
-        let path = storage.archive_path(archive).join(TREE_FILE);
-        let length = files::open_regular(&path)?.metadata().map(|data| data.len()).unwrap_or(0);
+        let directory = storage.archive_path(archive);
+        let file = directory.join(tree.file());
+        let length = files::open_regular(&file)?.metadata().map(|data| data.len()).unwrap_or(0);
         if length != tree.file_size_bytes {
             return Err(corrupt(format!(
-                "The file tree of archive {archive} has {length} bytes, its manifest says {}.",
+                "{} of archive {archive} has {length} bytes, its manifest says {}.",
+                tree.file(),
                 tree.file_size_bytes
             )));
         }
-        Ok(Self { path, _use: held })
+        let path = match tree.format {
+            ContainerFormat::Tar => file,
+            ContainerFormat::Tree => directory.join(TREE_DIRECTORY),
+        };
+        if tree.format == ContainerFormat::Tree && !files::is_directory(&path) {
+            return Err(corrupt(format!("The files of archive {archive} are no directory.")));
+        }
+        Ok(Self { path, format: tree.format, _use: held })
     }
 }
 
@@ -54,7 +64,11 @@ impl ContainerRestore for DirectoryContainerRestore {
         _private_dir: &'a Path,
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<ContainerData>> {
-        let data = ContainerData::Tar { path: self.path.clone(), compression: Compression::Zst };
+        let path = self.path.clone();
+        let data = match self.format {
+            ContainerFormat::Tar => ContainerData::Tar { path, compression: Compression::Zst },
+            ContainerFormat::Tree => ContainerData::Directory(path),
+        };
         Box::pin(std::future::ready(Ok(data)))
     }
 
