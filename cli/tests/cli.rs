@@ -502,13 +502,16 @@ fn the_example_of_a_provider_in_python_keeps_the_contract() {
             "remove",
             "container",
             "container-abort",
+            "container-names",
+            "container-configs",
         ],
     );
 }
 
 #[test]
 fn the_example_of_a_provider_in_shell_keeps_the_contract() {
-    let checks = ["describe", "activate", "status", "unknown", "container", "container-abort"];
+    let of_containers = ["container", "container-abort", "container-names", "container-configs"];
+    let checks = [&["describe", "activate", "status", "unknown"][..], &of_containers].concat();
     check_example("shell/tar-store.sh", &checks);
 }
 

@@ -62,7 +62,8 @@ start_guest() {
 backup_container() {
     work=$path/.tmp-$(get .params.guest)-$$ number=$((number + 1))
     get .params.config >"$work/config"
-    get '.params.firewall // ""' >"$work/firewall"
+    # As JSON: no rules and an empty file are not the same.
+    printf '%s' "$line" | jq -c .params.firewall >"$work/firewall"
     send "$(printf '%s' "$line" | jq -c --arg id "tar-$number" --arg out "$work/files.tar" '.params |
         {jsonrpc: "2.0", id: $id, method: "container.command", params: {
             container: .container, identity: "mapped_root", stdout: $out,
@@ -144,8 +145,8 @@ handle() {
     status) do_status ;;
     list) do_list ;;
     guest_config)
-        archive && answer "$(jq -cn --rawfile config "$place/config" --rawfile firewall "$place/firewall" \
-            '{config: ($config | rtrimstr("\n")), firewall: ($firewall | rtrimstr("\n") | if . == "" then null else . end)}')"
+        archive && answer "$(jq -cn --rawfile config "$place/config" --slurpfile firewall "$place/firewall" \
+            '{config: ($config | rtrimstr("\n")), firewall: $firewall[0]}')"
         ;;
     commit_outcome) commit=$(get .params.id) && outcome ;;
     start_job) answer '{"job": "job"}' ;;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Containers: a tree of odd files, backed up and compared with what a restore gives.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -27,6 +27,39 @@ const CONFIG: &[u8] = b"arch: amd64\nhostname: kit\nrootfs: kit:rootfs,size=1G\n
 /// How long a command waits for the storage to be asked meanwhile.
 const SLOW_COMMAND: Duration = Duration::from_secs(1);
 
+/// A container as the host tells of it.
+pub(super) struct Ct {
+    pub(super) id: u32,
+    pub(super) name: Option<String>,
+    pub(super) config: Vec<u8>,
+    pub(super) firewall: Option<Vec<u8>>,
+    /// Mount points of its volumes.
+    pub(super) mount_points: Vec<PathBuf>,
+}
+
+impl Ct {
+    /// One as most are.
+    pub(super) fn new(id: u32) -> Self {
+        let mount_points = vec!["/".into()];
+        Self {
+            id,
+            name: Some("kit".to_owned()),
+            config: CONFIG.to_vec(),
+            firewall: None,
+            mount_points,
+        }
+    }
+
+    fn mounts(&self) -> Vec<ContainerMount> {
+        let mount = |(n, mount_point): (usize, &PathBuf)| {
+            let key = if n == 0 { "rootfs".to_owned() } else { format!("mp{}", n - 1) };
+            let volume_id = format!("kit:{key}");
+            ContainerMount { key, mount_point: mount_point.clone(), volume_id }
+        };
+        self.mount_points.iter().enumerate().map(mount).collect()
+    }
+}
+
 /// A container's backup that was begun.
 struct Begun {
     job: Box<dyn Job>,
@@ -34,12 +67,13 @@ struct Begun {
     archive: String,
 }
 
-async fn begin(ctx: &Ctx, provider: &dyn Provider, id: u32) -> Checked<Begun> {
+async fn begin(ctx: &Ctx, provider: &dyn Provider, ct: &Ct) -> Checked<Begun> {
     let start_time_s = ctx.bench.time_s();
     let call = ctx.call();
     let job = provider.start_job(JobInfo { start_time_s }, &call);
     let mut job = ctx.expect("start_job", job).await?;
-    let info = GuestInfo { kind: GuestKind::Lxc, id, name: Some("kit".to_owned()), start_time_s };
+    let (id, name) = (ct.id, ct.name.clone());
+    let info = GuestInfo { kind: GuestKind::Lxc, id, name, start_time_s };
     let backup = ctx.expect("start_guest", job.start_guest(info, &call)).await?;
     let archive = backup.archive_name().to_owned();
     provider_api::check_archive_name(&archive).map_err(Fault::new)?;
@@ -60,30 +94,26 @@ async fn show(ctx: &Ctx, root: &Path) -> Checked<Box<dyn ShownTree>> {
 /// Copies the tree, or what is at another place in it, leaving out `exclude`.
 async fn copy(
     ctx: &Ctx,
-    backup: &mut dyn GuestBackup,
+    (backup, ct): (&mut dyn GuestBackup, &Ct),
     root: &Path,
     part: (&str, &[&str]),
 ) -> Checked<Result<ContainerTransferred, Error>> {
-    copy_shown(ctx, backup, show(ctx, root).await?, part).await
+    copy_shown(ctx, (backup, ct), show(ctx, root).await?, part).await
 }
 
 async fn copy_shown(
     ctx: &Ctx,
-    backup: &mut dyn GuestBackup,
+    (backup, ct): (&mut dyn GuestBackup, &Ct),
     shown: Box<dyn ShownTree>,
     (below, exclude): (&str, &[&str]),
 ) -> Checked<Result<ContainerTransferred, Error>> {
-    let at = |tree: std::path::PathBuf| if below.is_empty() { tree } else { tree.join(below) };
+    let at = |tree: PathBuf| if below.is_empty() { tree } else { tree.join(below) };
     let container = ContainerBackup {
-        config: CONFIG.to_vec(),
-        firewall: None,
+        config: ct.config.clone(),
+        firewall: ct.firewall.clone(),
         tree: at(shown.tree()),
         host_tree: at(shown.host_tree()),
-        mounts: vec![ContainerMount {
-            key: "rootfs".to_owned(),
-            mount_point: "/".into(),
-            volume_id: "kit:rootfs".to_owned(),
-        }],
+        mounts: ct.mounts(),
         id_map: Vec::new(),
         exclude: exclude.iter().map(|pattern| (*pattern).to_owned()).collect(),
         skip_unreadable: false,
@@ -117,10 +147,22 @@ async fn back_up(
     provider: &dyn Provider,
     id: u32,
     root: &Path,
+    part: (&Tree, &[&str]),
+) -> Checked<String> {
+    back_up_ct(ctx, provider, &Ct::new(id), root, part).await
+}
+
+/// The same of any container.
+pub(super) async fn back_up_ct(
+    ctx: &Ctx,
+    provider: &dyn Provider,
+    ct: &Ct,
+    root: &Path,
     (tree, exclude): (&Tree, &[&str]),
 ) -> Checked<String> {
-    let mut begun = begin(ctx, provider, id).await?;
-    let moved = match copy(ctx, begun.backup.as_mut(), root, ("", exclude)).await? {
+    let id = ct.id;
+    let mut begun = begin(ctx, provider, ct).await?;
+    let moved = match copy(ctx, (begun.backup.as_mut(), ct), root, ("", exclude)).await? {
         Ok(moved) => moved,
         Err(error) => {
             let fault = Fault::new(format!("backup_container fails: {}", words(&error)));
@@ -155,13 +197,24 @@ async fn back_up(
         format!("Archive {} is not listed as one of container {id}.", begun.archive)
     })?;
     let kept = ctx.expect("guest_config", provider.guest_config(&begun.archive, &call)).await?;
-    ensure(kept.config == CONFIG && kept.firewall.is_none(), || {
+    ensure(kept.config == ct.config, || {
         format!("The configuration in {} is not the one that was backed up.", begun.archive)
+    })?;
+    ensure(kept.firewall == ct.firewall, || {
+        format!(
+            "The firewall configuration in {} is not the one that was backed up.",
+            begun.archive
+        )
     })?;
     Ok(begun.archive)
 }
 
-async fn restore(ctx: &Ctx, provider: &dyn Provider, archive: &str, tree: &Tree) -> Checked {
+pub(super) async fn restore(
+    ctx: &Ctx,
+    provider: &dyn Provider,
+    archive: &str,
+    tree: &Tree,
+) -> Checked {
     let call = ctx.call();
     let begun = provider.restore_container_init(archive, &call);
     let mut restore = ctx.expect("restore_container_init", begun).await?;
@@ -234,11 +287,12 @@ pub(super) async fn load(ctx: &Ctx) -> Checked<Verdict> {
     let provider = ctx.provider().await?;
     let root = ctx.bench.private_dir()?;
     make_tree(&root).map_err(|e| Fault::new(format!("The kit cannot make its tree: {e}.")))?;
-    let mut begun = begin(ctx, provider.as_ref(), ctx.bench.guest_id()).await?;
+    let ct = Ct::new(ctx.bench.guest_id());
+    let mut begun = begin(ctx, provider.as_ref(), &ct).await?;
     let is_over = AtomicBool::new(false);
     let backup = async {
         let shown = Box::new(SlowTree(root, SLOW_COMMAND));
-        let copied = copy_shown(ctx, begun.backup.as_mut(), shown, WHOLE).await;
+        let copied = copy_shown(ctx, (begun.backup.as_mut(), &ct), shown, WHOLE).await;
         is_over.store(true, Ordering::Relaxed);
         copied
     };
@@ -259,10 +313,11 @@ pub(super) async fn abort(ctx: &Ctx) -> Checked<Verdict> {
     make_tree(&root).map_err(|e| Fault::new(format!("The kit cannot make its tree: {e}.")))?;
     let tree = Tree::read(&root)?;
     let id = ctx.bench.guest_id();
+    let ct = Ct::new(id);
     for is_copied in [false, true] {
-        let mut begun = begin(ctx, provider.as_ref(), id).await?;
+        let mut begun = begin(ctx, provider.as_ref(), &ct).await?;
         if is_copied {
-            let copied = copy(ctx, begun.backup.as_mut(), &root, WHOLE).await?;
+            let copied = copy(ctx, (begun.backup.as_mut(), &ct), &root, WHOLE).await?;
             ctx.expect("backup_container", async { copied }).await?;
         }
         let call = ctx.call();
@@ -273,8 +328,8 @@ pub(super) async fn abort(ctx: &Ctx) -> Checked<Verdict> {
         })?;
     }
     // A tree that cannot be read is no archive.
-    let mut begun = begin(ctx, provider.as_ref(), id).await?;
-    let copied = copy(ctx, begun.backup.as_mut(), &root, ("nowhere", &[])).await?;
+    let mut begun = begin(ctx, provider.as_ref(), &ct).await?;
+    let copied = copy(ctx, (begun.backup.as_mut(), &ct), &root, ("nowhere", &[])).await?;
     let call = ctx.call();
     ctx.expect("abort", begun.backup.abort("the kit gives it up", &call)).await?;
     finish(ctx, begun.job).await?;

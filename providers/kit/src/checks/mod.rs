@@ -212,6 +212,20 @@ pub(crate) static CHECKS: &[Check] = &[
         containers::exclude
     ),
     check!(
+        "container-names",
+        "containers with hostile names and mount points",
+        &[&CONTAINER, &CONTAINER_RESTORE],
+        false,
+        guests::container_names
+    ),
+    check!(
+        "container-configs",
+        "configurations of containers of any bytes",
+        &[&CONTAINER],
+        false,
+        guests::container_configs
+    ),
+    check!(
         "container-load",
         "answers fast during the backup of a container",
         &[&CONTAINER],

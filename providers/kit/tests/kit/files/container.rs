@@ -24,6 +24,11 @@ pub(crate) async fn store(
 ) -> Result<ContainerTransferred> {
     let failed = |error| Error::io("Storing a container failed.", error);
     fs::write(directory.join("config"), &backup.config).map_err(failed)?;
+    if let Some(firewall) = &backup.firewall
+        && !store.setup.has(Fault::ContainerFirewallLost)
+    {
+        fs::write(directory.join("firewall"), firewall).map_err(failed)?;
+    }
     let archive = directory.join("files.tar");
     let output = File::create(&archive).map_err(failed)?;
     let list = directory.join("list");
@@ -41,7 +46,15 @@ pub(crate) async fn store(
         }
     }
     argv.extend(["--index-file".into(), list.clone().into(), "--directory".into()]);
-    argv.extend([backup.tree.clone().into(), ".".into()]);
+    argv.push(backup.tree.clone().into());
+    if store.setup.has(Fault::MountPointsAreLines) {
+        let lines = backup.mounts.iter().map(|one| format!(".{}\n", one.mount_point.display()));
+        let names = directory.join("names");
+        fs::write(&names, lines.collect::<String>()).map_err(failed)?;
+        argv.extend(["--verbatim-files-from".into(), "--files-from".into(), names.into()]);
+    } else {
+        argv.push(".".into());
+    }
     if store.setup.has(Fault::ContainerIsEmpty) {
         argv.truncate(1);
         argv.extend(["--create".into(), "--files-from=/dev/null".into()]);
