@@ -300,15 +300,20 @@ impl Lab {
             }
         }
         images.sort();
-        let mut disks = Vec::new();
+        let (mut disks, mut others) = (Vec::new(), Vec::new());
         for (index, image) in images.iter().enumerate() {
             let raw = scratch.path().join(index.to_string());
             let format =
                 if image.extension().is_some_and(|end| end == "qcow2") { "qcow2" } else { "raw" };
             self.convert(image, format, &raw, "raw")?;
-            disks.push(Disk::open(&raw, false).map_err(anyhow::Error::msg)?);
+            match Disk::open(&raw, false) {
+                Ok(disk) => disks.push(disk),
+                Err(error) => others.push(error),
+            }
         }
-        let [a, b] = disks.as_slice() else { bail!("VM {vm} has {} disks, not 2", disks.len()) };
+        let [a, b] = disks.as_slice() else {
+            bail!("VM {vm} has {} disks with records, not 2: {}", disks.len(), others.join("; "))
+        };
         check_pair(a, b, allow_in_flight).map_err(anyhow::Error::msg)
     }
 
