@@ -128,7 +128,9 @@ impl Run<'_> {
             let how = match stopped {
                 Stopped::NotRunning => "was not running",
                 Stopped::Shutdown => "has shut down",
-                Stopped::ShutdownInBackup => "has shut down; its QEMU ends with its backup",
+                Stopped::ShutdownInBackup => {
+                    "has shut down; its QEMU ends with its backup or restore"
+                }
                 Stopped::Quit => "was switched off",
                 Stopped::Killed => "was killed",
             };

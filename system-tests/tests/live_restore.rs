@@ -201,6 +201,40 @@ fn a_guest_runs_at_once_and_keeps_what_it_writes_while_its_disks_are_filled() {
 }
 
 #[test]
+#[ignore = "boots a guest twice and waits for its disks, most of a minute under TCG"]
+fn a_guest_that_switches_off_while_its_disks_are_filled_is_whole_afterwards() {
+    let mut scene = Scene::new();
+    for (format, killed) in [("qcow2", false), ("raw", true)] {
+        println!("to {format}");
+        let mut console = scene.lab.watch(NEW_VM);
+        let mut restore = scene.live(format, &["--bwlimit", HARDLY_KIB_PER_S], &[]);
+        scene.checked(&mut console, scene.saved.last_b);
+        let wanted = scene.saved.last_b + 60;
+        let mut written = console.wait_for_record(wanted, SOON, &scene.lab.stop).unwrap().last;
+        let stopped = scene.lab.vzdump.run(&["vm", "stop", "200"], SOON).unwrap();
+        written = written.max(console.records().unwrap().last);
+        assert_eq!(stopped["stopped"], "shutdown_in_backup");
+        // What is off is still being filled.
+        assert!(scene.config().contains("lock: live-restore") && scene.is_running());
+        if killed {
+            scene.kill(restore);
+            scene.refused();
+        } else {
+            restore.process().signal(Signal::INT).unwrap();
+            let finished = scene.finish(restore);
+            let said = format!("{}{}", finished.stdout, finished.stderr);
+            assert!(!finished.status.success() && said.contains("--resume 200"), "{said}");
+        }
+        restore = scene.resume(FAST_KIB_PER_S, &[]);
+        let finished = scene.finish(restore);
+        assert!(finished.status.success(), "{}", finished.stderr);
+        assert!(!scene.is_running(), "{format}: QEMU is left");
+        scene.end(written);
+        scene.lab.vzdump.run(&["vm", "destroy", "200"], SOON).unwrap();
+    }
+}
+
+#[test]
 fn a_live_restore_that_is_given_up_leaves_nothing_wherever_that_is_killed() {
     let mut scene = Scene::new();
     let (vm, give_up) = (NEW_VM.to_string(), ["restore", "--give-up", "200"]);

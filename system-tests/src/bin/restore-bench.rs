@@ -17,19 +17,25 @@ use system_tests::qemu;
 
 const USAGE: &str =
     "usage: cargo xtask bench restore [--rounds N] [--disk-size MIB] [--only CASE] [--folder DIR]
+    [--markdown FILE]
   --rounds N       rounds of each way, which take turns (default 3)
   --disk-size MIB  size of each of the two disks (default 512)
   --only CASE      only this: full or live
-  --folder DIR     where disks and archives are (default /var/tmp)";
+  --folder DIR     where disks and archives are (default /var/tmp)
+  --markdown FILE  where the tables are written, as in docs/performance.md";
 const NEW_VM: u32 = 200;
 const WITHIN: Duration = Duration::from_secs(1800);
 const MIB: u64 = 1 << 20;
+const FULL_WAYS: [&str; 3] = ["vzdump restore", "qemu-img convert", "qemu-img convert -t none"];
+const LIVE_WAYS: [&str; 2] = ["restore --live", "restore --start"];
+const LIVE_COLUMNS: [&str; 4] = ["first answer s", "reads all s", "longest write ms", "complete s"];
 
 struct Options {
     rounds: usize,
     disk_bytes: u64,
     folder: PathBuf,
     only: Option<String>,
+    markdown: Option<PathBuf>,
 }
 
 /// A way, and what was measured of it in each round.
@@ -62,7 +68,7 @@ fn main() -> ExitCode {
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>> {
     let (rounds, disk_bytes, folder) = (3, 512 * MIB, "/var/tmp".into());
-    let mut options = Options { rounds, disk_bytes, folder, only: None };
+    let mut options = Options { rounds, disk_bytes, folder, only: None, markdown: None };
     while let Some(argument) = arguments.next() {
         if ["-h", "--help"].contains(&argument.as_str()) {
             println!("{USAGE}");
@@ -74,6 +80,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
             "--disk-size" => options.disk_bytes = value.parse::<u64>().context(USAGE)? * MIB,
             "--only" if ["full", "live"].contains(&value.as_str()) => options.only = Some(value),
             "--folder" => options.folder = value.into(),
+            "--markdown" => options.markdown = Some(value.into()),
             _ => anyhow::bail!("{USAGE}"),
         }
     }
@@ -100,34 +107,72 @@ fn run(options: &Options) -> Result<()> {
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!("two disks of {} MiB, load {}", options.disk_bytes / MIB, load.trim());
     let wanted = |case: &str| options.only.as_deref().is_none_or(|only| only == case);
-    for format in ["qcow2", "raw"].into_iter().filter(|_| wanted("full")) {
-        full(options, &lab, &archive, format)?;
+    let mut tables = format!(
+        "Two disks of {} MiB, {} rounds, load {}:\n",
+        options.disk_bytes / MIB,
+        options.rounds,
+        load.split(' ').next().unwrap_or("unknown")
+    );
+    if wanted("full") {
+        let series = ["qcow2", "raw"].map(|format| full(options, &lab, &archive, format));
+        tables += &table("full restore, seconds", "goal of the first \u{2265} 1.0", &FULL_WAYS);
+        for (format, series) in ["qcow2", "raw"].iter().zip(series) {
+            tables += &row(format, &series?, 0);
+        }
     }
     if wanted("live") {
-        live(options, &mut lab, &archive)?;
+        let ways = LIVE_WAYS;
+        tables += &table("the guest runs", "above 1: `--live` is faster", &ways);
+        for format in ["qcow2", "raw"] {
+            let series = live(options, &mut lab, &archive, format)?;
+            for (column, what) in LIVE_COLUMNS.iter().enumerate() {
+                tables += &row(&format!("{format}: {what}"), &series, column);
+            }
+        }
+    }
+    if let Some(path) = &options.markdown {
+        fs::write(path, tables).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
 }
 
+/// The begin of a table with the ratios of all ways to the first one.
+fn table(what: &str, goal: &str, ways: &[&str]) -> String {
+    let names: String = ways.iter().map(|way| format!(" `{way}` |")).collect();
+    let first = ways.first().unwrap_or(&"");
+    let ratios: String = ways.iter().skip(1).map(|way| format!(" `{way}` / `{first}` |")).collect();
+    let lines = "---:|".repeat(ways.len() * 2 - 1);
+    format!("\nRatios: {goal}.\n\n| {what} |{names}{ratios}\n|---|{lines}\n")
+}
+
+/// One line of it.
+fn row(what: &str, series: &[Series], column: usize) -> String {
+    let values = series.iter().map(|way| with_range(way.column(column)));
+    let ratios = series.iter().skip(1).map(|way| with_range(ratios(&series[0], way, column)));
+    let cells: String = values.chain(ratios).map(|cell| format!(" {cell} |")).collect();
+    format!("| {what} |{cells}\n")
+}
+
 /// Full restores into one format.
-fn full(options: &Options, lab: &Lab, archive: &str, format: &str) -> Result<()> {
+fn full(options: &Options, lab: &Lab, archive: &str, format: &str) -> Result<Vec<Series>> {
     let sources = images(&lab.backups_dir(), "qcow2")?;
     ensure!(sources.len() == 2, "the archive has {} images, not 2", sources.len());
-    let mut series = [Series::new("vzdump restore"), Series::new("qemu-img convert")];
+    let mut series = FULL_WAYS.map(Series::new);
     for round in 0..options.rounds {
         for turn in 0..series.len() {
             let way = (round + turn) % series.len();
             let seconds = match way {
                 0 => restore(lab, archive, format)?,
-                _ => convert(lab, &sources, format)?,
+                1 => convert(lab, &sources, format, &[])?,
+                _ => convert(lab, &sources, format, &["-t", "none"])?,
             };
             series[way].rounds.push(vec![seconds]);
         }
     }
     println!("\n== full restore to {format}\n");
     show(&series, &["seconds"]);
-    println!("goal: qemu-img / vzdump at least 1.0");
-    Ok(())
+    println!("goal: qemu-img convert / vzdump restore at least 1.0");
+    Ok(series.into())
 }
 
 fn restore(lab: &Lab, archive: &str, format: &str) -> Result<f64> {
@@ -141,7 +186,7 @@ fn restore(lab: &Lab, archive: &str, format: &str) -> Result<f64> {
 }
 
 /// All images at the same time, as a restore does it, and durably.
-fn convert(lab: &Lab, sources: &[PathBuf], format: &str) -> Result<f64> {
+fn convert(lab: &Lab, sources: &[PathBuf], format: &str, more: &[&str]) -> Result<f64> {
     let folder = tempfile::tempdir_in(&lab.dir)?;
     let qemu_img = qemu::bin_dir()?.join("qemu-img");
     let begin = Instant::now();
@@ -150,7 +195,8 @@ fn convert(lab: &Lab, sources: &[PathBuf], format: &str) -> Result<f64> {
     for (index, source) in sources.iter().enumerate() {
         let target = folder.path().join(index.to_string());
         let mut command = Command::new(&qemu_img);
-        command.args(["convert", "-f", "qcow2", "-O", format]).arg(source).arg(&target);
+        command.args(["convert", "-f", "qcow2", "-O", format]).args(more);
+        command.arg(source).arg(&target);
         running.push(Collected::spawn(&mut command)?);
         targets.push(target);
     }
@@ -178,22 +224,20 @@ fn images(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Live restores beside full ones that are followed by a boot.
-fn live(options: &Options, lab: &mut Lab, archive: &str) -> Result<()> {
-    for format in ["qcow2", "raw"] {
-        let mut series = [Series::new("restore --live"), Series::new("restore --start")];
-        for round in 0..options.rounds {
-            for turn in 0..series.len() {
-                let way = (round + turn) % series.len();
-                let start = start(lab, archive, format, ["--live", "--start"][way])?;
-                let Start { answer_s, check_s, longest_write_ms, complete_s } = start;
-                series[way].rounds.push(vec![answer_s, check_s, longest_write_ms, complete_s]);
-            }
+/// Live restores into one format beside full ones that are followed by a boot.
+fn live(options: &Options, lab: &mut Lab, archive: &str, format: &str) -> Result<Vec<Series>> {
+    let mut series = LIVE_WAYS.map(Series::new);
+    for round in 0..options.rounds {
+        for turn in 0..series.len() {
+            let way = (round + turn) % series.len();
+            let start = start(lab, archive, format, ["--live", "--start"][way])?;
+            let Start { answer_s, check_s, longest_write_ms, complete_s } = start;
+            series[way].rounds.push(vec![answer_s, check_s, longest_write_ms, complete_s]);
         }
-        println!("\n== the guest runs, {format}\n");
-        show(&series, &["first answer s", "reads all s", "longest write ms", "complete s"]);
     }
-    Ok(())
+    println!("\n== the guest runs, {format}\n");
+    show(&series, &LIVE_COLUMNS);
+    Ok(series.into())
 }
 
 fn start(lab: &mut Lab, archive: &str, format: &str, how: &str) -> Result<Start> {
@@ -246,20 +290,22 @@ fn with_range(mut values: Vec<f64>) -> String {
     format!("{:.2} [{least:.2}, {most:.2}]", values[values.len() / 2])
 }
 
-/// A table; ratios are made within each round, to the first way.
-fn show(series: &[Series; 2], columns: &[&str]) {
+/// How another way compares with the first, round by round.
+fn ratios(first: &Series, other: &Series, column: usize) -> Vec<f64> {
+    let both = other.column(column).into_iter().zip(first.column(column));
+    both.map(|(other, first)| other / first.max(1e-9)).collect()
+}
+
+/// What was measured, and ratios to the first way.
+fn show(series: &[Series], columns: &[&str]) {
     for (index, column) in columns.iter().enumerate() {
         for way in series {
-            println!("{column:>18}  {:<18} {}", way.name, with_range(way.column(index)));
+            println!("{column:>18}  {:<26} {}", way.name, with_range(way.column(index)));
         }
-        let [first, second] = series;
-        let both = second.column(index).into_iter().zip(first.column(index));
-        let ratios = both.map(|(second, first)| second / first.max(1e-9));
-        println!(
-            "{:>18}  {:<18} {}",
-            "",
-            format!("/ {}", first.name),
-            with_range(ratios.collect())
-        );
+        let first = &series[0];
+        for way in &series[1..] {
+            let name = format!("{} / {}", way.name, first.name);
+            println!("{:>18}  {name:<26} {}", "", with_range(ratios(first, way, index)));
+        }
     }
 }

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
-use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -18,6 +18,7 @@ use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
 
+use crate::blocking;
 use crate::task_log::clean;
 use crate::tools::Tools;
 
@@ -25,6 +26,9 @@ use crate::tools::Tools;
 const EXPORT_BYTES_MAX: usize = 4096;
 /// How much of qemu-img's last words is kept.
 const STDERR_BYTES_MAX: u64 = 4096;
+
+/// A multiple of every block size that bypassing the page cache may take: QEMU looks for up to a page.
+const DIRECT_BLOCK_BYTES: u64 = 64 << 10;
 
 /// A source that was checked.
 #[derive(Debug)]
@@ -162,6 +166,12 @@ pub(super) async fn copy(
     if target.is_zero {
         command.arg("--target-is-zero");
     }
+    let (files, size_bytes) = (owned(target.files), target.size_bytes);
+    let can_bypass = blocking::run(move || Ok(can_bypass_cache(&files, size_bytes))).await;
+    if can_bypass.map_err(|error| error.to_string())? {
+        // Out of order, because each write then takes as long as the disk does.
+        command.args(["-t", "none", "-W"]);
+    }
     if let Some(limit) = target.limit_bytes_per_s {
         command.args(["-r", &limit.to_string()]);
     }
@@ -190,8 +200,8 @@ pub(super) async fn copy(
         let said = said.await.unwrap_or_default();
         return Err(format!("qemu-img could not copy the disk ({status}): {}", clean(&said)));
     }
-    // qemu-img leaves its target to the page cache.
-    let paths: Vec<_> = target.files.iter().map(|path| path.to_path_buf()).collect();
+    // qemu-img leaves the rest to the page cache: lengths and areas of files, or all of it.
+    let paths = owned(target.files);
     let sync = move || paths.into_iter().try_for_each(|path| File::open(path)?.sync_all());
     let synced = tokio::task::spawn_blocking(sync).await;
     match synced {
@@ -199,6 +209,21 @@ pub(super) async fn copy(
         Ok(Err(error)) => Err(format!("cannot sync the new volume: {error}")),
         Err(error) => Err(format!("cannot sync the new volume: {error}")),
     }
+}
+
+fn owned(files: &[&Path]) -> Vec<PathBuf> {
+    files.iter().map(|path| path.to_path_buf()).collect()
+}
+
+/// Whether data can be written past the page cache. Copying it there costs more than all else, it would begin to reach
+/// the disk when it is synced, and takes the place of what others need (`docs/design/0032`).
+fn can_bypass_cache(files: &[PathBuf], size_bytes: u64) -> bool {
+    // Not every file system can do that, and what is not a multiple of blocks could change the size of a file.
+    let is_possible = |path: &PathBuf| {
+        let flags = OFlags::DIRECT.bits().cast_signed();
+        File::options().read(true).write(true).custom_flags(flags).open(path).is_ok()
+    };
+    size_bytes.is_multiple_of(DIRECT_BLOCK_BYTES) && files.iter().all(is_possible)
 }
 
 fn file_options(is_device: bool) -> String {
@@ -262,6 +287,19 @@ mod tests {
         assert_eq!(last_percent(b"    (0.00/100%)\r    (12.34/100%)\r    (13."), Some(12.34));
         assert_eq!(last_percent(b"    (13."), None);
         assert_eq!(last_percent(b"(200/100%)"), None);
+    }
+
+    #[test]
+    fn the_cache_is_bypassed_only_where_that_cannot_change_a_length() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let file = dir.path().join("disk");
+        std::fs::write(&file, "").unwrap();
+        let (files, missing) = ([file], [dir.path().join("other")]);
+        assert!(can_bypass_cache(&files, 1 << 20));
+        assert!(!can_bypass_cache(&files, (1 << 20) + 4096));
+        assert!(!can_bypass_cache(&missing, 1 << 20));
+        // A file system without it.
+        assert!(!can_bypass_cache(&["/proc/self/comm".into()], 1 << 20));
     }
 
     #[tokio::test]

@@ -58,7 +58,7 @@ pub enum Stopped {
     NotRunning,
     /// The guest shut down by itself.
     Shutdown,
-    /// The guest shut down by itself; its QEMU ends with the backup that uses it.
+    /// The guest shut down by itself; its QEMU ends with the backup or the live restore that uses it.
     ShutdownInBackup,
     /// QEMU was asked to end.
     Quit,
