@@ -167,7 +167,7 @@ fn firmware(site: &Site, vm: u32) -> String {
 }
 
 #[test]
-#[ignore = "boots a guest with UEFI twice, half a minute under TCG"]
+#[ignore = "boots a guest with UEFI three times, a minute and more under TCG"]
 fn s49_a_live_restored_guest_has_its_efi_variables_and_its_tpm() {
     let site = Site::new();
     make_guest(&site, "efitype=4m");

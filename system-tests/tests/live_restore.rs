@@ -218,7 +218,6 @@ fn a_guest_that_switches_off_while_its_disks_are_filled_is_whole_afterwards() {
         assert!(scene.config().contains("lock: live-restore") && scene.is_running());
         if killed {
             scene.kill(restore);
-            scene.refused();
         } else {
             restore.process().signal(Signal::INT).unwrap();
             let finished = scene.finish(restore);
