@@ -111,6 +111,25 @@ fn each_lie_of_a_program_about_its_archive_is_told_and_leaves_nothing() {
 }
 
 #[test]
+fn an_archive_that_is_listed_twice_is_shown_once_and_told() {
+    let place = Place::new();
+    let list = |lie: &str| {
+        fs::write(place.path("store/lie"), lie).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vzdump"));
+        command.arg("--root").arg(place.dir.path()).arg("list").output().unwrap()
+    };
+    let rows = |output: &Output| said(output).matches("store:backup/a ").count();
+    let honest = list("none");
+    assert_eq!((honest.status.code(), rows(&honest)), (Some(0), 1), "{}", said(&honest));
+    let liar = list("twice");
+    let text = said(&liar);
+    assert_eq!((liar.status.code(), rows(&liar)), (Some(1), 1), "{text}");
+    let told =
+        "store: The provider lists the archive 'a' 2 times, which is a fault of the provider";
+    assert_eq!(text.matches(told).count(), 1, "{text}");
+}
+
+#[test]
 fn a_restore_that_is_never_answered_can_be_ended_and_leaves_nothing() {
     let place = Place::new();
     let mut command = place.restore("never");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Archives: what there is, and the configurations in them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -122,7 +123,11 @@ impl Host {
 
     async fn list_storage(&self, storage: &str, list: &mut ArchiveList) -> Result<(), HostError> {
         let provider = self.providers.get(storage).await.map_err(HostError::Storage)?;
-        for archive in in_time(provider.list(&call())).await.map_err(fault(storage))? {
+        let mut archives = in_time(provider.list(&call())).await.map_err(fault(storage))?;
+        for problem in keep_once(&mut archives) {
+            list.problems.push(StorageProblem { storage: storage.to_owned(), problem });
+        }
+        for archive in archives {
             match info(storage, archive) {
                 Ok(info) => list.archives.push(info),
                 Err(problem) => {
@@ -169,6 +174,25 @@ impl Host {
 #[must_use]
 pub fn utc(time_s: i64) -> Option<String> {
     jiff::Timestamp::from_second(time_s).ok().map(|time| time.to_string())
+}
+
+/// Leaves one archive of each name, the first, and says of which names there were more: each names one archive
+/// in every command.
+pub(crate) fn keep_once(archives: &mut Vec<Archive>) -> Vec<String> {
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    archives.retain(|archive| {
+        let count = counts.entry(archive.name.clone()).or_default();
+        *count += 1;
+        *count == 1
+    });
+    let more = counts.into_iter().filter(|(_, count)| *count > 1);
+    let problem = |(name, count)| {
+        format!(
+            "The provider lists the archive '{name}' {count} times, which is a fault of the provider; the \
+             first one is taken."
+        )
+    };
+    more.map(problem).collect()
 }
 
 /// Everything a provider says is checked: it becomes part of command lines and terminals.

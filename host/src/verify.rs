@@ -13,6 +13,7 @@ use vzdump_core::job::Limits;
 use vzdump_core::prune::sort_by_guest;
 use vzdump_core::verify::verify;
 
+use crate::archives::keep_once;
 use crate::provider_call::{call, fault, in_time};
 use crate::retention::{Ability, activate};
 use crate::{ArchiveName, CancellationToken, Host, HostError, TaskSink, chain, clean, size};
@@ -187,6 +188,10 @@ async fn choose(
     };
     archives.retain(|archive| is_good(&archive.name));
     unreadable.retain(|name| is_good(name));
+    // One is read once.
+    for problem in keep_once(&mut archives) {
+        sink.error(&format!("{storage}: {problem}"));
+    }
     if !names.is_empty() {
         let is_there = |name: &&str| {
             archives.iter().map(|archive| &archive.name).chain(&unreadable).any(|n| n == name)
