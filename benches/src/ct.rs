@@ -72,6 +72,8 @@ pub struct Container {
     folder: tempfile::TempDir,
     /// Bytes of its files.
     pub data_bytes: u64,
+    /// How many these are, with symbolic links.
+    pub files: u64,
 }
 
 impl Container {
@@ -81,7 +83,7 @@ impl Container {
     /// Something is missing or fails, for example without root.
     pub fn new(vzdump: &Path, folder: &Path, tree: &Path, data_bytes: u64) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("ct-").tempdir_in(folder)?;
-        let mut this = Self { vzdump: vzdump.to_owned(), folder, data_bytes: 0 };
+        let mut this = Self { vzdump: vzdump.to_owned(), folder, data_bytes: 0, files: 0 };
         for dir in ["etc", "store", "mounted"] {
             fs::create_dir(this.path(dir))?;
         }
@@ -122,6 +124,7 @@ impl Container {
             let size: u64 = std::str::from_utf8(&entry[..space])?.parse()?;
             if self.data_bytes + size <= data_bytes {
                 self.data_bytes += size;
+                self.files += 1;
                 names.extend(&entry[space + 1..]);
                 names.push(0);
             }

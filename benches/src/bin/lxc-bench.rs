@@ -19,6 +19,8 @@ const MIB: u64 = 1 << 20;
 const VZDUMP: &str = "vzdump";
 /// `tar | zstd -T2` is to take so much longer.
 const FIRST_GOAL: f64 = 1.3;
+/// And the second pass of rsync.
+const FROZEN_GOAL: f64 = 1.0;
 
 /// Measures backups of a container by vzdump beside tar with zstd, rsync, borg and restic of the same tree: a first
 /// run, and how long the container is frozen for a second copy.
@@ -40,6 +42,9 @@ struct Options {
     /// Writes everything that was measured
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Writes the tables
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// The program vzdump (default: beside this one)
     #[arg(long, value_name = "FILE")]
     vzdump: Option<PathBuf>,
@@ -68,28 +73,48 @@ fn measured(series: &mut Series, case: &str, unit: &str, value: Result<f64>) -> 
     is_good
 }
 
-/// The table of a case: the first way is the one that the others are compared with.
-fn table(head: &str, series: &[Series]) -> String {
-    let mut table = Table::new(&["", head, "/ vzdump"]);
-    for one in series {
-        let known: Vec<f64> = one.values.iter().copied().flatten().collect();
-        table.rows.push(vec![
-            one.name.to_owned(),
-            with_range(estimate(&known)),
-            with_range(ratio(&one.values, &series[0].values)),
-        ]);
-    }
-    table.text(false)
+/// What one case brought.
+struct Case {
+    name: &'static str,
+    title: String,
+    unit: &'static str,
+    /// The first way is the one that the others are compared with, and the second has a goal.
+    series: Vec<Series>,
+    goal: f64,
 }
 
-fn verdict(what: &str, series: &[Series], least: f64) -> String {
-    let found = ratio(&series[1].values, &series[0].values);
-    let word = match found {
-        Some(found) if found.median >= least => "reached",
-        Some(_) => "NOT reached",
-        None => "not measured",
-    };
-    format!("{what}, at least {least}: {} {word}\n", with_range(found))
+impl Case {
+    fn text(&self, markdown: bool) -> String {
+        let edge = if markdown { "###" } else { "==" };
+        let mut table = Table::new(&["", self.unit, "/ vzdump"]);
+        let ours = &self.series[0].values;
+        for one in &self.series {
+            let known: Vec<f64> = one.values.iter().copied().flatten().collect();
+            // What would end a cell.
+            let name = if markdown { one.name.replace('|', "\\|") } else { one.name.to_owned() };
+            table.rows.push(vec![
+                name,
+                with_range(estimate(&known)),
+                with_range(ratio(&one.values, ours)),
+            ]);
+        }
+        let found = ratio(&self.series[1].values, ours);
+        let word = match found {
+            Some(found) if found.median >= self.goal => "reached",
+            Some(_) => "NOT reached",
+            None => "not measured",
+        };
+        let confidence = found.map_or(0.0, |found| found.confidence * 100.0);
+        format!(
+            "\n{edge} {}\n\n{}\n{} / {VZDUMP}, at least {}: {}, {word}\n\
+             (medians [interval of the median, {confidence:.0} %], ratios within each round)\n",
+            self.title,
+            table.text(markdown),
+            self.series[1].name,
+            self.goal,
+            with_range(found)
+        )
+    }
 }
 
 fn first(options: &Options, ct: &Container, is_good: &mut bool) -> Vec<Series> {
@@ -134,29 +159,37 @@ fn measure(options: &Options) -> Result<bool> {
     let ct = Container::new(&vzdump, &folder, &options.tree, options.data * MIB)?;
     let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     let mut is_good = true;
-    let mut results = Vec::new();
+    let mut cases = Vec::new();
     if wanted("first") {
         let series = first(options, &ct, &mut is_good);
-        println!("\n== first run, {} MiB\n\n{}", ct.data_bytes / MIB, table("seconds", &series));
-        print!("{}", verdict("tar | zstd -T2 / vzdump", &series, FIRST_GOAL));
-        results.push(("first", series));
+        let title = format!("First run, {} MiB in {} files", ct.data_bytes / MIB, ct.files);
+        cases.push(Case { name: "first", title, unit: "seconds", series, goal: FIRST_GOAL });
     }
     if wanted("suspend") {
         ct.start()?;
         let series = suspend(options, &ct, &mut is_good);
-        println!("\n== second copy, frozen\n\n{}", table("milliseconds", &series));
-        print!("{}", verdict("rsync / vzdump", &series, 1.0));
-        results.push(("suspend", series));
+        let title = "Second copy, while the container is frozen".to_owned();
+        cases.push(Case { name: "suspend", title, unit: "ms", series, goal: FROZEN_GOAL });
     }
-    if let Some(path) = &options.json {
-        let cases = results.iter().map(|(case, series)| {
-            let ways = series.iter().map(|one| json!({ "name": one.name, "values": one.values }));
-            json!({ "case": case, "ways": ways.collect::<Vec<_>>() })
-        });
-        let text = serde_json::to_string_pretty(&cases.collect::<Vec<_>>())?;
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    report(options, &cases)?;
     Ok(is_good)
+}
+
+fn report(options: &Options, cases: &[Case]) -> Result<()> {
+    let text = |markdown| cases.iter().map(|case| case.text(markdown)).collect::<String>();
+    print!("{}", text(false));
+    let values = cases.iter().map(|case| {
+        let ways = case.series.iter().map(|one| json!({ "name": one.name, "values": one.values }));
+        json!({ "case": case.name, "ways": ways.collect::<Vec<_>>() })
+    });
+    let json = serde_json::to_string_pretty(&values.collect::<Vec<_>>())?;
+    for (path, text) in [(&options.json, json), (&options.markdown, text(true))] {
+        if let Some(path) = path {
+            std::fs::write(path, text)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 #[tokio::main]

@@ -3,12 +3,15 @@
 //!
 //! ```text
 //!  tar (as the container's root, by the host's runner) ─► pipe ─► entries counted ─► zstd ─► hash, file
+//!   └ read ahead by the kernel, where this process asks for it ([`ahead`])                  └ [`durable`]
 //! ```
 //!
-//! `tar` walks the tree: this process never opens a file of a container. What comes out of it is looked at
+//! `tar` reads the tree: this process never reads a file of a container. What comes out of it is looked at
 //! on the way ([`entries`]), so an archive that is cut short or has no entries is noticed whatever the
 //! command says of itself.
 
+mod ahead;
+mod durable;
 mod entries;
 mod listing;
 mod restore;
@@ -35,6 +38,8 @@ use crate::limits::{
 };
 use crate::manifest::{ContainerFormat, TREE_DIRECTORY, TREE_FILE, TREE_LIST_FILE, Tree};
 
+use ahead::{EndOnDrop, Position, read_ahead};
+use durable::Durable;
 use entries::Counter;
 pub(crate) use listing::Witness;
 pub(crate) use restore::DirectoryContainerRestore;
@@ -68,26 +73,60 @@ pub(crate) async fn store(
     let (host_tree, mounts) = (backup.host_tree.clone(), backup.mounts.clone());
     let (walks, used_bytes) = blocking(move || look(&host_tree, &mounts)).await?;
     let used_bytes = backup.expected_bytes.unwrap_or(used_bytes);
+    let passing = Arc::new(Passing::default());
+    let position = Arc::clone(&passing.position);
+    let ending = EndOnDrop(Arc::clone(&position));
+    let (host_tree, ahead) = (backup.host_tree.clone(), walks.clone());
+    let reading = tokio::task::spawn_blocking(move || read_ahead(&host_tree, &ahead, &position));
+    let to = (directory, format);
+    let packed = pack(backup, &walks, to, (progress, used_bytes), &passing, call).await;
+    drop(ending);
+    // The volumes are in use as long as it has them open.
+    let _ = reading.await;
+    let (stored, end) = packed?;
+    if stored.entries == 0 {
+        return Err(Error::new(Kind::Other, "The archive of the container has no entries."));
+    }
+    progress.report(DEVICE, stored.read_bytes, stored.read_bytes, 0);
+    let ignored = ignored(&end.stderr_tail);
+    let transferred = ContainerTransferred {
+        entries: stored.entries,
+        read_bytes: stored.read_bytes,
+        written_bytes: stored.tree.size_bytes(),
+        ignored_count: ignored.len() as u64,
+        ignored: ignored.into_iter().take(IGNORED_MAX).collect(),
+    };
+    Ok((stored.tree, transferred))
+}
+
+/// Runs `tar`, and stores what comes out of it.
+async fn pack(
+    backup: &ContainerBackup,
+    walks: &[PathBuf],
+    (directory, format): (&Path, ContainerFormat),
+    (progress, used_bytes): (&dyn Progress, u64),
+    passing: &Arc<Passing>,
+    call: &Call,
+) -> Result<(Stored, CommandEnd)> {
     let (reader, writer) =
         io::pipe().map_err(|e| Error::io("Cannot make a pipe for a container's files.", e))?;
     // Fewer turns of the two; a kernel that refuses it has a small one.
     let _ = rustix::pipe::fcntl_setpipe_size(&reader, PIPE_BYTES);
     let command = ContainerCommand {
-        argv: arguments(backup, &walks),
+        argv: arguments(backup, walks),
         identity: Identity::MappedRoot,
         env: Vec::new(),
         paths: Vec::new(),
         stdin: None,
         stdout: Some(writer.into()),
     };
-    let counted = Arc::new(AtomicU64::new(0));
     let stop = StopOnDrop::default();
     let storing = {
-        let (counted, is_stopped) = (Arc::clone(&counted), Arc::clone(&stop.0));
+        let (passing, is_stopped) = (Arc::clone(passing), Arc::clone(&stop.0));
         let (directory, walks) = (directory.to_owned(), walks.len());
         blocking(move || match format {
-            ContainerFormat::Tar => compress(reader, &directory.join(TREE_FILE), &counted),
-            ContainerFormat::Tree => tree::fill(reader, &directory, walks, &counted, &is_stopped),
+            ContainerFormat::Tar => compress(reader, &directory.join(TREE_FILE), &passing),
+            ContainerFormat::Tree => tree::fill(reader, &directory, walks, &passing, &is_stopped),
         })
     };
     let mut storing = std::pin::pin!(storing);
@@ -100,7 +139,7 @@ pub(crate) async fn store(
             end = &mut running => break end?,
             result = &mut storing, if stored.is_none() => stored = Some(result),
             _ = tick.tick() => {
-                let done = counted.load(Ordering::Relaxed);
+                let done = passing.data_bytes.load(Ordering::Relaxed);
                 progress.report(DEVICE, done, used_bytes.max(done), 0);
             }
         }
@@ -116,20 +155,7 @@ pub(crate) async fn store(
     if end.exit_code != ENDED_BY_SIGPIPE || stored.is_ok() {
         check_end(&end)?;
     }
-    let stored = stored?;
-    if stored.entries == 0 {
-        return Err(Error::new(Kind::Other, "The archive of the container has no entries."));
-    }
-    progress.report(DEVICE, stored.read_bytes, stored.read_bytes, 0);
-    let ignored = ignored(&end.stderr_tail);
-    let transferred = ContainerTransferred {
-        entries: stored.entries,
-        read_bytes: stored.read_bytes,
-        written_bytes: stored.tree.size_bytes(),
-        ignored_count: ignored.len() as u64,
-        ignored: ignored.into_iter().take(IGNORED_MAX).collect(),
-    };
-    Ok((stored.tree, transferred))
+    Ok((stored?, end))
 }
 
 async fn wait_for_rest<T>(storing: impl Future<Output = Result<T>>) -> Result<Result<T>> {
@@ -269,6 +295,20 @@ impl Drop for StopOnDrop {
     }
 }
 
+/// What is known of an archive while it passes.
+#[derive(Debug, Default)]
+struct Passing {
+    data_bytes: AtomicU64,
+    position: Arc<Position>,
+}
+
+impl Passing {
+    fn note(&self, counter: &Counter) {
+        self.data_bytes.store(counter.data_bytes(), Ordering::Relaxed);
+        self.position.reach(counter.last_name());
+    }
+}
+
 struct Stored {
     tree: Tree,
     entries: u64,
@@ -276,9 +316,9 @@ struct Stored {
 }
 
 /// Takes all that comes out of the pipe into a new file.
-fn compress(mut pipe: PipeReader, path: &Path, counted: &AtomicU64) -> Result<Stored> {
+fn compress(mut pipe: PipeReader, path: &Path, passing: &Passing) -> Result<Stored> {
     let failed = |e| Error::io(format!("Cannot write {}.", path.display()), e);
-    let target = Hashing::new(files::create(path)?);
+    let target = Durable::new(files::create(path)?).map_err(failed)?;
     let mut encoder = zstd::Encoder::new(target, COMPRESSION_LEVEL).map_err(failed)?;
     // So that a restore notices damage by itself.
     encoder.include_checksum(true).map_err(failed)?;
@@ -297,12 +337,11 @@ fn compress(mut pipe: PipeReader, path: &Path, counted: &AtomicU64) -> Result<St
             break;
         }
         counter.take(&buffer[..count]).map_err(corrupt)?;
+        passing.note(&counter);
         encoder.write_all(&buffer[..count]).map_err(failed)?;
-        counted.store(counter.data_bytes(), Ordering::Relaxed);
     }
     counter.finish().map_err(corrupt)?;
-    let (file, blake3, size_bytes) = encoder.finish().map_err(failed)?.finish();
-    file.sync_all().map_err(failed)?;
+    let (blake3, size_bytes) = encoder.finish().and_then(Durable::finish).map_err(failed)?;
     let (entries, read_bytes) = (counter.entries(), counter.data_bytes());
     let tree = Tree {
         format: ContainerFormat::Tar,

@@ -45,6 +45,18 @@ pub(crate) const COMPRESSION_LEVEL: i32 = 3;
 pub(crate) const COMPRESSION_THREADS_MAX: u32 = 8;
 /// What is taken out of a pipe, or read of a stored tree, at once.
 pub(crate) const PIPE_BYTES: usize = 1 << 20;
+/// How far a container's files are read ahead of `tar`: enough to keep a disk busy, little beside a page cache.
+pub(crate) const AHEAD_BYTES: u64 = 64 << 20;
+/// The same in files, for trees of tiny ones.
+pub(crate) const AHEAD_FILES: usize = 4096;
+/// What is read ahead of one file; then the kernel has noticed that all of it is read.
+pub(crate) const AHEAD_FILE_BYTES: u64 = 1 << 20;
+/// Directories within each other, each a descriptor, in which files are read ahead.
+pub(crate) const AHEAD_DEPTH_MAX: usize = 64;
+/// Names of one directory that are sorted in memory; files of a larger one are not read ahead.
+pub(crate) const AHEAD_NAMES_MAX: usize = 100_000;
+/// An archive is written to the disk in pieces of that size while it grows.
+pub(crate) const FLUSH_BYTES: u64 = 16 << 20;
 /// Wait for what is left in a pipe whose writer has ended: at most as much as a pipe holds, and what a
 /// storage has not written yet.
 pub(crate) const PIPE_END_WAIT: Duration = Duration::from_secs(300);

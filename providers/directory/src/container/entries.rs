@@ -5,6 +5,7 @@
 /// Unit of a tar archive.
 const BLOCK_BYTES: usize = 512;
 /// Where a header has its fields.
+const NAME: std::ops::Range<usize> = 0..100;
 const SIZE: std::ops::Range<usize> = 124..136;
 const CHECKSUM: std::ops::Range<usize> = 148..156;
 const TYPE: usize = 156;
@@ -21,6 +22,8 @@ pub(super) struct Counter {
     zero_blocks: u32,
     entries: u64,
     data_bytes: u64,
+    /// The begin of the last entry's name.
+    name: [u8; NAME.end],
 }
 
 impl Default for Counter {
@@ -32,6 +35,7 @@ impl Default for Counter {
             zero_blocks: 0,
             entries: 0,
             data_bytes: 0,
+            name: [0; NAME.end],
         }
     }
 }
@@ -76,6 +80,7 @@ impl Counter {
         // What only describes the next entry is none.
         if !matches!(self.header[TYPE], b'x' | b'g' | b'L' | b'K') {
             self.entries += 1;
+            self.name.copy_from_slice(&self.header[NAME]);
             self.data_bytes = self.data_bytes.saturating_add(size_bytes);
         }
         Ok(())
@@ -93,6 +98,11 @@ impl Counter {
             return Ok(());
         }
         Err("The tar archive of the container ends too early.".to_owned())
+    }
+
+    /// The name of the last entry as far as its header holds it: a hint of where the archive is, no more.
+    pub(super) fn last_name(&self) -> &[u8] {
+        self.name.split(|byte| *byte == 0).next().unwrap_or_default()
     }
 
     pub(super) fn entries(&self) -> u64 {
@@ -149,6 +159,10 @@ mod tests {
                 // Three directories, a file and a link.
                 assert_eq!(count(&archive, piece), Ok((5, 1000)), "{format} {piece}");
             }
+            let mut counter = Counter::default();
+            counter.take(&archive).unwrap();
+            let name = counter.last_name();
+            assert!(name == b"./link" || name.starts_with(b"./xxx"), "{format} {name:?}");
             assert!(count(&archive[..archive.len() / 20 * 4], 512).is_err(), "{format}");
             let mut damaged = archive.clone();
             damaged[100] ^= 1;

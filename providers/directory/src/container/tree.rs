@@ -13,12 +13,12 @@
 use std::io::{ErrorKind, PipeReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use provider_api::{Error, Kind, Result};
 
 use super::entries::Counter;
-use super::{Stored, listing};
+use super::{Passing, Stored, listing};
 use crate::call::corrupt;
 use crate::files;
 use crate::kill_point::step;
@@ -50,14 +50,14 @@ pub(super) fn fill(
     pipe: PipeReader,
     directory: &Path,
     walks: usize,
-    counted: &AtomicU64,
+    passing: &Passing,
     is_stopped: &AtomicBool,
 ) -> Result<Stored> {
     let tree = directory.join(TREE_DIRECTORY);
     files::make_directory(&tree)
         .map_err(|e| Error::io(format!("Cannot make {}.", tree.display()), e))?;
     step();
-    let counter = extract(pipe, &tree, counted, is_stopped)?;
+    let counter = extract(pipe, &tree, passing, is_stopped)?;
     step();
     let mut go_on = |_| check_stopped(is_stopped);
     let list = listing::write(&tree, &directory.join(TREE_LIST_FILE), &mut go_on)?;
@@ -116,7 +116,7 @@ fn start(tree: &Path) -> Result<Process> {
 fn extract(
     pipe: PipeReader,
     tree: &Path,
-    counted: &AtomicU64,
+    passing: &Passing,
     is_stopped: &AtomicBool,
 ) -> Result<Counter> {
     let mut process = start(tree)?;
@@ -125,7 +125,7 @@ fn extract(
     };
     std::thread::scope(|scope| {
         let said = scope.spawn(move || listen(output));
-        let passed = pass(pipe, input, counted, is_stopped);
+        let passed = pass(pipe, input, passing, is_stopped);
         if passed.is_err() {
             // What it has not made yet is not wanted any more.
             let _ = process.0.kill();
@@ -145,7 +145,7 @@ fn extract(
 fn pass(
     mut pipe: PipeReader,
     mut input: ChildStdin,
-    counted: &AtomicU64,
+    passing: &Passing,
     is_stopped: &AtomicBool,
 ) -> Result<Option<Counter>> {
     let mut counter = Counter::default();
@@ -163,7 +163,7 @@ fn pass(
             Err(e) if e.kind() == ErrorKind::BrokenPipe => return Ok(None),
             other => other.map_err(|e| Error::io("Cannot pass a container's files to tar.", e))?,
         }
-        counted.store(counter.data_bytes(), Ordering::Relaxed);
+        passing.note(&counter);
     }
     counter.finish().map_err(corrupt)?;
     Ok(Some(counter))
