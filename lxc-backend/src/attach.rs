@@ -10,7 +10,7 @@ use std::path::{Component, Path};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
-use crate::system::{MountAttributes, set_mount_attributes};
+use crate::system::{MountAttributes, set_mount_attributes, set_nested_attributes};
 
 /// A mount of what is at `source`, without what is mounted below it, that nobody can see yet.
 pub(crate) fn detached(
@@ -21,6 +21,19 @@ pub(crate) fn detached(
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, source, flags)?;
     set_mount_attributes(tree.as_fd(), attributes, ids)?;
+    Ok(tree)
+}
+
+/// The same with what is mounted below it.
+pub(crate) fn detached_with_nested(
+    source: &Path,
+    attributes: MountAttributes,
+) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE;
+    let tree = open_tree(CWD, source, flags)?;
+    set_nested_attributes(tree.as_fd(), attributes)?;
     Ok(tree)
 }
 

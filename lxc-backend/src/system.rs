@@ -23,6 +23,23 @@ pub(crate) fn set_mount_attributes(
     attributes: MountAttributes,
     ids: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
+    change(mount, attributes, ids, libc::AT_EMPTY_PATH)
+}
+
+/// Changes one mount, which nobody can see yet, and all that are below it.
+pub(crate) fn set_nested_attributes(
+    mount: BorrowedFd<'_>,
+    attributes: MountAttributes,
+) -> io::Result<()> {
+    change(mount, attributes, None, libc::AT_EMPTY_PATH | libc::AT_RECURSIVE)
+}
+
+fn change(
+    mount: BorrowedFd<'_>,
+    attributes: MountAttributes,
+    ids: Option<BorrowedFd<'_>>,
+    flags: libc::c_int,
+) -> io::Result<()> {
     let mut set = 0;
     if attributes.read_only {
         set |= libc::MOUNT_ATTR_RDONLY;
@@ -43,7 +60,7 @@ pub(crate) fn set_mount_attributes(
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
+            flags,
             &raw const attr,
             size_of::<libc::mount_attr>(),
         )

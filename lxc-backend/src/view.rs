@@ -20,7 +20,7 @@ use nix::mount::{MsFlags, mount};
 use provider_api::IdMapRange;
 
 use crate::CtError;
-use crate::attach::{attach, detached, open_below, open_or_make_below};
+use crate::attach::{attach, detached, detached_with_nested, open_below, open_or_make_below};
 use crate::holder::Holder;
 use crate::ids::{foreign_ids, reversed, user_namespace};
 use crate::runtime::root_of;
@@ -68,7 +68,8 @@ pub(crate) struct ViewOptions {
     pub(crate) writable: bool,
     /// The file systems may be in the middle of something, as after a power failure.
     pub(crate) is_snapshot: bool,
-    /// Only the tree with the ids that are on disk, for file systems that can show no others.
+    /// Only the tree with the ids that are on disk, for file systems that can show no others; with all that is
+    /// mounted in it.
     pub(crate) is_plain: bool,
 }
 
@@ -104,10 +105,10 @@ impl View {
                 }
                 // Of a privileged container's root the files are the host's root's.
                 let host_is_writable = options.writable && host_ids.is_none();
-                compose(&place, "host", &parts, host_ids.as_deref(), host_is_writable)?;
                 if options.is_plain {
-                    return Ok(());
+                    return compose_plain(&place, &parts);
                 }
+                compose(&place, "host", &parts, host_ids.as_deref(), host_is_writable)?;
                 compose(&place, "mapped", &parts, mapped_ids.as_deref(), options.writable)
             })
             .map_err(CtError::at("mount the container's files"))??;
@@ -196,6 +197,21 @@ fn compose(
         let opened = File::open(&root).map_err(at)?;
         let target = open_below(opened.as_fd(), &part.mount_point).map_err(at)?;
         attach(&mounted, target.as_fd()).map_err(at)?;
+    }
+    Ok(())
+}
+
+/// A directory as it is, which a provider may have put together of several mounts.
+fn compose_plain(dir: &Path, parts: &[Part]) -> Result<(), CtError> {
+    let root = dir.join("host");
+    for part in parts {
+        let at = CtError::at(format!("show '{}'", part.path.display()));
+        let show = || {
+            let attributes = MountAttributes { read_only: true, inert: true };
+            let mounted = detached_with_nested(&staged(dir, part), attributes)?;
+            attach(&mounted, File::open(&root)?.as_fd())
+        };
+        show().map_err(at)?;
     }
     Ok(())
 }

@@ -174,12 +174,29 @@ struct Seen {
     same_as: PathBuf,
 }
 
+/// What two trees were compared in.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Comparison {
+    /// What the first tree has, by kind: each file counts for all that it is.
+    pub kinds: BTreeMap<&'static str, u64>,
+    /// A line each; none if the second tree is as the first.
+    pub differences: Vec<String>,
+}
+
 /// Differences of two trees, a line each; none if the second is as the first. `ids` is what is added to ids on
 /// the way from the first to the second. Needs root.
 ///
 /// # Errors
 /// A tree cannot be read.
 pub fn compare(first: &Path, second: &Path, ids: u32) -> io::Result<Vec<String>> {
+    Ok(compare_all(first, second, ids)?.differences)
+}
+
+/// The same with what was compared.
+///
+/// # Errors
+/// A tree cannot be read.
+pub fn compare_all(first: &Path, second: &Path, ids: u32) -> io::Result<Comparison> {
     let (before, after) = (look(first)?, look(second)?);
     let mut differences = Vec::new();
     for (path, was) in &before {
@@ -211,7 +228,32 @@ pub fn compare(first: &Path, second: &Path, ids: u32) -> io::Result<Vec<String>>
     }
     let more = after.keys().filter(|path| !before.contains_key(*path));
     differences.extend(more.map(|path| format!("{}: was not there", path.display())));
-    Ok(differences)
+    Ok(Comparison { kinds: kinds(&before), differences })
+}
+
+fn kinds(seen: &BTreeMap<PathBuf, Seen>) -> BTreeMap<&'static str, u64> {
+    let mut kinds = BTreeMap::new();
+    for (path, one) in seen {
+        let has = |name: &[u8]| one.xattrs.keys().any(|key| key.starts_with(name));
+        let is_file = one.kind == "file";
+        for (kind, is_one) in [
+            (one.kind, true),
+            ("another name of a file", one.same_as != *path),
+            ("with holes", is_file && one.data_bytes < one.size / 4096 * 4096),
+            ("with an access control list", has(b"system.posix_acl_")),
+            ("with a capability", has(b"security.capability")),
+            ("with attributes user.*", has(b"user.")),
+            ("setuid, setgid or sticky", one.mode & 0o7000 != 0),
+            ("of another owner than root", one.owner != (0, 0)),
+            ("with nanoseconds", one.mtime.1 != 0),
+            ("with a name that is no UTF-8", path.to_str().is_none()),
+            ("with a path beyond 255 bytes", path.as_os_str().len() > 255),
+        ] {
+            *kinds.entry(kind).or_default() += u64::from(is_one);
+        }
+    }
+    kinds.retain(|_, count| *count > 0);
+    kinds
 }
 
 /// As it is stored for a container whose ids begin there.
@@ -245,7 +287,8 @@ fn look(root: &Path) -> io::Result<BTreeMap<PathBuf, Seen>> {
     for path in paths {
         let file = root.join(&path);
         let meta = fs::symlink_metadata(&file)?;
-        let same_as = first_of.entry(meta.ino()).or_insert_with(|| path.clone()).clone();
+        let same_as =
+            first_of.entry((meta.dev(), meta.ino())).or_insert_with(|| path.clone()).clone();
         let kind = meta.file_type();
         let is_file = kind.is_file();
         let is_device = kind.is_char_device() || kind.is_block_device();
@@ -442,7 +485,11 @@ mod tests {
             let dirs = [(); 2].map(|()| tempfile::tempdir_in("/var/tmp").unwrap());
             dirs.iter().for_each(|dir| small_tree(dir.path()));
             let [first, second] = &dirs;
-            assert_eq!(compare(first.path(), second.path(), 0).unwrap(), [""; 0]);
+            let same = compare_all(first.path(), second.path(), 0).unwrap();
+            assert_eq!(same.differences, [""; 0]);
+            for (kind, count) in [("file", 4), ("directory", 2), ("link", 1), ("with holes", 1)] {
+                assert_eq!(same.kinds[kind], count, "{kind}: {same:?}");
+            }
             change(second.path());
             let found = compare(first.path(), second.path(), 0).unwrap();
             assert!(!found.is_empty(), "{what} was not found");

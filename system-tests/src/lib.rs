@@ -13,6 +13,8 @@
 //! * [`docs`]: runs the sessions that a document shows.
 //! * [`lab`]: a small installation with one VM, its backups and restores.
 //! * [`fidelity`]: a tree of odd things, and whether it came back.
+//! * [`round_trip`]: trees that go through a container's backup and restore.
+//! * [`debian`]: a whole Debian for containers.
 //! * [`vzdump`]: runs the program as a user would.
 //! * [`console`]: what the guest says on its serial line.
 //! * [`qemu`]: finds the patched QEMU, boots the guest directly.
@@ -33,6 +35,7 @@ pub mod loopfs;
 pub mod process;
 pub mod qemu;
 pub mod records;
+pub mod round_trip;
 pub mod secrets;
 pub mod soak;
 pub mod storage;

@@ -6,6 +6,7 @@ mod apt;
 mod bench;
 mod cargo;
 mod demo;
+mod fidelity;
 mod fuzz;
 mod paths;
 mod qemu;
@@ -44,13 +45,16 @@ enum Command {
     Test(test::Options),
     /// The same as `test`, as the gate runs it
     Ci(test::Options),
-    /// `test` with the long suites: more stress seeds, the soak, the fuzz targets, the tests marked
-    /// ignored
+    /// `test` with the long suites: more stress seeds, the soak, the fuzz targets, the comparison of
+    /// restored files, the tests marked ignored
     Full(test::Options),
-    /// Run the fuzz targets of the QMP and NBD clients for a bounded time
+    /// Run the fuzz targets of the QMP and NBD clients and of the reader of archives for a bounded time
     Fuzz(fuzz::Options),
     /// Random backup accesses with faults, kills and guest I/O, for as long as asked for
     Soak(soak::Options),
+    /// Compare files of containers with what a restore brings back: a tree of odd things, and a Debian
+    #[command(disable_help_flag = true)]
+    Fidelity(fidelity::Options),
     /// Check the repository's own rules: dependencies, unsafe, licence headers, file sizes
     Tidy,
 }
@@ -81,6 +85,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Full(options) => return test::run(&paths, &options.full()),
         Command::Fuzz(options) => return fuzz::run(&paths, &options),
         Command::Soak(options) => return soak::run(&paths, options),
+        Command::Fidelity(options) => return fidelity::run(&paths, &options),
         Command::Tidy => return tidy::run(&paths),
     }
     Ok(ExitCode::SUCCESS)

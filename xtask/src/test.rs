@@ -11,7 +11,7 @@ use crate::cargo::{QEMU_BIN_ENV, cargo, ensure_components, has_subcommand};
 use crate::paths::Paths;
 use crate::qemu::Suite;
 use crate::run::{Show, Step};
-use crate::{fuzz, qemu, setup, soak, tidy};
+use crate::{fidelity, fuzz, qemu, setup, soak, tidy};
 
 /// The crates that only build against a QEMU build tree.
 const NEEDS_QEMU: &[&str] = &["qemu-ext", "qemu-ext-sys"];
@@ -164,6 +164,14 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     }
     if qemu {
         report.check("system tests", || gate.system_tests());
+        if options.ignored {
+            for is_privileged in [false, true] {
+                report.check("fidelity", || {
+                    let right = fidelity::check(paths, is_privileged)?;
+                    Ok(if right { Totals::PASSED } else { Totals::FAILED })
+                });
+            }
+        }
         if let Some(minutes) = options.soak_minutes {
             report.check("soak", || {
                 let right = soak::check(paths, soak::Options::for_minutes(minutes))?;

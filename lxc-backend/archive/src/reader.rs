@@ -218,7 +218,9 @@ impl<R: Read> Reader<R> {
         if pax.sparse.is_sparse() {
             return refused(raw, "something that is no file is sparse");
         }
-        if stored != 0 {
+        // Refused below by what they are.
+        let is_part = matches!(typeflag, b'M' | b'D');
+        if stored != 0 && !is_part {
             return refused(raw, "something that has no data has a size");
         }
         let device = || header.device().ok_or("its device numbers are none");

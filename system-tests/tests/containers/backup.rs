@@ -41,6 +41,7 @@ pub(crate) fn provider(scene: &Scene, identity: Identity) -> TarProvider {
         script: None,
         keeps: false,
         kept: Arc::default(),
+        ends: Arc::default(),
     }
 }
 

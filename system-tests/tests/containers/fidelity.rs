@@ -13,14 +13,22 @@ use crate::restore::restore;
 use crate::scene::{Scene, wait_for};
 
 /// A raw image, mounted to be looked at.
-struct Mounted(PathBuf);
+pub(crate) struct Mounted(pub(crate) PathBuf);
 
 impl Mounted {
-    fn new(image: &Path, at: &Path) -> Self {
+    pub(crate) fn new(image: &Path, at: &Path) -> Self {
         std::fs::create_dir_all(at).unwrap();
         let mut mount = Command::new("mount");
         mount.args(["-o", "loop,ro"]).arg(image).arg(at);
         assert!(mount.status().unwrap().success(), "{}", image.display());
+        Self(at.to_owned())
+    }
+
+    fn of_memory(at: &Path) -> Self {
+        std::fs::create_dir_all(at).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(at);
+        assert!(mount.status().unwrap().success(), "{}", at.display());
         Self(at.to_owned())
     }
 }
@@ -107,6 +115,37 @@ fn a_directory_comes_back_as_it_was_and_links_in_it_lead_nowhere() {
         assert!(!scene.root.join("etc/lxc/301.conf").exists(), "{archive}");
         assert_eq!(scene.leftovers(), [""; 0], "{archive}");
     }
+}
+
+/// A provider may put its directory together of several mounts; nothing of them is left out.
+#[test]
+fn a_directory_with_mounts_in_it_73_comes_back_whole() {
+    let scene = Scene::new();
+    let provider = provider(&scene, Identity::MappedRoot);
+    let config = "rootfs: local:200/vm-200-disk-0.raw,size=96M\nunprivileged: 1\n";
+    let tree = provider.plant_tree("nested", config);
+    std::fs::write(tree.join("outer"), "outer").unwrap();
+    let mut mounts = Vec::new();
+    for place in ["srv", "srv/data"] {
+        let at = tree.join(place);
+        mounts.insert(0, Mounted::of_memory(&at));
+        std::fs::write(at.join("file"), place).unwrap();
+        std::fs::hard_link(at.join("file"), at.join("twin")).unwrap();
+    }
+    let (report, log) = restore(&scene, &provider, "nested", 300, &CtRestoreOptions::default());
+    assert_eq!((report.error, report.warnings.len()), (None, 0), "{log}");
+    wait_for("the image is free", || {
+        !scene.leftovers().iter().any(|left| left.contains("vm-300-disk-0"))
+    });
+    let image = scene.root.join("state/storage/images/300/vm-300-disk-0.raw");
+    let restored = Mounted::new(&image, &scene.root.join("look"));
+    for place in ["srv", "srv/data"] {
+        assert_eq!(std::fs::read_to_string(restored.0.join(place).join("twin")).unwrap(), place);
+    }
+    assert_eq!(compare(&tree, &restored.0, 100_000).unwrap(), [""; 0], "{log}");
+    drop(restored);
+    drop(mounts);
+    assert_eq!(scene.leftovers(), [""; 0], "{log}");
 }
 
 #[test]

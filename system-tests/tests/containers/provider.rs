@@ -24,6 +24,8 @@ pub(crate) struct TarProvider {
     /// Whether it keeps hold of the container's files.
     pub(crate) keeps: bool,
     pub(crate) kept: Arc<Mutex<Vec<Arc<dyn ContainerRunner>>>>,
+    /// What each guest's backup knew of its earlier calls when it ended.
+    pub(crate) ends: Arc<Mutex<Vec<String>>>,
 }
 
 fn io(error: std::io::Error) -> Error {
@@ -137,7 +139,8 @@ impl Job for TarJob {
         _: &'a Call,
     ) -> BoxFuture<'a, Result<Box<dyn GuestBackup>>> {
         let name = format!("vzdump-lxc-{}-{}", guest.id, Uuid::new_v4().simple());
-        ready(Ok(Box::new(TarBackup { provider: self.0.clone(), name }) as _))
+        let calls = vec!["begun"];
+        ready(Ok(Box::new(TarBackup { provider: self.0.clone(), name, calls }) as _))
     }
 
     fn finish<'a>(self: Box<Self>, _: &'a Call) -> BoxFuture<'a, Result<()>>
@@ -151,6 +154,15 @@ impl Job for TarJob {
 struct TarBackup {
     provider: TarProvider,
     name: String,
+    /// Its own state, which each call adds to.
+    calls: Vec<&'static str>,
+}
+
+impl TarBackup {
+    fn end(mut self: Box<Self>, how: &'static str) {
+        self.calls.push(how);
+        self.provider.ends.lock().unwrap().push(self.calls.join(" "));
+    }
 }
 
 impl GuestBackup for TarBackup {
@@ -181,6 +193,7 @@ impl GuestBackup for TarBackup {
         _: &'a dyn Progress,
         call: &'a Call,
     ) -> BoxFuture<'a, Result<ContainerTransferred>> {
+        self.calls.push("read");
         Box::pin(async move {
             let provider = &self.provider;
             std::fs::write(provider.config(&self.name), &backup.config).map_err(io)?;
@@ -240,6 +253,7 @@ impl GuestBackup for TarBackup {
     {
         let written = std::fs::write(self.provider.dir.join(id.to_string()), &self.name);
         let committed = Committed { archive: self.name.clone(), size_bytes: 1 };
+        self.end("committed");
         ready(written.map(|()| committed).map_err(io))
     }
 
@@ -247,6 +261,7 @@ impl GuestBackup for TarBackup {
     where
         Self: 'a,
     {
+        self.end("aborted");
         ready(Ok(()))
     }
 }

@@ -11,6 +11,7 @@ use vzdump_core::guest::BackupMode;
 use vzdump_core::restore::RestoreReport;
 
 use crate::backup::{Lines, back_up, provider};
+use crate::fidelity::Mounted;
 use crate::provider::TarProvider;
 use crate::scene::{Scene, wait_for};
 
@@ -89,9 +90,9 @@ pub(crate) fn tar_of(scene: &Scene, name: &str, members: &[(&str, u8, &str, &[u8
     path
 }
 
-/// Scenarios 71 and 72: what an archive cannot do, it cannot do whatever it says.
+/// What an archive cannot do, it cannot do whatever it says. All of its files have the bit setuid.
 #[test]
-fn archives_that_mean_harm_are_refused_or_contained() {
+fn archives_that_mean_harm_72_are_refused_or_contained() {
     let scene = Scene::new();
     let provider = provider(&scene, Identity::MappedRoot);
     let unprivileged = format!("{CONFIG}unprivileged: 1\n");
@@ -111,11 +112,16 @@ fn archives_that_mean_harm_are_refused_or_contained() {
     let twice =
         tar_of(&scene, "twice.tar", &[("a", b'0', "", b"first"), ("a", b'0', "", b"second")]);
     let hard = tar_of(&scene, "hard.tar", &[("a", b'1', &through[1..], b"")]);
+    let volumes = tar_of(&scene, "volumes.tar", &[("a", b'M', "", b"the rest of it")]);
+    let label = tar_of(&scene, "label.tar", &[("a", b'V', "", b""), ("../b", b'0', "", b"harm")]);
     let bomb = tar_of(&scene, "bomb.tar", &[("./big", b'0', "", &vec![7; 80 << 20])]);
     let good = scene.template.clone();
     let default = CtRestoreOptions::default();
-    let cases: [(&str, &str, &PathBuf, Option<&str>); 10] = [
+    let cases: [(&str, &str, &PathBuf, Option<&str>); 12] = [
+        // Of few files, none of which is a program for the administrator: restored for what it is.
         ("absolute", &unprivileged, &absolute, None),
+        ("volumes", &unprivileged, &volumes, Some("continued from another archive")),
+        ("label", &unprivileged, &label, Some("leads upwards")),
         ("link", &unprivileged, &link, Some("no directory, but a link")),
         ("upwards", &unprivileged, &upwards, Some("leads upwards")),
         ("device", &unprivileged, &device, Some("must not have")),
@@ -136,6 +142,13 @@ fn archives_that_mean_harm_are_refused_or_contained() {
         }
         assert!(std::fs::read_dir(&outside).unwrap().next().is_none(), "{name}: outside");
         assert!(!std::path::Path::new("/tmp/vzct-harm").exists(), "{name}");
+        if refused.is_none() {
+            wait_for("the image is free", || scene.leftovers().is_empty());
+            let image = scene.root.join("state/storage/images/300/vm-300-disk-0.raw");
+            let mounted = Mounted::new(&image, &scene.root.join("look"));
+            let meta = mounted.0.join(&through[1..]).symlink_metadata().unwrap();
+            assert_eq!((meta.uid(), meta.mode() & 0o7777), (100_000, 0o4755), "only its own root");
+        }
         if refused.is_some() {
             assert!(!scene.root.join("state/storage/images/300").exists(), "{name}: {log}");
             assert!(!scene.root.join("etc/lxc/300.conf").exists(), "{name}");

@@ -263,6 +263,21 @@ fn a_provider_that_keeps_the_files_open_69_is_told_and_the_copy_is_removed() {
     wait_for("nothing is left", || scene.leftovers().is_empty());
 }
 
+/// A provider has one state from the begin of a guest's backup to its end: also what it changes while the files are
+/// read, which in a process of its own would be lost.
+#[test]
+fn what_a_provider_notes_70_it_knows_in_every_later_call() {
+    let scene = Scene::new();
+    scene.create(200, &[]);
+    let mut provider = provider(&scene, Identity::MappedRoot);
+    let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
+    assert_committed(&report, &log);
+    provider.script = Some("exit 3".to_owned());
+    let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
+    assert_eq!(report.result, GuestResult::Failed, "{log}");
+    assert_eq!(*provider.ends.lock().unwrap(), ["begun read committed", "begun read aborted"]);
+}
+
 #[test]
 fn a_firewall_configuration_74_that_is_not_there_is_none_and_not_an_empty_one() {
     let scene = Scene::new();

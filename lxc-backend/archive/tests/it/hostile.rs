@@ -68,6 +68,7 @@ fn what_could_be_read_in_two_ways_is_refused() {
     refused("unknown type", new().header("a", b'Z', 0), "is not known");
     refused("dumpdir", new().header("a", b'D', 0), "incremental");
     refused("multi-volume", new().header("a", b'M', 0), "another archive");
+    refused("multi-volume", new().header("a", b'M', 700), "another archive");
     let mut lone = new().file("a", b"").0;
     lone.extend([0; 512]);
     lone.extend(new().file("b", b"").end());
