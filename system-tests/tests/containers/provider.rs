@@ -159,7 +159,7 @@ struct TarBackup {
 }
 
 impl TarBackup {
-    fn end(mut self: Box<Self>, how: &'static str) {
+    fn end(mut self, how: &'static str) {
         self.calls.push(how);
         self.provider.ends.lock().unwrap().push(self.calls.join(" "));
     }
