@@ -4,10 +4,11 @@
 use std::path::{Path, PathBuf};
 
 use provider_api::{
-    BoxFuture, Call, Compression, ContainerData, ContainerRestore, GuestKind, Result,
+    BoxFuture, Call, Compression, ContainerData, ContainerRestore, Error, GuestKind, Result,
 };
 
-use crate::call::{corrupt, invalid};
+use crate::call::{check, corrupt, invalid};
+use crate::deep;
 use crate::files;
 use crate::limits::LOCK_WAIT;
 use crate::manifest::{ContainerFormat, TREE_DIRECTORY};
@@ -51,10 +52,45 @@ impl DirectoryContainerRestore {
             ContainerFormat::Tar => file,
             ContainerFormat::Tree => directory.join(TREE_DIRECTORY),
         };
-        if tree.format == ContainerFormat::Tree && !files::is_directory(&path) {
-            return Err(corrupt(format!("The files of archive {archive} are no directory.")));
+        if tree.format == ContainerFormat::Tree {
+            check_files(archive, &path, tree.entries, call)?;
         }
         Ok(Self { path, format: tree.format, _use: held })
+    }
+}
+
+/// Finds out whether files are missing or too many, which no later reader can notice. What is in them is
+/// verified on demand: to read all of them takes longer than the host waits.
+fn check_files(archive: &str, path: &Path, expected: u64, call: &Call) -> Result<()> {
+    if !files::is_directory(path) {
+        return Err(corrupt(format!("The files of archive {archive} are no directory.")));
+    }
+    let found =
+        deep::count(path, || check(call, "Counting an archive's files").map_err(Stop::Call));
+    let found = found.map_err(|stop| match stop {
+        Stop::Call(error) => error,
+        Stop::Io(error) => {
+            Error::io(format!("The files of archive {archive} cannot be read."), error)
+        }
+    })?;
+    if found == expected {
+        return Ok(());
+    }
+    Err(corrupt(format!(
+        "Archive {archive} has {found} files and directories, its manifest says {expected}. A verification \
+         names them."
+    )))
+}
+
+/// Why a count has not come to its end.
+enum Stop {
+    Call(Error),
+    Io(std::io::Error),
+}
+
+impl From<std::io::Error> for Stop {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
     }
 }
 

@@ -139,6 +139,17 @@ async fn every_change_of_an_archive_is_found() {
         flip(name, at);
         assert_eq!(verified(&place, &archive).await, [""; 0], "{name}");
     }
+    // A file that is not there any more.
+    let (file, aside) = (place.file(&archive, "tree/data"), place.file(&archive, "data"));
+    let time = place.file(&archive, "tree").metadata().unwrap().modified().unwrap();
+    fs::rename(&file, &aside).unwrap();
+    let is_missing = "/data is missing.".to_owned();
+    assert!(verified(&place, &archive).await.contains(&is_missing));
+    let refused = place.provider.restore_container_init(&archive, &place.call).await.err().unwrap();
+    assert_eq!(refused.kind, Kind::Corrupt, "{refused}");
+    fs::rename(&aside, &file).unwrap();
+    fs::File::open(place.file(&archive, "tree")).unwrap().set_modified(time).unwrap();
+    assert_eq!(verified(&place, &archive).await, [""; 0]);
     // The storage's owner may have put there what he likes: nothing is followed.
     fs::rename(place.file(&archive, "tree"), place.file(&archive, "was")).unwrap();
     symlink("/etc", place.file(&archive, "tree")).unwrap();
