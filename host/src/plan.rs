@@ -65,7 +65,8 @@ impl Host {
         let (settings, mut notices) = self.settings(request.settings, request.job.as_deref())?;
         check_node(settings.node.as_deref())?;
         let ids = self.select(settings.selection.as_ref(), &mut notices)?;
-        let exclude = settings.excludes();
+        let exclude = provider_api::Excludes::parse(&settings.excludes())
+            .map_err(|error| HostError::Settings(error.message))?;
         let storage = match settings.storage {
             Some(storage) => storage,
             None => self.default_backup_storage()?,

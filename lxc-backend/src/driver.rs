@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use provider_api::{
-    BitmapRequest, BoxFuture, ContainerBackup, ContainerMount, GuestKind, IdMapRange, VolumeInfo,
+    BitmapRequest, BoxFuture, ContainerBackup, ContainerMount, GuestKind, IdMapRange, Selection,
+    VolumeInfo,
 };
 use tokio::sync::mpsc;
 use vzdump_core::bandwidth::Budget;
@@ -36,7 +37,7 @@ use crate::guard::{Frozen, Target};
 use crate::lxc::{Lxc, State};
 use crate::runner::Runner;
 use crate::runtime::{Found, beside, find_volumes, read_config, start_now, stop_now};
-use crate::sandbox::TREE;
+use crate::sandbox::{LISTS, TREE};
 use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
 use crate::suspend::Suspension;
 use crate::view::{Part, View, ViewOptions};
@@ -164,18 +165,32 @@ impl CtDriver {
         for volume in &found {
             let entry = &volume.entry;
             let place = entry.mount_point.display();
-            if entry.backup() {
-                task.sink.info(&format!("include '{}' ('{place}', {})", entry.key, entry.volume));
-            } else {
-                let why = if entry.is_bind() { "it belongs to the host" } else { "no 'backup=1'" };
-                task.sink.info(&format!("exclude '{}' ('{place}'): {why}", entry.key));
+            match self.why_not(volume) {
+                None => {
+                    let text = format!("include '{}' ('{place}', {})", entry.key, entry.volume);
+                    task.sink.info(&text);
+                }
+                Some(why) => task.sink.info(&format!("exclude '{}' ('{place}'): {why}", entry.key)),
             }
         }
-        self.volumes = found.into_iter().filter(|volume| volume.entry.backup()).collect();
+        self.volumes = found.into_iter().filter(|volume| self.why_not(volume).is_none()).collect();
         let volumes = self.volumes.clone();
         self.no_snapshot =
             beside(move || Ok(volumes.iter().find_map(|v| can_snapshot(v).err()))).await?;
         Ok(true)
+    }
+
+    /// Why a volume is not in the backup, if so.
+    fn why_not(&self, volume: &Found) -> Option<&'static str> {
+        let entry = &volume.entry;
+        if entry.is_bind() {
+            return Some("it belongs to the host");
+        }
+        if !entry.backup() {
+            return Some("no 'backup=1'");
+        }
+        let is_left_out = self.options.exclude.directory(&entry.mount_point).is_none();
+        is_left_out.then_some("a pattern leaves it out")
     }
 
     /// Decides what the archive is made from, now that nobody starts or stops the container.
@@ -341,22 +356,28 @@ impl CtDriver {
             is_image: self.suspension.is_none() && volume.format == Some(ImageFormat::Raw),
         };
         let parts: Vec<Part> = self.volumes.iter().enumerate().map(part).collect();
-        let ids = self.ids.clone();
-        let view = beside(move || {
+        let (ids, excludes) = (self.ids.clone(), self.options.exclude.clone());
+        let lists = private.join("lists");
+        let target = lists.clone();
+        let (view, selection) = beside(move || {
             make_private_dir(&private)?;
             make_private_dir(&dir)?;
-            View::open(
-                &dir,
-                &parts,
-                &ids,
-                ViewOptions { writable: false, is_snapshot, is_plain: false },
-            )
+            let options = ViewOptions { writable: false, is_snapshot, is_plain: false };
+            let view = View::open(&dir, &parts, &ids, options)?;
+            let mounts: Vec<_> = parts.iter().map(|part| part.mount_point.as_path()).collect();
+            let selection = Selection::write(&target, &view.host_tree(), &mounts, &excludes)
+                .map_err(CtError::at("list the container's files"))?;
+            Ok((view, selection))
         })
         .await?;
+        let copied = self.suspension.as_ref().map_or(0, Suspension::excluded);
+        let excluded = selection.excluded.max(copied);
+        task.sink.info(&format!("{excluded} files and directories are left out by patterns"));
         let (log, lines) = mpsc::channel(LOG_LINES);
         self.lines = Some(lines);
         self.runner = Some(Arc::new(Runner {
             view: Arc::new(view),
+            lists: Some(lists),
             program: self.ctx.guard.program.clone(),
             log,
         }));
@@ -478,7 +499,8 @@ impl GuestDriver for CtDriver {
             host_tree: runner.view.host_tree(),
             mounts: self.volumes.iter().map(mount).collect(),
             id_map: self.ids.clone(),
-            exclude: self.options.exclude.clone(),
+            lists: LISTS.into(),
+            host_lists: runner.lists.clone().unwrap_or_default(),
             skip_unreadable: self.options.skip_unreadable,
             expected_bytes: self.suspension.as_ref().map(Suspension::copied_bytes),
             bandwidth_limit: bandwidth.map(Budget::rate_bytes_per_s),

@@ -66,7 +66,7 @@ impl Place {
         let view = beside(move || View::open(&dir, &parts, &ids, options)).await?;
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();
-        Ok((Arc::new(Runner { view: Arc::new(view), program, log }), lines))
+        Ok((Arc::new(Runner { view: Arc::new(view), lists: None, program, log }), lines))
     }
 
     /// Shows a directory, read-only, to commands that see nothing else.
@@ -83,7 +83,7 @@ impl Place {
         let view = beside(move || View::open(&dir, &[part], &[], options)).await?;
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();
-        Ok((Arc::new(Runner { view: Arc::new(view), program, log }), lines))
+        Ok((Arc::new(Runner { view: Arc::new(view), lists: None, program, log }), lines))
     }
 
     pub(crate) async fn remove(self) -> Result<(), CtError> {

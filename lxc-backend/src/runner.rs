@@ -45,6 +45,8 @@ const POLL_MAX: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(crate) struct Runner {
     pub(crate) view: Arc<View>,
+    /// What is to be read of the tree ([`provider_api::Selection`]).
+    pub(crate) lists: Option<PathBuf>,
     pub(crate) program: PathBuf,
     pub(crate) log: Sender<String>,
 }
@@ -91,9 +93,9 @@ impl Runner {
 
     async fn run(&self, task: Task, call: &Call) -> Result<CommandEnd> {
         let view = Arc::clone(&self.view);
-        let (program, log) = (self.program.clone(), self.log.clone());
+        let (program, log, lists) = (self.program.clone(), self.log.clone(), self.lists.clone());
         let started =
-            vzdump_core::blocking::run(move || Running::start(&view, program, task, &log));
+            vzdump_core::blocking::run(move || Running::start((&view, lists), program, task, &log));
         let mut running = started.await.map_err(|error| fault(&error))?;
         let status = tokio::select! {
             biased;
@@ -137,7 +139,7 @@ struct Running {
 
 impl Running {
     fn start(
-        view: &Arc<View>,
+        (view, lists): (&Arc<View>, Option<PathBuf>),
         own_program: PathBuf,
         task: Task,
         log: &Sender<String>,
@@ -154,6 +156,7 @@ impl Running {
         let spec = Spec {
             root: root.clone(),
             tree: view.dir.join(if is_mapped { "mapped" } else { "host" }),
+            lists,
             role: task.role,
             user_namespace: format!("/proc/{}/fd/{namespace}", std::process::id()).into(),
             paths: task.paths,

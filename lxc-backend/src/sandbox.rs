@@ -36,6 +36,8 @@ use crate::unpack::{UnpackSpec, Unpacked, unpack};
 pub const SUBCOMMAND: &str = "__ct-sandbox";
 /// Where the tree is.
 pub const TREE: &str = "/guest";
+/// Where the lists of what is read of it are.
+pub const LISTS: &str = "/lists";
 /// The exit code of a command that was not begun.
 pub(crate) const NOT_BEGUN: i32 = 125;
 /// Begins what is said of that.
@@ -75,6 +77,8 @@ pub(crate) struct Spec {
     pub(crate) root: PathBuf,
     /// The tree, in the mount namespace this begins in.
     pub(crate) tree: PathBuf,
+    /// The lists of what is read of it, if not all of it is.
+    pub(crate) lists: Option<PathBuf>,
     /// As whom it is done.
     pub(crate) role: Role,
     /// The descriptor of the user namespace of a mapped root, by its path in `/proc`.
@@ -206,7 +210,7 @@ fn make_root(spec: &Spec) -> io::Result<()> {
             Ok(_) => show(&path, root, true)?,
         }
     }
-    for name in ["dev", "etc", "proc", "tmp", "run", "var", &TREE[1..]] {
+    for name in ["dev", "etc", "proc", "tmp", "run", "var", &TREE[1..], &LISTS[1..]] {
         fs::create_dir(root.join(name))?;
     }
     for name in DEVICES {
@@ -236,6 +240,12 @@ fn make_root(spec: &Spec) -> io::Result<()> {
     mount(Some("tmpfs"), &tmp, Some("tmpfs"), inert, Some("mode=1777,size=256m"))?;
     let tree = open_tree(CWD, &spec.tree, recursive())?;
     attach(&tree, File::open(root.join(&TREE[1..]))?.as_fd())?;
+    if let Some(lists) = &spec.lists {
+        let lists = open_tree(CWD, lists, recursive())?;
+        let attributes = MountAttributes { read_only: true, inert: true };
+        set_mount_attributes(lists.as_fd(), attributes, None)?;
+        attach(&lists, File::open(root.join(&LISTS[1..]))?.as_fd())?;
+    }
     if is_reader {
         for path in &spec.paths {
             check_declared(path)?;
@@ -277,7 +287,7 @@ pub(crate) fn check_declared(path: &Path) -> io::Result<()> {
     let is_plain = parts.clone().all(|part| matches!(part, Component::Normal(_)));
     let first = parts.next().map(Component::as_os_str);
     let is_ours = first.is_none_or(|first| {
-        let taken = ["dev", "etc", "proc", "sys", "boot", &TREE[1..]];
+        let taken = ["dev", "etc", "proc", "sys", "boot", &TREE[1..], &LISTS[1..]];
         taken.iter().chain(&PROGRAMS).any(|name| OsStr::new(name) == first)
     });
     if is_absolute && is_plain && !is_ours {

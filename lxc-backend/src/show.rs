@@ -5,13 +5,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use provider_api::ContainerRunner;
+use provider_api::{ContainerRunner, Excludes, Selection};
 use tokio::sync::mpsc;
 
 use crate::CtError;
 use crate::runner::Runner;
 use crate::runtime::beside;
-use crate::sandbox::TREE;
+use crate::sandbox::{LISTS, TREE};
 use crate::view::{Part, View, ViewOptions};
 
 /// Lines of commands that wait to be dropped.
@@ -24,13 +24,19 @@ pub struct ShownDirectory {
 }
 
 impl ShownDirectory {
-    /// Shows `root`. `place` is empty, private, and stays until this is closed. `program` is the one whose
+    /// Shows `root`, of which `excludes` leave something out. `place` is empty, private, and stays until this is closed. `program` is the one whose
     /// [`crate::SANDBOX_SUBCOMMAND`] runs commands. Needs root.
     ///
     /// # Errors
     /// [`CtError`]; nothing is mounted then.
-    pub async fn open(root: &Path, place: &Path, program: PathBuf) -> Result<Self, CtError> {
-        let dir = place.join("view");
+    pub async fn open(
+        root: &Path,
+        place: &Path,
+        excludes: &Excludes,
+        program: PathBuf,
+    ) -> Result<Self, CtError> {
+        let (dir, lists) = (place.join("view"), place.join("lists"));
+        let (excludes, target) = (excludes.clone(), lists.clone());
         let part = Part {
             key: "rootfs".to_owned(),
             mount_point: "/".into(),
@@ -40,13 +46,16 @@ impl ShownDirectory {
         let options = ViewOptions { writable: false, is_snapshot: false, is_plain: false };
         let view = beside(move || {
             vzdump_core::layout::make_private_dir(&dir)?;
-            View::open(&dir, &[part], &[], options)
+            let view = View::open(&dir, &[part], &[], options)?;
+            Selection::write(&target, &view.host_tree(), &[], &excludes)
+                .map_err(CtError::at("list the files"))?;
+            Ok(view)
         });
         let view = Arc::new(view.await?);
         let (log, mut lines) = mpsc::channel(LOG_LINES);
         // Ends with the runner.
         tokio::spawn(async move { while lines.recv().await.is_some() {} });
-        Ok(Self { runner: Arc::new(Runner { view, program, log }) })
+        Ok(Self { runner: Arc::new(Runner { view, lists: Some(lists), program, log }) })
     }
 
     /// Where commands find it.
@@ -59,6 +68,18 @@ impl ShownDirectory {
     #[must_use]
     pub fn host_tree(&self) -> PathBuf {
         self.runner.view.host_tree()
+    }
+
+    /// Where commands find the lists of what is read of it.
+    #[must_use]
+    pub fn lists(&self) -> PathBuf {
+        LISTS.into()
+    }
+
+    /// Where this process finds them.
+    #[must_use]
+    pub fn host_lists(&self) -> PathBuf {
+        self.runner.lists.clone().unwrap_or_default()
     }
 
     /// Runs commands beside it.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use provider_api::IdMapRange;
+use provider_api::{Excludes, IdMapRange, Reached};
 use rustix::fs::fstatvfs;
 use vzdump_core::guest::Task;
 use vzdump_core::job::{BackupOptions, JobContext};
@@ -46,6 +46,8 @@ pub(crate) struct Suspension {
     trees: Arc<Mutex<Vec<TreeCopy>>>,
     /// Bytes of the first copy, which tell about how many there are.
     bytes: AtomicU64,
+    /// How many files and directories patterns left out.
+    excluded: AtomicU64,
     /// Held by the thread that works in the directory, also when nobody waits for it any more.
     busy: Arc<tokio::sync::Mutex<()>>,
 }
@@ -79,7 +81,13 @@ impl Suspension {
             }
         };
         let dir = temp_tree::plan(&around, id);
-        Ok(Self { dir, trees: Arc::default(), bytes: AtomicU64::new(0), busy: Arc::default() })
+        Ok(Self {
+            dir,
+            trees: Arc::default(),
+            bytes: AtomicU64::new(0),
+            excluded: AtomicU64::new(0),
+            busy: Arc::default(),
+        })
     }
 
     /// What the journal keeps of it.
@@ -104,11 +112,12 @@ impl Suspension {
         let control = Arc::new(share.map_or_else(Control::default, Control::with_limit));
         let cancel = CancelOnDrop(Arc::clone(&control));
         let (lxc, volumes, ids) = (of.0.clone(), of.1.to_vec(), of.2.to_vec());
+        let excludes = options.exclude.clone();
         let (dir, trees) = (self.dir.clone(), Arc::clone(&self.trees));
         let busy = Arc::clone(&self.busy).lock_owned().await;
         let in_thread = Arc::clone(&control);
         let work = beside(move || {
-            let copied = copy_running(&dir, &lxc, &volumes, &ids, &in_thread);
+            let copied = copy_running(&dir, &lxc, (&volumes, &excludes), &ids, &in_thread);
             drop(busy);
             let (made, report) = copied?;
             *trees.lock().unwrap_or_else(PoisonError::into_inner) = made;
@@ -184,6 +193,7 @@ impl Suspension {
             size(report.copied_bytes),
             report.removed
         ));
+        self.excluded.store(report.excluded, Ordering::Relaxed);
         tell_skipped(&report, task);
         Ok(frozen_ms)
     }
@@ -191,6 +201,11 @@ impl Suspension {
     /// About how many bytes the copies have.
     pub(crate) fn copied_bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// How many files and directories patterns left out of the copies.
+    pub(crate) fn excluded(&self) -> u64 {
+        self.excluded.load(Ordering::Relaxed)
     }
 
     /// Waits until nobody works in the directory any more, and so the container is not frozen.
@@ -256,7 +271,7 @@ async fn watched<T>(
 fn copy_running(
     dir: &Path,
     lxc: &Lxc,
-    volumes: &[Found],
+    (volumes, excludes): (&[Found], &Excludes),
     ids: &[IdMapRange],
     control: &Control,
 ) -> Result<(Vec<TreeCopy>, PassReport), CtError> {
@@ -271,13 +286,16 @@ fn copy_running(
         let path = if is_image { monitored_mount(lxc, key)? } else { volume.path.clone() };
         let source: OwnedFd =
             File::open(&path).map_err(CtError::at(format!("open the volume '{key}'")))?.into();
-        sources.push((key, source, is_image));
+        // Only volumes that are not left out come here.
+        let reached = excludes.directory(&volume.entry.mount_point);
+        sources.push((key, source, is_image, reached.unwrap_or_else(|| excludes.root())));
     }
     check_space(dir, &place, &sources)?;
     let mut trees = Vec::new();
     let mut report = PassReport::default();
-    for (key, source, _) in sources {
-        let mut tree = TreeCopy::new(source, &place, key).map_err(|error| words(error, dir))?;
+    for (key, source, _, reached) in sources {
+        let mut tree =
+            TreeCopy::new(source, &place, key, reached).map_err(|error| words(error, dir))?;
         let passed = tree.first(control).map_err(|error| words(error, dir))?;
         report.add(passed);
         trees.push(tree);
@@ -308,14 +326,14 @@ fn check_ids(dir: &Path, ids: &[IdMapRange]) -> Result<(), CtError> {
 fn check_space(
     dir: &Path,
     place: &OwnedFd,
-    sources: &[(&String, OwnedFd, bool)],
+    sources: &[(&String, OwnedFd, bool, Reached)],
 ) -> Result<(), CtError> {
     let used = |source: &OwnedFd| {
         let stat = fstatvfs(source).ok()?;
         stat.f_blocks.saturating_sub(stat.f_bfree).checked_mul(stat.f_frsize)
     };
     let needed: u64 =
-        sources.iter().filter(|s| s.2).filter_map(|(_, source, _)| used(source)).sum();
+        sources.iter().filter(|s| s.2).filter_map(|(_, source, ..)| used(source)).sum();
     let Ok(stat) = fstatvfs(place) else { return Ok(()) };
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
     if needed <= free {

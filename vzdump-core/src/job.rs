@@ -24,7 +24,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt as _};
-use provider_api::{BoxFuture, Call, CancellationToken, GuestKind, Job, JobInfo, Provider};
+use provider_api::{
+    BoxFuture, Call, CancellationToken, Excludes, GuestKind, Job, JobInfo, Provider,
+};
 
 use self::hooks::{Hooks, Phase};
 use self::one_guest::{Shared, SharedJob};
@@ -169,7 +171,7 @@ pub struct BackupOptions {
     /// [`Layout::temp_dir`].
     pub temp_dir: Option<PathBuf>,
     /// Patterns of what is left out of containers, as `--exclude-path` of vzdump.
-    pub exclude: Vec<String>,
+    pub exclude: Excludes,
     /// Whether files of containers that cannot be read are left out.
     pub skip_unreadable: bool,
     /// What happens to a running guest for the point in time.
@@ -198,7 +200,7 @@ impl BackupOptions {
             host_ram: None,
             script: None,
             temp_dir: None,
-            exclude: Vec::new(),
+            exclude: Excludes::default(),
             skip_unreadable: false,
             mode: BackupMode::default(),
             stop_wait: STOP_WAIT,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lxc_backend::show::ShownDirectory;
-use provider_api::{BoxFuture, ContainerRunner};
+use provider_api::{BoxFuture, ContainerRunner, Excludes};
 use provider_kit::{ShownTree, TreeMaker};
 
 use crate::chain;
@@ -34,9 +34,10 @@ impl TreeMaker for RealTrees {
         &'a self,
         root: &'a Path,
         place: &'a Path,
+        excludes: &'a Excludes,
     ) -> BoxFuture<'a, Result<Box<dyn ShownTree>, String>> {
         Box::pin(async move {
-            let shown = ShownDirectory::open(root, place, self.program.clone()).await;
+            let shown = ShownDirectory::open(root, place, excludes, self.program.clone()).await;
             Ok(Box::new(RealTree(shown.map_err(|error| chain(&error))?)) as Box<dyn ShownTree>)
         })
     }
@@ -51,6 +52,14 @@ impl ShownTree for RealTree {
 
     fn host_tree(&self) -> PathBuf {
         self.0.host_tree()
+    }
+
+    fn lists(&self) -> PathBuf {
+        self.0.lists()
+    }
+
+    fn host_lists(&self) -> PathBuf {
+        self.0.host_lists()
     }
 
     fn runner(&self) -> Arc<dyn ContainerRunner> {

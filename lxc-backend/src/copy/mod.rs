@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
+use provider_api::Reached;
 use rustix::fs::{AtFlags, Mode, OFlags, Stat, mkdirat, openat, syncfs, unlinkat};
 use rustix::io::Errno;
 use vzdump_core::bandwidth::DiskShare;
@@ -198,6 +199,8 @@ pub(crate) struct PassReport {
     pub(crate) copied_bytes: u64,
     /// Files and directories of the copy that were removed.
     pub(crate) removed: u64,
+    /// Files and directories that patterns left out.
+    pub(crate) excluded: u64,
     /// Files that could not be read, in number.
     pub(crate) skipped_count: u64,
     /// The first of them.
@@ -212,6 +215,7 @@ impl PassReport {
         self.copied += other.copied;
         self.copied_bytes += other.copied_bytes;
         self.removed += other.removed;
+        self.excluded += other.excluded;
         self.skipped_count += other.skipped_count;
         self.skipped.extend(other.skipped);
         self.skipped.truncate(SKIPPED_MAX);
@@ -252,6 +256,8 @@ pub(crate) struct TreeCopy {
     source: OwnedFd,
     target: OwnedFd,
     gone: OwnedFd,
+    /// What is left out, as it holds in the root of the volume.
+    reached: Reached,
     memory: Memory,
     /// Files with several names whose copy the first pass could not complete.
     broken: Vec<u64>,
@@ -259,9 +265,14 @@ pub(crate) struct TreeCopy {
 }
 
 impl TreeCopy {
-    /// The copy of the directory `source` at `<place>/<name>`, which is made. Finds out whether attributes can be
+    /// The copy of the directory `source`, without what is left out, at `<place>/<name>`, which is made. Finds out whether attributes can be
     /// kept there. May block, as all of this.
-    pub(crate) fn new(source: OwnedFd, place: &OwnedFd, name: &str) -> Result<Self, CopyError> {
+    pub(crate) fn new(
+        source: OwnedFd,
+        place: &OwnedFd,
+        name: &str,
+        reached: Reached,
+    ) -> Result<Self, CopyError> {
         let make = |name: &str| {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             mkdirat(place, name, Mode::RWXU)?;
@@ -277,6 +288,7 @@ impl TreeCopy {
             source,
             target,
             gone,
+            reached,
             memory: Memory::default(),
             broken: Vec::new(),
             ends: Vec::new(),

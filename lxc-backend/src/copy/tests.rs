@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, UNIX_EPOCH};
 
 use proptest::prelude::*;
+use provider_api::Excludes;
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat};
 
 use super::*;
@@ -19,6 +20,7 @@ const SETTLE: Duration = Duration::from_millis(2200);
 
 struct Place {
     dir: tempfile::TempDir,
+    excludes: Excludes,
     copy: Option<TreeCopy>,
 }
 
@@ -37,7 +39,7 @@ impl Place {
         for name in ["tree", "copies"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
-        Some(Self { dir, copy: None })
+        Some(Self { dir, excludes: Excludes::default(), copy: None })
     }
 
     fn tree(&self) -> PathBuf {
@@ -46,7 +48,8 @@ impl Place {
 
     fn begin(&mut self) -> PassReport {
         let open = |name| File::open(self.dir.path().join(name)).unwrap().into();
-        let mut copy = TreeCopy::new(open("tree"), &open("copies"), "c").unwrap();
+        let mut copy =
+            TreeCopy::new(open("tree"), &open("copies"), "c", self.excludes.root()).unwrap();
         let report = copy.first(&Control::default()).unwrap();
         self.copy = Some(copy);
         report
@@ -242,6 +245,35 @@ fn what_changes_after_the_first_pass_is_copied_again() {
     place.assert_same();
 }
 
+/// In both passes, and whatever a name was in the first one.
+#[test]
+fn what_is_left_out_is_not_copied() {
+    let Some(mut place) = Place::new() else { return };
+    place.excludes = Excludes::parse(&["/tmp/?*", "only/", "*.bak"]).unwrap();
+    let tree = place.tree();
+    let make = |name: &str| {
+        fs::create_dir_all(tree.join(name).parent().unwrap()).unwrap();
+        fs::write(tree.join(name), name).unwrap();
+    };
+    for name in ["tmp/x/y", "a/only", "a/x.bak", "b/only/in", "moved/tmp/x"] {
+        make(name);
+    }
+    fs::hard_link(tree.join("a/x.bak"), tree.join("a/kept")).unwrap();
+    let first = place.begin();
+    // The directory of `only`, of `/tmp`'s content, and the copy of an editor.
+    assert_eq!(first.excluded, 3, "{first:?}");
+    fs::remove_file(tree.join("a/only")).unwrap();
+    make("a/only/in");
+    fs::remove_dir_all(tree.join("b/only")).unwrap();
+    make("b/only");
+    fs::remove_dir_all(tree.join("tmp")).unwrap();
+    fs::rename(tree.join("moved/tmp"), tree.join("tmp")).unwrap();
+    place.end();
+    let copy = described(&place.dir.path().join("copies/c"));
+    let names: Vec<_> = copy.keys().map(|path| path.to_str().unwrap()).collect();
+    assert_eq!(names, ["", "a", "a/kept", "b", "b/only", "moved", "tmp"]);
+}
+
 #[test]
 fn paths_longer_than_the_kernel_takes_are_copied() {
     let Some(mut place) = Place::new() else { return };
@@ -303,12 +335,17 @@ fn a_target_without_room_and_a_cancelled_copy_are_told() {
     fs::create_dir(&small).unwrap();
     run("mount", &["-t", "tmpfs", "-o", "size=1m", "none"], &small);
     let open = |path: &Path| OwnedFd::from(File::open(path).unwrap());
-    let copied = TreeCopy::new(open(&place.tree()), &open(&small), "c")
+    let copied = TreeCopy::new(open(&place.tree()), &open(&small), "c", Excludes::default().root())
         .and_then(|mut copy| copy.first(&Control::default()));
     let cancelled = Control::default();
     cancelled.cancel();
-    let ended = TreeCopy::new(open(&place.tree()), &open(&place.dir.path().join("copies")), "c")
-        .and_then(|mut copy| copy.first(&cancelled));
+    let ended = TreeCopy::new(
+        open(&place.tree()),
+        &open(&place.dir.path().join("copies")),
+        "c",
+        Excludes::default().root(),
+    )
+    .and_then(|mut copy| copy.first(&cancelled));
     run("umount", &["--lazy"], &small);
     let error = copied.unwrap_err();
     assert!(error.is_full() && error.to_string().contains("'/big'"), "{error}");

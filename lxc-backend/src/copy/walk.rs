@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use provider_api::Reached;
 use rustix::fs::{AtFlags, FileType, Mode, Stat, fstat, mkdirat, statat};
 
 use super::attributes::{At, read};
@@ -32,6 +33,8 @@ struct Job {
     key: Key,
     /// Its copy was made by the first pass, from this very directory.
     is_known: bool,
+    /// What is left out in it.
+    reached: Reached,
 }
 
 #[derive(Default)]
@@ -77,6 +80,7 @@ impl<'a> Pass<'a> {
             ino: root.st_ino,
             key: tree.memory.key(0, c""),
             is_known: true,
+            reached: tree.reached.clone(),
         };
         let pass = Self {
             tree,
@@ -145,6 +149,7 @@ struct Walked {
     source: OwnedFd,
     target: OwnedFd,
     is_known: bool,
+    reached: Reached,
 }
 
 impl Walked {
@@ -234,8 +239,8 @@ impl<'a> Worker<'a> {
             self.outcome.ends.push(DirectoryEnd { path, stat, attributes });
         }
         let names = deep::names(&source, &mut self.buffers.names).map_err(Fault::Source)?;
-        let Job { path, ino, is_known, .. } = job;
-        let dir = Walked { path, ino, source, target, is_known };
+        let Job { path, ino, is_known, reached, .. } = job;
+        let dir = Walked { path, ino, source, target, is_known, reached };
         if second.is_some() && is_known && !is_unchanged {
             self.remove_others(&dir, &names)?;
         }
@@ -289,9 +294,18 @@ impl<'a> Worker<'a> {
         let key = memory.key(dir.ino, name);
         let now = memory.known(&stat);
         let may_be_known = self.pass.second.is_some() && dir.is_known;
-        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        let Some(reached) = dir.reached.enter(name.to_bytes(), is_directory) else {
+            self.outcome.report.excluded += 1;
+            if may_be_known {
+                // It may have been another kind of file.
+                self.take_away(dir, name)?;
+            }
+            return Ok(None);
+        };
+        if is_directory {
             let is_known = may_be_known && memory.is_same_file(key, now);
-            return self.visit_directory(dir, name, &stat, key, is_known);
+            return self.visit_directory(dir, name, &stat, (key, is_known, reached));
         }
         if stat.st_dev != self.pass.device {
             self.foreign(deep::join(&dir.path, name));
@@ -320,8 +334,7 @@ impl<'a> Worker<'a> {
         dir: &Walked,
         name: &CStr,
         stat: &Stat,
-        key: Key,
-        is_known: bool,
+        (key, is_known, reached): (Key, bool, Reached),
     ) -> Result<Option<Job>, Fault> {
         let path = deep::join(&dir.path, name);
         if path.as_os_str().len() > deep::PATH_BYTES_MAX {
@@ -339,7 +352,7 @@ impl<'a> Worker<'a> {
             self.foreign(path);
             return Ok(None);
         }
-        Ok(Some(Job { path: Arc::new(path), ino: stat.st_ino, key, is_known }))
+        Ok(Some(Job { path: Arc::new(path), ino: stat.st_ino, key, is_known, reached }))
     }
 
     fn foreign(&mut self, path: PathBuf) {

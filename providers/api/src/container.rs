@@ -68,9 +68,11 @@ pub struct ContainerBackup {
     /// How ids of the container are kept on the host; empty for a privileged container. Only to be
     /// told to a restore elsewhere: the tree shows the container's ids.
     pub id_map: Vec<IdMapRange>,
-    /// What is left out: patterns of vzdump's `--exclude-path`, in order. The tree still shows these
-    /// files if the guest was not copied.
-    pub exclude: Vec<String>,
+    /// Where commands of `runner` find the lists of what is backed up ([`crate::Selection`]). The tree still
+    /// shows what is left out.
+    pub lists: PathBuf,
+    /// The same lists for a provider that runs in the host's process.
+    pub host_lists: PathBuf,
     /// Whether a file that cannot be read is left out and told in [`ContainerTransferred::ignored`]; else the
     /// backup fails.
     pub skip_unreadable: bool,

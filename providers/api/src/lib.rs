@@ -26,9 +26,11 @@
 
 mod container;
 mod error;
+mod excludes;
 mod guest;
 mod regions;
 mod restore;
+mod selection;
 mod verify;
 
 pub use container::{
@@ -37,12 +39,14 @@ pub use container::{
     IgnoredEntry,
 };
 pub use error::{Error, Kind, Result};
+pub use excludes::{Excludes, Reached};
 pub use guest::{
     Access, BitmapMode, BitmapRequest, Committed, GuestBackup, GuestInfo, GuestKind, Job, JobInfo,
     Progress, Readable, Transferred, VmBackup, Volume, VolumeInfo,
 };
 pub use regions::{DirtyRegions, NextRegions, Region, RegionPage, RegionReader};
 pub use restore::{RestoreDevice, VmRestore, VolumeSource};
+pub use selection::Selection;
 pub use verify::{
     DAMAGE_MAX, Damage, DamagedArea, Verified, VerifyExtent, VerifyOptions, VerifyReport,
 };

@@ -113,7 +113,7 @@ async fn pack(
     // Fewer turns of the two; a kernel that refuses it has a small one.
     let _ = rustix::pipe::fcntl_setpipe_size(&reader, PIPE_BYTES);
     let command = ContainerCommand {
-        argv: arguments(backup, walks),
+        argv: arguments(backup),
         identity: Identity::MappedRoot,
         env: Vec::new(),
         paths: Vec::new(),
@@ -220,7 +220,7 @@ fn inner_path(mount: &Path) -> Result<PathBuf> {
     Ok(mount.strip_prefix("/").unwrap_or(mount).to_owned())
 }
 
-fn arguments(backup: &ContainerBackup, walks: &[PathBuf]) -> Vec<OsString> {
+fn arguments(backup: &ContainerBackup) -> Vec<OsString> {
     let mut argv: Vec<OsString> = [
         "tar",
         "--create",
@@ -238,37 +238,19 @@ fn arguments(backup: &ContainerBackup, walks: &[PathBuf]) -> Vec<OsString> {
         "--one-file-system",
         // What an archive of the same tree would have, too.
         "--sort=name",
-        "--wildcards",
-        "--wildcards-match-slash",
     ]
     .map(OsString::from)
     .to_vec();
     if backup.skip_unreadable {
         argv.push("--ignore-failed-read".into());
     }
-    argv.extend(backup.exclude.iter().flat_map(|pattern| excluded(pattern)));
     argv.push("--directory".into());
     argv.push(backup.tree.clone().into());
-    argv.push("--".into());
-    for walk in walks {
-        let mut name = OsString::from(".");
-        if !walk.as_os_str().is_empty() {
-            name.push("/");
-            name.push(walk);
-        }
-        argv.push(name);
-    }
+    // The host has listed what is read, the volumes with it.
+    let mut selected = OsString::from("--files-from=");
+    selected.push(backup.lists.join("selected"));
+    argv.extend(["--null".into(), "--no-verbatim-files-from".into(), selected]);
     argv
-}
-
-/// As vzdump reads them: a pattern with a slash at its begin is about that very path, any other one about
-/// all paths that end so.
-fn excluded(pattern: &str) -> [OsString; 2] {
-    if pattern.starts_with('/') {
-        ["--anchored".into(), format!("--exclude=.{pattern}").into()]
-    } else {
-        ["--no-anchored".into(), format!("--exclude={pattern}").into()]
-    }
 }
 
 /// What `tar` says it left out, as far as the end of its words tells.
@@ -425,12 +407,6 @@ pub(crate) fn check(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn patterns_are_anchored_as_vzdump_does() {
-        assert_eq!(excluded("/tmp/?*"), ["--anchored", "--exclude=./tmp/?*"].map(OsString::from));
-        assert_eq!(excluded("*.bak"), ["--no-anchored", "--exclude=*.bak"].map(OsString::from));
-    }
 
     #[test]
     fn sockets_are_named_and_other_words_are_not() {

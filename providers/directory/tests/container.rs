@@ -14,9 +14,9 @@ use std::time::Duration;
 
 use provider_api::{
     BoxFuture, Call, CommandEnd, CommitOutcome, Compression, ContainerBackup, ContainerCommand,
-    ContainerData, ContainerMount, ContainerRunner, ContainerTransferred, GuestBackup, GuestInfo,
-    GuestKind, Identity, JobInfo, Kind, Progress, Provider, Result, Uuid, VerifyExtent,
-    VerifyOptions,
+    ContainerData, ContainerMount, ContainerRunner, ContainerTransferred, Excludes, GuestBackup,
+    GuestInfo, GuestKind, Identity, JobInfo, Kind, Progress, Provider, Result, Selection, Uuid,
+    VerifyExtent, VerifyOptions,
 };
 use provider_directory::{ContainerFormat, DirectoryOptions, DirectoryProvider, ToolPaths};
 use tempfile::TempDir;
@@ -128,6 +128,10 @@ impl Place {
             mount_point: place.into(),
             volume_id: "local:101/x".into(),
         };
+        let lists = self.dir.path().join(Uuid::new_v4().to_string());
+        let excludes = Excludes::parse(exclude).unwrap();
+        let places: Vec<_> = mounts.iter().map(Path::new).collect();
+        Selection::write(&lists, &self.tree(), &places, &excludes).unwrap();
         ContainerBackup {
             config: b"arch: amd64\n".to_vec(),
             firewall: Some(b"[OPTIONS]\n".to_vec()),
@@ -135,7 +139,8 @@ impl Place {
             host_tree: self.tree(),
             mounts: mounts.iter().map(mount).collect(),
             id_map: Vec::new(),
-            exclude: exclude.iter().map(|text| (*text).to_owned()).collect(),
+            lists: lists.clone(),
+            host_lists: lists,
             skip_unreadable: false,
             expected_bytes: None,
             bandwidth_limit: None,
@@ -383,6 +388,7 @@ async fn a_walk_crosses_into_the_volumes_and_into_nothing_else() {
     assert_eq!(listed(restored.path()), expected);
     // The volume on the file system of another one is not walked twice.
     let argv = place.runner.seen.lock().unwrap().clone();
-    let walks: Vec<_> = argv.iter().skip_while(|word| *word != "--").skip(1).collect();
-    assert_eq!(walks, [".", "./mnt/a", "./mnt/a/deep"]);
+    let list = argv.last().unwrap().to_str().unwrap().strip_prefix("--files-from=").unwrap();
+    let walks = std::fs::read_to_string(list).unwrap();
+    assert_eq!(walks, "--recursion\0.\0--recursion\0./mnt/a\0./mnt/a/deep\0");
 }

@@ -490,13 +490,8 @@ class Backup:
         path = os.path.join(self.path, "files.tar")
         open(path, "wb").close()
         argv = ["tar", "--create", "--file=-", "--numeric-owner", "--acls", "--xattrs", "--sparse"]
-        argv += ["--directory=" + params["tree"]]
-        for pattern in params["exclude"]:
-            if pattern.startswith("/"):
-                argv += ["--anchored", "--exclude=." + pattern]
-            else:
-                argv += ["--no-anchored", "--exclude=" + pattern]
-        argv += ["."]
+        argv += ["--directory=" + params["tree"], "--one-file-system", "--null"]
+        argv += ["--no-verbatim-files-from", "--files-from=" + params["lists"] + "/selected"]
         command = {"container": params["container"], "argv": argv, "identity": "mapped_root"}
         done = threading.Event()
         watch = threading.Thread(target=watch_file, args=(request, path, done), daemon=True)

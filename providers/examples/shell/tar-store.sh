@@ -67,9 +67,9 @@ backup_container() {
     send "$(printf '%s' "$line" | jq -c --arg id "tar-$number" --arg out "$work/files.tar" '.params |
         {jsonrpc: "2.0", id: $id, method: "container.command", params: {
             container: .container, identity: "mapped_root", stdout: $out,
-            argv: (["tar", "-cf", "-", "--numeric-owner", "--acls", "--xattrs", "-C", .tree]
-                + [.exclude[] | if startswith("/") then "--anchored", "--exclude=.\(.)"
-                    else "--no-anchored", "--exclude=\(.)" end] + ["."])}}')"
+            argv: (["tar", "-cf", "-", "--numeric-owner", "--acls", "--xattrs", "-C", .tree,
+                "--one-file-system", "--null", "--no-verbatim-files-from",
+                "--files-from=\(.lists)/selected"])}}')"
     # While tar runs other requests may come: they are answered before this one.
     job=$id waits="\"tar-$number\"" cancelled='' told=$line
     while IFS= read -r line; do

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use provider_api::{
     BoxFuture, Call, CommandEnd, Compression, ContainerCommand, ContainerData, ContainerRunner,
-    Error, Kind, Result,
+    Error, Excludes, Kind, Result, Selection,
 };
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::io::AsyncReadExt as _;
@@ -75,17 +75,39 @@ pub(crate) fn make_tree(root: &Path) -> std::io::Result<()> {
 }
 
 /// Patterns of what is left out of a tree, and what they leave out of that of [`make_excluded`].
-pub(crate) const EXCLUDED: [&str; 4] = ["/tmp/?*", "/opt", "*.swp", "/var/run/?*.pid"];
-pub(crate) const LEFT_OUT: [&str; 5] =
-    ["tmp/file", "tmp/deep", "opt", "home/notes.swp", "var/run/x.pid"];
+pub(crate) const EXCLUDED: [&str; 5] = ["/tmp/?*", "/opt", "*.swp", "/var/run/?*.pid", "cache/"];
+pub(crate) const LEFT_OUT: [&str; 7] = [
+    "tmp/file",
+    "tmp/deep",
+    "opt",
+    "home/notes.swp",
+    "home/\n \\*.swp",
+    "var/run/x.pid",
+    "var/cache",
+];
 
 /// Adds what [`EXCLUDED`] leaves out, and what stays though it looks similar.
 pub(crate) fn make_excluded(root: &Path) -> std::io::Result<()> {
-    for dir in ["tmp/deep", "opt/deep", "home/tmp", "home/opt", "var/run"] {
+    for dir in ["tmp/deep", "opt/deep", "home/tmp", "home/opt", "var/run", "var/cache"] {
         fs::create_dir_all(root.join(dir))?;
     }
-    let stay = ["home/tmp/file", "home/opt/file", "home/notes.swp.txt", "var/run/lock", "swp"];
-    let go = ["tmp/file", "tmp/deep/file", "opt/deep/file", "home/notes.swp", "var/run/x.pid"];
+    let stay = [
+        "home/tmp/file",
+        "home/opt/file",
+        "home/notes.swp.txt",
+        "var/run/lock",
+        "swp",
+        "home/cache",
+    ];
+    let go = [
+        "tmp/file",
+        "tmp/deep/file",
+        "opt/deep/file",
+        "home/notes.swp",
+        "home/\n \\*.swp",
+        "var/run/x.pid",
+        "var/cache/x",
+    ];
     stay.iter().chain(&go).try_for_each(|name| fs::write(root.join(name), name))
 }
 
@@ -212,6 +234,12 @@ pub trait ShownTree: Send + Sync {
     /// Where a provider of this process finds it.
     fn host_tree(&self) -> PathBuf;
 
+    /// Where commands find the lists of what is read of it.
+    fn lists(&self) -> PathBuf;
+
+    /// Where a provider of this process finds them.
+    fn host_lists(&self) -> PathBuf;
+
     /// Runs commands beside it.
     fn runner(&self) -> Arc<dyn ContainerRunner>;
 
@@ -226,28 +254,51 @@ pub trait TreeMaker: Send + Sync {
         None
     }
 
-    /// Shows the directory `root`; `place` is empty, private to it, and stays until it is withdrawn.
+    /// Shows the directory `root`, of which `excludes` leave something out; `place` is empty, private to it, and stays until it is withdrawn.
     fn show<'a>(
         &'a self,
         root: &'a Path,
         place: &'a Path,
+        excludes: &'a Excludes,
     ) -> BoxFuture<'a, std::result::Result<Box<dyn ShownTree>, String>>;
 }
 
-/// The directory itself.
-pub(crate) struct PlainTree(pub(crate) PathBuf);
+/// The directory itself, and its lists.
+pub(crate) struct PlainTree {
+    pub(crate) root: PathBuf,
+    pub(crate) lists: PathBuf,
+    /// How long commands wait before they begin.
+    pub(crate) pause: Duration,
+}
+
+impl PlainTree {
+    /// Lists what is read of `root` at `<place>/lists`.
+    pub(crate) fn new(root: &Path, place: &Path, excludes: &Excludes) -> std::io::Result<Self> {
+        let lists = place.join("lists");
+        Selection::write(&lists, root, &[], excludes)?;
+        Ok(Self { root: root.to_owned(), lists, pause: Duration::ZERO })
+    }
+}
 
 impl ShownTree for PlainTree {
     fn tree(&self) -> PathBuf {
-        self.0.clone()
+        self.root.clone()
     }
 
     fn host_tree(&self) -> PathBuf {
-        self.0.clone()
+        self.root.clone()
+    }
+
+    fn lists(&self) -> PathBuf {
+        self.lists.clone()
+    }
+
+    fn host_lists(&self) -> PathBuf {
+        self.lists.clone()
     }
 
     fn runner(&self) -> Arc<dyn ContainerRunner> {
-        Arc::new(PlainRunner)
+        Arc::new(PlainRunner(self.pause))
     }
 
     fn close(self: Box<Self>) -> BoxFuture<'static, std::result::Result<(), String>> {
@@ -255,31 +306,11 @@ impl ShownTree for PlainTree {
     }
 }
 
-/// The same tree, whose commands wait before they begin.
-pub(crate) struct SlowTree(pub(crate) PathBuf, pub(crate) Duration);
-
-impl ShownTree for SlowTree {
-    fn tree(&self) -> PathBuf {
-        self.0.clone()
-    }
-
-    fn host_tree(&self) -> PathBuf {
-        self.0.clone()
-    }
-
-    fn runner(&self) -> Arc<dyn ContainerRunner> {
-        Arc::new(SlowRunner(self.1))
-    }
-
-    fn close(self: Box<Self>) -> BoxFuture<'static, std::result::Result<(), String>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-}
-
+/// Runs commands as they are, after a while: the tree is an ordinary directory here, and nobody is locked in.
 #[derive(Debug)]
-struct SlowRunner(Duration);
+struct PlainRunner(Duration);
 
-impl ContainerRunner for SlowRunner {
+impl ContainerRunner for PlainRunner {
     fn command<'a>(
         &'a self,
         command: ContainerCommand,
@@ -289,20 +320,6 @@ impl ContainerRunner for SlowRunner {
             tokio::time::sleep(self.0).await;
             run(command, call).await
         })
-    }
-}
-
-/// Runs commands as they are: the tree is an ordinary directory here, and nobody is locked in.
-#[derive(Debug)]
-pub(crate) struct PlainRunner;
-
-impl ContainerRunner for PlainRunner {
-    fn command<'a>(
-        &'a self,
-        command: ContainerCommand,
-        call: &'a Call,
-    ) -> BoxFuture<'a, Result<CommandEnd>> {
-        Box::pin(run(command, call))
     }
 }
 

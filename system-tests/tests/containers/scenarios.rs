@@ -88,43 +88,86 @@ fn stored_names(scene: &Scene) -> Vec<String> {
     names
 }
 
+/// Patterns, odd ones too; those with a slash at the end are about directories only.
+const PATTERNS: [&str; 9] = [
+    "/srv/x/cache",
+    "*.bak",
+    "**/c.tmp",
+    "only/",
+    "/srv/x/*/one",
+    "y[0-9]",
+    "[!a-z]odd",
+    ".dot*",
+    "/srv/x/two/**",
+];
+/// What is below `/srv/x` and stays, and what does not.
+const KEPT: [&str; 9] = [
+    "keep",
+    "inner/cache/x",
+    "deep/a/b/",
+    "deep/a/one",
+    "file/only",
+    "ya",
+    "a.bak.d/",
+    "two/",
+    "x.dot",
+];
+const GONE: [&str; 9] = [
+    "a.bak",
+    "cache/one",
+    "cache/sub/two",
+    "deep/a/b/c.tmp",
+    "only/in",
+    "inner/one",
+    "y7",
+    ".dots",
+    "two/below",
+];
+
 #[test]
 fn exclude_patterns_66_leave_the_same_out_in_every_mode() {
     let disk = LoopFs::new(Kind::Btrfs).unwrap();
     let scene = scene_with(Some(("btrfs", "subvol", &disk.path())));
     let top = scene.inside(200, "/srv/x");
-    for file in [
-        "keep",
-        "a.bak",
-        "cache/one",
-        "cache/sub/two",
-        "deep/a/b/c.tmp",
-        "only/in",
-        "inner/cache/x",
-    ] {
+    for file in KEPT
+        .iter()
+        .chain(&GONE)
+        .map(|name| format!("{name}{}", if name.ends_with('/') { "in" } else { "" }))
+    {
         let path = top.join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, "").unwrap();
     }
-    let mut lists = Vec::new();
-    for mode in ["snapshot", "suspend", "stop"] {
+    // Names that are no text, the second of them beyond what tools take for a line.
+    for name in [&b"\xffodd"[..], b"new\nline\xfe.bak", b"kept\xff"] {
+        std::fs::write(top.join(std::ffi::OsString::from_vec(name.to_vec())), "").unwrap();
+    }
+    std::fs::remove_file(top.join("two/in")).unwrap();
+    let backup = |mode, patterns: &[&str]| {
         let mut arguments = vec!["backup", "200", "--mode", mode];
-        for pattern in ["/srv/x/cache", "*.bak", "**/c.tmp", "/srv/x/only/"] {
-            arguments.extend(["--exclude-path", pattern]);
-        }
+        patterns.iter().for_each(|pattern| arguments.extend(["--exclude-path", pattern]));
         let report = scene.run(&arguments);
         assert_eq!(report["guests"][0]["result"], "committed", "{report}");
-        lists.push(stored_names(&scene));
-    }
+        stored_names(&scene)
+    };
+    let lists = ["snapshot", "suspend", "stop"].map(|mode| backup(mode, &PATTERNS));
     assert_eq!(lists[0], lists[1], "snapshot and suspend");
     assert_eq!(lists[0], lists[2], "snapshot and stop");
     let has = |name: &str| lists[0].iter().any(|found| found == &format!("./srv/x/{name}"));
-    for kept in ["keep", "inner/cache/x", "deep/a/b/"] {
-        assert!(has(kept), "{kept}: {:?}", lists[0]);
-    }
-    for gone in ["a.bak", "cache/", "cache/one", "cache/sub/two", "deep/a/b/c.tmp"] {
-        assert!(!has(gone), "{gone}: {:?}", lists[0]);
-    }
+    assert!(KEPT.iter().all(|kept| has(kept)), "{:?}", lists[0]);
+    assert!(!GONE.iter().any(|gone| has(gone)), "{:?}", lists[0]);
+    assert!(has("kept\\377") && !has("\\377odd") && !has("new\\nline\\376.bak"), "{:?}", lists[0]);
+
+    // A mount point with all that is in its volume.
+    let lists = ["snapshot", "suspend", "stop"].map(|mode| backup(mode, &["/s?v/"]));
+    assert!(lists[0] == lists[1] && lists[0] == lists[2], "{lists:?}");
+    assert!(!lists[0].iter().any(|name| name.contains("srv")), "{:?}", lists[0]);
+    assert!(lists[0].iter().any(|name| name == "./root/a"), "{:?}", lists[0]);
+
+    // What means nothing is refused before anything happens.
+    let said = scene.fail(&["backup", "200", "--mode", "stop", "--exclude-path", "/srv/[a"]);
+    assert!(said.contains("\"/srv/[a\"") && said.contains("without a ']'"), "{said}");
+    assert_eq!(scene.state(200), "running");
 }
 
 /// What only a faithful copy has; owners are those on disk of the container's ids.

@@ -9,7 +9,7 @@ use futures_util::future::join;
 
 use provider_api::{
     ContainerBackup, ContainerData, ContainerMount, ContainerRestore, ContainerTransferred, Error,
-    GuestBackup, GuestInfo, GuestKind, Job, JobInfo, Provider, Uuid,
+    Excludes, GuestBackup, GuestInfo, GuestKind, Job, JobInfo, Provider, Uuid,
 };
 
 use super::Verdict;
@@ -17,8 +17,7 @@ use super::guests::ask_until;
 use super::trouble::Silent;
 use crate::bench::Ctx;
 use crate::container::{
-    EXCLUDED, LEFT_OUT, PlainTree, ShownTree, SlowTree, Tree, change_tree, make_excluded,
-    make_tree, unpack,
+    EXCLUDED, LEFT_OUT, PlainTree, ShownTree, Tree, change_tree, make_excluded, make_tree, unpack,
 };
 use crate::fault::{Checked, Fault, ensure, words};
 
@@ -81,14 +80,21 @@ async fn begin(ctx: &Ctx, provider: &dyn Provider, ct: &Ct) -> Checked<Begun> {
 }
 
 /// Shows the tree, as it is or as the host shows it.
-async fn show(ctx: &Ctx, root: &Path) -> Checked<Box<dyn ShownTree>> {
+async fn show(ctx: &Ctx, root: &Path, exclude: &[&str]) -> Checked<Box<dyn ShownTree>> {
+    let excludes = Excludes::parse(exclude).map_err(|error| Fault::new(words(&error)))?;
+    let place = ctx.bench.private_dir()?;
     match &ctx.bench.options.trees {
-        None => Ok(Box::new(PlainTree(root.to_owned()))),
+        None => Ok(Box::new(plain(root, &place, &excludes)?)),
         Some(maker) => {
-            let shown = maker.show(root, &ctx.bench.private_dir()?).await;
+            let shown = maker.show(root, &place, &excludes).await;
             shown.map_err(|why| Fault::new(format!("The kit's tree cannot be shown: {why}")))
         }
     }
+}
+
+fn plain(root: &Path, place: &Path, excludes: &Excludes) -> Checked<PlainTree> {
+    PlainTree::new(root, place, excludes)
+        .map_err(|e| Fault::new(format!("The kit cannot list its tree: {e}.")))
 }
 
 /// Copies the tree, or what is at another place in it, leaving out `exclude`.
@@ -96,16 +102,16 @@ async fn copy(
     ctx: &Ctx,
     (backup, ct): (&mut dyn GuestBackup, &Ct),
     root: &Path,
-    part: (&str, &[&str]),
+    (below, exclude): (&str, &[&str]),
 ) -> Checked<Result<ContainerTransferred, Error>> {
-    copy_shown(ctx, (backup, ct), show(ctx, root).await?, part).await
+    copy_shown(ctx, (backup, ct), show(ctx, root, exclude).await?, below).await
 }
 
 async fn copy_shown(
     ctx: &Ctx,
     (backup, ct): (&mut dyn GuestBackup, &Ct),
     shown: Box<dyn ShownTree>,
-    (below, exclude): (&str, &[&str]),
+    below: &str,
 ) -> Checked<Result<ContainerTransferred, Error>> {
     let at = |tree: PathBuf| if below.is_empty() { tree } else { tree.join(below) };
     let container = ContainerBackup {
@@ -115,7 +121,8 @@ async fn copy_shown(
         host_tree: at(shown.host_tree()),
         mounts: ct.mounts(),
         id_map: Vec::new(),
-        exclude: exclude.iter().map(|pattern| (*pattern).to_owned()).collect(),
+        lists: shown.lists(),
+        host_lists: shown.host_lists(),
         skip_unreadable: false,
         expected_bytes: None,
         bandwidth_limit: None,
@@ -265,7 +272,7 @@ pub(super) async fn container(ctx: &Ctx) -> Checked<Verdict> {
     Ok(Verdict::Passed)
 }
 
-/// Patterns of vzdump's `--exclude-path`: those that begin with a slash are about that very path.
+/// The host lists what is read of the tree; the provider must not read anything else.
 pub(super) async fn exclude(ctx: &Ctx) -> Checked<Verdict> {
     let provider = ctx.provider().await?;
     let root = ctx.bench.private_dir()?;
@@ -275,8 +282,8 @@ pub(super) async fn exclude(ctx: &Ctx) -> Checked<Verdict> {
     let expected = Tree::read(&root)?.without(&LEFT_OUT);
     let id = ctx.bench.guest_id();
     let archive = back_up(ctx, provider.as_ref(), id, &root, (&expected, &EXCLUDED)).await?;
-    let advice = "`exclude` has the patterns of vzdump's --exclude-path: with a slash at the beginning from \
-                  the container's root, else anywhere.";
+    let advice = "`lists` has what is read of the tree: `selected`, in the form that tar reads; and what is not, \
+                  `excluded`, for providers that walk by themselves.";
     let compared = restore(ctx, provider.as_ref(), &archive, &expected).await;
     compared.map_err(|fault| fault.at(&format!("With {EXCLUDED:?} left out")).advise(advice))?;
     Ok(Verdict::Passed)
@@ -289,10 +296,11 @@ pub(super) async fn load(ctx: &Ctx) -> Checked<Verdict> {
     make_tree(&root).map_err(|e| Fault::new(format!("The kit cannot make its tree: {e}.")))?;
     let ct = Ct::new(ctx.bench.guest_id());
     let mut begun = begin(ctx, provider.as_ref(), &ct).await?;
+    let mut shown = plain(&root, &ctx.bench.private_dir()?, &Excludes::default())?;
+    shown.pause = SLOW_COMMAND;
     let is_over = AtomicBool::new(false);
     let backup = async {
-        let shown = Box::new(SlowTree(root, SLOW_COMMAND));
-        let copied = copy_shown(ctx, (begun.backup.as_mut(), &ct), shown, WHOLE).await;
+        let copied = copy_shown(ctx, (begun.backup.as_mut(), &ct), Box::new(shown), WHOLE.0).await;
         is_over.store(true, Ordering::Relaxed);
         copied
     };

@@ -246,6 +246,7 @@ impl TreeMaker for NoTrees {
         &'a self,
         _root: &'a Path,
         _place: &'a Path,
+        _excludes: &'a provider_api::Excludes,
     ) -> BoxFuture<'a, Result<Box<dyn ShownTree>, String>> {
         Box::pin(std::future::ready(Err("a tree is shown".to_owned())))
     }

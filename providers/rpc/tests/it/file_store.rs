@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use provider_api::{
     Archive, BitmapMode, BitmapRequest, BoxFuture, Call, CommandEnd, CommitOutcome, Compression,
-    ContainerBackup, ContainerCommand, ContainerData, ContainerRunner, Error, GuestBackup,
-    GuestInfo, GuestKind, Identity, JobInfo, Kind, Provider, Readable, Result, Uuid, VmBackup,
-    VolumeInfo, VolumeSource,
+    ContainerBackup, ContainerCommand, ContainerData, ContainerRunner, Error, Excludes,
+    GuestBackup, GuestInfo, GuestKind, Identity, JobInfo, Kind, Provider, Readable, Result,
+    Selection, Uuid, VmBackup, VolumeInfo, VolumeSource,
 };
 use provider_rpc::RpcProvider;
 
@@ -266,6 +266,9 @@ impl ContainerRunner for Plain {
 }
 
 pub(crate) fn container(tree: &Path) -> ContainerBackup {
+    let lists = tree.with_extension(Uuid::new_v4().to_string());
+    let excludes = Excludes::parse(&["/tmp", "*.swp"]).unwrap();
+    Selection::write(&lists, tree, &[], &excludes).unwrap();
     ContainerBackup {
         config: b"hostname: web\n".to_vec(),
         firewall: None,
@@ -273,7 +276,8 @@ pub(crate) fn container(tree: &Path) -> ContainerBackup {
         host_tree: tree.to_owned(),
         mounts: Vec::new(),
         id_map: Vec::new(),
-        exclude: vec!["/tmp".to_owned(), "*.swp".to_owned()],
+        lists: lists.clone(),
+        host_lists: lists,
         skip_unreadable: false,
         expected_bytes: None,
         bandwidth_limit: None,

@@ -37,14 +37,6 @@ pub(crate) async fn store(
         argv.push("--hard-dereference");
     }
     let mut argv: Vec<std::ffi::OsString> = argv.into_iter().map(Into::into).collect();
-    if !store.setup.has(Fault::IgnoresExcludes) {
-        argv.push("--wildcards".into());
-        for pattern in &backup.exclude {
-            let (how, dot) =
-                if pattern.starts_with('/') { ("--anchored", ".") } else { ("--no-anchored", "") };
-            argv.extend([how.into(), format!("--exclude={dot}{pattern}").into()]);
-        }
-    }
     argv.extend(["--index-file".into(), list.clone().into(), "--directory".into()]);
     argv.push(backup.tree.clone().into());
     if store.setup.has(Fault::MountPointsAreLines) {
@@ -52,8 +44,12 @@ pub(crate) async fn store(
         let names = directory.join("names");
         fs::write(&names, lines.collect::<String>()).map_err(failed)?;
         argv.extend(["--verbatim-files-from".into(), "--files-from".into(), names.into()]);
-    } else {
+    } else if store.setup.has(Fault::IgnoresExcludes) {
         argv.push(".".into());
+    } else {
+        let selected = backup.lists.join("selected");
+        argv.extend(["--null", "--no-verbatim-files-from"].map(Into::into));
+        argv.push(format!("--files-from={}", selected.display()).into());
     }
     if store.setup.has(Fault::ContainerIsEmpty) {
         argv.truncate(1);
