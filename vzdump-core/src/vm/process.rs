@@ -17,6 +17,8 @@ use rustix::process::{
 
 /// How often the end of a process is looked for while it is waited for.
 const WAIT_POLL: Duration = Duration::from_millis(20);
+/// How long a killed process may take from the end of its memory to that of its files.
+const LETS_GO_WITHIN: Duration = Duration::from_secs(5);
 
 /// A process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -33,31 +35,29 @@ impl VmProcess {
     /// # Errors
     /// When it cannot be asked for; a dead or unknown one is `None`.
     pub fn of_pid(pid: i32) -> io::Result<Option<Self>> {
-        let text = match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
-            Ok(text) => text,
-            // ESRCH: it died between opening and reading.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) if error.raw_os_error() == Some(3) => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "/proc/<pid>/stat is unknown");
-        // The name before it, in parentheses, may contain anything.
-        let (_, fields) = text.rsplit_once(')').ok_or_else(invalid)?;
-        let mut fields = fields.split_ascii_whitespace();
-        if matches!(fields.next(), Some("Z" | "X")) {
-            return Ok(None);
-        }
-        // The state is field 3 of the line, the start time field 22.
-        let start = fields.nth(18).and_then(|field| field.parse().ok()).ok_or_else(invalid)?;
-        Ok(Some(Self { pid, start_time_ticks: start }))
+        let stat = Stat::of(pid)?;
+        Ok(stat.map(|stat| Self { pid, start_time_ticks: stat.start_time_ticks }))
     }
 
     /// The process that holds the lock on its pid file, as QEMU does for as long as it lives. A
-    /// file that was left behind is not locked, so the number in it is never believed.
+    /// file that was left behind is not locked, so the number in it is never believed. One that is about to end
+    /// answers nobody any more but has its files open still: its end is waited for, for some seconds.
     ///
     /// # Errors
     /// When the file cannot be read.
     pub fn of_pid_file(path: &Path) -> io::Result<Option<Self>> {
+        let deadline = Instant::now() + LETS_GO_WITHIN;
+        loop {
+            let Some(process) = Self::that_locks(path)? else { return Ok(None) };
+            let is_ending = Stat::of(process.pid)?.is_none_or(|stat| stat.memory_bytes == 0);
+            if !is_ending || Instant::now() >= deadline {
+                return Ok(Some(process));
+            }
+            std::thread::sleep(WAIT_POLL);
+        }
+    }
+
+    fn that_locks(path: &Path) -> io::Result<Option<Self>> {
         let file = match File::open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -132,6 +132,41 @@ impl VmProcess {
             return Ok(None);
         }
         Ok(Some(ProcessHandle { fd }))
+    }
+}
+
+/// What the kernel says of a process.
+struct Stat {
+    start_time_ticks: u64,
+    /// Its address space; none any more when it is about to end.
+    memory_bytes: u64,
+}
+
+impl Stat {
+    /// Of a living process.
+    fn of(pid: i32) -> io::Result<Option<Self>> {
+        let text = match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+            Ok(text) => text,
+            // ESRCH: it died between opening and reading.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.raw_os_error() == Some(3) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        Self::parse(&text)
+    }
+
+    fn parse(text: &str) -> io::Result<Option<Self>> {
+        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "/proc/<pid>/stat is unknown");
+        // The name before it, in parentheses, may contain anything.
+        let (_, fields) = text.rsplit_once(')').ok_or_else(invalid)?;
+        let mut fields = fields.split_ascii_whitespace();
+        if matches!(fields.next(), Some("Z" | "X")) {
+            return Ok(None);
+        }
+        // The state is field 3 of the line, the start time field 22, the address space field 23.
+        let mut number =
+            |skip| fields.nth(skip).and_then(|field| field.parse().ok()).ok_or_else(invalid);
+        Ok(Some(Self { start_time_ticks: number(18)?, memory_bytes: number(0)? }))
     }
 }
 
@@ -249,6 +284,22 @@ mod tests {
             child.wait().unwrap();
         }
         assert_eq!(VmProcess::of_mark(&mark).unwrap(), None);
+    }
+
+    #[test]
+    fn a_process_that_is_about_to_end_has_no_memory() {
+        let line = |state: &str, memory: u64| {
+            format!(
+                "7 (a) b (c) {state} 1 7 7 0 -1 0 0 0 0 0 1 2 0 0 20 0 4 0 4711 {memory} 99 0\n"
+            )
+        };
+        let stat = Stat::parse(&line("S", 4096)).unwrap().unwrap();
+        assert_eq!((stat.start_time_ticks, stat.memory_bytes), (4711, 4096));
+        assert_eq!(Stat::parse(&line("R", 0)).unwrap().unwrap().memory_bytes, 0);
+        assert!(Stat::parse(&line("Z", 0)).unwrap().is_none());
+        assert!(Stat::parse("7 (a) S 1").is_err());
+        let own = Stat::of(std::process::id().try_into().unwrap()).unwrap().unwrap();
+        assert!(own.memory_bytes > 1 << 20);
     }
 
     #[test]
