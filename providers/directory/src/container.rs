@@ -50,6 +50,10 @@ const SOCKET: &str = ": socket ignored";
 const UNREADABLE: &str = ": Warning: ";
 /// What it says first on each line.
 const TAR_PREFIX: &str = "tar: ";
+/// What it says of a file that it could open, but not read to its end.
+const READ_IN_PART: &str = ": Read error at byte ";
+/// So much of a command's words is kept ([`provider_api::CommandEnd::stderr_tail`]).
+const STDERR_TAIL_BYTES: usize = 16 << 10;
 /// What it says besides the reason why it failed.
 const NO_REASONS: [&str; 3] = ["Removing leading", "Exiting with failure status", SOCKET];
 /// How the disk is called in reports of progress.
@@ -88,6 +92,9 @@ pub(crate) async fn store(
         return Err(Error::new(Kind::Other, "The archive of the container has no entries."));
     }
     progress.report(DEVICE, stored.read_bytes, stored.read_bytes, 0);
+    if backup.skip_unreadable {
+        check_whole(&end.stderr_tail)?;
+    }
     let ignored = ignored(&end.stderr_tail);
     let transferred = ContainerTransferred {
         entries: stored.entries,
@@ -251,6 +258,28 @@ fn arguments(backup: &ContainerBackup) -> Vec<OsString> {
     selected.push(backup.lists.join("selected"));
     argv.extend(["--null".into(), "--no-verbatim-files-from".into(), selected]);
     argv
+}
+
+/// Told to go on after errors, `tar` fills a file that it can read only the beginning of with zeros.
+fn check_whole(said: &str) -> Result<()> {
+    if let Some(line) = said.lines().find(|line| line.contains(READ_IN_PART)) {
+        let why = line.strip_prefix(TAR_PREFIX).unwrap_or(line);
+        return Err(Error::new(
+            Kind::Io,
+            format!(
+                "A file can be read only in part, and would have zeros in the place of the rest: {why}. Mend \
+                 it, or leave it out by a pattern."
+            ),
+        ));
+    }
+    // It may have been in what is not kept.
+    if said.len() >= STDERR_TAIL_BYTES {
+        return Err(Error::new(
+            Kind::Io,
+            "So many files cannot be read that it is not certain whether all others are whole.",
+        ));
+    }
+    Ok(())
 }
 
 /// What `tar` says it left out, as far as the end of its words tells.
@@ -417,6 +446,19 @@ mod tests {
         let found = ignored("tar: ./srv/a: Warning: Cannot open: Input/output error\n");
         let expected = ("/srv/a", "Cannot open: Input/output error");
         assert_eq!((found[0].path.as_str(), found[0].why.as_str()), expected);
+    }
+
+    #[test]
+    fn a_file_that_is_read_in_part_is_not_filled_with_zeros() {
+        let said = "tar: ./run/a.sock: socket ignored\n\
+                    tar: ./srv/a: Warning: Cannot open: Permission denied\n";
+        check_whole(said).unwrap();
+        let in_part = "tar: ./srv/b: Warning: Read error at byte 4096, while reading 512 bytes: \
+                       Input/output error\n";
+        let error = check_whole(&format!("{said}{in_part}")).unwrap_err();
+        assert!(error.message.contains("./srv/b: Warning: Read error at byte 4096"), "{error:?}");
+        let long = "tar: ./srv/a: Warning: Cannot open: Permission denied\n".repeat(400);
+        assert!(check_whole(&long[long.len() - STDERR_TAIL_BYTES..]).is_err());
     }
 
     #[test]

@@ -56,8 +56,9 @@ impl<'a> Shared<'a> {
     async fn run_with(&self, job: &SharedJob, sink: &dyn TaskSink, report: &mut GuestReport) {
         let (kind, id) = (report.kind, report.id);
         let start = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S");
+        let guest = guest_words(kind, id);
         let begin =
-            [format!("Starting Backup of VM {id} ({kind})"), format!("Backup started at {start}")];
+            [format!("Starting Backup of {guest} ({kind})"), format!("Backup started at {start}")];
         begin.iter().for_each(|line| sink.info(line));
         let started = Instant::now();
         let mut hooks = self.hooks.guest(kind, id, self.options.mode.name());

@@ -7,6 +7,7 @@ use std::time::Duration;
 use provider_api::{ContainerTransferred, GuestKind, Transferred};
 use serde::Serialize;
 
+use super::guest_words;
 use super::state::Verdict;
 use crate::guest::{AccessStats, PointInTime, VolumeReport};
 use crate::task_log::{TaskSink, clock};
@@ -140,13 +141,13 @@ impl GuestReport {
 
     /// The last lines of the guest's log.
     pub(super) fn log_end(&self, sink: &dyn TaskSink) {
-        let id = self.id;
+        let guest = guest_words(self.kind, self.id);
         if self.is_success() {
             let time = clock(Duration::from_millis(self.duration_ms));
-            sink.info(&format!("Finished Backup of VM {id} ({time})"));
+            sink.info(&format!("Finished Backup of {guest} ({time})"));
         } else {
             let error = self.error.as_deref().unwrap_or("no reason is known");
-            sink.error(&format!("Backup of VM {id} failed - {error}"));
+            sink.error(&format!("Backup of {guest} failed - {error}"));
         }
         let end = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S");
         let verb = if self.is_success() { "finished" } else { "failed" };
