@@ -385,6 +385,8 @@ fn a_live_restore_to_qcow2_goes_on_wherever_it_was_killed() {
     let mut story = Story::new("qcow2");
     story.undone_before_the_guest_runs();
     story.interrupted();
+    // Of the first disk, while others wait for it.
+    story.resume_killed_at("entry:filled", false);
     story.resume_killed_at("live:half", false);
     story.resume_killed_at("live:pending", true);
     story.resume_killed_at("live:pending", false);
@@ -402,6 +404,8 @@ fn a_live_restore_to_raw_goes_on_wherever_it_was_killed() {
     story.starts();
     story.writes();
     story.scene.kill(restore);
+    // Of the first disk, while others wait for it.
+    story.resume_killed_at("entry:filled", false);
     story.resume_killed_at("live:half", true);
     story.resume_killed_at("live:completing", false);
     story.resume_killed_at("live:finalized", true);

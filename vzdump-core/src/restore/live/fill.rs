@@ -85,6 +85,10 @@ impl Restore<'_> {
             completing: BTreeSet::new(),
         };
         self.limit_jobs(session).await?;
+        // A process before this one may have ended before it did so. A job that is left counts as one at work.
+        for disk in disks.iter().filter(|disk| filling.filled.contains(&disk.key)) {
+            tidy(session, &disk.key).await?;
+        }
         loop {
             if self.cancel.is_cancelled() {
                 return Err("the restore was cancelled".to_owned());
@@ -115,9 +119,6 @@ impl Restore<'_> {
                 }
             }
             if disks.iter().all(|disk| filling.filled.contains(&disk.key)) {
-                for disk in &disks {
-                    tidy(session, &disk.key).await?;
-                }
                 return Ok(());
             }
             let status = session.execute(QueryStatus).await.map_err(lost)?.status;
