@@ -375,6 +375,19 @@ pub(crate) enum DiskFormat {
     RawBitmaps,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum RestoredFormat {
+    /// A disk's bytes; of a container an ext4 file system in a file
+    Raw,
+    /// QEMU's own format, for disks; keeps what backups know of changes
+    Qcow2,
+    /// A disk's bytes, and a small qcow2 image that keeps what backups know of changes
+    #[value(name = "raw+bitmaps")]
+    RawBitmaps,
+    /// A subvolume of a btrfs storage, for containers
+    Subvol,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Bus {
     Virtio,
@@ -618,12 +631,12 @@ pub(crate) struct RestoreArgs {
     /// Say what would be done, and do nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Storage of the disks; by default where they were
+    /// Storage of the disks or volumes; by default where they were
     #[arg(long)]
     pub(crate) storage: Option<String>,
-    /// Format of the disks; by default what they were
+    /// Format of the disks or volumes; by default what they were
     #[arg(long, value_enum)]
-    pub(crate) format: Option<DiskFormat>,
+    pub(crate) format: Option<RestoredFormat>,
     /// Replace the guest of this number; with --disk, remove the volumes that are replaced, overwrite block
     /// devices
     #[arg(long)]

@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use anyhow::{Context, bail, ensure};
 use serde_json::json;
 use vzdump_host::{
-    DiskChoice, DiskToFile, FileRestoreRequest, RestorePlan, RestoreReport, RestoreRequest, size,
+    DiskChoice, DiskToFile, FileRestoreRequest, ImageFormat, RestorePlan, RestoreReport,
+    RestoreRequest, size,
 };
 
-use crate::args::RestoreArgs;
+use crate::args::{RestoreArgs, RestoredFormat};
 use crate::commands::{CommandResult, GUEST_FAILED, Run, task_result};
 use crate::output::{self, printable};
 use crate::task::Screen;
@@ -97,7 +98,7 @@ fn request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<RestoreReq
         id: args.id.context("the number of the guest is missing, behind the archive")?,
         disks: disks.collect(),
         storage: args.storage,
-        format: args.format.map(Into::into),
+        format: args.format.map(image_format),
         force: args.force,
         in_place: args.in_place,
         unique: args.unique,
@@ -135,7 +136,7 @@ fn file_request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<FileR
     Ok(FileRestoreRequest {
         archive: args.archive.context("the archive is missing")?,
         disks,
-        format: args.format.map(Into::into),
+        format: args.format.map(image_format),
         force: args.force,
         bwlimit_kib_per_s: args.bwlimit,
     })
@@ -210,6 +211,15 @@ fn plan_text(plan: &RestorePlan) -> String {
         text.push_str(&format!("  {}\n", printable(line)));
     }
     text
+}
+
+const fn image_format(format: RestoredFormat) -> ImageFormat {
+    match format {
+        RestoredFormat::Raw => ImageFormat::Raw,
+        RestoredFormat::Qcow2 => ImageFormat::Qcow2,
+        RestoredFormat::RawBitmaps => ImageFormat::RawBitmaps,
+        RestoredFormat::Subvol => ImageFormat::Subvol,
+    }
 }
 
 #[cfg(test)]

@@ -51,6 +51,7 @@ pub struct RestoreRequest {
 
 impl RestoreRequest {
     fn options(self, source_storage: String) -> Result<RestoreOptions, HostError> {
+        refuse_subvolume(self.format)?;
         Ok(RestoreOptions {
             source_storage,
             disks: self.disks,
@@ -89,10 +90,8 @@ impl RestoreRequest {
     fn container_options(self, source_storage: String) -> Result<CtRestoreOptions, HostError> {
         let only_vms = [
             ("--disk", !self.disks.is_empty()),
-            ("--format", self.format.is_some()),
             ("--in-place", self.in_place),
             ("--live", self.live),
-            ("--bwlimit", self.bwlimit_kib_per_s.is_some_and(|limit| limit > 0)),
         ];
         if let Some((option, _)) = only_vms.iter().find(|(_, is_given)| *is_given) {
             return Err(HostError::Settings(format!(
@@ -102,6 +101,8 @@ impl RestoreRequest {
         Ok(CtRestoreOptions {
             source_storage,
             storage: self.storage,
+            format: self.format,
+            limit_bytes_per_s: bytes_per_s(self.bwlimit_kib_per_s)?,
             force: self.force,
             unique: self.unique,
             overcommit: self.overcommit,
@@ -110,6 +111,14 @@ impl RestoreRequest {
             start: self.start,
         })
     }
+}
+
+fn refuse_subvolume(format: Option<ImageFormat>) -> Result<(), HostError> {
+    if format == Some(ImageFormat::Subvol) {
+        let why = "A disk cannot be a subvolume: restore it as raw, qcow2 or raw+bitmaps.";
+        return Err(HostError::Settings(why.to_owned()));
+    }
+    Ok(())
 }
 
 /// A limit in bytes; none for 0.
@@ -253,6 +262,7 @@ impl Host {
     ) -> Result<FileReport, HostError> {
         let archive = self.resolve_archive(&request.archive).await?;
         let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
+        refuse_subvolume(request.format)?;
         if request.format == Some(ImageFormat::RawBitmaps) {
             let why = "'raw+bitmaps' is two files; restore to a file as raw or qcow2.";
             return Err(HostError::Settings(why.to_owned()));

@@ -21,7 +21,7 @@ use crate::CtError;
 use crate::place::{Archive, Place, unpack};
 use crate::runtime::{beside, root_of};
 use crate::tool::{command, run};
-use crate::unpack::Codec;
+use crate::unpack::{Bounds, Codec};
 use crate::view::Part;
 
 /// Making a file system writes little, but its storage may be busy.
@@ -161,7 +161,7 @@ async fn fill(
     }
     // That the configuration makes sense, before the files are written.
     config.mounts()?;
-    let data_bytes_max = data_bytes_max(ctx, &options.mounts, &made).await?;
+    let data_bytes = data_bytes_max(ctx, &options.mounts, &made).await?;
     let place = Place::make(ctx, id, new).await?;
     let parts = parts_of(ctx, &options.mounts, &made)?;
     let (runner, lines) = match place.open(ctx, parts, &ids).await {
@@ -177,7 +177,7 @@ async fn fill(
         file: template,
         codec: codec_of(&options.template),
         mounts: options.mounts.iter().map(|mount| mount.mount_point.clone()).collect(),
-        data_bytes_max,
+        bounds: Bounds { data_bytes, bytes_per_s: None },
     };
     let unpacked = unpack(&runner, lines, archive, sink, cancel).await;
     // Unmounted before anything is removed.

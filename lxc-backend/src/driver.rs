@@ -29,7 +29,7 @@ use vzdump_core::journal::volumes::free_within;
 use vzdump_core::journal::{Entry, Record};
 use vzdump_core::layout::make_private_dir;
 use vzdump_core::lock::FileLock;
-use vzdump_core::storage::ImageFormat;
+use vzdump_core::storage::{ImageFormat, nested_subvolumes};
 use vzdump_core::task_log::TaskSink;
 
 use crate::CtError;
@@ -39,9 +39,11 @@ use crate::runner::Runner;
 use crate::runtime::{Found, beside, find_volumes, read_config, start_now, stop_now};
 use crate::sandbox::{LISTS, TREE};
 use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
-use crate::suspend::Suspension;
+use crate::suspend::{Suspension, warn_of_foreign};
 use crate::view::{Part, View, ViewOptions};
 
+/// How many subvolumes within a container are named.
+const NESTED_MAX: usize = 100;
 /// Lines of commands that wait for the log.
 const LOG_LINES: usize = 1000;
 /// For an operation of somebody else on the container, such as a start, to end.
@@ -208,6 +210,27 @@ impl CtDriver {
         };
     }
 
+    /// Tells which subvolumes within the volumes are not read.
+    async fn look_for_nested(&self, task: Task<'_>) -> Result<(), CtError> {
+        let (volumes, exclude) = (self.volumes.clone(), self.options.exclude.clone());
+        let found = beside(move || {
+            let mut found = Vec::new();
+            for volume in volumes.iter().filter(|v| v.format == Some(ImageFormat::Subvol)) {
+                let nested = nested_subvolumes(&volume.path)?;
+                found.extend(nested.iter().map(|path| volume.entry.mount_point.join(path)));
+            }
+            found.retain(|path| exclude.directory(path).is_some());
+            Ok(found)
+        })
+        .await?;
+        found.iter().take(NESTED_MAX).for_each(|path| warn_of_foreign(path, task));
+        if found.len() > NESTED_MAX {
+            let rest = found.len() - NESTED_MAX;
+            task.sink.warn(&format!("{rest} more subvolumes are empty in the backup"));
+        }
+        Ok(())
+    }
+
     /// The first copy, while the container runs.
     async fn copy_running(&mut self, task: Task<'_>) -> Result<(), CtError> {
         let (ctx, options, id) = (self.ctx.clone(), self.options.clone(), self.id);
@@ -241,6 +264,8 @@ impl CtDriver {
         self.choose_way(task);
         if self.way == Way::Copies {
             self.copy_running(task).await?;
+        } else {
+            self.look_for_nested(task).await?;
         }
         let infos = self.volumes.iter().map(|volume| VolumeInfo {
             device: volume.entry.key.clone(),

@@ -19,7 +19,7 @@ use vzdump_core::task_log::{TaskSink, size};
 use crate::CtError;
 use crate::runner::Runner;
 use crate::runtime::beside;
-use crate::unpack::{Codec, UnpackSpec, Unpacked};
+use crate::unpack::{Bounds, Codec, UnpackSpec, Unpacked};
 use crate::view::{Part, View, ViewOptions};
 
 /// Lines of commands that wait for the log.
@@ -105,8 +105,7 @@ pub(crate) struct Archive<'a> {
     pub(crate) codec: Codec,
     /// Where the volumes are mounted.
     pub(crate) mounts: Vec<PathBuf>,
-    /// The most bytes of data it may have.
-    pub(crate) data_bytes_max: u64,
+    pub(crate) bounds: Bounds,
 }
 
 /// Unpacks an archive in a sandbox that sees nothing but the new volumes: whatever is in the archive, there is
@@ -128,7 +127,7 @@ pub(crate) async fn unpack(
         codec: archive.codec,
         mounts: archive.mounts.into_iter().filter(|mount| mount.parent().is_some()).collect(),
         makes_devices: runner.view.is_privileged,
-        data_bytes_max: archive.data_bytes_max,
+        bounds: archive.bounds,
     };
     let call = Call { cancel: cancel.child_token(), deadline: None };
     let running = runner.unpack(archive.file.into(), spec, writer.into(), &call);

@@ -27,6 +27,7 @@ use std::time::Instant;
 use provider_api::{CancellationToken, Provider};
 use vzdump_core::job::JobContext;
 use vzdump_core::restore::{RestorePlan, RestoreReport};
+use vzdump_core::storage::ImageFormat;
 use vzdump_core::task_log::{NoLog, TaskSink};
 
 use self::task::Restore;
@@ -38,6 +39,11 @@ pub struct CtRestoreOptions {
     pub source_storage: String,
     /// Storage of the new volumes; by default those of the archive's configuration.
     pub storage: Option<String>,
+    /// Format of the new volumes, [`ImageFormat::Raw`] or [`ImageFormat::Subvol`]; by default as in the archive's
+    /// configuration where the storage has it.
+    pub format: Option<ImageFormat>,
+    /// Most bytes of the archive, uncompressed, that are unpacked per second.
+    pub limit_bytes_per_s: Option<u64>,
     /// Replace the container of this number.
     pub force: bool,
     /// Give the container new network addresses.

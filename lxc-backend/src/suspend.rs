@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use provider_api::{Excludes, IdMapRange, Reached};
 use rustix::fs::fstatvfs;
+use vzdump_core::config::container::MountEntry;
 use vzdump_core::guest::Task;
 use vzdump_core::job::{BackupOptions, JobContext};
 use vzdump_core::journal::Entry;
@@ -59,6 +60,12 @@ impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         self.0.cancel();
     }
+}
+
+/// Tells of a directory in which something else begins than the volume.
+pub(crate) fn warn_of_foreign(path: &Path, task: Task<'_>) {
+    let text = "belongs to another file system or subvolume, and is empty in the backup";
+    task.sink.warn(&format!("'{}' {text}", path.display()));
 }
 
 impl Suspension {
@@ -134,8 +141,7 @@ impl Suspension {
             started.elapsed().as_millis()
         ));
         for path in &report.foreign {
-            let text = "belongs to another file system or subvolume, and is empty in the backup";
-            task.sink.warn(&format!("'{}' {text}", path.display()));
+            warn_of_foreign(path, task);
         }
         Ok(())
     }
@@ -288,14 +294,16 @@ fn copy_running(
             File::open(&path).map_err(CtError::at(format!("open the volume '{key}'")))?.into();
         // Only volumes that are not left out come here.
         let reached = excludes.directory(&volume.entry.mount_point);
-        sources.push((key, source, is_image, reached.unwrap_or_else(|| excludes.root())));
+        let reached = reached.unwrap_or_else(|| excludes.root());
+        sources.push((&volume.entry, source, is_image, reached));
     }
     check_space(dir, &place, &sources)?;
     let mut trees = Vec::new();
     let mut report = PassReport::default();
-    for (key, source, _, reached) in sources {
+    for (MountEntry { key, mount_point, .. }, source, _, reached) in sources {
         let mut tree =
             TreeCopy::new(source, &place, key, reached).map_err(|error| words(error, dir))?;
+        tree.mount_point.clone_from(mount_point);
         let passed = tree.first(control).map_err(|error| words(error, dir))?;
         report.add(passed);
         trees.push(tree);
@@ -326,7 +334,7 @@ fn check_ids(dir: &Path, ids: &[IdMapRange]) -> Result<(), CtError> {
 fn check_space(
     dir: &Path,
     place: &OwnedFd,
-    sources: &[(&String, OwnedFd, bool, Reached)],
+    sources: &[(&MountEntry, OwnedFd, bool, Reached)],
 ) -> Result<(), CtError> {
     let used = |source: &OwnedFd| {
         let stat = fstatvfs(source).ok()?;

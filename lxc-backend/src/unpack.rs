@@ -22,6 +22,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use vzdump_core::bandwidth::Pace;
 
 use crate::metadata::{ACCESS_ACL, DEFAULT_ACL, Held, Metadata};
 
@@ -45,8 +46,33 @@ pub(crate) struct UnpackSpec {
     pub(crate) mounts: Vec<PathBuf>,
     /// Whether device files are made: only for a privileged container.
     pub(crate) makes_devices: bool,
+    /// How much it may be, and how fast.
+    pub(crate) bounds: Bounds,
+}
+
+/// What bounds an unpacking.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Bounds {
     /// The most bytes of data.
-    pub(crate) data_bytes_max: u64,
+    pub(crate) data_bytes: u64,
+    /// The most bytes of the archive, uncompressed, per second.
+    pub(crate) bytes_per_s: Option<u64>,
+}
+
+/// A stream that is not read faster than it may be.
+struct Paced<R> {
+    stream: R,
+    pace: Option<Pace>,
+}
+
+impl<R: io::Read> io::Read for Paced<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.stream.read(into)?;
+        if let Some(pace) = &mut self.pace {
+            pace.wait_for(count as u64);
+        }
+        Ok(count)
+    }
 }
 
 /// A compression, to be passed on.
@@ -94,8 +120,9 @@ pub(crate) fn unpack(
     spec: &UnpackSpec,
     mut report: impl FnMut(&Unpacked),
 ) -> Result<Unpacked, String> {
-    let limits = Limits { data_bytes: spec.data_bytes_max, ..Limits::default() };
+    let limits = Limits { data_bytes: spec.bounds.data_bytes, ..Limits::default() };
     let stream = ct_archive::decompress(archive, spec.codec.into()).map_err(words)?;
+    let stream = Paced { stream, pace: spec.bounds.bytes_per_s.map(Pace::new) };
     let mut reader = Reader::new(stream, limits);
     let mut unpacking = Unpacking::new(tree, spec)?;
     let mut reported = Instant::now();

@@ -51,6 +51,29 @@ impl Ledger {
     }
 }
 
+/// A rate for one thread, which may block.
+#[derive(Debug)]
+pub struct Pace {
+    ledger: Ledger,
+    start: std::time::Instant,
+}
+
+impl Pace {
+    /// A pace of this rate in bytes per second.
+    #[must_use]
+    pub fn new(rate_bytes_per_s: u64) -> Self {
+        let ledger = Ledger::new(rate_bytes_per_s, Duration::ZERO);
+        Self { ledger, start: std::time::Instant::now() }
+    }
+
+    /// Sleeps until so many bytes more may have passed.
+    pub fn wait_for(&mut self, bytes: u64) {
+        let now = self.start.elapsed();
+        let until = self.ledger.book(now, bytes);
+        std::thread::sleep(until.saturating_sub(now));
+    }
+}
+
 /// The budget of a job. Clones are the same budget.
 #[derive(Debug, Clone)]
 pub struct Budget {
@@ -160,6 +183,15 @@ mod tests {
         ledger.rate_bytes_per_s = 0;
         ledger.book(second, u64::MAX);
         assert!(ledger.book(second, u64::MAX) > second);
+    }
+
+    #[test]
+    fn a_pace_is_kept_by_sleeping() {
+        let start = std::time::Instant::now();
+        let mut pace = Pace::new(1 << 20);
+        (0..4).for_each(|_| pace.wait_for(64 << 10));
+        // A quarter of a second, of which the burst may have been saved up.
+        assert!(start.elapsed() >= Duration::from_millis(250) - BURST, "{:?}", start.elapsed());
     }
 
     /// A disk that reads as fast as it may, until it is dropped.

@@ -29,7 +29,7 @@ use crate::blocking;
 use crate::tools::{MissingTool, Tools};
 
 pub(crate) use btrfs::BTRFS_MAGIC;
-pub use btrfs::{BTRFS_KIND, BtrfsStorage};
+pub use btrfs::{BTRFS_KIND, BtrfsStorage, nested_subvolumes};
 pub use dir::{DIR_KIND, DirStorage};
 pub use image::image_size;
 pub use set::{DEFAULT_STORAGE, KINDS, StorageSet};

@@ -183,7 +183,7 @@ impl Control {
 /// A file that was not copied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Skipped {
-    /// Within the volume.
+    /// As the container sees it.
     pub(crate) path: PathBuf,
     pub(crate) why: String,
 }
@@ -253,6 +253,8 @@ struct DirectoryEnd {
 
 /// The copy of one volume.
 pub(crate) struct TreeCopy {
+    /// Where the container has it; reports name files by that.
+    pub(crate) mount_point: PathBuf,
     source: OwnedFd,
     target: OwnedFd,
     gone: OwnedFd,
@@ -285,6 +287,7 @@ impl TreeCopy {
             .map_err(|errno| at_root(Fault::target("make a directory", errno)))?;
         probe_attributes(&target).map_err(at_root)?;
         Ok(Self {
+            mount_point: PathBuf::from("/"),
             source,
             target,
             gone,

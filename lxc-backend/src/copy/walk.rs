@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use provider_api::Reached;
 use rustix::fs::{AtFlags, FileType, Mode, Stat, fstat, mkdirat, statat};
 
-use super::attributes::{At, read};
+use super::attributes::{At, give, read};
 use super::entry::{Begun, Place, begin, fill};
 use super::links::{Link, Links};
 use super::stamp::{Key, Known};
@@ -199,7 +199,7 @@ impl<'a> Worker<'a> {
         let report = &mut self.outcome.report;
         report.skipped_count += 1;
         if report.skipped.len() < SKIPPED_MAX {
-            let path = Path::new("/").join(path);
+            let path = self.pass.tree.mount_point.join(path);
             report.skipped.push(Skipped { path, why: why.to_owned() });
         }
     }
@@ -349,6 +349,8 @@ impl<'a> Worker<'a> {
                 .map_err(|errno| Fault::making("make a directory", errno))?;
         }
         if stat.st_dev != self.pass.device {
+            // Else only root could look into it.
+            give(At::Named(dir.target.as_fd(), name), stat, &[])?;
             self.foreign(path);
             return Ok(None);
         }
@@ -357,7 +359,7 @@ impl<'a> Worker<'a> {
 
     fn foreign(&mut self, path: PathBuf) {
         if self.outcome.report.foreign.len() < SKIPPED_MAX {
-            self.outcome.report.foreign.push(Path::new("/").join(path));
+            self.outcome.report.foreign.push(self.pass.tree.mount_point.join(path));
         }
     }
 

@@ -109,13 +109,14 @@ fn plan_volume(
             ctx.storages.images(DEFAULT_STORAGE)?
         }
     };
-    let is_subvolume = old.format() == ImageFormat::Subvol && storage.kind() == BTRFS_KIND;
+    let format = format_of(options.format, old.format(), storage.as_ref())?;
     let size_bytes = match entry.options.get("size") {
-        _ if is_subvolume => 0,
+        _ if format == ImageFormat::Subvol => 0,
         Some(size) => parse_size(size).map_err(CtError::Invalid)?,
         None => {
             return Err(CtError::Invalid(format!(
-                "'{}' of the archive has no size: restore it to a storage of the type btrfs.",
+                "'{}' of the archive has no size: restore it to a storage of the type btrfs, with the format \
+                 subvol.",
                 entry.key
             )));
         }
@@ -126,8 +127,28 @@ fn plan_volume(
         size_bytes,
         backup: entry.key != ROOTFS,
     };
-    let format = if is_subvolume { ImageFormat::Subvol } else { ImageFormat::Raw };
     Ok(Planned { mount, storage, format, entry })
+}
+
+/// The one that is asked for, or else that of the archive where the storage has it.
+fn format_of(
+    wanted: Option<ImageFormat>,
+    archived: ImageFormat,
+    storage: &dyn Storage,
+) -> Result<ImageFormat, CtError> {
+    let has_subvolumes = storage.kind() == BTRFS_KIND;
+    match wanted {
+        None if archived == ImageFormat::Subvol && has_subvolumes => Ok(ImageFormat::Subvol),
+        None | Some(ImageFormat::Raw) => Ok(ImageFormat::Raw),
+        Some(ImageFormat::Subvol) if has_subvolumes => Ok(ImageFormat::Subvol),
+        Some(ImageFormat::Subvol) => Err(CtError::Invalid(format!(
+            "The storage '{}' has no subvolumes: it is not of the type btrfs.",
+            storage.id()
+        ))),
+        Some(other) => Err(CtError::Invalid(format!(
+            "A container's volumes cannot be '{other}': raw and subvol are possible."
+        ))),
+    }
 }
 
 /// That files can be made where the configuration and the volumes go.

@@ -17,7 +17,7 @@ use crate::CtError;
 use crate::place::{Archive, Place, unpack};
 use crate::runner::Runner;
 use crate::runtime::beside;
-use crate::unpack::{Codec, Unpacked};
+use crate::unpack::{Bounds, Codec, Unpacked};
 
 /// For a provider to open its end of a FIFO.
 const OPEN_LIMIT: Duration = Duration::from_secs(120);
@@ -57,7 +57,7 @@ pub(super) struct Files<'a> {
     pub(super) runner: &'a Arc<Runner>,
     pub(super) lines: mpsc::Receiver<String>,
     pub(super) mounts: Vec<PathBuf>,
-    pub(super) data_bytes_max: u64,
+    pub(super) bounds: Bounds,
 }
 
 /// Copies a directory: one sandbox that sees nothing else packs it, the one of all restores unpacks it.
@@ -68,7 +68,7 @@ pub(super) async fn copy_directory(
     sink: &dyn TaskSink,
     cancel: &CancellationToken,
 ) -> Result<Unpacked, CtError> {
-    let Files { place, runner, lines, mounts, data_bytes_max } = files;
+    let Files { place, runner, lines, mounts, bounds } = files;
     let looked_at = path.clone();
     let kind = beside(move || {
         let shown = looked_at.display().to_string();
@@ -85,8 +85,7 @@ pub(super) async fn copy_directory(
     let copied = {
         let (reader, writer) = std::io::pipe().map_err(CtError::at("make a pipe"))?;
         let file = File::from(OwnedFd::from(reader));
-        let archive =
-            Archive { what: "the directory", file, codec: Codec::None, mounts, data_bytes_max };
+        let archive = Archive { what: "the directory", file, codec: Codec::None, mounts, bounds };
         let call = Call { cancel: cancel.child_token(), deadline: None };
         let both = async {
             tokio::join!(

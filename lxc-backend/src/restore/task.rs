@@ -30,7 +30,7 @@ use crate::create::{NewMount, data_bytes_max, make_volumes, parts_of};
 use crate::place::{Archive, Place, unpack};
 use crate::runner::Runner;
 use crate::runtime::beside;
-use crate::unpack::Unpacked;
+use crate::unpack::{Bounds, Unpacked};
 
 /// Largest configuration taken from an archive.
 const CONFIG_BYTES_MAX: usize = 1 << 20;
@@ -257,7 +257,8 @@ impl Restore<'_> {
         new: &NewVolumes,
     ) -> Result<Vec<String>, CtError> {
         let mounts: Vec<NewMount> = plan.volumes.iter().map(|one| one.mount.clone()).collect();
-        let data_bytes_max = data_bytes_max(self.ctx, &mounts, volumes).await?;
+        let data_bytes = data_bytes_max(self.ctx, &mounts, volumes).await?;
+        let bounds = Bounds { data_bytes, bytes_per_s: self.options.limit_bytes_per_s };
         let parts = parts_of(self.ctx, &mounts, volumes)?;
         let images: Vec<PathBuf> =
             parts.iter().filter(|part| part.is_image).map(|part| part.path.clone()).collect();
@@ -270,7 +271,7 @@ impl Restore<'_> {
             }
         };
         let mount_points = mounts.iter().map(|mount| mount.mount_point.clone()).collect();
-        let unpacked = self.copy(&place, &runner, lines, mount_points, data_bytes_max).await;
+        let unpacked = self.copy(&place, &runner, lines, mount_points, bounds).await;
         // Unmounted before anything is removed.
         let closed = beside(move || {
             crate::runner::close(runner)?;
@@ -296,7 +297,7 @@ impl Restore<'_> {
         runner: &Arc<Runner>,
         lines: mpsc::Receiver<String>,
         mounts: Vec<PathBuf>,
-        data_bytes_max: u64,
+        bounds: Bounds,
     ) -> Result<Unpacked, CtError> {
         let call = self.call(self.ctx.limits.provider_call);
         let at = || CtError::at(format!("restore from the archive '{}'", self.archive));
@@ -313,13 +314,13 @@ impl Restore<'_> {
                         file,
                         codec: source::codec_of(compression),
                         mounts,
-                        data_bytes_max,
+                        bounds,
                     };
                     unpack(runner, lines, archive, self.sink, self.cancel).await
                 }
             },
             Ok(ContainerData::Directory(path)) => {
-                let files = source::Files { place, runner, lines, mounts, data_bytes_max };
+                let files = source::Files { place, runner, lines, mounts, bounds };
                 source::copy_directory(self.ctx, path, files, self.sink, self.cancel).await
             }
             Ok(_) => Err(CtError::Invalid(

@@ -3,12 +3,14 @@
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use lxc_backend::restore::{CtRestoreOptions, restore_container};
 use provider_api::Identity;
 use tokio_util::sync::CancellationToken;
 use vzdump_core::guest::BackupMode;
 use vzdump_core::restore::RestoreReport;
+use vzdump_core::storage::ImageFormat;
 
 use crate::backup::{Lines, back_up, provider};
 use crate::fidelity::Mounted;
@@ -162,4 +164,26 @@ fn archives_that_mean_harm_72_are_refused_or_contained() {
     assert_eq!(report.error, None, "{log}");
     scene.run(&["ct", "start", "300"]);
     wait_for("the container is up", || scene.inside(300, "/root/up").exists());
+}
+
+#[test]
+fn a_format_that_a_storage_does_not_have_is_refused_and_a_rate_is_kept() {
+    let scene = Scene::new();
+    let provider = provider(&scene, Identity::MappedRoot);
+    provider.plant("good", &format!("{CONFIG}unprivileged: 1\n"), &scene.template);
+    for (format, why) in
+        [(ImageFormat::Subvol, "has no subvolumes"), (ImageFormat::Qcow2, "cannot be 'qcow2'")]
+    {
+        let options = CtRestoreOptions { format: Some(format), ..CtRestoreOptions::default() };
+        let (report, log) = restore(&scene, &provider, "good", 300, &options);
+        assert!(report.error.as_ref().is_some_and(|error| error.contains(why)), "{format}: {log}");
+    }
+    let rate = 1 << 20;
+    let options = CtRestoreOptions { limit_bytes_per_s: Some(rate), ..CtRestoreOptions::default() };
+    let start = Instant::now();
+    let (report, log) = restore(&scene, &provider, "good", 300, &options);
+    let took_s = start.elapsed().as_secs_f64();
+    assert_eq!(report.error, None, "{log}");
+    let least_s = std::fs::metadata(&scene.template).unwrap().len() as f64 / rate as f64 - 0.2;
+    assert!(took_s >= least_s, "{took_s} s, but {least_s} s are the least: {log}");
 }

@@ -143,11 +143,17 @@ fn exclude_patterns_66_leave_the_same_out_in_every_mode() {
         std::fs::write(top.join(std::ffi::OsString::from_vec(name.to_vec())), "").unwrap();
     }
     std::fs::remove_file(top.join("two/in")).unwrap();
+    said(Command::new("btrfs").args(["subvolume", "create"]).arg(top.join("nested")));
+    std::fs::write(top.join("nested/not in the backup"), "").unwrap();
     let backup = |mode, patterns: &[&str]| {
         let mut arguments = vec!["backup", "200", "--mode", mode];
         patterns.iter().for_each(|pattern| arguments.extend(["--exclude-path", pattern]));
         let report = scene.run(&arguments);
         assert_eq!(report["guests"][0]["result"], "committed", "{report}");
+        let nested = "'/srv/x/nested' belongs to another file system or subvolume";
+        let log = report["guests"][0]["log_path"].as_str().unwrap();
+        let log = std::fs::read_to_string(log).unwrap();
+        assert_eq!(log.contains(nested), !patterns.contains(&"/s?v/"), "{mode}: {log}");
         stored_names(&scene)
     };
     let lists = ["snapshot", "suspend", "stop"].map(|mode| backup(mode, &PATTERNS));
@@ -155,6 +161,7 @@ fn exclude_patterns_66_leave_the_same_out_in_every_mode() {
     assert_eq!(lists[0], lists[2], "snapshot and stop");
     let has = |name: &str| lists[0].iter().any(|found| found == &format!("./srv/x/{name}"));
     assert!(KEPT.iter().all(|kept| has(kept)), "{:?}", lists[0]);
+    assert!(has("nested/") && !has("nested/not in the backup"), "{:?}", lists[0]);
     assert!(!GONE.iter().any(|gone| has(gone)), "{:?}", lists[0]);
     assert!(has("kept\\377") && !has("\\377odd") && !has("new\\nline\\376.bak"), "{:?}", lists[0]);
 

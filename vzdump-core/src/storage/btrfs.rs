@@ -12,6 +12,7 @@
 //! Images are copied on write and have checksums unless the storage says `nocow 1`
 //! (`docs/design/0017-images-on-btrfs.md`).
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -335,10 +336,48 @@ fn delete_subvolume(path: &Path) -> Result<(), StorageError> {
     btrfs(command, "subvolume delete", path)
 }
 
+/// The subvolumes directly below one, relative to it: in a snapshot there is an empty directory in the place of each.
+/// May block.
+///
+/// # Errors
+/// [`StorageError::Btrfs`].
+pub fn nested_subvolumes(path: &Path) -> Result<Vec<PathBuf>, StorageError> {
+    let mut command = Command::new(BTRFS);
+    command.args(["subvolume", "list", "-o", "--"]).arg(path);
+    let said = btrfs_says(command, "subvolume list", path)?;
+    let name = path.file_name().unwrap_or_default();
+    Ok(said.lines().filter_map(|line| nested_path(line, name)).collect())
+}
+
+/// Of a line such as `ID 259 gen 12 top level 257 path images/200/NAME/srv/a`, what comes after the name.
+fn nested_path(line: &str, name: &OsStr) -> Option<PathBuf> {
+    let mut components = Path::new(line.split_once(" path ")?.1).components();
+    components.find(|component| component.as_os_str() == name)?;
+    Some(components.as_path().to_owned()).filter(|path| !path.as_os_str().is_empty())
+}
+
 fn btrfs(command: Command, doing: &'static str, path: &Path) -> Result<(), StorageError> {
-    run(command).map(drop).map_err(|message| StorageError::Btrfs {
+    btrfs_says(command, doing, path).map(drop)
+}
+
+fn btrfs_says(command: Command, doing: &'static str, path: &Path) -> Result<String, StorageError> {
+    run(command).map_err(|message| StorageError::Btrfs {
         doing,
         path: path.to_owned(),
         message: message.lines().last().unwrap_or_default().to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nested_subvolume_is_named_from_the_one_around_it() {
+        let name = OsStr::new("subvol-200-disk-0.subvol");
+        let line = "ID 259 gen 12 top level 257 path images/200/subvol-200-disk-0.subvol/srv/a b";
+        assert_eq!(nested_path(line, name), Some("srv/a b".into()));
+        assert_eq!(nested_path("ID 257 gen 9 top level 5 path elsewhere/srv", name), None);
+        assert_eq!(nested_path("", name), None);
+    }
 }
