@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cargo::{QEMU_BIN_ENV, cargo};
+use crate::cargo::{QEMU_BIN_ENV, build, cargo};
 use crate::paths::Paths;
 use crate::run::{Show, Step, output};
 use crate::{qemu, setup};
@@ -97,7 +97,7 @@ fn beside_tools(
         qemu::run(paths, &qemu::Options::default())?;
     }
     let programs = [&["--release", "--package", package, "--bin", program], needed].concat();
-    build(paths, &programs)?;
+    build_bench(paths, &programs)?;
     let status = Command::new(paths.root.join("target/release").join(program))
         .env(QEMU_BIN_ENV, paths.qemu_bin())
         .args(args)
@@ -112,15 +112,8 @@ fn asks_only(args: &[String]) -> bool {
     args.iter().any(|arg| ["--help", "-h", "--list"].contains(&arg.as_str()))
 }
 
-fn build(paths: &Paths, programs: &[&str]) -> Result<()> {
-    Step {
-        name: "build the benchmark",
-        log: paths.logs().join("bench-build.log"),
-        show: Show::Progress,
-        limit: Duration::from_secs(3600),
-    }
-    .run(cargo(paths, &[&["build"], programs].concat()))
-    .map(drop)
+fn build_bench(paths: &Paths, programs: &[&str]) -> Result<()> {
+    build(paths, "build the benchmark", "bench-build.log", programs)
 }
 
 fn fleecing(paths: &Paths, args: &[String]) -> Result<ExitCode> {
@@ -130,7 +123,7 @@ fn fleecing(paths: &Paths, args: &[String]) -> Result<ExitCode> {
         qemu::run(paths, &qemu::Options::default())?;
     }
     let package = ["--release", "--package", "benches", "--bin", "fleecing-bench"];
-    build(paths, &package)?;
+    build_bench(paths, &package)?;
     let program = [&["run", "--quiet"], &package[..], &["--"]].concat();
     let guest =
         if !asks_only && wants_guest(paths, &program, args)? { guest(paths)? } else { Vec::new() };
@@ -163,16 +156,15 @@ fn guest(paths: &Paths) -> Result<Vec<OsString>> {
     compile.args(["--edition", "2024", "--crate-name", "guest_load", "-C", "opt-level=3"]);
     compile.args(["-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"]);
     compile.arg(&load).arg(source);
-    let step = |name, log: &str| Step {
-        name,
-        log: paths.logs().join(log),
+    Step {
+        name: "compile the guest's load",
+        log: paths.logs().join("bench-load.log"),
         show: Show::Progress,
         limit: Duration::from_secs(3600),
-    };
-    step("compile the guest's load", "bench-load.log").run(compile)?;
+    }
+    .run(compile)?;
     let image = ["--release", "--package", "system-tests", "--bin", "guest-image"];
-    let build = cargo(paths, &[&["build"], &image[..]].concat());
-    step("build the guest", "bench-guest.log").run(build)?;
+    build(paths, "build the guest", "bench-guest.log", &image)?;
     let printed = output(&mut cargo(paths, &[&["run", "--quiet"], &image[..]].concat()))?;
     let mut args = vec![OsString::from("--guest")];
     args.extend(printed.lines().map(OsString::from));

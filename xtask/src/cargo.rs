@@ -2,11 +2,12 @@
 //! cargo itself, and the parts of the toolchain that the checks need.
 
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
 use crate::paths::Paths;
-use crate::run::{in_path, output};
+use crate::run::{Show, Step, in_path, output};
 
 /// The folder with the patched QEMU programs, for everything that runs them.
 pub(crate) const QEMU_BIN_ENV: &str = "VZDUMP_QEMU_BIN";
@@ -22,6 +23,17 @@ pub(crate) fn cargo(paths: &Paths, args: &[&str]) -> Command {
         command.env_remove(name);
     }
     command
+}
+
+/// Builds programs, given by cargo's options, and shows how far that is.
+pub(crate) fn build(paths: &Paths, name: &str, log: &str, programs: &[&str]) -> Result<()> {
+    Step {
+        name,
+        log: paths.logs().join(log),
+        show: Show::Progress,
+        limit: Duration::from_secs(3600),
+    }
+    .run(cargo(paths, &[&["build"], programs].concat()))
 }
 
 /// Whether a cargo subcommand is installed.

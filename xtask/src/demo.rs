@@ -2,13 +2,11 @@
 //! `cargo xtask demo`: builds everything and runs the demo of the main job.
 
 use std::process::{ExitCode, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cargo::{QEMU_BIN_ENV, cargo};
+use crate::cargo::{QEMU_BIN_ENV, build, cargo};
 use crate::paths::Paths;
-use crate::run::{Show, Step};
 use crate::{qemu, setup};
 
 /// Shows backup, increment and restore of a running guest.
@@ -22,16 +20,8 @@ pub(crate) struct Options {
 pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     setup::run()?;
     qemu::run(paths, &qemu::Options::default())?;
-    Step {
-        name: "build vzdump and the demo",
-        log: paths.logs().join("demo-build.log"),
-        show: Show::Progress,
-        limit: Duration::from_secs(3600),
-    }
-    .run(cargo(
-        paths,
-        &["build", "--release", "--package", "vzdump", "--package", "system-tests", "--bins"],
-    ))?;
+    let programs = ["--release", "--package", "vzdump", "--package", "system-tests", "--bins"];
+    build(paths, "build vzdump and the demo", "demo-build.log", &programs)?;
     // The demo talks to the terminal itself, and may be stopped there.
     let status = cargo(
         paths,

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cargo::{QEMU_BIN_ENV, cargo};
+use crate::cargo::{QEMU_BIN_ENV, build};
 use crate::paths::Paths;
 use crate::run::{Show, Step};
 use crate::{qemu, setup};
 
-const PROGRAMS: [&str; 7] =
-    ["build", "--package", "vzdump", "--package", "system-tests", "--bin", "vzdump"];
+const PROGRAMS: [&str; 8] =
+    ["--package", "vzdump", "--bin", "vzdump", "--package", "system-tests", "--bin", "fidelity"];
 /// Two trees in three modes each.
 const LIMIT: Duration = Duration::from_secs(1800);
 
@@ -27,7 +27,7 @@ pub(crate) struct Options {
 pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     setup::run()?;
     qemu::run(paths, &qemu::Options::default())?;
-    build(paths)?;
+    build_programs(paths)?;
     // The program talks to the terminal itself, and may be stopped there.
     let status = program(paths).args(&options.args).stdin(Stdio::null()).status();
     let ok = status.context("fidelity: cannot start")?.success();
@@ -36,7 +36,7 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
 
 /// The same as a step of the long suites, once for each kind of container; whether all was right.
 pub(crate) fn check(paths: &Paths, is_privileged: bool) -> Result<bool> {
-    build(paths)?;
+    build_programs(paths)?;
     let kind = if is_privileged { "privileged" } else { "unprivileged" };
     let step = Step {
         name: "fidelity",
@@ -49,14 +49,8 @@ pub(crate) fn check(paths: &Paths, is_privileged: bool) -> Result<bool> {
     Ok(step.watch(command, |_| ())?.ok())
 }
 
-fn build(paths: &Paths) -> Result<()> {
-    Step {
-        name: "build vzdump and the comparison",
-        log: paths.logs().join("fidelity-build.log"),
-        show: Show::Progress,
-        limit: Duration::from_secs(3600),
-    }
-    .run(cargo(paths, &[&PROGRAMS[..], &["--bin", "fidelity"]].concat()))
+fn build_programs(paths: &Paths) -> Result<()> {
+    build(paths, "build vzdump and the comparison", "fidelity-build.log", &PROGRAMS)
 }
 
 fn program(paths: &Paths) -> Command {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cargo::{QEMU_BIN_ENV, cargo};
+use crate::cargo::{QEMU_BIN_ENV, build, cargo};
 use crate::paths::Paths;
 use crate::run::{Show, Step};
 use crate::{qemu, setup};
@@ -51,7 +51,7 @@ impl Options {
 pub(crate) fn run(paths: &Paths, options: Options) -> Result<ExitCode> {
     setup::run()?;
     qemu::run(paths, &qemu::Options::default())?;
-    build(paths)?;
+    build_soak(paths)?;
     // The program talks to the terminal itself, and may be stopped there.
     let status = program(paths, options).stdin(Stdio::null()).status();
     let ok = status.context("cargo: cannot start")?.success();
@@ -60,7 +60,7 @@ pub(crate) fn run(paths: &Paths, options: Options) -> Result<ExitCode> {
 
 /// The same as a step of the long suites, on a QEMU that is there; whether all was right.
 pub(crate) fn check(paths: &Paths, options: Options) -> Result<bool> {
-    build(paths)?;
+    build_soak(paths)?;
     let step = Step {
         name: "soak",
         log: paths.logs().join("test-soak.log"),
@@ -70,14 +70,8 @@ pub(crate) fn check(paths: &Paths, options: Options) -> Result<bool> {
     Ok(step.watch(program(paths, options), |_| ())?.ok())
 }
 
-fn build(paths: &Paths) -> Result<()> {
-    Step {
-        name: "build the soak",
-        log: paths.logs().join("soak-build.log"),
-        show: Show::Progress,
-        limit: Duration::from_secs(3600),
-    }
-    .run(cargo(paths, &[&["build"], &PROGRAM[..]].concat()))
+fn build_soak(paths: &Paths) -> Result<()> {
+    build(paths, "build the soak", "soak-build.log", &PROGRAM)
 }
 
 fn program(paths: &Paths, options: Options) -> Command {
