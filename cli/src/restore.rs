@@ -98,7 +98,7 @@ fn request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<RestoreReq
         id: args.id.context("the number of the guest is missing, behind the archive")?,
         disks: disks.collect(),
         storage: args.storage,
-        format: args.format.map(image_format),
+        format: args.format.map(Into::into),
         force: args.force,
         in_place: args.in_place,
         unique: args.unique,
@@ -136,7 +136,7 @@ fn file_request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<FileR
     Ok(FileRestoreRequest {
         archive: args.archive.context("the archive is missing")?,
         disks,
-        format: args.format.map(image_format),
+        format: args.format.map(Into::into),
         force: args.force,
         bwlimit_kib_per_s: args.bwlimit,
     })
@@ -213,12 +213,14 @@ fn plan_text(plan: &RestorePlan) -> String {
     text
 }
 
-const fn image_format(format: RestoredFormat) -> ImageFormat {
-    match format {
-        RestoredFormat::Raw => ImageFormat::Raw,
-        RestoredFormat::Qcow2 => ImageFormat::Qcow2,
-        RestoredFormat::RawBitmaps => ImageFormat::RawBitmaps,
-        RestoredFormat::Subvol => ImageFormat::Subvol,
+impl From<RestoredFormat> for ImageFormat {
+    fn from(format: RestoredFormat) -> Self {
+        match format {
+            RestoredFormat::Raw => Self::Raw,
+            RestoredFormat::Qcow2 => Self::Qcow2,
+            RestoredFormat::RawBitmaps => Self::RawBitmaps,
+            RestoredFormat::Subvol => Self::Subvol,
+        }
     }
 }
 

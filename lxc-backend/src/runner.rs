@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use provider_api::{
     BoxFuture, Call, CommandEnd, ContainerCommand, ContainerRunner, Error, Kind, Result,
+    STDERR_TAIL_BYTES,
 };
 use tokio::sync::mpsc::Sender;
 
@@ -22,8 +23,6 @@ use crate::tool::{command as program, ends_with_us};
 use crate::unpack::UnpackSpec;
 use crate::view::View;
 
-/// How much of what a command says last is given to its provider.
-const STDERR_TAIL_BYTES: usize = 16 << 10;
 /// Longest line of a command's output that is taken as one.
 const LINE_BYTES_MAX: u64 = 4 << 10;
 /// Packs with all that a restore brings back.

@@ -102,12 +102,15 @@ pub struct ContainerCommand {
     pub stdout: Option<OwnedFd>,
 }
 
+/// How much of a command's last words is kept in [`CommandEnd::stderr_tail`].
+pub const STDERR_TAIL_BYTES: usize = 16 << 10;
+
 /// How a command ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommandEnd {
     /// Its exit code, or 128 and the number of the signal that ended it.
     pub exit_code: i32,
-    /// The last lines it wrote to standard error, at most 16 KiB; all of them are in the guest's log.
+    /// The last lines it wrote to standard error, at most [`STDERR_TAIL_BYTES`]; all of them are in the guest's log.
     pub stderr_tail: String,
 }
 

@@ -12,10 +12,6 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, fstat, openat, statat}
 
 use crate::excludes::{Excludes, Reached};
 
-/// What is taken, as `tar` reads it.
-const SELECTED: &str = "selected";
-/// What is left out, with all that is in it.
-const EXCLUDED: &str = "excluded";
 /// For the names of a directory.
 const NAMES_BYTES: usize = 64 << 10;
 /// The longest path that is looked at.
@@ -39,6 +35,11 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// The file with what is taken, as `tar` reads it.
+    pub const SELECTED: &str = "selected";
+    /// The file with what is left out, with all that is in it.
+    pub const EXCLUDED: &str = "excluded";
+
     /// Makes the directory `target` with the lists for `tree`, which nobody changes and whose volumes are at
     /// `mounts` (as the container sees them). May block.
     ///
@@ -56,9 +57,9 @@ impl Selection {
         let mut walk = Walk {
             own: file_systems(&tree, mounts)?,
             tree,
-            selected: list(SELECTED)?,
+            selected: list(Self::SELECTED)?,
             own_selected: Vec::new(),
-            excluded: list(EXCLUDED)?,
+            excluded: list(Self::EXCLUDED)?,
             count: 0,
             stack: Vec::new(),
         };

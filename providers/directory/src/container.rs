@@ -27,7 +27,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use provider_api::{
     Call, CommandEnd, ContainerBackup, ContainerCommand, ContainerMount, ContainerTransferred,
-    Error, IGNORED_MAX, Identity, IgnoredEntry, Kind, Progress, Result,
+    Error, IGNORED_MAX, Identity, IgnoredEntry, Kind, Progress, Result, STDERR_TAIL_BYTES,
+    Selection,
 };
 
 use crate::call::{blocking, corrupt, invalid};
@@ -52,8 +53,6 @@ const UNREADABLE: &str = ": Warning: ";
 const TAR_PREFIX: &str = "tar: ";
 /// What it says of a file that it could open, but not read to its end.
 const READ_IN_PART: &str = ": Read error at byte ";
-/// So much of a command's words is kept ([`provider_api::CommandEnd::stderr_tail`]).
-const STDERR_TAIL_BYTES: usize = 16 << 10;
 /// What it says besides the reason why it failed.
 const NO_REASONS: [&str; 3] = ["Removing leading", "Exiting with failure status", SOCKET];
 /// How the disk is called in reports of progress.
@@ -255,7 +254,7 @@ fn arguments(backup: &ContainerBackup) -> Vec<OsString> {
     argv.push(backup.tree.clone().into());
     // The host has listed what is read, the volumes with it.
     let mut selected = OsString::from("--files-from=");
-    selected.push(backup.lists.join("selected"));
+    selected.push(backup.lists.join(Selection::SELECTED));
     argv.extend(["--null".into(), "--no-verbatim-files-from".into(), selected]);
     argv
 }

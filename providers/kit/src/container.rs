@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use provider_api::{
     BoxFuture, Call, CommandEnd, Compression, ContainerCommand, ContainerData, ContainerRunner,
-    Error, Excludes, Kind, Result, Selection,
+    Error, Excludes, Kind, Result, STDERR_TAIL_BYTES, Selection,
 };
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::io::AsyncReadExt as _;
@@ -24,8 +24,6 @@ use crate::fault::{Checked, Fault, clean, ensure};
 
 /// Where programs are looked for.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
-/// How much of a command's last words is kept.
-const STDERR_BYTES: usize = 16 << 10;
 /// Entries of a restored tree that are looked at; the kit's own trees have far fewer.
 const ENTRIES_MAX: usize = 10_000;
 /// What a restored tree may take, of one file and in all; the kit's own trees take some 100 KiB.
@@ -348,7 +346,7 @@ async fn run(command: ContainerCommand, call: &Call) -> Result<CommandEnd> {
             && let Ok(count @ 1..) = stderr.read(&mut chunk).await
         {
             tail.extend_from_slice(&chunk[..count]);
-            let excess = tail.len().saturating_sub(STDERR_BYTES);
+            let excess = tail.len().saturating_sub(STDERR_TAIL_BYTES);
             tail.drain(..excess);
         }
         String::from_utf8_lossy(&tail).into_owned()
