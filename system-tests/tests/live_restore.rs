@@ -85,6 +85,13 @@ impl Scene {
         self.dir.path().join("state/journal").read_dir().unwrap().count()
     }
 
+    /// What the journals say.
+    fn journal(&self) -> String {
+        let folder = self.dir.path().join("state/journal");
+        let files = folder.read_dir().into_iter().flatten().flatten();
+        files.map(|file| std::fs::read_to_string(file.path()).unwrap_or_default()).collect()
+    }
+
     fn resume(&self, limit_kib_per_s: &str, environment: &[(&str, &str)]) -> Collected {
         let vm = NEW_VM.to_string();
         let arguments = ["restore", "--resume", &vm, "--bwlimit", limit_kib_per_s];
@@ -198,6 +205,25 @@ fn a_guest_runs_at_once_and_keeps_what_it_writes_while_its_disks_are_filled() {
         scene.end(wanted);
         scene.lab.vzdump.run(&["vm", "destroy", "200"], SOON).unwrap();
     }
+}
+
+#[test]
+#[ignore = "waits for QEMU's attempts to connect, which get up to 16 seconds apart"]
+fn an_archive_that_is_away_for_long_is_found_again() {
+    let mut scene = Scene::new();
+    let mut console = scene.lab.watch(NEW_VM);
+    let mut restore = scene.live("raw", &["--bwlimit", SLOWLY_KIB_PER_S], &[]);
+    let runs = || Ok(scene.journal().contains("\"runs\"").then_some(()));
+    scene.lab.stop.wait_for("the guest's start", SOON, runs).unwrap();
+    // Nobody serves the archive until QEMU's fifth attempt has failed; the next one is 16 seconds later.
+    restore.process().signal(Signal::STOP).unwrap();
+    scene.kill_servers();
+    std::thread::sleep(Duration::from_secs(17));
+    restore.process().signal(Signal::CONT).unwrap();
+    let finished = scene.finish(restore);
+    assert!(finished.status.success(), "{}{}", finished.stdout, finished.stderr);
+    scene.checked(&mut console, scene.saved.last_b);
+    scene.end(scene.saved.last_b);
 }
 
 #[test]

@@ -30,8 +30,12 @@ use crate::vm::qemu_cmdline::{LiveNode, drive_node};
 const LOOK: Duration = Duration::from_millis(200);
 /// The same while one is about to change the graph: the guest's requests may wait for it.
 const LOOK_CLOSELY: Duration = Duration::from_millis(5);
-/// How often a lost archive is offered again without anything being copied in between.
-const REVIVALS_MAX: u32 = 5;
+/// How long a lost archive is offered again. QEMU's attempts to connect are up to 16 seconds apart
+/// (`connect_thread_func`), and what the guest or a job asks for before the next one fails at once.
+const REVIVE_FOR: Duration = Duration::from_secs(60);
+/// An archive that was not lost for this long is not the one that was lost before: longer than requests wait for a
+/// connection, and than attempts to connect are apart.
+const REVIVED_AFTER: Duration = Duration::from_secs(30);
 /// Before it is offered again.
 const REVIVE_DELAY: Duration = Duration::from_secs(1);
 /// A server that does not take a connection in this time is not there.
@@ -57,7 +61,8 @@ struct Watch {
     /// What was done when something was done last, and when that was.
     done_bytes: u64,
     moved: Instant,
-    revivals: u32,
+    /// When the archive was lost first, and last.
+    lost: Option<(Instant, Instant)>,
     /// Jobs that were told to come to their end.
     completing: BTreeSet<String>,
 }
@@ -78,12 +83,8 @@ impl Restore<'_> {
         let disks = filling.live.disks.clone();
         let shown = disks.iter().map(|disk| (disk.device.clone(), disk.size_bytes));
         let meter = Meter::new(self.id, shown, self.sink);
-        let mut watch = Watch {
-            done_bytes: 0,
-            moved: Instant::now(),
-            revivals: 0,
-            completing: BTreeSet::new(),
-        };
+        let mut watch =
+            Watch { done_bytes: 0, moved: Instant::now(), lost: None, completing: BTreeSet::new() };
         self.limit_jobs(session).await?;
         // A process before this one may have ended before it did so. A job that is left counts as one at work.
         for disk in disks.iter().filter(|disk| filling.filled.contains(&disk.key)) {
@@ -184,7 +185,7 @@ impl Restore<'_> {
             step("live:half");
         }
         if all_bytes != watch.done_bytes {
-            (watch.done_bytes, watch.moved, watch.revivals) = (all_bytes, Instant::now(), 0);
+            (watch.done_bytes, watch.moved) = (all_bytes, Instant::now());
         }
         let stall = self.ctx.limits.transfer_stall;
         if watch.moved.elapsed() >= stall {
@@ -329,11 +330,17 @@ impl Restore<'_> {
         watch: &mut Watch,
         report: &mut RestoreReport,
     ) -> Step<()> {
-        watch.revivals += 1;
-        if watch.revivals > REVIVALS_MAX {
+        let first = match watch.lost {
+            Some((first, last)) if last.elapsed() < REVIVED_AFTER => first,
+            _ => {
+                self.warn(report, [format!("{why}; trying again")]);
+                Instant::now()
+            }
+        };
+        if first.elapsed() >= REVIVE_FOR {
             return Err(why.to_owned());
         }
-        self.warn(report, [format!("{why}; trying again")]);
+        watch.lost = Some((first, Instant::now()));
         self.cancellable(async {
             tokio::time::sleep(REVIVE_DELAY).await;
             Ok(())
