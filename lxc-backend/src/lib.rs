@@ -23,6 +23,7 @@ mod copy;
 pub mod create;
 pub mod driver;
 mod error;
+mod freezer;
 pub mod guard;
 mod holder;
 mod ids;

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::CtError;
-use crate::tool::{command, output, run};
+use crate::freezer::Freezer;
+use crate::tool::{command, run};
 
 /// For what LXC's monitor answers at once.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
@@ -89,25 +90,39 @@ impl Lxc {
         self.run("lxc-stop", &["-k"], KILL_LIMIT).map(drop)
     }
 
-    /// Freezes all of its processes. With the old cgroups this can take for ever: then it is an error,
-    /// and nothing may stay frozen.
+    /// Freezes all of its processes. One that waits for a disk that does not answer cannot be frozen: then it is an
+    /// error, and nothing stays frozen. LXC is not told, and goes on to say that the container runs.
     pub(crate) fn freeze(&self, limit: Duration) -> Result<(), CtError> {
-        let frozen = self.run("lxc-freeze", &[], limit);
+        let doing = || format!("freeze the container {}", self.name);
+        let freezer = self.freezer()?.ok_or_else(|| CtError::at(doing())("it does not run"))?;
+        let frozen = freezer.freeze(limit);
         if frozen.is_err() {
             self.thaw()?;
         }
-        frozen.map(drop)
+        frozen.map_err(CtError::at(doing()))
     }
 
     /// Also of one that is not frozen.
     pub(crate) fn thaw(&self) -> Result<(), CtError> {
-        // LXC's own record of the state may be wrong after a freeze that did not end, so it is not asked.
-        let thawed = output(&self.command("lxc-unfreeze", &[]), ANSWER_LIMIT)
-            .map_err(CtError::at(format!("thaw the container {}", self.name)))?;
-        if thawed.status.success() || self.state()? != State::Frozen {
-            return Ok(());
+        // What somebody's `lxc-freeze` has frozen is LXC's to thaw, which keeps a record of it; whether it has is seen
+        // below.
+        if self.state()? == State::Frozen {
+            let _ = self.run("lxc-unfreeze", &[], ANSWER_LIMIT);
         }
-        let why = String::from_utf8_lossy(&thawed.stderr).trim().to_owned();
-        Err(CtError::at(format!("thaw the container {}", self.name))(why))
+        let Some(freezer) = self.freezer()? else { return Ok(()) };
+        freezer.thaw().map_err(CtError::at(format!("thaw the container {}", self.name)))
+    }
+
+    /// Whether all of its processes are, also when LXC does not know.
+    pub(crate) fn is_frozen(&self) -> Result<bool, CtError> {
+        // One that has ended meanwhile is not.
+        Ok(self.freezer()?.is_some_and(|freezer| freezer.is_frozen().unwrap_or(false)))
+    }
+
+    /// None if it does not run.
+    fn freezer(&self) -> Result<Option<Freezer>, CtError> {
+        let Some(pid) = self.init_pid()? else { return Ok(None) };
+        let doing = format!("find the freezer of the container {}", self.name);
+        Freezer::of(&self.name, pid).map_err(CtError::at(doing))
     }
 }

@@ -98,8 +98,11 @@ pub fn read_config(layout: &Layout, id: u32) -> Result<CtConfig, CtError> {
 pub fn status(layout: &Layout, id: u32) -> Result<CtStatus, CtError> {
     let config = read_config(layout, id)?;
     let lxc = Lxc::new(&layout.lxc_path(), id);
-    let state = lxc.state()?;
+    let mut state = lxc.state()?;
     let pid = if state == State::Stopped { None } else { lxc.init_pid()? };
+    if state == State::Running && lxc.is_frozen()? {
+        state = State::Frozen;
+    }
     Ok(CtStatus {
         id,
         name: config.hostname().map(str::to_owned),

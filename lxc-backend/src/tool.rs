@@ -32,7 +32,7 @@ pub(crate) fn run(command: &Command, limit: Duration) -> Result<String, String> 
 }
 
 /// The same, with what it printed and how it ended.
-pub(crate) fn output(command: &Command, limit: Duration) -> io::Result<Output> {
+fn output(command: &Command, limit: Duration) -> io::Result<Output> {
     let mut child = ends_with_us(command)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -26,3 +26,10 @@ fn suspend_works_with_pure_cgroup2() {
 fn snapshots_work_with_pure_cgroup2() {
     with_cgroup2("backup::two_volumes_61_on_xfs_are_of_one_point_in_time");
 }
+
+#[test]
+fn a_container_that_does_not_freeze_goes_on_with_pure_cgroup2() {
+    with_cgroup2(
+        "freezing::a_process_that_waits_for_a_disk_does_not_keep_the_container_from_going_on",
+    );
+}

@@ -8,6 +8,7 @@ mod backup;
 mod cgroups;
 mod debian;
 mod fidelity;
+mod freezing;
 mod program;
 mod provider;
 mod replace;

@@ -31,6 +31,8 @@ pub(crate) struct Scene {
     pub(crate) root: PathBuf,
     pub(crate) vzdump: Vzdump,
     pub(crate) template: PathBuf,
+    /// Of tasks in this process.
+    pub(crate) limits: Limits,
     ids: std::cell::RefCell<Vec<u32>>,
     _dir: tempfile::TempDir,
 }
@@ -44,7 +46,14 @@ impl Scene {
         std::fs::create_dir(&root).unwrap();
         let template = make_template(dir.path());
         let vzdump = Vzdump::find(&root, false, &Stop::default()).unwrap();
-        Self { root, vzdump, template, ids: std::cell::RefCell::default(), _dir: dir }
+        Self {
+            root,
+            vzdump,
+            template,
+            limits: Limits::default(),
+            ids: std::cell::RefCell::default(),
+            _dir: dir,
+        }
     }
 
     /// A host with the storage `store` for backups.
@@ -87,7 +96,7 @@ impl Scene {
                 program: workspace().join("target/debug/vzdump"),
                 args: Vec::new(),
             },
-            limits: Limits::default(),
+            limits: self.limits.clone(),
         }
     }
 
