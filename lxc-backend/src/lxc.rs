@@ -63,12 +63,17 @@ impl Lxc {
         if !self.config_path().exists() {
             return Ok(State::Stopped);
         }
-        Ok(match self.run("lxc-info", &["-s", "-H"], ANSWER_LIMIT)?.as_str() {
-            "STOPPED" => State::Stopped,
-            "RUNNING" => State::Running,
-            "FROZEN" => State::Frozen,
-            _ => State::Changing,
-        })
+        let said = self.run("lxc-info", &["-s", "-H"], ANSWER_LIMIT)?;
+        match said.as_str() {
+            "STOPPED" => Ok(State::Stopped),
+            "RUNNING" => Ok(State::Running),
+            "FROZEN" => Ok(State::Frozen),
+            "STARTING" | "STOPPING" | "ABORTING" | "FREEZING" | "THAWED" => Ok(State::Changing),
+            // No answer is none: what is believed here decides whether a container is started again.
+            other => Err(CtError::at(format!("ask LXC what the container {} does", self.name))(
+                format!("'lxc-info' says '{other}'"),
+            )),
+        }
     }
 
     /// The container's first process; none if it does not run.

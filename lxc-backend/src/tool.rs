@@ -2,12 +2,16 @@
 //! Programs of the system that end soon: LXC's, and those that mount and make file systems.
 
 use std::ffi::OsStr;
-use std::io::{self, Read};
-use std::process::{Child, Command, Output, Stdio};
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// How much of what a program says is read.
-const OUTPUT_MAX_BYTES: u64 = 1 << 20;
+use rustix::fs::OFlags;
+
+/// How much of what a program says is kept.
+const OUTPUT_MAX_BYTES: usize = 1 << 20;
 const POLL: Duration = Duration::from_millis(2);
 const POLL_MAX: Duration = Duration::from_millis(50);
 
@@ -38,35 +42,27 @@ fn output(command: &Command, limit: Duration) -> io::Result<Output> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    let listen = |pipe: Option<Box<dyn Read + Send>>| {
-        std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            // What cannot be read is not shown; the exit code decides.
-            let _ = pipe.map(|pipe| pipe.take(OUTPUT_MAX_BYTES).read_to_end(&mut bytes));
-            bytes
-        })
-    };
-    let stdout = listen(child.stdout.take().map(|pipe| Box::new(pipe) as _));
-    let stderr = listen(child.stderr.take().map(|pipe| Box::new(pipe) as _));
-    let status = wait(&mut child, limit)?;
-    // A program that stays behind as a service may keep the pipes open.
-    let read = |thread: std::thread::JoinHandle<Vec<u8>>| {
-        let deadline = Instant::now() + POLL_MAX;
-        while !thread.is_finished() && Instant::now() < deadline {
-            std::thread::sleep(POLL);
-        }
-        if thread.is_finished() { thread.join().unwrap_or_default() } else { Vec::new() }
-    };
-    Ok(Output { status, stdout: read(stdout), stderr: read(stderr) })
+    let mut said = [Said::of(child.stdout.take())?, Said::of(child.stderr.take())?];
+    let status = wait(&mut child, &mut said, limit)?;
+    // All that it wrote is in the pipes. A service that it left behind may keep them open, which is not waited for.
+    for pipe in &mut said {
+        pipe.read_on();
+    }
+    let [stdout, stderr] = said.map(|pipe| pipe.bytes);
+    Ok(Output { status, stdout, stderr })
 }
 
 /// Waits for a child, and kills it when the limit is over.
-fn wait(child: &mut Child, limit: Duration) -> io::Result<std::process::ExitStatus> {
+fn wait(child: &mut Child, said: &mut [Said], limit: Duration) -> io::Result<ExitStatus> {
     let deadline = Instant::now() + limit;
     let mut pause = POLL;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
+        }
+        // Else one that says much waits for us.
+        for pipe in &mut *said {
+            pipe.read_on();
         }
         if Instant::now() >= deadline {
             child.kill()?;
@@ -76,6 +72,36 @@ fn wait(child: &mut Child, limit: Duration) -> io::Result<std::process::ExitStat
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(POLL_MAX);
+    }
+}
+
+/// What comes through a pipe, up to a limit; the rest is read and forgotten.
+struct Said {
+    pipe: File,
+    bytes: Vec<u8>,
+}
+
+impl Said {
+    fn of(pipe: Option<impl Into<OwnedFd>>) -> io::Result<Self> {
+        let pipe = File::from(pipe.ok_or_else(|| io::Error::other("no pipe"))?.into());
+        rustix::fs::fcntl_setfl(&pipe, OFlags::NONBLOCK)?;
+        Ok(Self { pipe, bytes: Vec::new() })
+    }
+
+    /// Takes what is there, but not for ever from one that does not stop.
+    fn read_on(&mut self) {
+        let mut chunk = [0; 1 << 13];
+        for _ in 0..OUTPUT_MAX_BYTES / chunk.len() {
+            match self.pipe.read(&mut chunk) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What cannot be read is not shown; the exit code decides.
+                Ok(0) | Err(_) => return,
+                Ok(count) => {
+                    let room = OUTPUT_MAX_BYTES - self.bytes.len();
+                    self.bytes.extend_from_slice(&chunk[..count.min(room)]);
+                }
+            }
+        }
     }
 }
 
@@ -112,5 +138,24 @@ mod tests {
         let hanging = command("sleep", ["60"]);
         let error = run(&hanging, Duration::from_millis(50)).unwrap_err();
         assert!(error.contains("no answer"), "{error}");
+    }
+
+    #[test]
+    fn all_that_a_program_said_is_read_but_not_what_its_services_say_later() {
+        let limit = Duration::from_secs(20);
+        let many = command("sh", ["-c", "head -c 3000000 /dev/zero | tr '\\0' x; echo y >&2"]);
+        let said = output(&many, limit).unwrap();
+        assert_eq!((said.stdout.len(), said.stderr.as_slice()), (OUTPUT_MAX_BYTES, &b"y\n"[..]));
+        let serving = command("sh", ["-c", "echo first; (sleep 30; echo later) &"]);
+        let started = Instant::now();
+        assert_eq!(run(&serving, limit).unwrap(), "first");
+        assert!(started.elapsed() < limit);
+        // Nothing that was said may be missing, however busy the machine is.
+        for number in 0..200 {
+            assert_eq!(
+                run(&command("echo", [number.to_string()]), limit).unwrap(),
+                number.to_string()
+            );
+        }
     }
 }
