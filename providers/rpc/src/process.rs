@@ -181,6 +181,8 @@ impl Process {
         match killed {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!("what a provider started may live on: {error}"),
+            // The program ends, and with it its end of the guard's pipe: the guard does the same then.
+            Err(error) if error.is_cancelled() => {}
             Err(error) => tracing::warn!("what a provider started may live on: {error}"),
         }
         let both = async { tokio::join!(self.plugin.wait(), self.guard.wait()) };
