@@ -51,8 +51,9 @@ const SOCKET: &str = ": socket ignored";
 const UNREADABLE: &str = ": Warning: ";
 /// What it says first on each line.
 const TAR_PREFIX: &str = "tar: ";
-/// What it says of a file that it could open, but not read to its end.
-const READ_IN_PART: &str = ": Read error at byte ";
+/// What it says of a file that it could open, but not read to its end: when the error comes with the first byte that it
+/// asks for, and when it comes later. Files do not really shrink here: nobody writes to what is backed up.
+const READ_IN_PART: [&str; 2] = [": Read error at byte ", ": File shrank by "];
 /// What it says besides the reason why it failed.
 const NO_REASONS: [&str; 3] = ["Removing leading", "Exiting with failure status", SOCKET];
 /// How the disk is called in reports of progress.
@@ -261,7 +262,9 @@ fn arguments(backup: &ContainerBackup) -> Vec<OsString> {
 
 /// Told to go on after errors, `tar` fills a file that it can read only the beginning of with zeros.
 fn check_whole(said: &str) -> Result<()> {
-    if let Some(line) = said.lines().find(|line| line.contains(READ_IN_PART)) {
+    if let Some(line) =
+        said.lines().find(|line| READ_IN_PART.iter().any(|words| line.contains(words)))
+    {
         let why = line.strip_prefix(TAR_PREFIX).unwrap_or(line);
         return Err(Error::new(
             Kind::Io,
@@ -452,10 +455,13 @@ mod tests {
         let said = "tar: ./run/a.sock: socket ignored\n\
                     tar: ./srv/a: Warning: Cannot open: Permission denied\n";
         check_whole(said).unwrap();
-        let in_part = "tar: ./srv/b: Warning: Read error at byte 4096, while reading 512 bytes: \
-                       Input/output error\n";
-        let error = check_whole(&format!("{said}{in_part}")).unwrap_err();
-        assert!(error.message.contains("./srv/b: Warning: Read error at byte 4096"), "{error:?}");
+        for words in [
+            "Warning: Read error at byte 4096, while reading 512 bytes: Input/output error",
+            "File shrank by 65536 bytes; padding with zeros",
+        ] {
+            let error = check_whole(&format!("{said}tar: ./srv/b: {words}\n")).unwrap_err();
+            assert!(error.message.contains(&format!("./srv/b: {words}")), "{error:?}");
+        }
         let long = "tar: ./srv/a: Warning: Cannot open: Permission denied\n".repeat(400);
         assert!(check_whole(&long[long.len() - STDERR_TAIL_BYTES..]).is_err());
     }

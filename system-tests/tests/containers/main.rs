@@ -11,6 +11,7 @@ mod fidelity;
 mod freezing;
 mod program;
 mod provider;
+mod read_errors;
 mod replace;
 mod restore;
 mod scenarios;
