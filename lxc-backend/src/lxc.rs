@@ -109,9 +109,9 @@ impl Lxc {
 
     /// Also of one that is not frozen.
     pub(crate) fn thaw(&self) -> Result<(), CtError> {
-        // What somebody's `lxc-freeze` has frozen is LXC's to thaw, which keeps a record of it; whether it has is seen
-        // below.
-        if self.state()? == State::Frozen {
+        // What somebody's `lxc-freeze` has frozen is thawed by LXC, too, for its own record. Whatever comes of that,
+        // the cgroup decides.
+        if matches!(self.state(), Ok(State::Frozen)) {
             let _ = self.run("lxc-unfreeze", &[], ANSWER_LIMIT);
         }
         let Some(freezer) = self.freezer()? else { return Ok(()) };
