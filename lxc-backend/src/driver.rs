@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use provider_api::{
-    BitmapRequest, BoxFuture, ContainerBackup, ContainerMount, GuestKind, IdMapRange, Selection,
-    VolumeInfo,
+    BitmapRequest, BoxFuture, ContainerBackup, ContainerMount, GuestKind, IdMapRange, IgnoredEntry,
+    Selection, VolumeInfo,
 };
 use tokio::sync::mpsc;
 use vzdump_core::bandwidth::Budget;
@@ -581,6 +581,10 @@ impl GuestDriver for CtDriver {
 
     fn stats(&self) -> Option<AccessStats> {
         None
+    }
+
+    fn unreadable(&self) -> (u64, Vec<IgnoredEntry>) {
+        self.suspension.as_ref().map_or_else(Default::default, Suspension::unreadable)
     }
 
     fn volumes(&self) -> Vec<VolumeReport> {

@@ -6,10 +6,10 @@ use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use provider_api::{Excludes, IdMapRange, Reached};
+use provider_api::{Excludes, IdMapRange, IgnoredEntry, Reached};
 use rustix::fs::fstatvfs;
 use vzdump_core::config::container::MountEntry;
 use vzdump_core::guest::Task;
@@ -22,7 +22,7 @@ use vzdump_core::temp_tree;
 
 use crate::CtError;
 use crate::attach::detached;
-use crate::copy::{Control, CopyError, PassReport, TreeCopy};
+use crate::copy::{Control, CopyError, PassReport, Skipped, TreeCopy};
 use crate::guard::{Frozen, Target};
 use crate::ids::{foreign_ids, reversed, user_namespace};
 use crate::lxc::Lxc;
@@ -47,8 +47,8 @@ pub(crate) struct Suspension {
     trees: Arc<Mutex<Vec<TreeCopy>>>,
     /// Bytes of the first copy, which tell about how many there are.
     bytes: AtomicU64,
-    /// How many files and directories patterns left out.
-    excluded: AtomicU64,
+    /// Of the second copy, what it left out among others.
+    report: OnceLock<PassReport>,
     /// Held by the thread that works in the directory, also when nobody waits for it any more.
     busy: Arc<tokio::sync::Mutex<()>>,
 }
@@ -92,7 +92,7 @@ impl Suspension {
             dir,
             trees: Arc::default(),
             bytes: AtomicU64::new(0),
-            excluded: AtomicU64::new(0),
+            report: OnceLock::new(),
             busy: Arc::default(),
         })
     }
@@ -199,8 +199,9 @@ impl Suspension {
             size(report.copied_bytes),
             report.removed
         ));
-        self.excluded.store(report.excluded, Ordering::Relaxed);
         tell_skipped(&report, task);
+        // There is one second copy.
+        let _ = self.report.set(report);
         Ok(frozen_ms)
     }
 
@@ -211,7 +212,17 @@ impl Suspension {
 
     /// How many files and directories patterns left out of the copies.
     pub(crate) fn excluded(&self) -> u64 {
-        self.excluded.load(Ordering::Relaxed)
+        self.report.get().map_or(0, |report| report.excluded)
+    }
+
+    /// How many files could not be read and are not in the copies, and the first of them.
+    pub(crate) fn unreadable(&self) -> (u64, Vec<IgnoredEntry>) {
+        let Some(report) = self.report.get() else { return (0, Vec::new()) };
+        let entry = |skipped: &Skipped| IgnoredEntry {
+            path: skipped.path.to_string_lossy().into_owned(),
+            why: skipped.why.clone(),
+        };
+        (report.skipped_count, report.skipped.iter().map(entry).collect())
     }
 
     /// Waits until nobody works in the directory any more, and so the container is not frozen.

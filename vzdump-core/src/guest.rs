@@ -12,7 +12,9 @@
 //! error. The lower row is never cancelled, nor is `resume`; the job bounds their time. After a failure
 //! between `enter_mode` and `resume`, `resume` is called before the lower row.
 
-use provider_api::{BitmapRequest, BoxFuture, ContainerBackup, GuestKind, VmBackup, VolumeInfo};
+use provider_api::{
+    BitmapRequest, BoxFuture, ContainerBackup, GuestKind, IgnoredEntry, VmBackup, VolumeInfo,
+};
 
 use crate::job::hooks::GuestHooks;
 use crate::job::{BackupOptions, JobContext};
@@ -295,6 +297,12 @@ pub trait GuestDriver: Send {
 
     /// What the backup cost the guest, once it is torn down.
     fn stats(&self) -> Option<AccessStats>;
+
+    /// How many files of a container the host itself could not read and left out as it may, and the first of them. They
+    /// have been told in the log, and the provider does not know of them.
+    fn unreadable(&self) -> (u64, Vec<IgnoredEntry>) {
+        (0, Vec::new())
+    }
 
     /// The disks and their bitmaps, once the point in time is taken.
     fn volumes(&self) -> Vec<VolumeReport>;

@@ -89,6 +89,9 @@ fn a_file_that_the_disk_cannot_read_is_named_and_never_in_an_archive_with_other_
     let guest = &report["guests"][0];
     let log = std::fs::read_to_string(guest["log_path"].as_str().unwrap()).unwrap();
     assert!(log.contains("broken' could not be read and is left out"), "{log}");
+    let ignored = &guest["container"]["ignored"];
+    assert!(ignored.to_string().contains("/srv/broken"), "{report}");
+    assert_eq!(guest["container"]["ignored_count"], 1, "{report}");
     let archive = format!("store:backup/{}", guest["archive"].as_str().unwrap());
     scene.expect(300);
     scene.run(&["restore", &archive, "300", "--start"]);

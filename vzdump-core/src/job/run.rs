@@ -351,6 +351,10 @@ impl<'a> Run<'a> {
         if moved.ignored_count > named {
             self.sink.warn(&format!("{} more are not in the archive", moved.ignored_count - named));
         }
+        let (count, unreadable) = self.driver.unreadable();
+        moved.ignored_count = moved.ignored_count.saturating_add(count);
+        moved.ignored.splice(0..0, unreadable);
+        moved.ignored.truncate(IGNORED_MAX);
         // A tree has at least its root: such an archive would be a backup only by name.
         if moved.entries == 0 {
             return Err("the provider's archive has no entries, but the container has".to_owned());
