@@ -8,11 +8,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::tool::Pauses;
+
 /// What LXC calls the cgroup of a container, before its name.
 const PAYLOAD: &str = "lxc.payload.";
-/// Processes freeze within moments; one that does file system work may take longer.
-const POLL: Duration = Duration::from_millis(2);
-const POLL_MAX: Duration = Duration::from_millis(50);
 
 /// The two kinds that Linux has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +45,8 @@ impl Freezer {
     /// Ends when all of its processes are frozen. An error if that takes longer: then some of them may be.
     pub(crate) fn freeze(&self, limit: Duration) -> Result<(), String> {
         let deadline = Instant::now() + limit;
-        let mut pause = POLL;
+        // Processes freeze within moments; one that does file system work may take longer.
+        let mut pauses = Pauses::new();
         loop {
             // Not only once: the controller forgets a process that was about to wait for its `vfork`.
             self.ask(true).map_err(|error| self.words(&error))?;
@@ -59,8 +59,7 @@ impl Freezer {
                      not answer"
                 ));
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(POLL_MAX);
+            std::thread::sleep(pauses.next_pause());
         }
     }
 

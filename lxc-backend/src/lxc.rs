@@ -96,15 +96,13 @@ impl Lxc {
     }
 
     /// Freezes all of its processes. One that waits for a disk that does not answer cannot be frozen: then it is an
-    /// error, and nothing stays frozen. LXC is not told, and goes on to say that the container runs.
+    /// error, and the others are to be thawed. LXC is not told, and goes on to say that the container runs.
     pub(crate) fn freeze(&self, limit: Duration) -> Result<(), CtError> {
-        let doing = || format!("freeze the container {}", self.name);
-        let freezer = self.freezer()?.ok_or_else(|| CtError::at(doing())("it does not run"))?;
-        let frozen = freezer.freeze(limit);
-        if frozen.is_err() {
-            self.thaw()?;
-        }
-        frozen.map_err(CtError::at(doing()))
+        let frozen = match self.freezer()? {
+            Some(freezer) => freezer.freeze(limit),
+            None => Err("it does not run".to_owned()),
+        };
+        frozen.map_err(CtError::at(format!("freeze the container {}", self.name)))
     }
 
     /// Also of one that is not frozen.
@@ -118,15 +116,18 @@ impl Lxc {
         freezer.thaw().map_err(CtError::at(format!("thaw the container {}", self.name)))
     }
 
-    /// Whether all of its processes are, also when LXC does not know.
-    pub(crate) fn is_frozen(&self) -> Result<bool, CtError> {
-        // One that has ended meanwhile is not.
-        Ok(self.freezer()?.is_some_and(|freezer| freezer.is_frozen().unwrap_or(false)))
+    /// Whether it is known that all of its processes are, also by others than LXC. This is its first process.
+    pub(crate) fn is_frozen(&self, pid: i32) -> bool {
+        let freezer = self.freezer_of(pid);
+        matches!(freezer, Ok(Some(freezer)) if freezer.is_frozen().unwrap_or(false))
     }
 
     /// None if it does not run.
     fn freezer(&self) -> Result<Option<Freezer>, CtError> {
-        let Some(pid) = self.init_pid()? else { return Ok(None) };
+        self.init_pid()?.map_or(Ok(None), |pid| self.freezer_of(pid))
+    }
+
+    fn freezer_of(&self, pid: i32) -> Result<Option<Freezer>, CtError> {
         let doing = format!("find the freezer of the container {}", self.name);
         Freezer::of(&self.name, pid).map_err(CtError::at(doing))
     }

@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use provider_api::{
     BoxFuture, Call, CommandEnd, ContainerCommand, ContainerRunner, Error, Kind, Result,
@@ -19,7 +19,7 @@ use provider_api::{
 use tokio::sync::mpsc::Sender;
 
 use crate::sandbox::{NOT_BEGUN, NOT_BEGUN_PREFIX, Role, SUBCOMMAND, Spec, TREE, Work};
-use crate::tool::{command as program, ends_with_us};
+use crate::tool::{Pauses, command as program, ends_with_us};
 use crate::unpack::UnpackSpec;
 use crate::view::View;
 
@@ -37,8 +37,6 @@ const PACK: [&str; 9] = [
     "--xattrs",
     "--xattrs-include=*",
 ];
-const POLL: Duration = Duration::from_millis(5);
-const POLL_MAX: Duration = Duration::from_millis(50);
 
 /// Runs commands in the namespace of a view. Lines they write go to a channel.
 #[derive(Debug)]
@@ -195,7 +193,7 @@ impl Running {
     }
 
     async fn wait(&mut self, deadline: Option<Instant>) -> Result<ExitStatus> {
-        let mut pause = POLL;
+        let mut pauses = Pauses::new();
         loop {
             if let Some(status) = self.child.try_wait().map_err(|error| fault(&error))? {
                 return Ok(status);
@@ -203,8 +201,7 @@ impl Running {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(Error::new(Kind::Cancelled, "The command did not end in time."));
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(POLL_MAX);
+            tokio::time::sleep(pauses.next_pause()).await;
         }
     }
 

@@ -100,7 +100,7 @@ pub fn status(layout: &Layout, id: u32) -> Result<CtStatus, CtError> {
     let lxc = Lxc::new(&layout.lxc_path(), id);
     let mut state = lxc.state()?;
     let pid = if state == State::Stopped { None } else { lxc.init_pid()? };
-    if state == State::Running && lxc.is_frozen()? {
+    if state == State::Running && pid.is_some_and(|pid| lxc.is_frozen(pid)) {
         state = State::Frozen;
     }
     Ok(CtStatus {

@@ -12,8 +12,23 @@ use rustix::fs::OFlags;
 
 /// How much of what a program says is kept.
 const OUTPUT_MAX_BYTES: usize = 1 << 20;
-const POLL: Duration = Duration::from_millis(2);
-const POLL_MAX: Duration = Duration::from_millis(50);
+
+/// The pauses between looks at what is most often done at once, each longer than the one before up to a limit.
+pub(crate) struct Pauses(Duration);
+
+impl Pauses {
+    const MAX: Duration = Duration::from_millis(50);
+
+    pub(crate) const fn new() -> Self {
+        Self(Duration::from_millis(2))
+    }
+
+    pub(crate) fn next_pause(&mut self) -> Duration {
+        let pause = self.0;
+        self.0 = (pause * 2).min(Self::MAX);
+        pause
+    }
+}
 
 /// Runs a program to its end, in this thread and its namespaces, but not longer than the limit. It is
 /// killed then, or if this process dies.
@@ -55,7 +70,7 @@ fn output(command: &Command, limit: Duration) -> io::Result<Output> {
 /// Waits for a child, and kills it when the limit is over.
 fn wait(child: &mut Child, said: &mut [Said], limit: Duration) -> io::Result<ExitStatus> {
     let deadline = Instant::now() + limit;
-    let mut pause = POLL;
+    let mut pauses = Pauses::new();
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
@@ -70,8 +85,7 @@ fn wait(child: &mut Child, said: &mut [Said], limit: Duration) -> io::Result<Exi
             let text = format!("no answer after {} s", limit.as_secs());
             return Err(io::Error::new(io::ErrorKind::TimedOut, text));
         }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(POLL_MAX);
+        std::thread::sleep(pauses.next_pause());
     }
 }
 

@@ -18,12 +18,18 @@ const BUSY: &str = "for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do\n\
     /bin/busybox yes | /bin/busybox xargs -n 1 /bin/sleep 0.00 2> /dev/null &\n\
     done\n";
 
-#[test]
-fn processes_that_start_others_are_frozen_at_once() {
+/// A host with the container 200 that writes, and backups that freeze it for so long at most.
+fn writing(freeze: Duration) -> Scene {
     let mut scene = Scene::new();
-    scene.limits.freeze.freeze = Duration::from_secs(10);
+    scene.limits.freeze.freeze = freeze;
     scene.create(200, &["--mount", "/srv:32M"]);
     start_writing(&scene, 200);
+    scene
+}
+
+#[test]
+fn processes_that_start_others_are_frozen_at_once() {
+    let scene = writing(Duration::from_secs(10));
     let busy = scene.inside(200, "/root/busy");
     std::fs::write(&busy, BUSY).unwrap();
     let mut attach = Command::new("lxc-attach");
@@ -47,10 +53,7 @@ fn processes_that_start_others_are_frozen_at_once() {
 /// cannot be frozen.
 #[test]
 fn a_process_that_waits_for_a_disk_does_not_keep_the_container_from_going_on() {
-    let mut scene = Scene::new();
-    scene.limits.freeze.freeze = Duration::from_secs(2);
-    scene.create(200, &["--mount", "/srv:32M"]);
-    start_writing(&scene, 200);
+    let scene = writing(Duration::from_secs(2));
     let srv = scene.inside(200, "/srv");
     let change = |change| Command::new("fsfreeze").arg(change).arg(&srv).status().unwrap();
     assert!(change("-f").success());

@@ -3,9 +3,10 @@
 //! injected where one file has its last block.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::json;
+use system_tests::process::Guarded;
 use system_tests::qemu;
 
 use crate::scene::{Scene, wait_for};
@@ -16,8 +17,8 @@ const FILE_BYTES: usize = 1 << 20;
 
 /// An image in which one sector cannot be read, at the place of the image itself.
 struct BadImage {
-    daemon: Child,
     path: PathBuf,
+    _daemon: Guarded,
 }
 
 impl BadImage {
@@ -33,8 +34,8 @@ impl BadImage {
             "writable": true });
         let mut daemon = Command::new(qemu::bin_dir().unwrap().join("qemu-storage-daemon"));
         daemon.args(["--blockdev", &node.to_string(), "--export", &export.to_string()]);
-        let daemon = daemon.stdin(Stdio::null()).spawn().unwrap();
-        let this = Self { daemon, path: path.to_owned() };
+        let daemon = Guarded::spawn(daemon.stdin(Stdio::null())).unwrap();
+        let this = Self { path: path.to_owned(), _daemon: daemon };
         wait_for("the image is offered", || {
             std::fs::metadata(path).is_ok_and(|meta| meta.len() == size)
         });
@@ -44,8 +45,6 @@ impl BadImage {
 
 impl Drop for BadImage {
     fn drop(&mut self) {
-        let _ = self.daemon.kill();
-        let _ = self.daemon.wait();
         let _ = Command::new("umount").arg("-l").arg(&self.path).status();
     }
 }

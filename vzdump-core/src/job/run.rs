@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt as _;
 use provider_api::{
     BitmapRequest, CancellationToken, ContainerTransferred, GuestBackup, GuestInfo, GuestKind,
-    IGNORED_MAX, Provider, Transferred, Uuid, VolumeInfo, check_archive_name,
+    IGNORED_MAX, IgnoredEntry, Provider, Transferred, Uuid, VolumeInfo, check_archive_name,
 };
 
 use super::describe::Description;
@@ -343,8 +343,7 @@ impl<'a> Run<'a> {
     fn take_container(&mut self, mut moved: ContainerTransferred) -> StepResult<()> {
         moved.ignored.truncate(IGNORED_MAX);
         for entry in &mut moved.ignored {
-            entry.path = clean(&entry.path);
-            entry.why = clean(&entry.why);
+            *entry = cleaned(entry);
             self.sink.warn(&format!("not in the archive: '{}': {}", entry.path, entry.why));
         }
         let named = moved.ignored.len() as u64;
@@ -353,7 +352,7 @@ impl<'a> Run<'a> {
         }
         let (count, unreadable) = self.driver.unreadable();
         moved.ignored_count = moved.ignored_count.saturating_add(count);
-        moved.ignored.splice(0..0, unreadable);
+        moved.ignored.splice(0..0, unreadable.iter().map(cleaned));
         moved.ignored.truncate(IGNORED_MAX);
         // A tree has at least its root: such an archive would be a backup only by name.
         if moved.entries == 0 {
@@ -507,6 +506,11 @@ fn check_requests(requests: &[BitmapRequest], disks: usize) -> Result<(), String
         }
     }
     Ok(())
+}
+
+/// A file's name may be made to mislead whoever reads the report.
+fn cleaned(entry: &IgnoredEntry) -> IgnoredEntry {
+    IgnoredEntry { path: clean(&entry.path), why: clean(&entry.why) }
 }
 
 fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
