@@ -45,7 +45,7 @@ enum Work<B> {
 struct Oldest<B> {
     /// The extents it is made of.
     extents: Vec<u32>,
-    /// Its granules in the order of the disk.
+    /// Its granules, extent by extent: those of one extent can lie between those of another.
     items: Vec<Item>,
     /// The data of all but the odd tail, in that order.
     parts: Vec<Part<B>>,
@@ -66,7 +66,7 @@ impl<B> std::fmt::Debug for Batch<B> {
 pub(crate) struct Placed {
     first: u64,
     count: u64,
-    /// Granule and position, in the order of the disk.
+    /// Granule and position, in the order in which they were given.
     places: Vec<(u64, u64)>,
     next: usize,
     unused: Vec<u64>,
@@ -78,8 +78,8 @@ impl Placed {
         self.first * granule_bytes
     }
 
-    /// The position of a granule. Asked for in the order of the disk; what is passed over is not
-    /// needed any more.
+    /// The position of a granule. Asked for in the same order; what is passed over is not needed any
+    /// more.
     pub(crate) fn take(&mut self, granule: u64) -> u64 {
         while let Some(&(place, position)) = self.places.get(self.next) {
             self.next += 1;
@@ -195,20 +195,26 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         Ok(Some(batch))
     }
 
-    /// Takes space of the log for granules, given in the order of the disk.
+    /// Takes space of the log for granules, in the order in which they are given. The odd tail may be anywhere among them:
+    /// it has its own place, and the others follow each other without it.
     pub(crate) fn place(&self, granules: impl Iterator<Item = u64>) -> Result<Placed, Full> {
         let tail = self.geometry.odd_tail();
+        let is_tail = |granule: u64| tail == Some(granule);
         let mut places: Vec<(u64, u64)> = granules.map(|granule| (granule, 0)).collect();
-        let has_tail = places.last().is_some_and(|&(granule, _)| tail == Some(granule));
-        let count = places.len() as u64 - u64::from(has_tail);
+        let count = places.iter().filter(|&&(granule, _)| !is_tail(granule)).count() as u64;
         let mut log = self.log.lock();
         let first = if count > 0 { log.take(count)? } else { 0 };
-        for (nth, (_, position)) in places.iter_mut().enumerate() {
-            *position = first + nth as u64;
-        }
-        if has_tail && let (Some(last), Some(position)) = (places.last_mut(), log.tail_position()) {
-            last.1 = position;
-            log.add_tail();
+        let mut next = first;
+        for (granule, position) in &mut places {
+            if is_tail(*granule)
+                && let Some(place) = log.tail_position()
+            {
+                *position = place;
+                log.add_tail();
+            } else {
+                *position = next;
+                next += 1;
+            }
         }
         Ok(Placed { first, count, places, next: 0, unused: Vec::new() })
     }

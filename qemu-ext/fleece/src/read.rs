@@ -277,6 +277,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
     ) -> Result<(u64, bool), Errno> {
         let range = range.intersect(ByteRange::at(range.start, LOOK_BYTES));
         loop {
+            self.still_there()?;
             let (len, stored) = self.stored(range)?;
             match stored {
                 Stored::Zero => return Ok((len, true)),

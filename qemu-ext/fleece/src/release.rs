@@ -123,7 +123,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             return;
         }
         // Without room for its state the area just stays needed.
-        let Ok(region) = self.table.touch(index) else { return };
+        let Some(region) = self.table.touch_spare(index) else { return };
         let mut woken = Vec::new();
         let rest = {
             let mut state = region.lock();

@@ -275,6 +275,15 @@ impl<T> Table<T> {
         place.get().ok_or(OutOfMemory)
     }
 
+    /// A region for notes that can be done without. A new one only while half of the limit is left: the rest is for
+    /// captures, which cannot.
+    pub(crate) fn touch_spare(&self, index: usize) -> Option<&Region<T>> {
+        if self.region(index).is_none() && self.metadata_bytes() >= self.metadata_limit / 2 {
+            return None;
+        }
+        self.touch(index).ok()
+    }
+
     /// Marks what is outside the dirty bitmap as gone.
     fn fill_from_need(&self, index: usize, region: &Region<T>) {
         let Some(need) = &self.need else { return };

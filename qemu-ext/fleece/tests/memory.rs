@@ -145,6 +145,20 @@ fn a_live_log_scattered_over_a_tebibyte_keeps_both_bounds() {
     assert!(metadata(&engine) <= most, "{} of {most}", metadata(&engine));
 }
 
+#[test]
+fn releases_leave_room_for_what_the_guest_writes() {
+    // Sixteen regions, and room for the notes of eight.
+    let engine = active(GIB, 36 * KIB);
+    engine.release(&FULL, ByteRange { start: 0, end: GIB });
+    let released = engine.stats().released_bytes;
+    assert!((3 * REGION..6 * REGION).contains(&released), "{released}");
+    // From the end, where nothing is noted: what it writes is captured all the same.
+    let last = (0..GIB / REGION).rev().take(3).map(|region| region * REGION);
+    write(FULL, &engine, last);
+    assert_eq!(engine.stats().state, State::Active);
+    assert_eq!(engine.stats().captured_bytes, 3 * GRANULE);
+}
+
 /// Writes granules until the snapshot is lost; the guest's requests go on. The error's text.
 fn write_until_lost(engine: &FreeEngine, step: u64) -> String {
     for start in (0..GIB).step_by(step as usize) {

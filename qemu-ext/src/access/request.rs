@@ -19,8 +19,8 @@ const MIN_FLEECING_BYTES: u64 = 1 << 20;
 const MAX_NODE_NAME: usize = 31;
 /// Devices whose requests go past the block layer.
 const PASSTHROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
-/// Devices that promise their guest zeroes where it discarded.
-const ZERO_AFTER_DISCARD: [&str; 2] = ["nvme", "nvme-ns"];
+/// Devices that promise their guest what it reads where it discarded: zeroes, or always the same.
+const KNOWN_AFTER_DISCARD: [&str; 3] = ["nvme", "nvme-ns", "ide-hd"];
 
 /// One device, checked.
 #[derive(Debug)]
@@ -196,7 +196,7 @@ pub(super) fn device_types(main_loop: MainLoop, source: Bds) -> Vec<String> {
 
 /// Whether a guest may go on reading what it discarded until the discard is carried out.
 pub(super) fn may_postpone_discards(device_types: &[String]) -> bool {
-    !device_types.iter().any(|name| ZERO_AFTER_DISCARD.contains(&name.as_str()))
+    !device_types.iter().any(|name| KNOWN_AFTER_DISCARD.contains(&name.as_str()))
 }
 
 /// Checks the fleecing image; its node name.
