@@ -87,8 +87,8 @@ fn readme(name: &str, program: &str) -> String {
          vzdump --root try storage status\n\
          vzdump --root try provider check mine\n\
          ```\n\n\
-         To install it: `install -m 755 {program} /usr/lib/vzdump/providers/{name}`, and a section `{name}: NAME` \
-         with a `path` in `/etc/vzdump/storage.cfg`. The protocol is described in vzdump's \
+         To install it: `install -D -m 755 {program} /usr/lib/vzdump/providers/{name}`, and a section \
+         `{name}: NAME` with a `path` in `/etc/vzdump/storage.cfg`. The protocol is described in vzdump's \
          `docs/provider-protocol.md`.\n"
     )
 }
@@ -107,6 +107,10 @@ mod tests {
         assert_eq!(written, [mine.join("my-store"), mine.join("README.md")]);
         let mode = fs::metadata(&written[0]).unwrap().permissions().mode();
         assert_eq!(mode & 0o111, 0o111);
+        // Also where no provider has been installed before.
+        let readme = fs::read_to_string(&written[1]).unwrap();
+        let install = "`install -D -m 755 my-store /usr/lib/vzdump/providers/my-store`";
+        assert!(readme.contains(install), "{readme}");
         let error = new_provider(&mine, Language::Rust).unwrap_err().to_string();
         assert!(error.contains("is not empty"), "{error}");
         let error = new_provider(&dir.path().join("My"), Language::Rust).unwrap_err().to_string();

@@ -178,9 +178,9 @@ def read_text(path):
         return ""
 
 
-def try_lock(path, how):
+def try_lock(path, how, mode="rb"):
     """An open file with the lock, or none if somebody else has it."""
-    file = open(path, "rb")
+    file = open(path, mode)
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
         return file
@@ -253,9 +253,9 @@ class Store:
         except ValueError as failure:
             raise Failure("corrupt", f"The manifest of {archive} is damaged: {failure}") from None
 
-    def manifests(self):
+    def manifests(self, after=""):
         for name in sorted(os.listdir(self.path)):
-            if not NAME.match(name):
+            if name <= after or not NAME.match(name):
                 continue
             try:
                 yield name, self.manifest(name)
@@ -278,36 +278,31 @@ class Store:
 
     def clean_up(self):
         os.makedirs(self.commits, 0o700, exist_ok=True)
-        for name in os.listdir(self.path):
+        for name in (name for name in os.listdir(self.path) if name.startswith(".tmp-")):
             path = os.path.join(self.path, name)
-            if not name.startswith(".tmp-"):
-                continue
             try:
                 alive = try_lock(os.path.join(path, "lock"), fcntl.LOCK_EX)
             except FileNotFoundError:
                 # Just being made, unless it is old.
-                if time.time() - os.lstat(path).st_mtime < 3600:
-                    continue
-                alive = True
+                stat = stat_of(path)
+                alive = True if stat and time.time() - stat.st_mtime > 3600 else None
             if alive is not None:
                 shutil.rmtree(path, ignore_errors=True)
         for name in os.listdir(self.commits):
             path = os.path.join(self.commits, name)
-            if time.time() - os.lstat(path).st_mtime > RECORD_DAYS * 86400:
-                os.unlink(path)
+            stat = stat_of(path)
+            if stat and time.time() - stat.st_mtime > RECORD_DAYS * 86400:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
 
     # A commit leaves a record before it does anything that counts, and holds a lock on it as long as it
     # lives. Whoever asks for the outcome and finds no record makes one that forbids the commit.
 
     def record(self, ident):
         os.makedirs(self.commits, 0o700, exist_ok=True)
-        file = open(os.path.join(self.commits, ident), "a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        file.seek(0)
+        file = try_lock(os.path.join(self.commits, ident), fcntl.LOCK_EX, "a+b")
+        if file:
+            file.seek(0)
         return file
 
     def write_record(self, file, word):
@@ -359,14 +354,20 @@ class Store:
             sync_dir(self.path)
         shutil.rmtree(dead, ignore_errors=True)
         if manifest["commit_id"]:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.commits, manifest["commit_id"]))
-            except FileNotFoundError:
-                pass
+
+
+def stat_of(path):
+    """None for what has vanished meanwhile: other processes remove things, too."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.lstat(path)
+    return None
 
 
 def size_of(path):
-    return sum(os.lstat(os.path.join(path, name)).st_blocks * 512 for name in os.listdir(path))
+    paths = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+    return sum(stat.st_blocks * 512 for stat in map(stat_of, paths) if stat)
 
 
 # ---- Backups -----------------------------------------------------------------------------------------
@@ -476,9 +477,10 @@ class Backup:
                 block = piece[at : at + BLOCK_BYTES]
                 if block == zeroes[: len(block)]:
                     moved["zero_bytes"] += len(block)
-                else:
-                    os.pwrite(data.fileno(), block, offset + at)
+                elif os.pwrite(data.fileno(), block, offset + at) == len(block):
                     moved["written_bytes"] += len(block)
+                else:
+                    raise Failure("no_space", f"The disk {device} does not fit into the storage.")
             source.release(offset, count)
             moved["read_bytes"] += count
             offset += count
@@ -491,7 +493,8 @@ class Backup:
         open(path, "wb").close()
         argv = ["tar", "--create", "--file=-", "--numeric-owner", "--acls", "--xattrs", "--sparse"]
         argv += ["--directory=" + params["tree"], "--one-file-system", "--null"]
-        argv += ["--no-verbatim-files-from", "--files-from=" + params["lists"] + "/selected"]
+        argv += ["--no-verbatim-files-from", "--no-unquote"]
+        argv += ["--files-from=" + params["lists"] + "/selected"]
         command = {"container": params["container"], "argv": argv, "identity": "mapped_root"}
         done = threading.Event()
         watch = threading.Thread(target=watch_file, args=(request, path, done), daemon=True)
@@ -678,11 +681,12 @@ class Provider:
         return {"total_bytes": str(total), "used_bytes": str(max(total - free, 0))}
 
     def do_list(self, _request, params):
-        names = list(self.store.manifests()) if os.path.isdir(self.store.path) else []
-        start, page = int(params.get("cursor", "0")), 500
-        archives = [self.entry(*found) for found in names[start : start + page]]
-        more = {"next": str(start + page)} if start + page < len(names) else {}
-        return {"archives": archives, **more}
+        # The cursor is the last name, not a number: what goes meanwhile must not shift the pages.
+        after, most = params.get("cursor", ""), 500
+        found = self.store.manifests(after) if os.path.isdir(self.store.path) else ()
+        page = list(itertools.islice(found, most))
+        more = {"next": page[-1][0]} if len(page) == most else {}
+        return {"archives": [self.entry(*one) for one in page], **more}
 
     def entry(self, name, manifest):
         place = self.store.place(name)

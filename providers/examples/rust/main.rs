@@ -31,6 +31,8 @@ use serde_json::{Value, json};
 
 const BLOCK: usize = 4096;
 const PIECE: usize = 1 << 20;
+/// Archives on a page of the list: a message may have 1 MiB.
+const PAGE: usize = 500;
 /// What a record says of a commit that came too late; no archive is called so.
 const REFUSED: &str = "refused";
 
@@ -204,7 +206,7 @@ fn handle(
     Ok(Some(match method {
         "activate" => store.activate()?,
         "status" => store.status()?,
-        "list" => store.list()?,
+        "list" => store.list(params["cursor"].as_str().unwrap_or_default())?,
         "guest_config" => {
             let manifest = store.manifest(text(params, "archive")?)?;
             json!({"config": manifest["config"], "firewall": manifest["firewall"]})
@@ -287,6 +289,16 @@ struct Backup {
     _lock: File,
 }
 
+/// Only without its manifest there is no archive; any other error must not look like that.
+fn unreadable(archive: &str, error: &std::io::Error) -> Failure {
+    match error.kind() {
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+            Failure("not_found", format!("There is no archive {archive}."))
+        }
+        _ => Failure("io", format!("The manifest of {archive} cannot be read: {error}.")),
+    }
+}
+
 fn sync(path: &Path) -> std::io::Result<()> {
     File::open(path)?.sync_all()
 }
@@ -305,15 +317,15 @@ impl Store<'_> {
     }
 
     fn manifest(&self, archive: &str) -> Answer {
-        let missing = |_| Failure("not_found", format!("There is no archive {archive}."));
-        let bytes = fs::read(self.place(archive)?.join("manifest.json")).map_err(missing)?;
+        let bytes = fs::read(self.place(archive)?.join("manifest.json"));
+        let bytes = bytes.map_err(|error| unreadable(archive, &error))?;
         Ok(serde_json::from_slice(&bytes)?)
     }
 
     /// Keeps an archive from being removed, or from being read.
     fn hold(&self, archive: &str, how: FlockOperation) -> Result<File, Failure> {
-        let missing = |_| Failure("not_found", format!("There is no archive {archive}."));
-        let file = File::open(self.place(archive)?.join("manifest.json")).map_err(missing)?;
+        let file = File::open(self.place(archive)?.join("manifest.json"));
+        let file = file.map_err(|error| unreadable(archive, &error))?;
         let busy = |_| Failure("in_use", format!("The archive {archive} is in use."));
         flock(&file, how).map_err(busy)?;
         Ok(file)
@@ -351,17 +363,28 @@ impl Store<'_> {
         Ok(json!({"total_bytes": total.to_string(), "used_bytes": used.to_string()}))
     }
 
-    fn list(&self) -> Answer {
+    /// A page of the archives whose names come after the cursor. It is a name, not a number: what goes
+    /// meanwhile must not shift the pages.
+    fn list(&self, cursor: &str) -> Answer {
+        let mut names = self.names()?;
+        names.retain(|name| is_name(name) && name.as_str() > cursor);
+        names.sort();
+        let next = (names.len() > PAGE).then(|| names[PAGE - 1].clone());
         let mut archives = Vec::new();
-        for name in self.names()?.into_iter().filter(|name| is_name(name)) {
-            let Ok(mut entry) = self.manifest(&name) else { continue };
+        for name in names.into_iter().take(PAGE) {
+            let mut entry = match self.manifest(&name) {
+                // None, gone meanwhile, or damaged. Any other error is one of the list: the host must not
+                // take the others for all that there are.
+                Err(Failure("not_found" | "corrupt", _)) => continue,
+                entry => entry?,
+            };
             for key in ["config", "firewall", "disks"] {
                 entry.as_object_mut().and_then(|entry| entry.remove(key));
             }
             entry["name"] = json!(name);
             archives.push(entry);
         }
-        Ok(json!({"archives": archives}))
+        Ok(json!({"archives": archives, "next": next}))
     }
 
     fn remove(&self, archive: &str) -> Answer {
@@ -442,8 +465,11 @@ impl Store<'_> {
             Err(Failure("in_use", _)) => return Ok(json!({"outcome": "pending"})),
             record => record?,
         };
-        let is_there = self.manifest(&archive).is_ok_and(|found| found["commit_id"] == json!(id));
-        if is_there {
+        let found = match self.manifest(&archive) {
+            Err(Failure("not_found", _)) => Value::Null,
+            found => found?,
+        };
+        if found["commit_id"] == json!(id) {
             return Ok(json!({"outcome": "committed", "archive": archive}));
         }
         file.set_len(0)?;

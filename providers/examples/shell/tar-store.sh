@@ -4,13 +4,15 @@
 # A backup provider for vzdump in POSIX sh: containers as tar archives in a directory. Needs jq and flock.
 #
 #     <path>/<archive>/entry.json, config, firewall, files.tar      an archive
-#     <path>/.tmp-<archive>-<process>/                              a backup under way, or left by a dead process
+#     <path>/.tmp-<random>/<archive>/                               what a process is making or removing
+#     <path>/.tmp-<random>/lock                                     locked as long as that process lives
 #     <path>/.commits/<id>                                          what became of a commit
 #
-# It does one thing at a time: a `status` waits for a backup. Everything that counts is synced before it is
-# renamed, and every step that decides something is one rename or one link, which happens once or never.
+# It does one thing at a time: during a backup it answers only `status` and `list`, and what is cancelled. The
+# rest waits. Everything that counts is synced before it is renamed, and every step that decides something is one
+# rename or one link, which happens once or never.
 set -u
-number=0 held=''
+number=0 held='' mine=''
 
 send() { printf '%s\n' "$1"; }
 get() { printf '%s' "$line" | jq -r "$1"; }
@@ -25,6 +27,26 @@ archive() {
     archive=$(get .params.archive)
     case $archive in *[!A-Za-z0-9._-]* | .* | '') place=/nonexistent ;; *) place=$path/$archive ;; esac
     [ -f "$place/entry.json" ] || { fail not_found "There is no archive $archive."; return 1; }
+}
+
+# Makes this process's own directory, as $mine, and holds its lock, which says on every host that we are alive.
+claim() {
+    [ -z "$mine" ] || return 0
+    mkdir -p "$path" && mine=$(mktemp -d "$path/.tmp-XXXXXXXX") && command exec 8<>"$mine/lock" &&
+        flock -n 8 && [ -e "$mine/lock" ] && return 0
+    mine='' # also if another process took it for a dead one's before it was locked
+    return 1
+}
+
+# A request that waits is answered at once when it is cancelled, and never begun.
+drop() { # id
+    found=$(printf '%s' "$held" | jq --argjson id "$1" 'select(.id == $id) | 1')
+    [ -n "$found" ] || return 0
+    held=$(printf '%s' "$held" | jq -c --argjson id "$1" 'select(.id != $id)')
+    held=${held:+$held
+}
+    id=$1
+    fail cancelled "The request was cancelled before its turn came."
 }
 
 # Who asks for an outcome first forbids the commit; who commits first has the word.
@@ -52,15 +74,15 @@ start_guest() {
     kind=$(get .params.kind) guest=$(get .params.guest_id) time_s=$(get .params.start_time_s)
     name=vzdump-$kind-$guest-$(date -u -d "@$time_s" +%Y_%m_%d-%H_%M_%S)
     [ ! -e "$path/$name" ] || { fail invalid "There is an archive $name already."; return; }
-    work=$path/.tmp-$name-$$
-    mkdir -p "$work" && : >"$work/files.tar" || { fail io "Cannot write to $path."; return; }
+    claim && work=$mine/$name && mkdir -p "$work" && : >"$work/files.tar" ||
+        { fail io "Cannot write to $path."; return; }
     jq -cn --arg name "$name" --arg kind "$kind" --argjson guest "$guest" --arg time_s "$time_s" \
         '{name: $name, subtype: $kind, guest_id: $guest, time_s: $time_s}' >"$work/entry.new"
     answer "{\"guest\": \"$name\", \"archive_name\": \"$name\"}"
 }
 
 backup_container() {
-    work=$path/.tmp-$(get .params.guest)-$$ number=$((number + 1))
+    work=$mine/$(get .params.guest) number=$((number + 1))
     get .params.config >"$work/config"
     # As JSON: no rules and an empty file are not the same.
     printf '%s' "$line" | jq -c .params.firewall >"$work/firewall"
@@ -68,7 +90,7 @@ backup_container() {
         {jsonrpc: "2.0", id: $id, method: "container.command", params: {
             container: .container, identity: "mapped_root", stdout: $out,
             argv: (["tar", "-cf", "-", "--numeric-owner", "--acls", "--xattrs", "-C", .tree,
-                "--one-file-system", "--null", "--no-verbatim-files-from",
+                "--one-file-system", "--null", "--no-verbatim-files-from", "--no-unquote",
                 "--files-from=\(.lists)/selected"])}}')"
     # While tar runs other requests may come: they are answered before this one.
     job=$id waits="\"tar-$number\"" cancelled='' told=$line
@@ -76,10 +98,13 @@ backup_container() {
         method=$(get '.method // ""') id=$(get '.id | tojson')
         if [ "$id" = "$waits" ] && [ -z "$method" ]; then break; fi
         if [ "$method" = '$/cancel' ]; then
-            [ "$(get .params.id)" != "$job" ] || {
+            target=$(get '.params.id | tojson')
+            if [ "$target" = "$job" ]; then
                 cancelled=yes
                 send "{\"jsonrpc\": \"2.0\", \"method\": \"\$/cancel\", \"params\": {\"id\": $waits}}"
-            }
+            else
+                drop "$target"
+            fi
         elif [ "$method" = status ] || [ "$method" = list ]; then
             "do_$method"
         else
@@ -99,20 +124,40 @@ backup_container() {
 
 commit() {
     name=$(get .params.guest) commit=$(get .params.id)
-    work=$path/.tmp-$name-$$ word=$path/.commits/$commit
+    work=$mine/$name word=$path/.commits/$commit
     bytes=$(stat -c %s "$work/files.tar")
     mkdir -p "$path/.commits"
     if (
         jq -c --arg id "$commit" --arg bytes "$bytes" '. + {commit_id: $id, size_bytes: $bytes}' \
             "$work/entry.new" >"$work/entry.json" &&
             rm "$work/entry.new" && sync "$work"/* "$work" &&
-            printf %s "$name" >"$word.$$" && exec 9<"$word.$$" && flock -n 9 &&
+            printf %s "$name" >"$word.$$" && sync "$word.$$" && exec 9<>"$word.$$" && flock -n 9 &&
             ln "$word.$$" "$word" && rm "$word.$$" && sync "$path/.commits" &&
             mv -T "$work" "$path/$name" && sync "$path"
     ) >&2; then
         answer "{\"archive\": \"$name\", \"size_bytes\": \"$bytes\"}"
     else
         fail io "The archive $name could not be committed."
+    fi
+}
+
+abort() {
+    name=$(get .params.guest)
+    # Without a directory of its own this process has stored nothing.
+    if [ -z "$mine" ] || rm -rf "${mine:?}/$name"; then
+        answer
+    else
+        fail io "What was stored of $name could not be removed."
+    fi
+}
+
+remove() {
+    archive || return
+    number=$((number + 1))
+    if claim && mv -T "$place" "$mine/dead-$number" && sync "$path" && rm -rf "$mine/dead-$number"; then
+        answer
+    else
+        fail io "The archive $archive could not be removed, or not all of it."
     fi
 }
 
@@ -137,8 +182,8 @@ handle() {
     configure) path=$(get .params.properties.path) && answer ;;
     activate)
         mkdir -p "$path" || { fail io "Cannot make $path."; return; }
-        for work in "$path"/.tmp-*; do # of processes that are gone
-            [ ! -d "$work" ] || kill -0 "${work##*-}" 2>/dev/null || rm -rf "$work"
+        for dead in "$path"/.tmp-*; do # a process that lives holds its lock
+            [ ! -d "$dead" ] || flock -n "$dead/lock" rm -rf "$dead"
         done
         answer
         ;;
@@ -153,11 +198,8 @@ handle() {
     start_guest) start_guest ;;
     backup_container) backup_container ;;
     commit) commit ;;
-    abort) rm -rf "$path/.tmp-$(get .params.guest)-$$" && answer ;;
-    remove)
-        archive && mv -T "$place" "$path/.tmp-$archive-dead-$$" && sync "$path" &&
-            rm -rf "$path/.tmp-$archive-dead-$$" && answer
-        ;;
+    abort) abort ;;
+    remove) remove ;;
     restore_container) archive && answer "{\"restore\": \"$archive\"}" ;;
     container_data)
         answer "{\"kind\": \"tar\", \"path\": \"$path/$(get .params.restore)/files.tar\", \"compression\": \"none\"}"
@@ -178,3 +220,4 @@ while IFS= read -r line; do
         handle
     done
 done
+[ -z "$mine" ] || rm -rf "$mine"

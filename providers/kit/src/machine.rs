@@ -107,6 +107,13 @@ pub(crate) enum Offer {
     },
 }
 
+impl Offer {
+    /// Whether requests of the disks can be made to fail: plain files know of none.
+    pub(crate) fn can_have_trouble(&self) -> bool {
+        !matches!(self, Self::File { storage_daemon: None })
+    }
+}
+
 /// The simulation.
 pub(crate) struct SimMachine {
     disks: Vec<Disk>,

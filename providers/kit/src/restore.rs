@@ -74,16 +74,29 @@ impl Ctx {
         archive: &str,
         truth: &Truth,
     ) -> Checked {
+        let ((), restored) = self.restore_during(provider, archive, truth, async || ()).await?;
+        restored
+    }
+
+    /// The same, with something else done once it has begun. Gives what came of that, and of the restore.
+    pub(crate) async fn restore_during<T>(
+        &self,
+        provider: &dyn Provider,
+        archive: &str,
+        truth: &Truth,
+        meanwhile: impl AsyncFnOnce() -> T,
+    ) -> Checked<(T, Checked)> {
         let call = self.call();
         let begun = provider.restore_vm_init(archive, &call);
         let mut restore = self.expect("restore_vm_init", begun).await?;
         let dir = self.bench.private_dir()?;
+        let done = meanwhile().await;
         let compared = self.compare_all(restore.as_mut(), truth, &dir).await;
         let call = self.call();
         let cleaned = self.expect("cleanup", restore.cleanup(&call)).await;
         // What a provider left in it is not needed any more.
         let _ = std::fs::remove_dir_all(&dir);
-        compared.and(cleaned)
+        Ok((done, compared.and(cleaned)))
     }
 
     async fn compare_all(&self, restore: &mut dyn VmRestore, truth: &Truth, dir: &Path) -> Checked {

@@ -41,6 +41,8 @@ const CANCEL_WAIT: Duration = Duration::from_secs(10);
 pub const CANCELLED_MAX: Duration = Duration::from_secs(60);
 /// What is waited for the exit status and last words of a plugin that is gone.
 const LAST_WORDS_WAIT: Duration = Duration::from_millis(500);
+/// What is waited for the reader to say that a plugin that reads no more is gone: it takes that time twice.
+const CLOSED_INPUT_WAIT: Duration = LAST_WORDS_WAIT.saturating_mul(3);
 /// Longest line of standard error that is kept.
 const STDERR_LINE_BYTES_MAX: usize = 4096;
 /// Lines of standard error that are logged of one process; the others are read and dropped.
@@ -569,10 +571,14 @@ async fn write_all(shared: Arc<Shared>, mut stdin: ChildStdin, mut inbox: mpsc::
             () = shared.broken.cancelled() => return,
             () = shared.closing.cancelled() => return,
         };
-        // The reader finds out why, if the plugin is gone.
         if written.is_err() {
-            return;
+            break;
         }
+    }
+    // The reader finds out why, if the plugin is gone. One that lives on is of no use either.
+    let waited = tokio::time::sleep(CLOSED_INPUT_WAIT);
+    if shared.broken.run_until_cancelled(waited).await.is_some() {
+        shared.fail("has closed its standard input".to_owned());
     }
 }
 

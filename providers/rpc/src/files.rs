@@ -15,14 +15,18 @@ use rustix::io::Errno;
 /// How long the other end of a FIFO is waited for.
 const PEER_WAIT: Duration = Duration::from_secs(30);
 const PEER_POLL: Duration = Duration::from_millis(10);
+/// What is awaited of a reader.
+const READER_DOES: &str = "opened";
+/// What is awaited of a writer: one that is silent is not seen.
+const WRITER_DOES: &str = "opened and wrote to, or closed,";
 
-/// Opens what a command reads: a file, or a FIFO once somebody writes to it.
+/// Opens what a command reads: a file, or a FIFO once somebody has written to it, or has closed it again.
 pub(crate) async fn open_stdin(path: &Path) -> Result<OwnedFd> {
     let fd = open(path, OFlags::RDONLY)?;
     let mut waited = Duration::ZERO;
     // A FIFO that nobody has opened yet would read as empty.
-    while is_fifo(path, &fd)? && !has_peer(&fd) {
-        wait_for_peer(path, &mut waited).await?;
+    while is_fifo(path, &fd)? && !has_input(&fd) {
+        wait_for_peer(path, WRITER_DOES, &mut waited).await?;
     }
     blocking(path, fd)
 }
@@ -32,7 +36,9 @@ pub(crate) async fn open_stdout(path: &Path) -> Result<OwnedFd> {
     let mut waited = Duration::ZERO;
     loop {
         match open(path, OFlags::WRONLY) {
-            Err(error) if is_without_reader(&error) => wait_for_peer(path, &mut waited).await?,
+            Err(error) if is_without_reader(&error) => {
+                wait_for_peer(path, READER_DOES, &mut waited).await?;
+            }
             Err(error) => return Err(error),
             Ok(fd) => {
                 if !is_fifo(path, &fd)? {
@@ -76,16 +82,17 @@ fn is_fifo(path: &Path, fd: &OwnedFd) -> Result<bool> {
     }
 }
 
-/// Linux reports nothing for a FIFO that had no writer yet.
-fn has_peer(fd: &OwnedFd) -> bool {
+/// Whether there is something to read, or the end. Linux reports nothing for a FIFO that had no writer yet, nor
+/// for one whose writer is silent.
+fn has_input(fd: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(fd, PollFlags::IN)];
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
-async fn wait_for_peer(path: &Path, waited: &mut Duration) -> Result<()> {
+async fn wait_for_peer(path: &Path, peer_does: &str, waited: &mut Duration) -> Result<()> {
     if *waited >= PEER_WAIT {
-        let seconds = PEER_WAIT.as_secs();
-        let why = format!("Nobody opened the other end of {} in {seconds} s.", path.display());
+        let (shown, seconds) = (path.display(), PEER_WAIT.as_secs());
+        let why = format!("Nobody {peer_does} the other end of {shown} in {seconds} s.");
         return Err(Error::new(Kind::Invalid, why));
     }
     tokio::time::sleep(PEER_POLL).await;
@@ -162,6 +169,22 @@ mod tests {
         });
         assert_eq!(read.await.unwrap().unwrap(), "back");
         writer.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_silent_writer_is_seen_when_it_closes_the_fifo() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, 0o600.into(), 0).unwrap();
+        let fd = open(&path, OFlags::RDONLY).unwrap();
+        assert!(!has_input(&fd));
+        let writer = open(&path, OFlags::WRONLY).unwrap();
+        assert!(!has_input(&fd));
+        drop(writer);
+        assert!(has_input(&fd));
+        let mut waited = PEER_WAIT;
+        let error = wait_for_peer(&path, WRITER_DOES, &mut waited).await.unwrap_err();
+        assert!(error.message.starts_with("Nobody opened and wrote to, or closed, the other end"));
     }
 
     #[tokio::test]

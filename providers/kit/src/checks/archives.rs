@@ -317,7 +317,32 @@ pub(super) async fn remove(ctx: &Ctx) -> Checked<Verdict> {
             ctx.check_restore(provider, made).await.map_err(at)?;
         }
     }
+    remove_restored(ctx).await?;
     Ok(Verdict::Passed)
+}
+
+/// Another process wants an archive gone that is being restored: it is refused, or the restore is right
+/// nevertheless.
+async fn remove_restored(ctx: &Ctx) -> Checked {
+    let (provider, other) = (ctx.provider().await?, ctx.provider().await?);
+    let all = some(ctx, provider.as_ref(), 1).await?;
+    let (name, call) = (&all[0].archive, ctx.call());
+    let removing = async || ctx.answer("remove", other.remove(name, &call)).await;
+    let restoring = ctx.restore_during(provider.as_ref(), name, &all[0].truth, removing);
+    let (removed, restored) = restoring.await?;
+    let removed = removed?;
+    let is_listed = ctx.list(provider.as_ref()).await?.contains_key(name);
+    if removed.is_err() {
+        must_be("remove of an archive that is being restored", removed, Kind::InUse)?;
+        ensure(is_listed, || format!("The removal of {name} is refused, and it is gone."))?;
+        return restored.map_err(|fault| fault.at("A restore with a removal that is refused"));
+    }
+    ensure(!is_listed, || format!("Archive {name} is listed after its removal."))?;
+    restored.map_err(|fault| {
+        fault
+            .at("A restore whose archive is removed meanwhile")
+            .advise("Refuse a removal as `InUse` from restore_vm_init to cleanup.")
+    })
 }
 
 /// Whether a generation is none of the archives that are left.

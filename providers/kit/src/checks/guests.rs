@@ -53,6 +53,10 @@ pub(super) async fn concurrent(ctx: &Ctx) -> Checked<Verdict> {
         let guests =
             begun.into_iter().zip(&mut vms).map(|((mut backup, archive), vm)| async move {
                 let requests = ctx.plan(backup.as_mut(), vm).await?;
+                if round == 1 {
+                    // Another process begins a task; what is under way here is not dead.
+                    ctx.provider().await?;
+                }
                 let copied = ctx.copy(backup.as_mut(), vm, &requests).await?;
                 ctx.expect("backup_vm", async { copied.result }).await?;
                 ctx.note_made(&archive);

@@ -16,6 +16,13 @@ const FAILING_MAX: u64 = 400;
 /// A provider must stop in this time when it is told to.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
+/// Why a check that needs disks with trouble is not made; nothing if they can have it.
+fn cannot_look(ctx: &Ctx) -> Option<Verdict> {
+    let why = "plain files cannot be made to fail or to be slow; that needs qemu-storage-daemon \
+               and /dev/fuse";
+    (!ctx.bench.offer.can_have_trouble()).then(|| Verdict::NotTested(why.to_owned()))
+}
+
 /// Fails unless the archive is not listed.
 async fn must_be_gone(ctx: &Ctx, provider: &dyn Provider, archive: &str, when: &str) -> Checked {
     let list = ctx.list(provider).await?;
@@ -99,6 +106,9 @@ async fn troubled(
 
 /// Every request of a full backup and of an increment fails in its turn.
 pub(super) async fn failing_requests(ctx: &Ctx) -> Checked<Verdict> {
+    if let Some(not_tested) = cannot_look(ctx) {
+        return Ok(not_tested);
+    }
     let provider = ctx.provider().await?;
     let provider = provider.as_ref();
     let mut failed = 0;
@@ -141,6 +151,9 @@ pub(super) async fn failing_requests(ctx: &Ctx) -> Checked<Verdict> {
 
 /// The server closes all connections for good.
 pub(super) async fn lost_disks(ctx: &Ctx) -> Checked<Verdict> {
+    if let Some(not_tested) = cannot_look(ctx) {
+        return Ok(not_tested);
+    }
     let provider = ctx.provider().await?;
     let provider = provider.as_ref();
     let mut vm = ctx.vm(&[ctx.bench.options.size_bytes]).await?;
@@ -210,6 +223,9 @@ pub(super) async fn wrong_size(ctx: &Ctx) -> Checked<Verdict> {
 }
 
 pub(super) async fn cancel(ctx: &Ctx) -> Checked<Verdict> {
+    if let Some(not_tested) = cannot_look(ctx) {
+        return Ok(not_tested);
+    }
     let provider = ctx.provider().await?;
     let mut vm = ctx.usual_vm().await?;
     let delay = Some(Duration::from_millis(500));

@@ -17,6 +17,7 @@ use crate::{failed, shown};
 /// The check that catches each fault.
 const CAUGHT_BY: &[(Fault, &str)] = &[
     (Fault::AbortLeavesArchive, "abort"),
+    (Fault::ActivateTakesAll, "concurrent"),
     (Fault::ActivatesOnce, "activate"),
     (Fault::AsksForOldGeneration, "incremental"),
     (Fault::BaseIsUnlisted, "full"),
@@ -56,6 +57,7 @@ const CAUGHT_BY: &[(Fault, &str)] = &[
     (Fault::ReleasesUnread, "full"),
     (Fault::RemoveIsRefused, "remove"),
     (Fault::RemoveTakesNext, "prune"),
+    (Fault::RemoveTakesRestored, "remove"),
     (Fault::SameBytesAgain, "full"),
     (Fault::ShortFile, "sizes"),
     (Fault::SilentProgress, "full"),
@@ -212,6 +214,22 @@ async fn disks_may_be_files() {
             }
         }
     }
+}
+
+/// Plain files hide what these checks look for: a provider that is right would seem wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn checks_that_need_disks_with_trouble_are_not_made_with_plain_files() {
+    let dir = tempfile::Builder::new().prefix("kit-plain").tempdir().unwrap();
+    let setup = Setup { from_files: true, ..Setup::new(dir.path().to_owned(), None) };
+    let only = ["failing-request", "lost-disks", "cancel"].map(str::to_owned).to_vec();
+    let options = KitOptions { size_bytes: 1 << 20, only, ..KitOptions::default() };
+    let report = check(setup.factory(), options, &NoObserver, &Default::default()).await;
+    let is_told = |outcome: &Outcome| match outcome {
+        Outcome::NotTested { why } => why.contains("qemu-storage-daemon"),
+        _ => false,
+    };
+    let told = report.checks.iter().filter(|check| is_told(&check.outcome)).count();
+    assert_eq!(told, 3, "{}", shown(&report));
 }
 
 /// Machines that cannot be made.

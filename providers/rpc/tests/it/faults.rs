@@ -411,6 +411,24 @@ async fn a_plugin_that_always_dies_is_not_started_for_ever() {
 }
 
 #[tokio::test]
+async fn a_plugin_that_reads_no_more_is_started_again() {
+    let (bench, provider) = started(
+        r#"
+    if name == "activate":
+        os.close(0)
+        reply(request, {})
+        time.sleep(60)"#,
+    )
+    .await;
+    provider.activate(&call()).await.unwrap();
+    let error = provider.status(&call()).await.unwrap_err();
+    assert!(error.to_string().contains("has closed its standard input"), "{error}");
+    assert_eq!(error.kind, Kind::Io);
+    assert_eq!(provider.status(&call()).await.unwrap().used_bytes, 4);
+    wait_until("the first ends", Duration::from_secs(8), || pids(&bench).len() == 1).await;
+}
+
+#[tokio::test]
 async fn properties_and_secrets_arrive() {
     let mut bench = bench(
         r#"

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The examples, driven through the protocol.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use provider_api::{
     Archive, BitmapMode, BitmapRequest, BoxFuture, Call, CommandEnd, CommitOutcome, Compression,
@@ -10,7 +12,8 @@ use provider_api::{
     GuestBackup, GuestInfo, GuestKind, Identity, JobInfo, Kind, Provider, Readable, Result,
     Selection, Uuid, VmBackup, VolumeInfo, VolumeSource,
 };
-use provider_rpc::RpcProvider;
+use provider_rpc::{Direction, RpcProvider};
+use tokio::sync::Notify;
 
 use crate::bench::{Bench, Notes, call, region, vm};
 
@@ -190,6 +193,30 @@ async fn notes_and_logs_are_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_list_comes_in_pages_that_a_removal_does_not_shift() {
+    const MANIFEST: &str = r#"{"subtype": "qemu", "guest_id": 100, "time_s": "5", "size_bytes": "7",
+        "base": null, "commit_id": null}"#;
+    for mut bench in [Bench::with_example(EXAMPLE), Bench::in_rust()] {
+        for number in 0..1200 {
+            let place = bench.archives().join(format!("archive-{number:04}"));
+            std::fs::create_dir_all(&place).unwrap();
+            std::fs::write(place.join("manifest.json"), MANIFEST).unwrap();
+        }
+        let first = bench.archives().join("archive-0000");
+        bench.options.tap = Some(Arc::new(move |_: Direction, line: &str| {
+            // It has been listed, and the next page is not asked for yet.
+            if line.contains("\"next\"") {
+                let _ = std::fs::remove_dir_all(&first);
+            }
+        }));
+        let provider = bench.start().await.unwrap();
+        let names = listed(&provider).await.into_iter().map(|archive| archive.name);
+        assert_eq!(names.collect::<BTreeSet<_>>().len(), 1200);
+        assert!(!bench.archives().join("archive-0000").exists(), "there was one page");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_outcome_of_a_commit_is_known_to_every_process() {
     let bench = Bench::with_example(EXAMPLE);
     let provider = bench.start().await.unwrap();
@@ -235,7 +262,7 @@ async fn what_an_aborted_or_killed_backup_left_goes_away() {
     other.activate(&call()).await.unwrap();
     assert_eq!(left(), 1);
     crate::faults::kill(&bench);
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
     while left() > 0 {
         assert!(std::time::Instant::now() < deadline, "it stays");
         let _ = other.activate(&call()).await;
@@ -332,6 +359,115 @@ pub(crate) async fn back_up_container(bench: &Bench) {
 async fn a_container_is_read_through_the_runner() {
     back_up_container(&Bench::with_example(EXAMPLE)).await;
     back_up_container(&Bench::with_example(IN_SHELL)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_read_in_rust_is_not_taken_for_missing() {
+    let bench = Bench::in_rust();
+    let provider = bench.start().await.unwrap();
+    let call = call();
+    provider.activate(&call).await.unwrap();
+    // It is there, and no file.
+    std::fs::create_dir_all(bench.archives().join("archive/manifest.json")).unwrap();
+    let id = Uuid::new_v4();
+    std::fs::write(bench.archives().join(".commits").join(id.to_string()), "archive").unwrap();
+    assert_eq!(provider.list(&call).await.unwrap_err().kind, Kind::Io);
+    assert_eq!(provider.commit_outcome(id, &call).await.unwrap_err().kind, Kind::Io);
+    for (name, kind) in [("archive", Kind::Io), ("other", Kind::NotFound)] {
+        assert_eq!(provider.guest_config(name, &call).await.unwrap_err().kind, kind, "{name}");
+    }
+}
+
+/// Runs a command as it is, once it may.
+#[derive(Debug, Default)]
+struct Held {
+    asked: Notify,
+    may_run: Notify,
+}
+
+impl ContainerRunner for Held {
+    fn command<'a>(
+        &'a self,
+        command: ContainerCommand,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<CommandEnd>> {
+        Box::pin(async move {
+            self.asked.notify_one();
+            self.may_run.notified().await;
+            Plain.command(command, call).await
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_for_a_backup_in_shell_is_answered_when_it_is_cancelled() {
+    let bench = Bench::with_example(IN_SHELL);
+    let provider = bench.start().await.unwrap();
+    let root = bench.dir.path().join("tree");
+    tree(&root);
+    let runner = Arc::new(Held::default());
+    let files = ContainerBackup { runner: runner.clone(), ..container(&root) };
+    let mut backup = start_guest(&provider, GuestKind::Lxc, 1_800_000_000).await;
+    let (notes, patient, impatient) = (Notes::default(), call(), call());
+    let asking = async {
+        runner.asked.notified().await;
+        let cancel = async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            impatient.cancel.cancel();
+        };
+        let outcome = provider.commit_outcome(Uuid::new_v4(), &impatient);
+        let (outcome, ()) = tokio::join!(outcome, cancel);
+        runner.may_run.notify_one();
+        outcome
+    };
+    let copying = backup.backup_container(files, &notes, &patient);
+    let (moved, outcome) = tokio::join!(copying, asking);
+    let error = outcome.unwrap_err();
+    assert_eq!(error.kind, Kind::Cancelled);
+    assert!(error.to_string().contains("before its turn came"), "{error}");
+    assert_eq!(moved.unwrap().entries, 4);
+    // It was never begun, so nothing was decided.
+    assert!(!bench.archives().join(".commits").exists());
+    bench.check_messages();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_says_in_shell_which_backups_live() {
+    let bench = Bench::with_example(IN_SHELL);
+    let provider = bench.start().await.unwrap();
+    let backup = start_guest(&provider, GuestKind::Lxc, 1_800_000_000).await;
+    let name = backup.archive_name().to_owned();
+    let stored = || {
+        let dirs = bench.archives().read_dir().unwrap().map(|entry| entry.unwrap().path());
+        dirs.filter(|dir| dir.join(&name).join("files.tar").exists()).count()
+    };
+    // Left by the dead, and the number in its name is again one of a process.
+    let dead = bench.archives().join(format!(".tmp-dead-{}", std::process::id()));
+    std::fs::create_dir_all(dead.join(&name)).unwrap();
+    let other = bench.start().await.unwrap();
+    other.activate(&call()).await.unwrap();
+    assert!(!dead.exists());
+    assert_eq!(stored(), 1);
+    backup.abort("a test", &call()).await.unwrap();
+    assert_eq!(stored(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removal_in_shell_that_fails_is_an_error() {
+    let bench = Bench::with_example(IN_SHELL);
+    let provider = bench.start().await.unwrap();
+    let _backup = start_guest(&provider, GuestKind::Lxc, 1_800_000_000).await;
+    // Where it would be moved to is gone.
+    for entry in bench.archives().read_dir().unwrap() {
+        std::fs::remove_dir_all(entry.unwrap().path()).unwrap();
+    }
+    let place = bench.archives().join("archive");
+    std::fs::create_dir(&place).unwrap();
+    std::fs::write(place.join("entry.json"), "{}").unwrap();
+    let error = provider.remove("archive", &call()).await.unwrap_err();
+    assert_eq!(error.kind, Kind::Io);
+    assert!(error.to_string().contains("The archive archive could not be removed"), "{error}");
+    assert!(place.exists());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

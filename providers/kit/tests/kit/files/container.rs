@@ -48,7 +48,7 @@ pub(crate) async fn store(
         argv.push(".".into());
     } else {
         let selected = backup.lists.join("selected");
-        argv.extend(["--null", "--no-verbatim-files-from"].map(Into::into));
+        argv.extend(["--null", "--no-verbatim-files-from", "--no-unquote"].map(Into::into));
         argv.push(format!("--files-from={}", selected.display()).into());
     }
     if store.setup.has(Fault::ContainerIsEmpty) {

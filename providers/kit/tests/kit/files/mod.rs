@@ -31,6 +31,7 @@ use store::Store;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     AbortLeavesArchive,
+    ActivateTakesAll,
     ActivatesOnce,
     AsksForOldGeneration,
     BaseIsUnlisted,
@@ -75,6 +76,7 @@ pub(crate) enum Fault {
     ReleasesUnread,
     RemoveIsRefused,
     RemoveTakesNext,
+    RemoveTakesRestored,
     RestoreNeverAnswers,
     SameBytesAgain,
     ShortFile,
@@ -106,8 +108,8 @@ pub(crate) struct Setup {
     pub(crate) from_files: bool,
     /// Asks for increments in which all of a disk can be read, and makes full backups of them.
     pub(crate) reads_all: bool,
-    /// In place of a lock of the storage.
-    pub(crate) lock: Arc<Mutex<()>>,
+    /// In place of a lock of the storage, and of those of the archives that are being restored.
+    pub(crate) lock: Arc<Mutex<Vec<String>>>,
 }
 
 impl Setup {

@@ -35,6 +35,7 @@ impl Export for RawFile {
 
 pub(crate) struct FileRestore {
     store: Store,
+    archive: String,
     path: PathBuf,
     devices: Vec<RestoreDevice>,
     server: Option<Server>,
@@ -43,12 +44,16 @@ pub(crate) struct FileRestore {
 
 impl FileRestore {
     pub(crate) fn begin(store: &Store, archive: &str) -> Result<Self> {
+        let mut restored = store.setup.lock.lock().unwrap();
         let path = store.path(archive)?;
         let disks = Store::manifest(&path)?.disks.into_iter();
         let device =
             |d: super::store::Disk| RestoreDevice { device: d.device, size_bytes: d.size_bytes };
         let devices = disks.map(device).collect();
-        Ok(Self { store: store.clone(), path, devices, server: None, deaf: None })
+        // From here on it cannot be removed.
+        restored.push(archive.to_owned());
+        let (store, archive) = (store.clone(), archive.to_owned());
+        Ok(Self { store, archive, path, devices, server: None, deaf: None })
     }
 
     fn offer(&mut self, device: &str, private_dir: &Path) -> Result<VolumeSource> {
@@ -82,6 +87,16 @@ impl FileRestore {
         }
         self.server = Some(Server::listen(&socket, [("disk", export)]).map_err(failed)?);
         Ok(VolumeSource::NbdUnix { socket, export: "disk".to_owned() })
+    }
+}
+
+impl Drop for FileRestore {
+    fn drop(&mut self) {
+        let mut restored = self.store.setup.lock.lock().unwrap();
+        // One of those of this archive.
+        if let Some(at) = restored.iter().position(|name| *name == self.archive) {
+            restored.swap_remove(at);
+        }
     }
 }
 

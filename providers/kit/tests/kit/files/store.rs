@@ -64,6 +64,9 @@ impl Store {
 
     /// What dead runs left is only known not to be anybody's after a while; here it stays.
     pub(crate) fn prepare(&self) -> Result<()> {
+        if self.setup.has(Fault::ActivateTakesAll) {
+            let _ = fs::remove_dir_all(self.setup.dir.join("tmp"));
+        }
         for part in ["archives", "tmp", "refused"] {
             fs::create_dir_all(self.setup.dir.join(part)).map_err(io("Making the storage"))?;
         }
@@ -174,6 +177,11 @@ impl Store {
 
     /// Each archive has all of its data, so nothing needs to be merged.
     pub(crate) fn remove(&self, archive: &str) -> Result<()> {
+        let restored = self.setup.lock.lock().unwrap();
+        let is_restored = restored.iter().any(|name| name == archive);
+        if is_restored && !self.setup.has(Fault::RemoveTakesRestored) {
+            return Err(Error::new(Kind::InUse, format!("{archive} is being restored.")));
+        }
         let path = self.path(archive)?;
         let is_protected = self.text(archive, "protected")? == "1";
         if is_protected && !self.setup.has(Fault::KeepsProtectedNot) {
