@@ -131,15 +131,13 @@ pub(crate) async fn prepare_place(
             "An earlier task of this guest is not cleaned up: {reason}"
         )));
     }
-    for path in [ctx.layout.ct_config_path(id), ctx.layout.vm_config_path(id)] {
-        if path.exists() {
-            return Err(CtError::Invalid(format!(
-                "The guest {id} exists already ('{}').",
-                path.display()
-            )));
+    match ctx.layout.guest_configs(id).first() {
+        None => Ok(()),
+        Some(path) => {
+            let text = format!("The guest {id} exists already ('{}').", path.display());
+            Err(CtError::Invalid(text))
         }
     }
-    Ok(())
 }
 
 #[expect(clippy::too_many_arguments, reason = "the parts of one task, used once")]

@@ -9,13 +9,15 @@
 //!
 //! Volumes that cannot be snapshotted are read as they are while the container is down.
 
+use std::fs::File;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use provider_api::{
     BitmapRequest, BoxFuture, ContainerBackup, ContainerMount, GuestKind, IdMapRange, IgnoredEntry,
-    Selection, VolumeInfo,
+    VolumeInfo,
 };
 use tokio::sync::mpsc;
 use vzdump_core::bandwidth::Budget;
@@ -33,14 +35,16 @@ use vzdump_core::storage::{ImageFormat, nested_subvolumes};
 use vzdump_core::task_log::TaskSink;
 
 use crate::CtError;
+use crate::attach::{nearest_above, open_place};
 use crate::guard::{Frozen, Target};
 use crate::lxc::{Lxc, State};
+use crate::opening::{Opening, Wanted};
 use crate::runner::Runner;
 use crate::runtime::{Found, beside, find_volumes, read_config, start_now, stop_now};
 use crate::sandbox::{LISTS, TREE};
 use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
 use crate::suspend::{Suspension, warn_of_foreign};
-use crate::view::{Part, View, ViewOptions};
+use crate::view::{Origin, Part, RELEASE_LIMIT, ViewOptions, wait_for_release};
 
 /// How many subvolumes within a container are named.
 const NESTED_MAX: usize = 100;
@@ -73,11 +77,15 @@ impl Containers for LxcContainers {
             way: Way::Direct,
             ran: false,
             down_since: None,
+            stopping: Arc::default(),
+            is_restart_told: false,
             power: None,
             snapshots: Vec::new(),
+            origin: Origin::Volume,
             suspension: None,
             frozen_ms: None,
             dir: None,
+            opening: Opening::default(),
             runner: None,
             lines: None,
         }))
@@ -143,13 +151,20 @@ struct CtDriver {
     ran: bool,
     /// It was stopped for the backup and does not run again yet.
     down_since: Option<Instant>,
+    /// Held while it is being stopped, which goes on when the task is cancelled.
+    stopping: Arc<tokio::sync::Mutex<()>>,
+    /// The hook script knows that it is about to be started.
+    is_restart_told: bool,
     /// Held while volumes are read that could change.
     power: Option<FileLock>,
     snapshots: Vec<Snapshot>,
+    /// What the images are that are read.
+    origin: Origin,
     suspension: Option<Suspension>,
     /// How long the container was frozen for the second copy.
     frozen_ms: Option<u64>,
     dir: Option<PathBuf>,
+    opening: Opening,
     runner: Option<Arc<Runner>>,
     lines: Option<mpsc::Receiver<String>>,
 }
@@ -176,9 +191,12 @@ impl CtDriver {
             }
         }
         self.volumes = found.into_iter().filter(|volume| self.why_not(volume).is_none()).collect();
-        let volumes = self.volumes.clone();
-        self.no_snapshot =
-            beside(move || Ok(volumes.iter().find_map(|v| can_snapshot(v).err()))).await?;
+        let (volumes, lxc) = (self.volumes.clone(), self.lxc.clone());
+        self.no_snapshot = beside(move || {
+            check_places(&volumes, &lxc)?;
+            Ok(volumes.iter().find_map(|v| can_snapshot(v).err()))
+        })
+        .await?;
         Ok(true)
     }
 
@@ -259,7 +277,12 @@ impl CtDriver {
             self.down_since = Some(Instant::now());
             task.sink.info("stopping the container");
             let (layout, id, wait) = (self.ctx.layout.clone(), self.id, self.options.stop_wait);
-            beside(move || stop_now(&layout, id, wait)).await?;
+            let stopping = Arc::clone(&self.stopping).lock_owned().await;
+            beside(move || {
+                let _stopping = stopping;
+                stop_now(&layout, id, wait)
+            })
+            .await?;
         }
         self.choose_way(task);
         if self.way == Way::Copies {
@@ -297,7 +320,9 @@ impl CtDriver {
             .await?;
         }
         let freezes = target.with_processes || !target.file_systems.is_empty();
+        self.origin = if freezes { Origin::FrozenCopy } else { Origin::Copy };
         if !freezes {
+            self.wait_until_unmounted().await?;
             for snapshot in &self.snapshots {
                 snapshot.take(&self.ctx).await?;
             }
@@ -324,6 +349,19 @@ impl CtDriver {
         Ok(())
     }
 
+    /// LXC says that a container has stopped before its volumes are unmounted and written out.
+    async fn wait_until_unmounted(&self) -> Result<(), CtError> {
+        let images = self.volumes.iter().filter(|volume| volume.format == Some(ImageFormat::Raw));
+        let images: Vec<_> = images.map(|volume| volume.path.clone()).collect();
+        beside(move || {
+            images.iter().try_for_each(|image| {
+                let doing = format!("wait until '{}' is unmounted", image.display());
+                wait_for_release(image, RELEASE_LIMIT).map_err(CtError::at(doing))
+            })
+        })
+        .await
+    }
+
     async fn point_in_time_now(&mut self, task: Task<'_>) -> Result<PointInTime, GuestError> {
         let started = Instant::now();
         if let Some(suspension) = &self.suspension {
@@ -343,7 +381,11 @@ impl CtDriver {
     /// Starts the container again that was stopped for the backup.
     async fn start_again(&mut self, task: Task<'_>) -> Result<Option<u64>, GuestError> {
         let Some(since) = self.down_since else { return Ok(None) };
-        let before = task.hooks.pre_restart(task.sink).await;
+        // Once: the next try must start it.
+        let is_told = std::mem::replace(&mut self.is_restart_told, true);
+        let before = if is_told { Ok(()) } else { task.hooks.pre_restart(task.sink).await };
+        // A task that was cancelled has not ended the stop, and what runs still is no container that runs on.
+        let _stopped = self.stopping.lock().await;
         let (layout, storages, id) = (self.ctx.layout.clone(), self.ctx.storages.clone(), self.id);
         let lxc = self.lxc.clone();
         beside(move || {
@@ -369,8 +411,6 @@ impl CtDriver {
         let private = parent.join(format!("{}-{id}", self.id));
         task.journal.append(Entry::Directory { path: private.clone() }).await?;
         self.dir = Some(private.clone());
-        let dir = private.join("view");
-        let is_snapshot = self.way == Way::Snapshots;
         let part = |(index, volume): (usize, &Found)| Part {
             key: volume.entry.key.clone(),
             mount_point: volume.entry.mount_point.clone(),
@@ -380,21 +420,17 @@ impl CtDriver {
             },
             is_image: self.suspension.is_none() && volume.format == Some(ImageFormat::Raw),
         };
-        let parts: Vec<Part> = self.volumes.iter().enumerate().map(part).collect();
-        let (ids, excludes) = (self.ids.clone(), self.options.exclude.clone());
         let lists = private.join("lists");
-        let target = lists.clone();
-        let (view, selection) = beside(move || {
-            make_private_dir(&private)?;
-            make_private_dir(&dir)?;
-            let options = ViewOptions { writable: false, is_snapshot, is_plain: false };
-            let view = View::open(&dir, &parts, &ids, options)?;
-            let mounts: Vec<_> = parts.iter().map(|part| part.mount_point.as_path()).collect();
-            let selection = Selection::write(&target, &view.host_tree(), &mounts, &excludes)
-                .map_err(CtError::at("list the container's files"))?;
-            Ok((view, selection))
-        })
-        .await?;
+        let wanted = Wanted {
+            dir: private.join("view"),
+            private,
+            lists: lists.clone(),
+            parts: self.volumes.iter().enumerate().map(part).collect(),
+            ids: self.ids.clone(),
+            options: ViewOptions { writable: false, origin: self.origin, is_plain: false },
+            excludes: self.options.exclude.clone(),
+        };
+        let (view, selection) = self.opening.open(wanted, self.ctx.limits.provider_call).await?;
         let copied = self.suspension.as_ref().map_or(0, Suspension::excluded);
         let excluded = selection.excluded.max(copied);
         task.sink.info(&format!("{excluded} files and directories are left out by patterns"));
@@ -417,7 +453,7 @@ impl CtDriver {
             }
         }
         self.lines = None;
-        let Some(runner) = self.runner.take() else { return Ok(()) };
+        let Some(runner) = self.runner.take() else { return Ok(self.opening.close().await?) };
         if beside(move || crate::runner::close(runner)).await? {
             return Ok(());
         }
@@ -444,6 +480,30 @@ impl CtDriver {
         }
         first
     }
+}
+
+/// Looks whether the view will find the places of the volumes, before anything is done for it. What cannot be
+/// looked at now, as in an image that is not mounted, is found out then. May block.
+fn check_places(volumes: &[Found], lxc: &Lxc) -> Result<(), CtError> {
+    for volume in volumes {
+        let (key, place) = (&volume.entry.key, volume.entry.mount_point.as_path());
+        let above = nearest_above(volumes, |one| one.entry.mount_point.as_path(), place);
+        let Some(above) = above else { continue };
+        let around = (above.entry.key.as_str(), above.entry.mount_point.as_path());
+        let Some(root) = open_now(above, lxc) else { continue };
+        open_place(root.as_fd(), around, place)
+            .map_err(CtError::at(format!("show '{key}' at '{}'", place.display())))?;
+    }
+    Ok(())
+}
+
+/// A volume as it is now, without what is mounted in it.
+fn open_now(volume: &Found, lxc: &Lxc) -> Option<File> {
+    let path = match volume.format {
+        Some(ImageFormat::Raw) => monitored_mount(lxc, &volume.entry.key).ok()?,
+        _ => volume.path.clone(),
+    };
+    File::open(path).ok()
 }
 
 fn size_bytes(volume: &Found) -> u64 {

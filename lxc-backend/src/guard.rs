@@ -6,9 +6,15 @@
 //!  task                           guard
 //!   │ spawn ────────────────────────►│ opens the file systems
 //!   │◄──────────────────── "ready"   │ waits
-//!   │ freeze, snapshot, thaw         │
+//!   │ freezes the processes          │
+//!   │ "freeze" ─────────────────────►│ freezes the file systems
+//!   │◄─────────────────── "frozen"   │
+//!   │ snapshot, thaw                 │
 //!   │ "done" ───────────────────────►│ ends            … or, without it, thaws
 //! ```
+//!
+//! The guard freezes the file systems, because that cannot be called off: the kernel waits for each write that is under way
+//! and freezes then, also if whoever asked for it was killed. So the guard waits, too, and thaws what nobody needs any more.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -16,19 +22,24 @@ use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::CtError;
 use crate::lxc::Lxc;
-use crate::tool::{command, run};
+use crate::tool::{Pauses, command, run};
 
 /// The hidden subcommand that runs [`run_guard`].
 pub const SUBCOMMAND: &str = "__ct-thaw-guard";
 const READY: &str = "ready";
-const DONE: &[u8] = b"done\n";
+const FREEZE: &str = "freeze";
+const FROZEN: &str = "frozen";
+const DONE: &str = "done";
+const WORD_BYTES_MAX: usize = 64;
+/// What is read of the guard's answers, and of what a program says.
+const ANSWER_BYTES: u64 = 8 << 10;
 /// For one file system: all that is to be written is written out first.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
 const THAW_LIMIT: Duration = Duration::from_secs(20);
@@ -50,6 +61,9 @@ pub(crate) struct Frozen {
     opened: Vec<File>,
     guard: Child,
     stdin: Option<ChildStdin>,
+    answers: BufReader<io::Take<ChildStdout>>,
+    /// A file system may still freeze; the guard waits for that.
+    is_pending: bool,
     deadline: Instant,
 }
 
@@ -77,22 +91,37 @@ impl Frozen {
             .spawn()
             .map_err(spawn)?;
         let stdin = guard.stdin.take();
-        let mut line = String::new();
-        let stdout = guard.stdout.take().map(|stdout| stdout.take(64));
-        let read = stdout.map(|stdout| BufReader::new(stdout).read_line(&mut line));
+        let stdout = guard.stdout.take().ok_or_else(|| spawn(io::Error::other("no pipe")))?;
+        let answers = BufReader::new(stdout.take(ANSWER_BYTES));
         let deadline = Instant::now() + hold;
-        let frozen = Self { target, opened, guard, stdin, deadline };
-        if !matches!(read, Some(Ok(_))) || line.trim() != READY {
+        let mut frozen =
+            Self { target, opened, guard, stdin, answers, is_pending: false, deadline };
+        if frozen.answer() != READY {
             return Err(spawn(io::Error::other("it does not answer")));
         }
         if frozen.target.with_processes {
             frozen.target.lxc.freeze(limit)?;
         }
-        for (file, path) in frozen.opened.iter().zip(&frozen.target.file_systems) {
-            fsfreeze("-f", file, FREEZE_LIMIT)
-                .map_err(CtError::at(format!("freeze the file system at '{}'", path.display())))?;
+        if !frozen.opened.is_empty() {
+            frozen.is_pending = true;
+            // A guard that is gone does not answer.
+            let _ = frozen.stdin.as_mut().map(|stdin| writeln!(stdin, "{FREEZE}"));
+            let answer = frozen.answer();
+            if answer != FROZEN {
+                let why =
+                    if answer.is_empty() { "the freeze guard ended".to_owned() } else { answer };
+                return Err(CtError::at("freeze the container's file systems")(why));
+            }
+            frozen.is_pending = false;
         }
         Ok(frozen)
+    }
+
+    /// The next word of the guard, which bounds its work; none if it is gone.
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        let _ = self.answers.read_line(&mut line);
+        line.trim_end().to_owned()
     }
 
     /// Thaws; an error if it was thawed before, because then there is no one point in time.
@@ -111,12 +140,15 @@ impl Frozen {
     fn thaw_now(&mut self) -> Result<(), CtError> {
         let Some(mut stdin) = self.stdin.take() else { return Ok(()) };
         let thawed = thaw_all(&self.target.lxc, self.target.with_processes, &self.opened);
-        if thawed.is_ok() {
+        if thawed.is_ok() && !self.is_pending {
             // A guard that is gone has thawed, too.
-            let _ = stdin.write_all(DONE);
+            let _ = writeln!(stdin, "{DONE}");
         }
         drop(stdin);
-        let _ = self.guard.wait();
+        // One that waits for the kernel may do so for long; it needs nobody.
+        if !self.is_pending {
+            let _ = self.guard.wait();
+        }
         thawed
     }
 }
@@ -136,16 +168,16 @@ fn open_all(paths: &[PathBuf]) -> Result<Vec<File>, CtError> {
     paths.iter().map(open).collect()
 }
 
-fn fsfreeze(change: &str, file: &File, limit: Duration) -> Result<(), String> {
+fn fsfreeze(change: &str, file: &File) -> Command {
     let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-    run(&command("fsfreeze", [change, path.as_str()]), limit).map(drop)
+    command("fsfreeze", [change, path.as_str()])
 }
 
 /// File systems first: a process that is thawed would wait for them.
 fn thaw_all(lxc: &Lxc, with_processes: bool, opened: &[File]) -> Result<(), CtError> {
     for file in opened {
         // One that is not frozen says so, which is right.
-        if let Err(why) = fsfreeze("-u", file, THAW_LIMIT) {
+        if let Err(why) = run(&fsfreeze("-u", file), THAW_LIMIT) {
             tracing::debug!(why, "not thawed");
         }
     }
@@ -166,41 +198,104 @@ pub fn run_guard(args: &[OsString]) -> ExitCode {
     let Some((hold, lxc, file_systems)) = parsed else { return ExitCode::from(2) };
     let Ok(opened) = open_all(&file_systems) else { return ExitCode::FAILURE };
     // A task that is gone has frozen nothing: then the wait ends at once.
-    let _ = writeln!(io::stdout(), "{READY}").and_then(|()| io::stdout().flush());
-    if is_done(hold) {
+    say(READY);
+    let deadline = Instant::now() + hold;
+    let mut words = Words::default();
+    let mut word = words.next(deadline);
+    let mut pending = None;
+    if word.as_deref() == Some(FREEZE) {
+        match freeze_all(&opened, &file_systems) {
+            Ok(()) => {
+                say(FROZEN);
+                word = words.next(deadline);
+            }
+            Err((why, child)) => {
+                say(&why);
+                (word, pending) = (None, child);
+            }
+        }
+    }
+    if word.as_deref() == Some(DONE) {
         return ExitCode::SUCCESS;
     }
     // What was not frozen is thawed, too: that changes nothing.
-    match thaw_all(&lxc, true, &opened) {
+    let mut thawed = thaw_all(&lxc, true, &opened);
+    if let Some(mut child) = pending {
+        let _ = child.wait();
+        thawed = thaw_all(&lxc, false, &opened).and(thawed);
+    }
+    match thawed {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
 }
 
-/// Waits for the task's word; false when the task has ended without it, or the time is over.
-fn is_done(hold: Duration) -> bool {
-    let deadline = Instant::now() + hold;
-    let stdin = io::stdin();
-    let mut said: Vec<u8> = Vec::new();
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(left.subsec_nanos()),
+/// Freezes all of them. One that does not freeze in time is an error, with what still tries to: a signal does not end it.
+fn freeze_all(opened: &[File], paths: &[PathBuf]) -> Result<(), (String, Option<Child>)> {
+    for (file, path) in opened.iter().zip(paths) {
+        let words = |why: &str| format!("the file system at '{}': {why}", path.display());
+        let mut freeze = fsfreeze("-f", file);
+        freeze.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = freeze.spawn().map_err(|error| (words(&error.to_string()), None))?;
+        let deadline = Instant::now() + FREEZE_LIMIT;
+        let mut pauses = Pauses::new();
+        let status = loop {
+            match child.try_wait() {
+                Ok(Some(status)) => break status,
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(pauses.next_pause()),
+                Ok(None) => {
+                    let why = words(&format!("not frozen in {} s", FREEZE_LIMIT.as_secs()));
+                    return Err((why, Some(child)));
+                }
+                Err(error) => return Err((words(&error.to_string()), Some(child))),
+            }
         };
-        let mut fds = [PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN)];
-        match poll(&mut fds, Some(&timeout)) {
-            Err(rustix::io::Errno::INTR) => continue,
-            Ok(0) | Err(_) => return false,
-            Ok(_) => {}
+        if !status.success() {
+            let mut said = String::new();
+            let _ =
+                child.stderr.take().map(|pipe| pipe.take(ANSWER_BYTES).read_to_string(&mut said));
+            return Err((words(said.lines().last().unwrap_or("fsfreeze failed")), None));
         }
-        let mut bytes = [0; 16];
-        match rustix::io::read(stdin.as_fd(), &mut bytes) {
-            Ok(0) | Err(_) => return said == DONE,
-            Ok(count) => said.extend(&bytes[..count]),
-        }
-        if said == DONE || said.len() > DONE.len() {
-            return said == DONE;
+    }
+    Ok(())
+}
+
+fn say(word: &str) {
+    // A task that is gone needs no answer.
+    let _ = writeln!(io::stdout(), "{word}").and_then(|()| io::stdout().flush());
+}
+
+/// What the task says, word by word.
+#[derive(Default)]
+struct Words(Vec<u8>);
+
+impl Words {
+    /// None when the task has ended, or the time is over.
+    fn next(&mut self, deadline: Instant) -> Option<String> {
+        let stdin = io::stdin();
+        loop {
+            if let Some(end) = self.0.iter().position(|byte| *byte == b'\n') {
+                let word: Vec<u8> = self.0.drain(..=end).collect();
+                return Some(String::from_utf8_lossy(&word).trim_end().to_owned());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(left.subsec_nanos()),
+            };
+            let mut fds = [PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN)];
+            match poll(&mut fds, Some(&timeout)) {
+                Err(rustix::io::Errno::INTR) => continue,
+                Ok(0) | Err(_) => return None,
+                Ok(_) => {}
+            }
+            let mut bytes = [0; 16];
+            match rustix::io::read(stdin.as_fd(), &mut bytes) {
+                Ok(count) if count > 0 && self.0.len() < WORD_BYTES_MAX => {
+                    self.0.extend(&bytes[..count]);
+                }
+                _ => return None,
+            }
         }
     }
 }

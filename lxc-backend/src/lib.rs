@@ -29,6 +29,7 @@ mod holder;
 mod ids;
 mod lxc;
 mod metadata;
+mod opening;
 mod place;
 pub mod restore;
 pub mod runner;

@@ -20,7 +20,7 @@ use crate::CtError;
 use crate::runner::Runner;
 use crate::runtime::beside;
 use crate::unpack::{Bounds, Codec, UnpackSpec, Unpacked};
-use crate::view::{Part, View, ViewOptions};
+use crate::view::{Origin, Part, View, ViewOptions};
 
 /// Lines of commands that wait for the log.
 const LOG_LINES: usize = 1000;
@@ -62,7 +62,7 @@ impl Place {
         let dir = self.private.join("view");
         make_private_dir(&dir)?;
         let ids = ids.to_vec();
-        let options = ViewOptions { writable: true, is_snapshot: false, is_plain: false };
+        let options = ViewOptions { writable: true, origin: Origin::Volume, is_plain: false };
         let view = beside(move || View::open(&dir, &parts, &ids, options)).await?;
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();
@@ -79,7 +79,7 @@ impl Place {
         make_private_dir(&dir)?;
         let part =
             Part { key: "source".to_owned(), mount_point: "/".into(), path, is_image: false };
-        let options = ViewOptions { writable: false, is_snapshot: false, is_plain: true };
+        let options = ViewOptions { writable: false, origin: Origin::Volume, is_plain: true };
         let view = beside(move || View::open(&dir, &[part], &[], options)).await?;
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();

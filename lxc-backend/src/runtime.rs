@@ -19,13 +19,13 @@ use vzdump_core::layout::{self, Layout};
 use vzdump_core::lock::FileLock;
 use vzdump_core::storage::{ImageFormat, StorageSet, VolumeId};
 
-use crate::attach::{attach, detached, open_below, open_or_make_below};
+use crate::attach::{attach, detached, nearest_above, open_below, open_or_make_below, open_place};
 use crate::config::{Cgroups, translate};
 use crate::holder::Holder;
 use crate::lxc::Lxc;
 pub use crate::lxc::State;
 use crate::system::MountAttributes;
-use crate::view::mount_image;
+use crate::view::{Origin, mount_image};
 use crate::{CtError, tool};
 
 /// A directory of the LXC package. In the container's namespace it is covered, because an unprivileged
@@ -200,14 +200,14 @@ pub(crate) fn start_now(
         .map_err(CtError::at(format!("write LXC's configuration '{}'", config_path.display())))?;
     let holder = Holder::start("ct-start").map_err(CtError::at("make a mount namespace"))?;
     let in_namespace = lxc.clone();
-    holder
-        .run(move || {
-            mount_all(&rootfs, &volumes, root_of(&ids))?;
-            run_lxc_start(&in_namespace)
+    let mut notices = holder
+        .run(move || -> Result<Vec<String>, CtError> {
+            let notices = mount_all(&rootfs, &volumes, root_of(&ids))?;
+            run_lxc_start(&in_namespace)?;
+            Ok(notices)
         })
         .map_err(CtError::at("start a container"))??;
     let pid = lxc.init_pid()?;
-    let mut notices = Vec::new();
     let ignored = translated
         .ignored
         .iter()
@@ -277,14 +277,16 @@ pub(crate) fn find_volumes(
     config.mounts()?.into_iter().map(find).collect()
 }
 
-/// Mounts everything for LXC, in the namespace of this thread.
-fn mount_all(rootfs: &Path, volumes: &[Found], owner: (u32, u32)) -> Result<(), CtError> {
+/// Mounts everything for LXC, in the namespace of this thread. Tells what a backup would refuse.
+fn mount_all(rootfs: &Path, volumes: &[Found], owner: (u32, u32)) -> Result<Vec<String>, CtError> {
     let fault = |error: io::Error| CtError::at("prepare the mounts of the container")(error);
     let mode = Some("mode=0755,size=1m");
     mount(Some("tmpfs"), COVERED, Some("tmpfs"), MsFlags::empty(), mode)
         .map_err(|errno| fault(errno.into()))?;
     let staging = Path::new(COVERED).join("volumes");
     fs::create_dir_all(rootfs).map_err(fault)?;
+    let mut mounted: Vec<(&Found, PathBuf)> = Vec::new();
+    let mut notices = Vec::new();
     for found in volumes {
         let key = &found.entry.key;
         let at = |error: io::Error| {
@@ -295,7 +297,7 @@ fn mount_all(rootfs: &Path, volumes: &[Found], owner: (u32, u32)) -> Result<(), 
             Some(ImageFormat::Raw) => {
                 let stage = staging.join(key);
                 fs::create_dir_all(&stage).map_err(at)?;
-                mount_image(&found.path, &stage, is_read_only, false)?;
+                mount_image(&found.path, &stage, is_read_only, Origin::Volume)?;
                 stage
             }
             _ => found.path.clone(),
@@ -309,8 +311,37 @@ fn mount_all(rootfs: &Path, volumes: &[Found], owner: (u32, u32)) -> Result<(), 
             open_or_make_below(root.as_fd(), &found.entry.mount_point, owner)
         };
         attach(&tree, target.map_err(at)?.as_fd()).map_err(at)?;
+        if let Err(error) = make_ready_for_backup(&mounted, found, owner) {
+            let place = found.entry.mount_point.display();
+            notices.push(format!("a backup will refuse '{key}' at '{place}': {error}"));
+        }
+        mounted.push((found, source));
     }
-    Ok(())
+    Ok(notices)
+}
+
+/// A backup has only some of the volumes, and cannot make anything in them: if a volume is mounted in one that is
+/// left out, its mount point is made in the nearest one around it that is not.
+fn make_ready_for_backup(
+    mounted: &[(&Found, PathBuf)],
+    volume: &Found,
+    owner: (u32, u32),
+) -> io::Result<()> {
+    if !volume.entry.backup() {
+        return Ok(());
+    }
+    let place = volume.entry.mount_point.as_path();
+    let kept = mounted.iter().filter(|(one, _)| one.entry.backup());
+    let above = nearest_above(kept, |(one, _)| one.entry.mount_point.as_path(), place);
+    let Some((above, source)) = above else { return Ok(()) };
+    let root = fs::File::open(source)?;
+    let top = above.entry.mount_point.as_path();
+    let nearest = nearest_above(mounted, |(one, _)| one.entry.mount_point.as_path(), place);
+    if nearest.is_some_and(|(one, _)| !one.entry.backup()) {
+        let below = place.strip_prefix(top).unwrap_or(place);
+        open_or_make_below(root.as_fd(), below, owner)?;
+    }
+    open_place(root.as_fd(), (above.entry.key.as_str(), top), place).map(drop)
 }
 
 /// Starts LXC's monitor in the namespace of this thread.

@@ -12,7 +12,7 @@ use crate::CtError;
 use crate::runner::Runner;
 use crate::runtime::beside;
 use crate::sandbox::{LISTS, TREE};
-use crate::view::{Part, View, ViewOptions};
+use crate::view::{Origin, Part, View, ViewOptions};
 
 /// Lines of commands that wait to be dropped.
 const LOG_LINES: usize = 100;
@@ -43,7 +43,7 @@ impl ShownDirectory {
             path: root.to_owned(),
             is_image: false,
         };
-        let options = ViewOptions { writable: false, is_snapshot: false, is_plain: false };
+        let options = ViewOptions { writable: false, origin: Origin::Volume, is_plain: false };
         let view = beside(move || {
             vzdump_core::layout::make_private_dir(&dir)?;
             let view = View::open(&dir, &[part], &[], options)?;

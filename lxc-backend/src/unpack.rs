@@ -4,7 +4,8 @@
 //!
 //! Every path is looked up below the root of its volume, and never through a link or into another mount. What
 //! is made is new: an entry that would replace something is refused. Directories get what the archive
-//! says of them when all else is done, so that nothing that is made in them changes it or is changed by it.
+//! says of them when all else is done, so that nothing that is made in them changes it or is changed by it; only
+//! attributes that mean nothing to the kernel they get at once.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use ct_archive::{Entry, Kind, Limits, NAME_BYTES_MAX, Reader, Region, shown};
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, flistxattr, fremovexattr, linkat, makedev,
-    mkdirat, mknodat, openat, openat2, symlinkat, syncfs,
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, XattrFlags, flistxattr, fremovexattr,
+    fsetxattr, linkat, makedev, mkdirat, mknodat, openat, openat2, symlinkat, syncfs,
 };
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,8 @@ const DIRECTORY_BYTES: usize = size_of::<Directory>();
 /// Kinds of things that were left out, which are told at most.
 const LEFT_OUT_MAX: usize = 100;
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// The attribute that gives a program rights.
+const CAPABILITY: &[u8] = b"security.capability";
 /// Permissions of a directory until it gets its own.
 const NEW_DIRECTORY: Mode = Mode::RWXU;
 
@@ -149,7 +152,10 @@ fn words(error: impl std::error::Error) -> String {
 
 /// A directory whose metadata are set at the end.
 struct Directory {
-    path: Vec<u8>,
+    /// How much of its path is that of the directory before it, and what follows: a path may be much longer
+    /// than a name.
+    shared: usize,
+    rest: Vec<u8>,
     metadata: Metadata,
     /// It was there, so it may have attributes of an earlier entry.
     was_there: bool,
@@ -160,6 +166,8 @@ struct Unpacking {
     makes_devices: bool,
     directories: Vec<Directory>,
     directories_bytes: usize,
+    /// Where the last of them is.
+    last_path: Vec<u8>,
     /// The directory in which something was made last.
     parent: Option<(Vec<u8>, OwnedFd)>,
     done: Unpacked,
@@ -172,6 +180,7 @@ impl Unpacking {
             makes_devices: spec.makes_devices,
             directories: Vec::new(),
             directories_bytes: 0,
+            last_path: Vec::new(),
             parent: None,
             done: Unpacked::default(),
         })
@@ -238,7 +247,7 @@ impl Unpacking {
                 continue;
             }
             let metadata = Metadata { mode: 0o755, ..Metadata::default() };
-            self.keep(Directory { path: part.to_vec(), metadata, was_there: false })?;
+            self.keep(part, metadata, false)?;
         }
         self.volumes.open_directory(path).map_err(path_words)
     }
@@ -267,18 +276,41 @@ impl Unpacking {
             self.make_directory(&entry.path)?
         };
         let path = entry.path.clone();
-        let metadata = self.metadata(entry);
-        self.keep(Directory { path, metadata, was_there: !is_new })
+        let mut metadata = self.metadata(entry);
+        let (now, later): (Vec<_>, Vec<_>) =
+            metadata.xattrs.into_iter().partition(|(name, _)| is_free(name));
+        metadata.xattrs = later;
+        if !is_new || !now.is_empty() {
+            self.set_free(&path, &now)?;
+        }
+        self.keep(&path, metadata, !is_new)
     }
 
-    fn keep(&mut self, directory: Directory) -> Result<(), String> {
-        let xattrs = directory.metadata.xattrs.iter();
+    /// Attributes of a directory that change nothing that is made in it are set at once, in place of those that it
+    /// has: all of them together could be more than memory has room for.
+    fn set_free(&self, path: &[u8], xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), String> {
+        let opened = self.open_readable(path)?;
+        remove_xattrs(&opened, is_free)?;
+        for (name, value) in xattrs {
+            fsetxattr(&opened, name.as_slice(), value, XattrFlags::empty()).map_err(|errno| {
+                format!("cannot set its attribute '{}': {}", shown(name), io::Error::from(errno))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, path: &[u8], metadata: Metadata, was_there: bool) -> Result<(), String> {
+        let shared = self.last_path.iter().zip(path).take_while(|(a, b)| a == b).count();
+        let rest = path[shared..].to_vec();
+        let xattrs = metadata.xattrs.iter();
         let xattrs: usize = xattrs.map(|(name, value)| name.len() + value.len() + 64).sum();
-        self.directories_bytes += DIRECTORY_BYTES + directory.path.len() + xattrs;
+        self.directories_bytes += DIRECTORY_BYTES + rest.len() + xattrs;
         if self.directories_bytes > DIRECTORIES_BYTES_MAX {
             return Err("the archive has too many directories".to_owned());
         }
-        self.directories.push(directory);
+        self.last_path.truncate(shared);
+        self.last_path.extend_from_slice(&rest);
+        self.directories.push(Directory { shared, rest, metadata, was_there });
         Ok(())
     }
 
@@ -372,7 +404,7 @@ impl Unpacking {
         let Entry { mode, uid, gid, mtime, atime, access_acl, default_acl, .. } = entry;
         let mut xattrs = Vec::new();
         for (name, value) in entry.xattrs {
-            if name.starts_with(b"user.") || name == b"security.capability" {
+            if is_free(&name) || name == CAPABILITY {
                 xattrs.push((name, value));
             } else {
                 let space = name.split(|byte| *byte == b'.').next().unwrap_or_default();
@@ -398,9 +430,12 @@ impl Unpacking {
     /// The directories, and all of it to disk.
     fn finish(mut self) -> Result<Unpacked, String> {
         self.parent = None;
+        let mut path = Vec::new();
         for directory in std::mem::take(&mut self.directories) {
-            let at = |why: String| format!("'{}': {why}", shown(&directory.path));
-            self.describe_directory(&directory).map_err(at)?;
+            path.truncate(directory.shared);
+            path.extend_from_slice(&directory.rest);
+            let at = |why: String| format!("'{}': {why}", shown(&path));
+            self.describe_directory(&path, &directory).map_err(at)?;
         }
         for (_, root) in &self.volumes.roots {
             let root = openat(root, ".", readable(), Mode::empty()).map_err(path_words)?;
@@ -412,13 +447,16 @@ impl Unpacking {
         Ok(self.done)
     }
 
-    fn describe_directory(&self, directory: &Directory) -> Result<(), String> {
-        let named = self.volumes.open_directory(&directory.path).map_err(path_words)?;
-        let opened = openat(&named, ".", readable(), Mode::empty()).map_err(path_words)?;
+    fn open_readable(&self, path: &[u8]) -> Result<OwnedFd, String> {
+        let named = self.volumes.open_directory(path).map_err(path_words)?;
+        openat(&named, ".", readable(), Mode::empty()).map_err(path_words)
+    }
+
+    fn describe_directory(&self, path: &[u8], directory: &Directory) -> Result<(), String> {
+        let opened = self.open_readable(path)?;
         if directory.was_there {
-            remove_xattrs(&opened).map_err(|errno| {
-                format!("cannot remove its earlier attributes: {}", io::Error::from(errno))
-            })?;
+            let is_late = |name: &[u8]| [ACCESS_ACL, DEFAULT_ACL, CAPABILITY].contains(&name);
+            remove_xattrs(&opened, is_late)?;
         }
         let applied = directory.metadata.apply(Held::Open(opened.as_fd()));
         applied.map_err(|error| error.to_string())
@@ -429,19 +467,22 @@ fn readable() -> OFlags {
     OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC
 }
 
-/// Removes what an earlier entry of the same directory has set.
-fn remove_xattrs(directory: &OwnedFd) -> rustix::io::Result<()> {
+/// Whether an attribute means nothing to the kernel.
+fn is_free(name: &[u8]) -> bool {
+    name.starts_with(b"user.")
+}
+
+/// Removes attributes that an earlier entry of the same directory has set.
+fn remove_xattrs(directory: &OwnedFd, which: impl Fn(&[u8]) -> bool) -> Result<(), String> {
+    let words =
+        |errno: Errno| format!("cannot remove its earlier attributes: {}", io::Error::from(errno));
     let mut names = vec![0; 64 << 10];
     let len = match flistxattr(directory, &mut names[..]) {
         Err(Errno::NOTSUP) => return Ok(()),
-        other => other?,
+        other => other.map_err(words)?,
     };
-    for name in names[..len].split(|byte| *byte == 0) {
-        let is_ours = name.starts_with(b"user.")
-            || [ACCESS_ACL, DEFAULT_ACL, b"security.capability"].contains(&name);
-        if is_ours {
-            fremovexattr(directory, name)?;
-        }
+    for name in names[..len].split(|byte| *byte == 0).filter(|name| which(name)) {
+        fremovexattr(directory, name).map_err(words)?;
     }
     Ok(())
 }
@@ -546,4 +587,110 @@ fn first_piece(path: &[u8]) -> (&[u8], &[u8]) {
     // A name is much shorter than a piece.
     let end = end.unwrap_or(NAME_BYTES_MAX.min(path.len()));
     (&path[..end], path.get(end + 1..).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::*;
+
+    /// An entry with what pax records say of it.
+    fn entry(kind: u8, path: &[u8], records: &[(&[u8], &[u8])], data: &[u8]) -> Vec<u8> {
+        let mut extended = Vec::new();
+        for (key, value) in [(&b"path"[..], path)].iter().chain(records) {
+            let rest = [&b" "[..], key, b"=", value, b"\n"].concat();
+            let mut len = rest.len() + 1;
+            while len != rest.len() + len.to_string().len() {
+                len += 1;
+            }
+            extended.extend(len.to_string().into_bytes());
+            extended.extend(rest);
+        }
+        [block(b'x', &extended), block(kind, data)].concat()
+    }
+
+    fn block(kind: u8, data: &[u8]) -> Vec<u8> {
+        let mut block = vec![0_u8; 512];
+        block[..1].copy_from_slice(b"x");
+        for (at, text) in [(100, "0000755\0"), (108, "0000000\0"), (116, "0000000\0")] {
+            block[at..at + 8].copy_from_slice(text.as_bytes());
+        }
+        block[124..136].copy_from_slice(format!("{:011o}\0", data.len()).as_bytes());
+        block[136..148].copy_from_slice(b"00000000000\0");
+        block[148..156].copy_from_slice(b"        ");
+        block[156] = kind;
+        block[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        block.extend(data);
+        block.resize(block.len().next_multiple_of(512), 0);
+        block
+    }
+
+    fn unpack_here(tree: &Path, entries: &[Vec<u8>]) -> Unpacked {
+        let archive = [entries.concat(), vec![0; 1024]].concat();
+        let spec = UnpackSpec {
+            codec: Codec::None,
+            mounts: Vec::new(),
+            makes_devices: false,
+            bounds: Bounds { data_bytes: 1 << 20, bytes_per_s: None },
+        };
+        unpack(archive.as_slice(), tree, &spec, |_| {}).unwrap()
+    }
+
+    fn attribute(tree: &Path, name: &str) -> Option<Vec<u8>> {
+        let mut value = vec![0; 64];
+        let len = rustix::fs::getxattr(tree.join("twice"), name, &mut value[..]).ok()?;
+        value.truncate(len);
+        Some(value)
+    }
+
+    #[test]
+    fn deep_directories_are_made_and_each_gets_what_is_its_own() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        std::fs::create_dir(&tree).unwrap();
+        let deep = ["d".repeat(250).as_str()].repeat(260).join("/").into_bytes();
+        let file = [&deep[..], b"/file"].concat();
+        let mut entries = vec![entry(b'0', &file, &[], b"deep")];
+        for (path, mtime) in [("dd", "7"), ("dd/e", "8"), ("d", "9"), ("dd/e2", "10")] {
+            entries.push(entry(b'5', path.as_bytes(), &[(b"mtime", mtime.as_bytes())], b""));
+        }
+        let done = unpack_here(&tree, &entries);
+        assert!(done.is_complete && done.data_bytes == 4);
+        let volumes = Volumes::open(&tree, &[]).unwrap();
+        let parent = volumes.open_directory(&deep).unwrap();
+        let made = openat(&parent, "file", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        assert_eq!(io::read_to_string(File::from(made.unwrap())).unwrap(), "deep");
+        for (path, mtime) in [("dd", 7), ("dd/e", 8), ("d", 9), ("dd/e2", 10)] {
+            assert_eq!(std::fs::metadata(tree.join(path)).unwrap().mtime(), mtime, "{path}");
+        }
+        vzdump_core::temp_tree::remove(&tree).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_is_there_twice_has_the_attributes_of_the_second() {
+        let dir = tempfile::tempdir().unwrap();
+        let probe = rustix::fs::setxattr(dir.path(), "user.probe", b"1", XattrFlags::empty());
+        if !rustix::process::geteuid().is_root() || probe.is_err() {
+            eprintln!("skipped: needs root, and attributes of files");
+            return;
+        }
+        let with = |records: &[(&[u8], &[u8])]| entry(b'5', b"twice", records, b"");
+        let first = with(&[
+            (b"SCHILY.xattr.user.a", b"1"),
+            (b"SCHILY.xattr.user.b", b"1"),
+            (b"SCHILY.acl.default", b"user::rwx,user:7:rwx,group::r-x,mask::rwx,other::---"),
+        ]);
+        let second = with(&[(b"SCHILY.xattr.user.b", b"2")]);
+        unpack_here(dir.path(), &[first, entry(b'0', b"twice/file", &[], b""), second]);
+        assert_eq!(attribute(dir.path(), "user.a"), None);
+        assert_eq!(attribute(dir.path(), "user.b").unwrap(), b"2");
+        assert_eq!(attribute(dir.path(), "system.posix_acl_default"), None);
+    }
 }

@@ -20,7 +20,10 @@ use nix::mount::{MsFlags, mount};
 use provider_api::IdMapRange;
 
 use crate::CtError;
-use crate::attach::{attach, detached, detached_with_nested, open_below, open_or_make_below};
+use crate::attach::{
+    attach, detached, detached_with_nested, nearest_above, open_below, open_or_make_below,
+    open_place,
+};
 use crate::holder::Holder;
 use crate::ids::{foreign_ids, reversed, user_namespace};
 use crate::runtime::root_of;
@@ -66,11 +69,23 @@ pub(crate) struct ViewOptions {
     /// The new volumes of a container, which can be changed through the mapped tree, those of a privileged
     /// one through the other, too; what is missing of their mount points is made.
     pub(crate) writable: bool,
-    /// The file systems may be in the middle of something, as after a power failure.
-    pub(crate) is_snapshot: bool,
+    /// What the images are.
+    pub(crate) origin: Origin,
     /// Only the tree with the ids that are on disk, for file systems that can show no others; with all that is
     /// mounted in it.
     pub(crate) is_plain: bool,
+}
+
+/// What an image is, which says how its file system can be mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// A volume.
+    Volume,
+    /// The copy of a volume that was not mounted. If that was not unmounted in order, as after a power failure, what was
+    /// written last is in its journal alone, so it is not mounted without.
+    Copy,
+    /// The copy of a volume whose file system was frozen: everything is in its place, but it looks as if it were in use.
+    FrozenCopy,
 }
 
 impl View {
@@ -149,7 +164,7 @@ fn stage(dir: &Path, parts: &[Part], options: &ViewOptions) -> Result<(), CtErro
     for part in parts.iter().filter(|part| part.is_image) {
         let stage = staged(dir, part);
         fs::create_dir(&stage).map_err(fault)?;
-        mount_image(&part.path, &stage, !options.writable, options.is_snapshot)?;
+        mount_image(&part.path, &stage, !options.writable, options.origin)?;
     }
     Ok(())
 }
@@ -164,13 +179,8 @@ fn make_places(dir: &Path, parts: &[Part], owner: (u32, u32)) -> Result<(), CtEr
         if part.is_image && lost_and_found.is_dir() {
             std::os::unix::fs::chown(&lost_and_found, Some(owner.0), Some(owner.1)).map_err(at)?;
         }
-        let above = parts.iter().filter(|above| {
-            above.mount_point != part.mount_point
-                && part.mount_point.starts_with(&above.mount_point)
-        });
-        let Some(above) = above.max_by_key(|above| above.mount_point.components().count()) else {
-            continue;
-        };
+        let above = nearest_above(parts, |one| one.mount_point.as_path(), &part.mount_point);
+        let Some(above) = above else { continue };
         let root = File::open(staged(dir, above)).map_err(at)?;
         let below = part.mount_point.strip_prefix(&above.mount_point).unwrap_or(Path::new(""));
         open_or_make_below(root.as_fd(), below, owner).map_err(at)?;
@@ -195,8 +205,15 @@ fn compose(
         let mounted = detached(&staged(dir, part), attributes, ids.map(|ids| ids.as_fd()));
         let mounted = mounted.map_err(at)?;
         let opened = File::open(&root).map_err(at)?;
-        let target = open_below(opened.as_fd(), &part.mount_point).map_err(at)?;
-        attach(&mounted, target.as_fd()).map_err(at)?;
+        let above = nearest_above(parts, |one| one.mount_point.as_path(), &part.mount_point);
+        let target = match above {
+            Some(above) => {
+                let around = (above.key.as_str(), Path::new("/"));
+                open_place(opened.as_fd(), around, &part.mount_point)
+            }
+            None => open_below(opened.as_fd(), &part.mount_point),
+        };
+        attach(&mounted, target.map_err(at)?.as_fd()).map_err(at)?;
     }
     Ok(())
 }
@@ -216,32 +233,54 @@ fn compose_plain(dir: &Path, parts: &[Part]) -> Result<(), CtError> {
     Ok(())
 }
 
-/// The file systems that raw images have, and what mounts one as it is, whatever it was in the middle of.
-const FILE_SYSTEMS: [(&str, u64, &[u8], &str); 2] =
-    [("ext4", 1080, b"\x53\xef", "noload"), ("xfs", 0, b"XFSB", "norecovery,nouuid")];
+/// A file system that raw images have.
+struct FileSystem {
+    name: &'static str,
+    /// What it has at this offset.
+    magic: (u64, &'static [u8]),
+    /// Mounts it beside the one that it is a copy of.
+    beside: Option<&'static str>,
+    /// Mounts it as it is, without a look at its journal.
+    as_it_is: &'static str,
+}
+
+const FILE_SYSTEMS: [FileSystem; 2] = [
+    FileSystem { name: "ext4", magic: (1080, b"\x53\xef"), beside: None, as_it_is: "noload" },
+    FileSystem { name: "xfs", magic: (0, b"XFSB"), beside: Some("nouuid"), as_it_is: "norecovery" },
+];
 
 /// Mounts the file system of a raw image, through a loop device that ends with the mount.
 pub(crate) fn mount_image(
     image: &Path,
     target: &Path,
     read_only: bool,
-    is_snapshot: bool,
+    origin: Origin,
 ) -> Result<(), CtError> {
     let doing = || format!("mount the image '{}'", image.display());
     wait_for_release(image, RELEASE_LIMIT).map_err(CtError::at(doing()))?;
-    let (kind, as_it_is) = file_system(image).map_err(CtError::at(doing()))?.ok_or_else(|| {
+    let found = file_system(image).map_err(CtError::at(doing()))?.ok_or_else(|| {
         CtError::Invalid(format!(
             "'{}' has no file system that containers have here (ext4, xfs).",
             image.display()
         ))
     })?;
-    let mut options = String::from(if read_only { "loop,ro" } else { "loop,rw" });
-    if is_snapshot {
-        options = format!("{options},{as_it_is}");
+    let mut options = vec!["loop", if read_only { "ro" } else { "rw" }];
+    if origin != Origin::Volume {
+        options.extend(found.beside);
     }
-    let mut mount = command("mount", ["-n", "-t", kind, "-o", &options, "--"]);
+    if origin == Origin::FrozenCopy {
+        options.push(found.as_it_is);
+    }
+    let mut mount = command("mount", ["-n", "-t", found.name, "-o", &options.join(","), "--"]);
     mount.arg(image).arg(target);
-    run(&mount, MOUNT_LIMIT).map(drop).map_err(CtError::at(doing()))
+    run(&mount, MOUNT_LIMIT).map(drop).map_err(|error| {
+        let advice = if read_only && origin != Origin::FrozenCopy {
+            "; if it was not unmounted in order, starting the container once mends it"
+        } else {
+            ""
+        };
+        CtError::at(doing())(format!("{error}{advice}"))
+    })
 }
 
 /// Waits until an image is not used by another mount. Two of one image would destroy its file system; one
@@ -274,13 +313,14 @@ fn loop_device_of(image: &Path) -> io::Result<Option<String>> {
     Ok(None)
 }
 
-fn file_system(image: &Path) -> io::Result<Option<(&'static str, &'static str)>> {
+fn file_system(image: &Path) -> io::Result<Option<&'static FileSystem>> {
     let mut file = File::open(image)?;
-    for (name, offset, magic, as_it_is) in FILE_SYSTEMS {
+    for system in &FILE_SYSTEMS {
+        let (offset, magic) = system.magic;
         let mut found = vec![0; magic.len()];
         file.seek(io::SeekFrom::Start(offset))?;
         match file.read_exact(&mut found) {
-            Ok(()) if found == magic => return Ok(Some((name, as_it_is))),
+            Ok(()) if found == magic => return Ok(Some(system)),
             Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
             _ => {}
         }

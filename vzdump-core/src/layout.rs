@@ -197,6 +197,13 @@ impl Layout {
         }
     }
 
+    /// The configurations that there are of a guest of this number: more than one is a mistake of somebody.
+    #[must_use]
+    pub fn guest_configs(&self, id: u32) -> Vec<PathBuf> {
+        let paths = [self.vm_config_path(id), self.ct_config_path(id)];
+        paths.into_iter().filter(|path| path.exists()).collect()
+    }
+
     /// The kind of a guest; one that is not there counts as a VM.
     #[must_use]
     pub fn guest_kind(&self, id: u32) -> GuestKind {

@@ -32,7 +32,7 @@ pub use error::{ArchiveError, Result, shown};
 pub use path::{NAME_BYTES_MAX, clean};
 pub use reader::Reader;
 
-/// What an archive may have at most.
+/// What an archive may have at most. The default is more than what a backup stores of a container's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Entries.
@@ -55,8 +55,10 @@ impl Default for Limits {
             entries: 100_000_000,
             data_bytes: i64::MAX as u64,
             file_bytes: i64::MAX as u64,
-            path_bytes: 16 << 10,
-            header_bytes: 16 << 20,
+            // In a volume 64 KiB are followed; before them is its mount point, and behind them a name.
+            path_bytes: 72 << 10,
+            // On XFS one file can have more than memory has room for.
+            header_bytes: 64 << 20,
             regions: 4 << 20,
         }
     }

@@ -9,8 +9,9 @@ use crate::sparse;
 /// Longest name and value of an attribute that Linux has.
 const XATTR_NAME_BYTES_MAX: usize = 255;
 const XATTR_VALUE_BYTES_MAX: usize = 64 << 10;
-/// The most attributes of one file.
-const XATTRS_MAX: usize = 4096;
+/// The most attributes of one file that can be read: Linux lists names of 64 KiB together, and none has fewer
+/// bytes than `user.x` with its end.
+const XATTRS_MAX: usize = (64 << 10) / 7;
 
 /// What an extended header says.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -64,6 +65,7 @@ impl Pax {
         if pax.sparse.offset.is_some() {
             return Err("the map of a sparse file is cut off".to_owned());
         }
+        pax.check_names()?;
         let texts = [pax.access_text.take(), pax.default_text.take()];
         let [access, default] = texts;
         pax.access_acl = pax.list(access, b"system.posix_acl_access")?;
@@ -125,11 +127,18 @@ impl Pax {
         if self.xattrs.len() >= XATTRS_MAX {
             return Err(format!("is one of more than {XATTRS_MAX} attributes"));
         }
-        if self.xattrs.iter().any(|(other, _)| *other == name) {
-            return Err("is there twice".to_owned());
-        }
         self.xattrs.push((name, value.to_vec()));
         Ok(())
+    }
+
+    /// That no attribute is there twice. Sorted, because there may be thousands.
+    fn check_names(&self) -> Result<(), String> {
+        let mut names: Vec<&[u8]> = self.xattrs.iter().map(|(name, _)| name.as_slice()).collect();
+        names.sort_unstable();
+        match names.windows(2).find(|two| two[0] == two[1]) {
+            Some(two) => Err(format!("the attribute '{}' is there twice", crate::shown(two[0]))),
+            None => Ok(()),
+        }
     }
 }
 

@@ -230,13 +230,14 @@ impl<'a> Worker<'a> {
         let now = tree.memory.known(&stat);
         let is_unchanged =
             second.is_some() && job.is_known && tree.memory.is_unchanged(job.key, now);
-        if second.is_none() {
-            self.names.push((job.key, now));
-        }
         if !is_unchanged {
             let attributes = read(At::Open(source.as_fd()), &mut self.buffers)?;
             let path = PathBuf::clone(&job.path);
             self.outcome.ends.push(DirectoryEnd { path, stat, attributes });
+        }
+        // Only now: one whose attributes could not be read is looked at again.
+        if second.is_none() {
+            self.names.push((job.key, now));
         }
         let names = deep::names(&source, &mut self.buffers.names).map_err(Fault::Source)?;
         let Job { path, ino, is_known, reached, .. } = job;

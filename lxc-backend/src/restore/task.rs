@@ -366,7 +366,9 @@ impl Restore<'_> {
     async fn undo(&self, mut made: Made) -> Vec<String> {
         let mut problems = made.new.free(self.ctx).await;
         let guest = (GuestKind::Lxc, self.id);
-        problems.extend(replace::unstage(&self.ctx.layout, guest).await.err());
+        if problems.is_empty() {
+            problems.extend(replace::unstage(&self.ctx.layout, guest).await.err());
+        }
         if let Some(path) = made.firewall {
             let removed = beside(move || match std::fs::remove_file(path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

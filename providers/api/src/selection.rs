@@ -26,7 +26,7 @@ const WITH_ALL: &[u8] = b"--recursion\0";
 ///
 /// | file | has |
 /// |---|---|
-/// | `selected` | what is taken: after an item `--no-recursion` directories without what is in them, after `--recursion` files, and directories with all that is in them on their file system; `tar` reads it by `--one-file-system --null --no-verbatim-files-from --files-from=selected` |
+/// | `selected` | what is taken: after an item `--no-recursion` directories without what is in them, after `--recursion` files, and directories with all that is in them on their file system; `tar` reads it by `--one-file-system --null --no-verbatim-files-from --no-unquote --files-from=selected` |
 /// | `excluded` | what is left out, for a provider that walks by itself; nothing else of the tree is |
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Selection {
@@ -51,6 +51,21 @@ impl Selection {
         mounts: &[&Path],
         excludes: &Excludes,
     ) -> io::Result<Self> {
+        Self::write_watched(target, tree, mounts, excludes, &mut || Ok(()))
+    }
+
+    /// The same for a tree whose walk may take long: `watch` is called before each name that is looked at, and ends
+    /// the walk by an error.
+    ///
+    /// # Errors
+    /// Those of [`Self::write`] and of `watch`.
+    pub fn write_watched(
+        target: &Path,
+        tree: &Path,
+        mounts: &[&Path],
+        excludes: &Excludes,
+        watch: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<Self> {
         std::fs::create_dir(target)?;
         let list = |name| File::create_new(target.join(name)).map(BufWriter::new);
         let tree = File::open(tree)?.into();
@@ -63,7 +78,7 @@ impl Selection {
             count: 0,
             stack: Vec::new(),
         };
-        walk.run(excludes.root())?;
+        walk.run(excludes.root(), watch)?;
         walk.finish()?;
         Ok(Self { excluded: walk.count })
     }
@@ -120,7 +135,7 @@ struct Walk {
 }
 
 impl Walk {
-    fn run(&mut self, root: Reached) -> io::Result<()> {
+    fn run(&mut self, root: Reached, watch: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
         if root.is_idle() {
             self.take_below(Path::new(""));
             return self.select(&[(Take::WithAll, PathBuf::new())]);
@@ -129,6 +144,7 @@ impl Walk {
         let frame = Frame::open(&tree, PathBuf::new(), root)?;
         self.stack.push(frame);
         while let Some(mut frame) = self.stack.pop() {
+            watch()?;
             match frame.rest.pop() {
                 None => self.end(frame)?,
                 Some((name, kind)) => self.visit(frame, &name, kind)?,

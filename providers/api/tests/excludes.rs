@@ -216,7 +216,7 @@ fn lists(dir: &Path) -> [Vec<PathBuf>; 2] {
 fn stored(tree: &Path, dir: &Path) -> Vec<Vec<u8>> {
     let mut tar = Command::new("tar");
     tar.args(["--create", "--file=-", "--one-file-system", "--directory"]).arg(tree);
-    tar.args(["--null", "--no-verbatim-files-from"]);
+    tar.args(["--null", "--no-verbatim-files-from", "--no-unquote"]);
     tar.arg(format!("--files-from={}", dir.join("selected").display()));
     let made = tar.output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
@@ -243,6 +243,8 @@ fn what_is_left_of_a_tree_is_listed() {
     fs::write(tree.join(OsStr::from_bytes(b"srv/\xff*.bak")), "").unwrap();
     fs::write(tree.join("srv/-C"), "").unwrap();
     fs::write(tree.join("srv/other"), "").unwrap();
+    // To tar a name like "oA", unless it is told.
+    fs::write(tree.join(r"srv/o\101"), "").unwrap();
     std::os::unix::fs::symlink("only", tree.join("srv/link")).unwrap();
     let target = dir.path().join("lists");
     let excludes = Excludes::parse(&["/tmp/?*", "*.bak", "only/", "link/"]).unwrap();
@@ -253,7 +255,8 @@ fn what_is_left_of_a_tree_is_listed() {
     let kept = [
         &[alone, ".", with_all, "./etc", alone, "./srv"][..],
         &[with_all, "./srv/-C", alone, "./srv/a", "./srv/a/b"],
-        &[with_all, "./srv/a/b/c", "./srv/link", "./srv/other", alone, "./tmp"],
+        &[with_all, "./srv/a/b/c", "./srv/link", r"./srv/o\101", "./srv/other"],
+        &[alone, "./tmp"],
         &[with_all, "./z"],
     ];
     assert_eq!(selected, paths(&kept.concat()));
@@ -271,6 +274,7 @@ fn what_is_left_of_a_tree_is_listed() {
         "./srv/a/b/c",
         "./srv/-C",
         "./srv/link",
+        r"./srv/o\101",
         "./srv/other",
         "./etc/",
         "./etc/one",
@@ -281,6 +285,23 @@ fn what_is_left_of_a_tree_is_listed() {
     .into();
     expected.sort();
     assert_eq!(stored(&tree, &target), expected);
+}
+
+#[test]
+fn a_walk_ends_when_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let (tree, target) = (dir.path().join("tree"), dir.path().join("lists"));
+    for number in 0..100 {
+        fs::create_dir_all(tree.join(format!("{number}/a"))).unwrap();
+    }
+    let excludes = Excludes::parse(&["*.log"]).unwrap();
+    let mut seen = 0;
+    let mut watch = || {
+        seen += 1;
+        if seen < 50 { Ok(()) } else { Err(std::io::Error::other("told to end")) }
+    };
+    let error = Selection::write_watched(&target, &tree, &[], &excludes, &mut watch).unwrap_err();
+    assert_eq!((error.to_string().as_str(), seen), ("told to end", 50));
 }
 
 #[test]

@@ -256,7 +256,9 @@ fn arguments(backup: &ContainerBackup) -> Vec<OsString> {
     // The host has listed what is read, the volumes with it.
     let mut selected = OsString::from("--files-from=");
     selected.push(backup.lists.join(Selection::SELECTED));
-    argv.extend(["--null".into(), "--no-verbatim-files-from".into(), selected]);
+    // Without its own idea of what a backslash in a name means.
+    let names = ["--null", "--no-verbatim-files-from", "--no-unquote"].map(OsString::from);
+    argv.extend(names.into_iter().chain([selected]));
     argv
 }
 

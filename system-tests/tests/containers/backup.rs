@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use provider_api::{GuestKind, Identity};
 use system_tests::loopfs::{Kind, LoopFs};
@@ -149,6 +150,80 @@ fn stop_mode_64_a_failing_provider_does_not_keep_the_container_down() {
     assert_eq!(scene.state(200), "running");
 }
 
+/// The stop cannot be called off, so the container is started when it has ended.
+#[test]
+fn stop_mode_64_a_backup_that_is_cancelled_while_the_container_stops_starts_it_again() {
+    let scene = Scene::new();
+    scene.create(200, &["--mount", "/srv:32M"]);
+    start_writing(&scene, 200);
+    let inittab = scene.inside(200, "/etc/inittab");
+    let text = std::fs::read_to_string(&inittab).unwrap();
+    std::fs::write(&inittab, text + "::shutdown:/bin/sleep 3\n").unwrap();
+    scene.run(&["ct", "stop", "200"]);
+    start_writing(&scene, 200);
+    let provider = provider(&scene, Identity::MappedRoot);
+    let options = BackupOptions { mode: BackupMode::Stop, ..BackupOptions::new("store") };
+    let (ctx, lines, cancel) =
+        (scene.context(&provider), Lines::default(), CancellationToken::new());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let report = runtime.block_on(async {
+        let job = run_backup(&ctx, &[200], &provider, &options, &lines, &cancel);
+        let cancelling = async {
+            while !lines.text().contains("stopping the container") {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            cancel.cancel();
+        };
+        tokio::join!(job, cancelling).0
+    });
+    assert!(report.guests[0].result != GuestResult::Committed, "{}", lines.text());
+    // Not only in the moment before it goes down.
+    std::thread::sleep(Duration::from_secs(4));
+    assert_writes_on(&scene, 200);
+}
+
+/// LXC says that a container has stopped before its volumes are unmounted; here somebody else has one mounted.
+#[test]
+fn a_snapshot_of_a_stopped_container_has_what_is_written_when_it_is_unmounted() {
+    let disk = LoopFs::new(Kind::Xfs).unwrap();
+    let scene = Scene::new();
+    scene.add_storage("dir", "fast", &disk.path());
+    scene.create(200, &["--storage", "fast", "--format", "raw"]);
+    let image = disk.path().join("images/200/vm-200-disk-0.raw");
+    let place = scene.root.join("mounted");
+    let mounted = Mounted::of(&image, &place);
+    std::fs::write(place.join("root/late"), "late").unwrap();
+    let ending = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(1500));
+        mounted.end();
+    });
+    let provider = provider(&scene, Identity::MappedRoot);
+    let (report, log) = back_up(&scene, 200, BackupMode::Snapshot, &provider);
+    ending.join().unwrap();
+    assert_committed(&report, &log);
+    assert_eq!(member(&provider.tar(&report.archive.unwrap()), "./root/late"), "late");
+
+    // As after a power failure: what was written last is in the journal only.
+    let mounted = Mounted::of(&image, &place);
+    std::fs::write(place.join("root/later"), "later").unwrap();
+    std::fs::File::open(place.join("root/later")).unwrap().sync_all().unwrap();
+    let cut_off = image.with_extension("cut");
+    let mut copy = Command::new("cp");
+    assert!(copy.arg("--reflink=always").args([&image, &cut_off]).status().unwrap().success());
+    mounted.end();
+    std::fs::rename(&cut_off, &image).unwrap();
+    let (report, log) = back_up(&scene, 200, BackupMode::Snapshot, &provider);
+    let error = report.error.unwrap_or_else(|| panic!("{log}"));
+    assert!(error.contains("starting the container once mends it"), "{error}");
+    scene.run(&["ct", "start", "200"]);
+    scene.run(&["ct", "stop", "200", "--now"]);
+    let (report, log) = back_up(&scene, 200, BackupMode::Snapshot, &provider);
+    assert_committed(&report, &log);
+    let tar = provider.tar(&report.archive.unwrap());
+    assert_eq!(member(&tar, "./root/later"), "later");
+}
+
 /// Several snapshots of a container that writes, with each kind of volume.
 fn snapshots(kind: Kind, storage: &str, format: &str) {
     let disk = LoopFs::new(kind).unwrap();
@@ -228,11 +303,25 @@ impl Mounted {
         assert!(mount.status().unwrap().success());
         Self(path.to_owned())
     }
+
+    /// The file system of an image.
+    fn of(image: &Path, path: &Path) -> Self {
+        std::fs::create_dir_all(path).unwrap();
+        let mounted = Command::new("mount").args(["-o", "loop"]).arg(image).arg(path).status();
+        assert!(mounted.unwrap().success());
+        Self(path.to_owned())
+    }
+
+    /// In order: what was written to it is on its disk.
+    fn end(self) {
+        assert!(Command::new("umount").arg(&self.0).status().unwrap().success());
+    }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        drop(Command::new("umount").arg("--lazy").arg(&self.0).status());
+        // It may have ended.
+        drop(Command::new("umount").args(["--quiet", "--lazy"]).arg(&self.0).status());
     }
 }
 

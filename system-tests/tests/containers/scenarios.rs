@@ -2,13 +2,16 @@
 //! Scenarios of containers, by their numbers in `docs/scenarios.md`; those about modes are in `backup`, those
 //! about what a killed program leaves in `program`, those about hostile archives in `restore`.
 
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use provider_api::Identity;
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, mkdirat, mknodat, openat};
 use system_tests::loopfs::{Kind, LoopFs};
 use system_tests::turn::Turn;
 use vzdump_core::guest::BackupMode;
@@ -16,6 +19,7 @@ use vzdump_core::job::report::GuestResult;
 
 use crate::backup::{assert_committed, assert_writes_on, back_up, member, provider, start_writing};
 use crate::program::scene_with;
+use crate::restore::restore;
 use crate::scene::{Scene, wait_for};
 
 fn said(command: &mut Command) -> String {
@@ -68,6 +72,73 @@ fn mount_points_65_only_those_with_backup_1_are_in_the_archive() {
         assert!(log.contains("exclude 'mp1' ('/data'): it belongs to the host"), "{log}");
         assert_eq!(log.contains("exclude 'mp0' ('/srv'): no 'backup=1'"), backup == "backup=0");
         assert_writes_on(&scene, 200);
+    }
+}
+
+/// What reads the tree follows no link, so the volume behind it would be lost in silence.
+#[test]
+fn mount_points_65_behind_a_link_are_refused_before_the_container_is_stopped() {
+    let scene = Scene::new();
+    scene.create(200, &["--mount", "/srv:32M"]);
+    start_writing(&scene, 200);
+    symlink("../srv", scene.inside(200, "/var/data")).unwrap();
+    scene.run(&["ct", "stop", "200", "--now"]);
+    edit_config(&scene, 200, |text| text.replace("mp=/srv,", "mp=/var/data,"));
+    let started = scene.run(&["ct", "start", "200"]);
+    let notices = started["notices"].to_string();
+    assert!(notices.contains("'mp0' at '/var/data'") && notices.contains("mp=/srv"), "{started}");
+    wait_for("both volumes are written", || scene.inside(200, "/srv/b").exists());
+    let provider = provider(&scene, Identity::MappedRoot);
+    let refused = |mode| {
+        let (report, log) = back_up(&scene, 200, mode, &provider);
+        let error = report.error.unwrap_or_else(|| panic!("{log}"));
+        for words in ["show 'mp0' at '/var/data'", "leads from there to '/srv'", "'mp=/srv'"] {
+            assert!(error.contains(words), "{words}: {error}");
+        }
+        log
+    };
+    for mode in [BackupMode::Stop, BackupMode::Suspend] {
+        let log = refused(mode);
+        assert!(!log.contains("stopping") && !log.contains("first copy"), "{log}");
+        assert_writes_on(&scene, 200);
+    }
+    scene.run(&["ct", "stop", "200", "--now"]);
+    refused(BackupMode::Stop);
+    edit_config(&scene, 200, |text| text.replace("mp=/var/data,", "mp=/srv,"));
+    let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
+    assert_committed(&report, &log);
+    let names = members(&provider.tar(&report.archive.unwrap()));
+    assert!(names.iter().any(|name| name == "./srv/b"), "{names:?}");
+    wait_for("nothing is left", || scene.leftovers().is_empty());
+}
+
+#[test]
+fn mount_points_65_in_a_volume_that_is_left_out_are_in_the_archive() {
+    let scene = Scene::new();
+    scene.create(200, &["--mount", "/srv:32M", "--mount", "/srv/data:32M"]);
+    edit_config(&scene, 200, |text| text.replace("mp=/srv,backup=1", "mp=/srv,backup=0"));
+    let provider = provider(&scene, Identity::MappedRoot);
+    let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
+    let error = report.error.unwrap_or_else(|| panic!("{log}"));
+    for words in ["show 'mp1' at '/srv/data'", "'rootfs' has no such directory", "start the"] {
+        assert!(error.contains(words), "{words}: {error}");
+    }
+    // Which makes the place.
+    start_writing(&scene, 200);
+    std::fs::write(scene.inside(200, "/srv/data/inner"), "inner").unwrap();
+    chown(scene.inside(200, "/srv/data/inner"), Some(100_000), Some(100_000)).unwrap();
+    for mode in [BackupMode::Suspend, BackupMode::Stop] {
+        let (report, log) = back_up(&scene, 200, mode, &provider);
+        assert_committed(&report, &log);
+        let archive = report.archive.unwrap();
+        let names = members(&provider.tar(&archive));
+        let has = |name: &str| names.iter().any(|found| found == name);
+        assert!(has("./srv/data/inner") && !has("./srv/b"), "{mode}: {names:?}");
+        assert_writes_on(&scene, 200);
+        if mode == BackupMode::Stop {
+            let (report, log) = restore(&scene, &provider, &archive, 300, &Default::default());
+            assert_eq!(report.error, None, "{log}");
+        }
     }
 }
 
@@ -194,7 +265,7 @@ fn make_odd_things(dir: &Path) {
     let odd_name = std::ffi::OsString::from_vec(vec![b'x', 0xff, 0x80]);
     std::fs::write(dir.join(&odd_name), "").unwrap();
     chown(dir.join(&odd_name), Some(100_000), Some(100_000)).unwrap();
-    let sparse = std::fs::File::create(at("sparse")).unwrap();
+    let sparse = File::create(at("sparse")).unwrap();
     sparse.set_len(16 << 20).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&sparse, b"middle", 8 << 20).unwrap();
     said(Command::new("setfattr").args(["-n", "user.v", "-v", "value"]).arg(at("plain")));
@@ -259,6 +330,47 @@ fn files_67_of_every_kind_survive_a_round_trip_in_every_mode() {
         scene.expect(number);
         scene.run(&["restore", &archive, id, "--start"]);
         assert_eq!(described(&scene.inside(number, "/srv/odd")), before, "{mode}");
+        scene.run(&["ct", "stop", id, "--now"]);
+    }
+}
+
+/// A chain of directories, longer than any path that the kernel takes, and the last of them.
+fn deep_directory(top: &Path, is_new: bool) -> OwnedFd {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let name = "d".repeat(250);
+    let mut dir: OwnedFd = File::open(top).unwrap().into();
+    for _ in 0..160 {
+        if is_new {
+            mkdirat(&dir, name.as_str(), Mode::RWXU).unwrap();
+        }
+        dir = openat(&dir, name.as_str(), flags, Mode::empty()).unwrap();
+    }
+    dir
+}
+
+/// Any user in a container can make such a thing.
+#[test]
+fn files_67_in_the_deepest_directories_come_back_in_every_mode() {
+    let scene = Scene::with_archives();
+    scene.create(200, &["--privileged"]);
+    scene.run(&["ct", "start", "200"]);
+    let last = deep_directory(&scene.inside(200, "/root"), true);
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+    let file = openat(&last, "file", flags, Mode::RUSR).unwrap();
+    File::from(file).write_all(b"deep").unwrap();
+    drop(last);
+    for (mode, id) in [("suspend", "300"), ("stop", "301")] {
+        let report = scene.run(&["backup", "200", "--mode", mode]);
+        let guest = &report["guests"][0];
+        assert_eq!(guest["result"], "committed", "{report}");
+        let archive = format!("store:backup/{}", guest["archive"].as_str().unwrap());
+        let number = id.parse().unwrap();
+        scene.expect(number);
+        scene.run(&["restore", &archive, id, "--privileged", "--start"]);
+        let last = deep_directory(&scene.inside(number, "/root"), false);
+        let file = openat(&last, "file", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        assert_eq!(std::io::read_to_string(File::from(file)).unwrap(), "deep", "{mode}");
+        drop(last);
         scene.run(&["ct", "stop", id, "--now"]);
     }
 }

@@ -126,7 +126,7 @@ impl<'a> Run<'a> {
 
     /// Carries out an action within its time, unless the job is cancelled.
     async fn bounded(&mut self, action: Action, is_cancellable: bool) -> StepResult {
-        let limit = limit_of(action, &self.ctx.limits);
+        let limit = limit_of(action, self.driver.kind(), &self.ctx.limits);
         let cancel = self.cancel.clone();
         let step = within(limit, action, self.act(action));
         if !is_cancellable {
@@ -513,8 +513,10 @@ fn cleaned(entry: &IgnoredEntry) -> IgnoredEntry {
     IgnoredEntry { path: clean(&entry.path), why: clean(&entry.why) }
 }
 
-fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
+fn limit_of(action: Action, kind: GuestKind, limits: &Limits) -> Option<Duration> {
     match action {
+        // Many files may have to be listed: its driver bounds that, by progress.
+        Action::OpenSource if kind == GuestKind::Lxc => None,
         Action::OpenJournal
         | Action::Prepare
         | Action::PlanVolumes
@@ -525,6 +527,8 @@ fn limit_of(action: Action, limits: &Limits) -> Option<Duration> {
         // These bound themselves, by progress or by their own limits.
         Action::StartGuest
         | Action::EnterMode
+        | Action::Resume
+        | Action::LeaveMode
         | Action::Transfer
         | Action::Commit
         | Action::AskOutcome

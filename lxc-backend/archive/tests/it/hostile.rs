@@ -184,6 +184,30 @@ fn bombs_hit_a_limit() {
     assert!(error.contains("too much"), "{error}");
 }
 
+/// What any user in a container can make.
+#[test]
+fn deep_directories_and_thousands_of_attributes_are_no_bombs() {
+    let file = |records: &[(&str, &str)]| Tar::default().pax(b'x', records).file("a", b"x");
+    let path = format!("{}file", "d/".repeat(32 << 10));
+    let names: Vec<String> = (0..9000).map(|name| format!("SCHILY.xattr.user.{name}")).collect();
+    let many: Vec<_> = names.iter().map(|name| (name.as_str(), "v")).collect();
+    let value = "v".repeat(64 << 10);
+    let large: Vec<_> = names[..300].iter().map(|name| (name.as_str(), value.as_str())).collect();
+    for records in [[&[("path", path.as_str())][..], &many].concat(), large] {
+        let read = read_all(&file(&records).end()[..], Limits::default()).unwrap();
+        let entry = &read[0].0;
+        let is_deep = records[0].0 == "path";
+        assert_eq!(entry.path, if is_deep { path.as_bytes() } else { b"a" });
+        assert_eq!(entry.xattrs.len(), records.len() - usize::from(is_deep));
+    }
+    let deeper = "d/".repeat(40 << 10);
+    refused("deeper", file(&[("path", deeper.as_str())]), "its path has more than");
+    let more: Vec<String> = (0..9500).map(|name| format!("SCHILY.xattr.user.{name}")).collect();
+    let more: Vec<_> = more.iter().map(|name| (name.as_str(), "v")).collect();
+    refused("more", file(&more), "attributes");
+    refused("twice", file(&[&many[..], &many[..1]].concat()), "'user.0' is there twice");
+}
+
 #[test]
 fn damage_of_the_compression_is_found_wherever_it_is() {
     let tar = Tar::default().file("a", &[7; 100_000]).end();

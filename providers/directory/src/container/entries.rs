@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Looks at a tar archive as it passes: how many entries it has, how much data, and whether it is whole.
-//! Pure; keeps one block.
+//! Pure; keeps one block and the begin of one record.
 
 /// Unit of a tar archive.
 const BLOCK_BYTES: usize = 512;
@@ -9,6 +9,15 @@ const NAME: std::ops::Range<usize> = 0..100;
 const SIZE: std::ops::Range<usize> = 124..136;
 const CHECKSUM: std::ops::Range<usize> = 148..156;
 const TYPE: usize = 156;
+/// The record of an extended header that says how long the next entry's data is: with 8 GiB and more its own header cannot.
+const SIZE_RECORD: &[u8] = b"size=";
+/// Enough for that record with any number.
+const RECORD_BYTES: usize = 32;
+/// Those with paths, which are not restored if they are longer; and an extended header that is not. What cannot be brought
+/// back is no backup. The bounds are those of the archives' reader.
+const PATH_RECORDS: [&[u8]; 2] = [b"path=", b"linkpath="];
+const PATH_BYTES_MAX: u64 = 72 << 10;
+const EXTENDED_BYTES_MAX: u64 = 64 << 20;
 
 /// Counts the entries of a stream.
 #[derive(Debug)]
@@ -16,7 +25,10 @@ pub(super) struct Counter {
     /// What there is of the next header.
     header: [u8; BLOCK_BYTES],
     filled: usize,
-    /// Bytes of data and padding that come before it.
+    /// Bytes of an extended header that come before it, and what its records say.
+    extended_bytes: u64,
+    records: Records,
+    /// Bytes of data and padding that come before it, then.
     skip_bytes: u64,
     /// Blocks of zeroes in a row: two end an archive.
     zero_blocks: u32,
@@ -31,6 +43,8 @@ impl Default for Counter {
         Self {
             header: [0; BLOCK_BYTES],
             filled: 0,
+            extended_bytes: 0,
+            records: Records::default(),
             skip_bytes: 0,
             zero_blocks: 0,
             entries: 0,
@@ -44,6 +58,14 @@ impl Counter {
     /// Takes the next bytes.
     pub(super) fn take(&mut self, mut bytes: &[u8]) -> Result<(), String> {
         while !bytes.is_empty() {
+            if self.extended_bytes > 0 {
+                let count = self.extended_bytes.min(bytes.len() as u64);
+                self.extended_bytes -= count;
+                let (records, rest) = bytes.split_at(count as usize);
+                self.records.take(records)?;
+                bytes = rest;
+                continue;
+            }
             if self.skip_bytes > 0 {
                 let skipped = self.skip_bytes.min(bytes.len() as u64);
                 self.skip_bytes -= skipped;
@@ -73,12 +95,27 @@ impl Counter {
         if number(&self.header[CHECKSUM]) != Some(self.sum()) {
             return Err("The tar archive of the container has a damaged header.".to_owned());
         }
-        let size_bytes = number(&self.header[SIZE])
+        // What only describes the next entry is none.
+        let is_entry = !matches!(self.header[TYPE], b'x' | b'g' | b'L' | b'K');
+        let said = if is_entry { self.records.size_bytes.take() } else { None };
+        let size_bytes = said
+            .or_else(|| number(&self.header[SIZE]))
             .filter(|size| *size <= i64::MAX as u64)
             .ok_or("The tar archive of the container has an entry without a size.")?;
         self.skip_bytes = size_bytes.next_multiple_of(BLOCK_BYTES as u64);
-        // What only describes the next entry is none.
-        if !matches!(self.header[TYPE], b'x' | b'g' | b'L' | b'K') {
+        if self.header[TYPE] == b'x' {
+            if size_bytes > EXTENDED_BYTES_MAX {
+                let name = self.header[NAME].split(|byte| *byte == 0).next().unwrap_or_default();
+                return Err(format!(
+                    "A file has more attributes than can be restored: {}.",
+                    String::from_utf8_lossy(name).escape_debug()
+                ));
+            }
+            self.extended_bytes = size_bytes;
+            self.skip_bytes -= size_bytes;
+            self.records = Records::default();
+        }
+        if is_entry {
             self.entries += 1;
             self.name.copy_from_slice(&self.header[NAME]);
             self.data_bytes = self.data_bytes.saturating_add(size_bytes);
@@ -94,7 +131,8 @@ impl Counter {
 
     /// Whether the archive is whole.
     pub(super) fn finish(&self) -> Result<(), String> {
-        if self.filled == 0 && self.skip_bytes == 0 && self.zero_blocks >= 2 {
+        let is_between = self.filled == 0 && self.extended_bytes == 0 && self.skip_bytes == 0;
+        if is_between && self.zero_blocks >= 2 {
             return Ok(());
         }
         Err("The tar archive of the container ends too early.".to_owned())
@@ -111,6 +149,82 @@ impl Counter {
 
     pub(super) fn data_bytes(&self) -> u64 {
         self.data_bytes
+    }
+}
+
+/// Looks for the size among the records of an extended header: `26 size=12345678901234\n`, one after the other.
+#[derive(Debug, Default)]
+struct Records {
+    /// The length of the record as far as it was read, with how many digits.
+    length: u64,
+    digits: u64,
+    /// What it has behind that, once its length is known, and what is left of it.
+    bytes: u64,
+    left: Option<u64>,
+    text: [u8; RECORD_BYTES],
+    filled: usize,
+    /// What the entry behind the header is said to have.
+    size_bytes: Option<u64>,
+}
+
+impl Records {
+    fn take(&mut self, mut bytes: &[u8]) -> Result<(), String> {
+        let damaged =
+            || "The tar archive of the container has a damaged extended header.".to_owned();
+        while let Some((&first, rest)) = bytes.split_first() {
+            let Some(left) = self.left else {
+                bytes = rest;
+                self.digits += 1;
+                match first {
+                    b'0'..=b'9' if self.digits < 20 => {
+                        self.length = self.length * 10 + u64::from(first - b'0');
+                    }
+                    b' ' => {
+                        let left = self.length.checked_sub(self.digits).filter(|left| *left > 0);
+                        self.bytes = left.ok_or_else(damaged)?;
+                        self.left = Some(self.bytes);
+                    }
+                    _ => return Err(damaged()),
+                }
+                continue;
+            };
+            let count = left.min(bytes.len() as u64) as usize;
+            let kept = count.min(RECORD_BYTES - self.filled);
+            self.text[self.filled..self.filled + kept].copy_from_slice(&bytes[..kept]);
+            self.filled += kept;
+            bytes = &bytes[count..];
+            self.left = Some(left - count as u64);
+            if self.left == Some(0) {
+                self.check_path()?;
+                self.end_record().ok_or_else(damaged)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_path(&self) -> Result<(), String> {
+        let text = &self.text[..self.filled];
+        let Some(key) = PATH_RECORDS.into_iter().find(|key| text.starts_with(key)) else {
+            return Ok(());
+        };
+        if self.bytes <= PATH_BYTES_MAX + key.len() as u64 + 1 {
+            return Ok(());
+        }
+        Err(format!(
+            "A path of {} bytes is too long to be restored; it begins with '{}'.",
+            self.bytes - key.len() as u64 - 1,
+            String::from_utf8_lossy(&text[key.len()..]).escape_debug()
+        ))
+    }
+
+    /// Takes the size, if it is that record; nothing if it is no number.
+    fn end_record(&mut self) -> Option<()> {
+        if let Some(value) = self.text[..self.filled].strip_prefix(SIZE_RECORD) {
+            let value = std::str::from_utf8(value.strip_suffix(b"\n")?).ok()?;
+            self.size_bytes = Some(value.parse().ok()?);
+        }
+        *self = Self { size_bytes: self.size_bytes, ..Self::default() };
+        Some(())
     }
 }
 
@@ -171,6 +285,69 @@ mod tests {
         }
         assert_eq!(count(&[0; 1024], 512), Ok((0, 0)));
         assert!(count(&[], 512).is_err());
+    }
+
+    #[test]
+    fn what_could_not_be_restored_is_refused() {
+        let path = |bytes: usize| {
+            let value = "d/".repeat(bytes / 2);
+            format!("{} path={value}\n", value.len() + 12)
+        };
+        for (bytes, is_right) in [(72 << 10, true), ((72 << 10) + 2, false)] {
+            let records = path(bytes);
+            assert_eq!(records.len(), bytes + 12);
+            let extended = [header(b'x', records.len()), padded(records.as_bytes())];
+            let archive = [extended.concat(), header(b'0', 0), vec![0; 1024]].concat();
+            let counted = count(&archive, 1000);
+            assert_eq!(counted.is_ok(), is_right, "{counted:?}");
+        }
+        let refused = count(&header(b'x', (64 << 20) + 1), 512).unwrap_err();
+        assert!(refused.contains("more attributes than can be restored: ./big."), "{refused}");
+    }
+
+    /// A header as `tar` writes it.
+    fn header(kind: u8, size_bytes: usize) -> Vec<u8> {
+        let mut header = vec![0; BLOCK_BYTES];
+        header[..5].copy_from_slice(b"./big");
+        header[SIZE].copy_from_slice(format!("{size_bytes:011o}\0").as_bytes());
+        header[CHECKSUM].fill(b' ');
+        header[TYPE] = kind;
+        let sum: u64 = header.iter().map(|byte| u64::from(*byte)).sum();
+        header[CHECKSUM].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        header
+    }
+
+    fn padded(bytes: &[u8]) -> Vec<u8> {
+        let mut all = bytes.to_vec();
+        all.resize(bytes.len().next_multiple_of(BLOCK_BYTES), 0);
+        all
+    }
+
+    #[test]
+    fn a_size_that_is_too_large_for_a_header_is_in_a_record() {
+        let long = format!("1014 SCHILY.xattr.user.a={}\n", "z".repeat(984));
+        let long = format!("{} {}", long.len(), long.split_once(' ').unwrap().1);
+        for records in ["13 size=1000\n".to_owned(), format!("{long}13 size=1000\n{long}")] {
+            // A file of that size, which its own header does not know.
+            let archive = [
+                header(b'x', records.len()),
+                padded(records.as_bytes()),
+                header(b'0', 0),
+                padded(&[7; 1000]),
+                header(b'0', 600),
+                padded(&[7; 600]),
+                vec![0; 1024],
+            ]
+            .concat();
+            for piece in [1, 7, 512, 1 << 20] {
+                assert_eq!(count(&archive, piece), Ok((2, 1600)), "{piece}");
+            }
+        }
+        for bad in ["13 size=10x0\n", "x size=1000\n", "2 size=1000\n", "99999999999999999999 a=b"]
+        {
+            let archive = [header(b'x', bad.len()), padded(bad.as_bytes()), vec![0; 1024]].concat();
+            assert!(count(&archive, 512).is_err(), "{bad}");
+        }
     }
 
     #[test]
