@@ -13,6 +13,9 @@ use serde_json::Value;
 const CT: &str = "200";
 /// How long an image that was unmounted may be written out.
 const RELEASE_WITHIN: Duration = Duration::from_secs(60);
+/// How long a program of LXC may take, and how often a container is asked to freeze.
+const LXC_SECONDS: &str = "5";
+const FREEZE_TRIES: u32 = 10;
 
 /// A tool that is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -234,6 +237,19 @@ impl Container {
         self.run(&["ct", "start", CT]).map(drop)
     }
 
+    /// LXC asks the old cgroups once, and waits for ever for a process that waits for the child of its vfork; asked
+    /// again, they freeze it.
+    fn freeze(&self) -> Result<()> {
+        let tries = (1..FREEZE_TRIES).find_map(|_| self.lxc("lxc-freeze").ok());
+        tries.map_or_else(|| self.lxc("lxc-freeze"), Ok)
+    }
+
+    fn lxc(&self, program: &str) -> Result<()> {
+        let mut command = Command::new("timeout");
+        command.args([LXC_SECONDS, program, "-P"]).arg(self.path("run/lxc"));
+        output(command.args(["-n", CT])).map(drop)
+    }
+
     /// Milliseconds of the second of two passes of rsync, in which the container is frozen.
     ///
     /// # Errors
@@ -254,15 +270,11 @@ impl Container {
             }
         };
         rsync()?;
-        let lxc = |program: &str| {
-            let mut command = Command::new(program);
-            output(command.arg("-P").arg(self.path("run/lxc")).args(["-n", CT])).map(drop)
-        };
-        let frozen = lxc("lxc-freeze");
+        let frozen = self.freeze();
         let started = Instant::now();
         let copied = frozen.and_then(|()| rsync());
         let milliseconds = started.elapsed().as_secs_f64() * 1e3;
-        lxc("lxc-unfreeze")?;
+        self.lxc("lxc-unfreeze")?;
         copied?;
         remove(&out)?;
         Ok(milliseconds)

@@ -6,6 +6,8 @@ use std::io::{Read, Write};
 use std::num::NonZeroU64;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -30,16 +32,24 @@ pub struct Disk {
     pub path: PathBuf,
     /// Its size.
     pub size_bytes: u64,
+    /// Whether all of it was read into single pages, and nothing has dropped them since.
+    is_read: Arc<AtomicBool>,
 }
 
 impl Disk {
+    /// A file that is there.
+    #[must_use]
+    pub fn at(path: PathBuf, size_bytes: u64) -> Self {
+        Self { path, size_bytes, is_read: Arc::default() }
+    }
+
     /// Finds the disk of this size in a folder, or makes it.
     ///
     /// # Errors
     /// There is no space for it.
     pub fn ensure(folder: &Path, size_bytes: u64) -> Result<Self> {
         let path = folder.join(format!("disk-{}m.raw", size_bytes >> 20));
-        let disk = Self { path, size_bytes };
+        let disk = Self::at(path, size_bytes);
         if disk.path.metadata().is_ok_and(|meta| meta.len() == size_bytes) {
             return Ok(disk);
         }
@@ -57,7 +67,8 @@ impl Disk {
     /// dirty, and nothing of the disk in it (`Direct`) or all of it, if there is RAM for that.
     ///
     /// It is read as by random reads, into single pages: read-ahead fills the cache with large folios,
-    /// and then each small write makes one of those dirty as a whole, which costs more than any filter.
+    /// and then each small write makes one of those dirty as a whole, which costs more than any filter. What
+    /// an earlier run has left there is single pages, too, so only what is missing is read.
     ///
     /// # Errors
     /// The disk cannot be read.
@@ -66,13 +77,17 @@ impl Disk {
         file.sync_all()?;
         let fits = available_bytes().is_some_and(|free| free > self.size_bytes * 3 / 2);
         let all = NonZeroU64::new(self.size_bytes);
-        fadvise(&file, 0, all, Advice::DontNeed)?;
-        if cache == Cache::Direct || !fits {
+        let is_wanted = cache == Cache::Default && fits;
+        if !self.is_read.swap(false, Ordering::Relaxed) || !is_wanted {
+            fadvise(&file, 0, all, Advice::DontNeed)?;
+        }
+        if !is_wanted {
             return Ok(());
         }
         fadvise(&file, 0, all, Advice::Random)?;
         let mut chunk = vec![0; CHUNK_BYTES];
         while file.read(&mut chunk)? > 0 {}
+        self.is_read.store(true, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -381,7 +381,7 @@ mod tests {
         Bench {
             bin: PathBuf::new(),
             folder: PathBuf::new(),
-            disk: Disk { path: PathBuf::new(), size_bytes: 1 << 30 },
+            disk: Disk::at(PathBuf::new(), 1 << 30),
             seconds: 2,
             long_seconds: 4,
             cached_aio: "threads".into(),

@@ -51,7 +51,8 @@ impl Run<'_> {
         let screen = Screen::new(self.output, false);
         self.host.give_up_restore(id, &screen).await?;
         drop(screen);
-        self.output.result(&json!({ "id": id }), || format!("VM {id} is removed"));
+        let result = task_result(json!({ "id": id }), true);
+        self.output.result(&result, || format!("VM {id} is removed\n"));
         Ok(ExitCode::SUCCESS)
     }
 

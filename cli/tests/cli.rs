@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -136,6 +137,13 @@ fn a_created_vm_is_listed_and_not_made_twice() {
     assert_eq!(created["disks"][0][1], "local:100/vm-100-disk-0.raw");
     let again = place.run(&["vm", "create", "100"]);
     assert_eq!(again.status.code(), Some(1));
+    let container = place.path("etc/lxc/101.conf");
+    fs::create_dir_all(container.parent().unwrap()).unwrap();
+    fs::write(&container, "hostname: ct\n").unwrap();
+    let taken = place.run(&["vm", "create", "101"]);
+    let said = String::from_utf8(taken.stderr).unwrap();
+    assert!(said.contains("The guest 101 exists already"), "{said}");
+    fs::remove_file(container).unwrap();
     let all = place.json(&["vm", "status"]);
     assert_eq!((&all[0]["id"], &all[0]["running"]), (&100.into(), &false.into()));
     let text = String::from_utf8(place.run(&["vm", "status"]).stdout).unwrap();
@@ -588,4 +596,28 @@ fn archives_are_verified_and_damage_is_told() {
     let output = place.run(&arguments);
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(results(&last_json(&output)), ["damaged", "damaged"]);
+}
+
+/// A freeze or a script may take minutes before the TPM is to stand still; from then on the limit counts.
+#[test]
+fn the_guard_of_a_tpm_waits_for_its_order_and_lets_go_in_time() {
+    let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+    let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+    let start = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().to_owned();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vzdump"));
+    command.args(["__thaw-guard", "--swtpm", &child.id().to_string(), &start, "200"]);
+    let mut guard = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(guard.stdout.take().unwrap()).lines().map_while(Result::ok);
+    assert_eq!(said.next().unwrap(), "tpm-guard: ready");
+    std::thread::sleep(Duration::from_millis(600));
+    assert!(guard.try_wait().unwrap().is_none(), "it gave up before it was asked");
+    guard.stdin.as_mut().unwrap().write_all(b"stop\n").unwrap();
+    assert_eq!(said.next().unwrap(), "tpm-guard: stopped");
+    let last = said.next().unwrap();
+    assert!(last.starts_with("tpm-guard: failed swtpm went on"), "{last}");
+    assert!(!guard.wait().unwrap().success());
+    let state = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+    assert!(!state.rsplit_once(')').unwrap().1.trim_start().starts_with('T'), "{state}");
+    child.kill().unwrap();
+    child.wait().unwrap();
 }

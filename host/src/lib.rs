@@ -218,6 +218,22 @@ impl Host {
         Ok(Self { layout, tools, storages, providers })
     }
 
+    /// `vzdump.conf`, whose lines must all be understood: what is not, as one that begins with a blank, might have been what
+    /// keeps archives.
+    fn read_settings(&self) -> Result<VmConfig, HostError> {
+        let config = VmConfig::parse(&read_text(&self.layout.settings_path())?.unwrap_or_default());
+        let other = config.not_understood().map(|line| format!("the line '{line}'"));
+        let odd =
+            other.chain(config.sections().map(|name| format!("the section '[{name}]'"))).next();
+        match odd {
+            None => Ok(config),
+            Some(what) => Err(HostError::Settings(format!(
+                "vzdump.conf: {what} is not understood; a line is 'key: value', without blanks before it, or a \
+                 comment that begins with '#'."
+            ))),
+        }
+    }
+
     /// Where everything is.
     #[must_use]
     pub fn layout(&self) -> &Layout {

@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use vzdump_core::bandwidth::{Budget, MIN_BYTES_PER_S};
 use vzdump_core::config::backup::{BackupSettings, Selection};
-use vzdump_core::config::guest::VmConfig;
 use vzdump_core::config::jobs::{read_job, read_pool};
-use vzdump_core::config::read_text;
 use vzdump_core::host_budget::{HostRam, HostRate};
 use vzdump_core::job::{BackupOptions, STOP_WAIT};
 use vzdump_core::vm::create::parse_size;
@@ -122,8 +120,7 @@ impl Host {
             notices.extend(more);
             all = all.or(settings);
         }
-        let text = read_text(&self.layout.settings_path())?.unwrap_or_default();
-        let config = VmConfig::parse(&text);
+        let config = self.read_settings()?;
         let of_host =
             [crate::QEMU_BIN_KEY, crate::PROVIDER_DIR_KEY, HOST_BWLIMIT_KEY, HOST_BUFFER_KEY];
         let ours = config.pairs().filter(|(key, _)| !of_host.contains(key));
@@ -139,8 +136,7 @@ impl Host {
 
     /// What `vzdump.conf` says of the host. 0 is no limit.
     fn host_limits(&self) -> Result<HostLimits, HostError> {
-        let text = read_text(&self.layout.settings_path())?.unwrap_or_default();
-        let config = VmConfig::parse(&text);
+        let config = self.read_settings()?;
         let invalid =
             |key, why: String| HostError::Settings(format!("vzdump.conf: '{key}': {why}"));
         let bwlimit = config.get(HOST_BWLIMIT_KEY).map(|text| {

@@ -8,8 +8,6 @@ use jiff::tz::TimeZone;
 use provider_api::{Archive, Call, Capabilities, GuestKind, Provider, check_notes};
 use serde::Serialize;
 use vzdump_core::config::backup::BackupSettings;
-use vzdump_core::config::guest::VmConfig;
-use vzdump_core::config::read_text;
 use vzdump_core::job::{Limits, target_lock_path};
 use vzdump_core::lock::FileLock;
 use vzdump_core::prune::{self, Fate, PruneEntry, Pruner};
@@ -106,12 +104,9 @@ impl Host {
         let (place, text) = match self.storage_property(storage, PRUNE_KEY) {
             Some(text) => (format!("storage.cfg, storage '{storage}'"), text),
             None => {
-                let settings = read_text(&self.layout.settings_path())?.unwrap_or_default();
-                let Some(text) = VmConfig::parse(&settings).get(PRUNE_KEY).map(str::to_owned)
-                else {
-                    return Ok(None);
-                };
-                ("vzdump.conf".to_owned(), text)
+                let settings = self.read_settings()?;
+                let Some(text) = settings.get(PRUNE_KEY) else { return Ok(None) };
+                ("vzdump.conf".to_owned(), text.to_owned())
             }
         };
         let retention = text.parse();

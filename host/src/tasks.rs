@@ -194,7 +194,11 @@ impl Host {
         sink: &dyn TaskSink,
         cancel: &CancellationToken,
     ) -> Result<RestoreReport, HostError> {
-        let limit = bytes_per_s(bwlimit_kib_per_s)?;
+        let limit = match bwlimit_kib_per_s {
+            // Not what the restore began with.
+            Some(0) => Some(0),
+            other => bytes_per_s(other)?,
+        };
         let ctx = self.context()?;
         Ok(Box::pin(resume_restore(&ctx, id, limit, sink, cancel)).await)
     }

@@ -418,6 +418,10 @@ fn the_limits_of_the_host_go_with_those_of_the_job() {
         ("host-bwlimit: fast\n", "vzdump.conf: 'host-bwlimit': 'fast' is no number"),
         ("host-bwlimit: 100\n", "'host-bwlimit': 100 KiB/s is too little"),
         ("host-buffer-total: lots\n", "vzdump.conf: 'host-buffer-total'"),
+        // Not passed over: it might have been what keeps archives.
+        ("# ours\n  remove: 0\n", "vzdump.conf: the line '  remove: 0' is not understood"),
+        ("remove=0\n", "vzdump.conf: the line 'remove=0' is not understood"),
+        ("bwlimit: 0\n[night]\nremove: 0\n", "vzdump.conf: the section '[night]' is not"),
     ] {
         conf(text);
         let error = plan(None).unwrap_err().to_string();

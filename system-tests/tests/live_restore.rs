@@ -371,6 +371,7 @@ impl Story {
         self.starts();
         self.writes();
         self.scene.kill(resumed);
+        self.scene.refused();
 
         println!("a guest that runs, or waits for its archive");
         let resumed = self.scene.resume(HARDLY_KIB_PER_S, &[]);

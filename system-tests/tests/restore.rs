@@ -109,6 +109,11 @@ fn restore_over_an_existing_vm_killed_anywhere_leaves_the_old_one_or_the_new_one
         println!("killed at {step}");
         let finished = scene.restore(&["--force"], &[(KILL_AT, step)]);
         assert_eq!(finished.status.signal(), Some(9), "{step}: {}", finished.stderr);
+        // And what undoes it is killed, too.
+        let doctor =
+            scene.lab.vzdump.spawn_with(&["doctor", "--fix"], &[(KILL_AT, "restore:freed")]);
+        let finished = doctor.unwrap().finish(SOON, &scene.lab.stop).unwrap();
+        assert_eq!(finished.status.signal(), Some(9), "{step}: {}", finished.stderr);
         scene.doctor();
         assert_eq!((scene.config(), scene.images()), (config.clone(), images.clone()), "{step}");
         assert_eq!(scene.check(SOURCE_VM, true), scene.last, "{step}");

@@ -97,8 +97,10 @@ fn in_use(dir: &Path, total_bytes: u64) -> io::Result<u64> {
             other => other?,
         };
         if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
-            fs::remove_file(entry.path())?;
-            continue;
+            match fs::remove_file(entry.path()) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => continue,
+            }
         }
         let mut text = String::new();
         file.take(32).read_to_string(&mut text)?;

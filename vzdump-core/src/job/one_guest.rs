@@ -199,6 +199,12 @@ impl<'a> Shared<'a> {
         id: u32,
         sink: &dyn TaskSink,
     ) -> Result<[FileLock; 2], String> {
+        if self.ctx.layout.guest_configs(id).len() > 1 {
+            // One of the two would be left out in silence.
+            return Err(format!(
+                "there are a VM and a container with the number {id}; give one of them another number"
+            ));
+        }
         let wait = self.options.lock_wait;
         let deadline = Instant::now() + wait;
         let target = target_lock_path(&self.ctx.layout, kind, id, &self.options.storage);

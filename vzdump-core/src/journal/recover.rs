@@ -94,6 +94,10 @@ pub async fn recover_all(ctx: &JobContext, sink: &dyn TaskSink) -> Result<Recove
                 let path = backup_lock_path(&ctx.layout, begin.guest_kind, begin.guest_id);
                 FileLock::try_acquire(&path, &format!("guest {}", begin.guest_id))
             }
+            // Its task has ended meanwhile.
+            Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                continue;
+            }
             Err(error) => {
                 recovered.left.push(Leftover { journal, reason: chain(&error) });
                 continue;

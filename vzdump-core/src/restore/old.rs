@@ -9,7 +9,7 @@ use crate::config::guest::{VmConfig, split_numbered};
 use crate::config::parse_bool;
 use crate::job::{JobContext, chain};
 use crate::storage::VolumeId;
-use crate::vm::runner;
+use crate::vm::runner::{self, LIVE_LOCK, live_advice};
 
 /// What a guest is locked with whose disks a restore has removed, as Proxmox VE calls it.
 pub(super) const LOCK: &str = "restore";
@@ -50,7 +50,11 @@ pub(super) fn find(
         ));
     }
     if let Some(process) = runner::find_process(layout, id).map_err(|error| chain(&error))? {
-        return Err(format!("VM {id} is running (process {}); stop it first", process.pid));
+        // Stopped, it would still not be complete.
+        return Err(match config.get("lock") {
+            Some(LIVE_LOCK) => live_advice(id),
+            _ => format!("VM {id} is running (process {}); stop it first", process.pid),
+        });
     }
     match config.get("lock") {
         None => {}

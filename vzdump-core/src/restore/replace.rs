@@ -78,12 +78,14 @@ pub async fn switch(
     Ok(())
 }
 
-/// Removes what is staged.
+/// Removes what is staged, when nothing else of the restore is left: as long as the staged configuration is there, the
+/// recovery knows that the switch has not happened.
 ///
 /// # Errors
 /// In words.
 pub async fn unstage(layout: &Layout, guest: Guest) -> Result<(), String> {
-    for path in staged_files(layout, guest) {
+    let [config, firewall] = staged_files(layout, guest);
+    for path in [firewall, config] {
         remove_file(path).await?;
     }
     Ok(())
@@ -179,7 +181,6 @@ pub(crate) async fn recover(
         let left = finish(ctx, guest, &frees).await;
         return left.into_iter().next().map_or(Ok(()), Err);
     }
-    unstage(&ctx.layout, guest).await?;
     let new: Vec<VolumeId> = record.volumes.iter().filter_map(|text| text.parse().ok()).collect();
     let both = if *in_place { [new, frees].concat() } else { new };
     let freed = free_unnamed(ctx, guest, &both).await;
@@ -191,7 +192,9 @@ pub(crate) async fn recover(
              restore it again"
         ));
     }
-    freed.map_err(|problems| problems.join("; "))
+    freed.map_err(|problems| problems.join("; "))?;
+    step("restore:freed");
+    unstage(&ctx.layout, guest).await
 }
 
 async fn remove_file(path: PathBuf) -> Result<(), String> {

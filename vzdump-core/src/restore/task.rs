@@ -578,7 +578,9 @@ impl Restore<'_> {
         let mut problems: Vec<String> = dir_removed.err().into_iter().collect();
         problems.extend(made.new.free(self.ctx).await);
         let guest = (GuestKind::Qemu, self.id);
-        problems.extend(replace::unstage(&self.ctx.layout, guest).await.err());
+        if problems.is_empty() {
+            problems.extend(replace::unstage(&self.ctx.layout, guest).await.err());
+        }
         if let Some(path) = made.firewall
             && let Err(error) = blocking::run(move || std::fs::remove_file(path)).await
             && error.kind() != std::io::ErrorKind::NotFound

@@ -18,7 +18,7 @@ use crate::job::{JobContext, backup_lock_path, chain};
 use crate::journal::recover::{self, Leftover};
 use crate::journal::volumes::{NewVolumeError, NewVolumes};
 use crate::journal::{Begin, Entry, Journal, JournalError, TaskKind};
-use crate::layout::{self, LayoutError};
+use crate::layout::{self, Layout, LayoutError};
 use crate::lock::{FileLock, LockError};
 use crate::storage::{DEFAULT_STORAGE, ImageFormat, StorageError, image_size};
 use crate::task_log::{TaskSink, size_config};
@@ -33,7 +33,7 @@ const EFI_KEY: &str = "efidisk0";
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     /// The number is taken.
-    #[error("The VM {id} exists already ('{path}').")]
+    #[error("The guest {id} exists already ('{path}').")]
     Exists {
         /// The number.
         id: u32,
@@ -171,10 +171,7 @@ pub async fn create(
     }
     let swept = leftovers::remove_of_guest(ctx, id, sink);
     cancel.run_until_cancelled(swept).await.ok_or(CreateError::Cancelled)?;
-    let path = layout.vm_config_path(id);
-    if path.exists() {
-        return Err(CreateError::Exists { id, path });
-    }
+    refuse_existing(layout, id)?;
     let mut config = VmConfig::default();
     let mut keys: Vec<_> = options.keys.iter().collect();
     keys.sort();
@@ -189,7 +186,7 @@ pub async fn create(
             if let Err(error) = new.journal.remove().await {
                 sink.warn(&chain(&error));
             }
-            Ok(Created { id, config: path, disks })
+            Ok(Created { id, config: layout.vm_config_path(id), disks })
         }
         Err(error) => {
             let problems = new.free(ctx).await;
@@ -205,6 +202,12 @@ pub async fn create(
     }
 }
 
+/// A container has no lock in common with a VM of its number.
+fn refuse_existing(layout: &Layout, id: u32) -> Result<(), CreateError> {
+    let path = layout.guest_configs(id).into_iter().next();
+    path.map_or(Ok(()), |path| Err(CreateError::Exists { id, path }))
+}
+
 /// The disks, and then the configuration, which makes the VM exist.
 async fn make(
     ctx: &JobContext,
@@ -217,6 +220,7 @@ async fn make(
     let disks = make_disks(ctx, id, options, &mut config, new);
     let disks = cancel.run_until_cancelled(disks).await.ok_or(CreateError::Cancelled)??;
     config.disks()?;
+    refuse_existing(&ctx.layout, id)?;
     let path = ctx.layout.vm_config_path(id);
     config.write_new(&path).map_err(|error| match error {
         ConfigError::Write { source, path }
@@ -403,7 +407,6 @@ mod tests {
     use super::*;
     use crate::config::storage::StorageConfig;
     use crate::job::Limits;
-    use crate::layout::Layout;
     use crate::storage::StorageSet;
     use crate::task_log::NoLog;
     use crate::vm::freeze_guard::GuardCommand;

@@ -11,7 +11,7 @@ use provider_api::GuestKind;
 
 use super::backup::free_volume;
 use super::leftovers;
-use super::runner::{self, RunnerError};
+use super::runner::{self, LIVE_LOCK, RunnerError};
 use crate::blocking;
 use crate::config::parse_bool;
 use crate::guest::GuestError;
@@ -94,7 +94,11 @@ pub async fn destroy(
     )?;
     let config = runner::read_config(layout, id)?;
     if let Some(process) = runner::find_process(layout, id)? {
-        return Err(DestroyError::Running { id, pid: process.pid });
+        // Stopped, it would still not be complete.
+        return Err(match config.get("lock") {
+            Some(LIVE_LOCK) => RunnerError::Incomplete { id }.into(),
+            _ => DestroyError::Running { id, pid: process.pid },
+        });
     }
     if config.get("protection").and_then(parse_bool) == Some(true) {
         return Err(DestroyError::Protected(id));

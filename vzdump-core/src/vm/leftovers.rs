@@ -34,7 +34,7 @@ pub struct Swept {
     pub problems: Vec<String>,
 }
 
-/// The fleecing images that belong to no task; guests that are being worked on are left out.
+/// The fleecing images of guests of this host that belong to no task; guests that are being worked on are left out.
 ///
 /// # Errors
 /// In words: what could not be looked into.
@@ -44,7 +44,7 @@ pub async fn find(ctx: &JobContext) -> Result<Vec<VolumeId>, String> {
         return Err(fault);
     }
     let mut left = Vec::new();
-    for image in found {
+    for image in found.into_iter().filter(|image| is_here(ctx, image.guest_id())) {
         if lock_if_idle(ctx, image.guest_id())?.is_some() {
             left.push(image);
         }
@@ -60,13 +60,13 @@ pub async fn remove_of_guest(ctx: &JobContext, id: u32, sink: &dyn TaskSink) {
     tell(&swept, sink);
 }
 
-/// Removes the left images of all guests that nobody works on (`doctor --fix`).
+/// Removes the left images of all guests of this host that nobody works on (`doctor --fix`).
 pub async fn remove_all(ctx: &JobContext, sink: &dyn TaskSink) -> Swept {
     let mut swept = Swept::default();
     let (found, faults) = look(ctx, None).await;
     swept.problems = faults;
     let ids: BTreeSet<u32> = found.iter().map(VolumeId::guest_id).collect();
-    for id in ids {
+    for id in ids.into_iter().filter(|&id| is_here(ctx, id)) {
         match lock_if_idle(ctx, id) {
             // They are looked for again: a backup that ended meanwhile has removed its own.
             Ok(Some(_held)) => remove(ctx, id, &mut swept).await,
@@ -83,6 +83,11 @@ fn tell(swept: &Swept, sink: &dyn TaskSink) {
         sink.warn(&format!("removed the fleecing image '{volume}' that an earlier backup left"));
     }
     swept.problems.iter().for_each(|problem| sink.warn(problem));
+}
+
+/// A storage may be shared: a guest of another host has its locks and its journals there.
+fn is_here(ctx: &JobContext, id: u32) -> bool {
+    !ctx.layout.guest_configs(id).is_empty()
 }
 
 /// The lock of a guest that no task works on and that no journal names.

@@ -216,13 +216,19 @@ async fn serve(process: VmProcess, hold: Duration) -> io::Result<()> {
     let mut since: Option<Instant> = None;
     say(&Report::Ready);
     loop {
-        let deadline = since.map_or(hold, |since| hold.saturating_sub(since.elapsed()));
+        let held_too_long = async {
+            match since {
+                Some(since) => tokio::time::sleep(hold.saturating_sub(since.elapsed())).await,
+                // The task may take its time; its end closes the input.
+                None => std::future::pending().await,
+            }
+        };
         let order = tokio::select! {
             line = orders.next_line() => line.ok().flatten(),
             _ = term.recv() => None,
             _ = hup.recv() => None,
             _ = int.recv() => None,
-            () = tokio::time::sleep(deadline) => None,
+            () = held_too_long => None,
         };
         match (order.as_deref(), since) {
             (Some("stop"), None) => {

@@ -373,3 +373,15 @@ async fn a_slow_provider_that_fails_before_its_commit_loses_nothing() {
     assert_eq!((world.provider.count("commit"), world.provider.count("abort")), (0, 1));
     world.assert_clean("a slow provider");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_number_that_a_vm_and_a_container_have_is_not_backed_up_as_one_of_them() {
+    let world = World::new();
+    let path = world.ctx.layout.ct_config_path(ID);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, "hostname: ct\n").unwrap();
+    let report = world.backup().await;
+    let error = report.error.as_deref().unwrap_or_default();
+    assert!(error.contains("there are a VM and a container with the number 100"), "{report:?}");
+    assert_eq!(world.provider.committed(), 0);
+}

@@ -11,6 +11,7 @@ use qmp_client::commands::{QueryStatus, RunState};
 
 use super::fill::open_in;
 use super::{Filling, is_unfinished, live_dir, name_targets};
+use crate::config::guest::VmConfig;
 use crate::job::{JobContext, backup_lock_path};
 use crate::journal::recover::recover_guest;
 use crate::journal::{self, Entry, Journal, LiveDisk, ProcessStamp, Record};
@@ -20,9 +21,9 @@ use crate::restore::task::{Restore, Step, remove_dir, step, words};
 use crate::restore::{RestoreOptions, RestoreReport, RestoredVolume, end_report};
 use crate::task_log::{TaskSink, clean};
 use crate::vm::backup::{ops, short_id};
-use crate::vm::runner;
+use crate::vm::runner::{self, LIVE_LOCK};
 
-/// Goes on with the live restore of the VM `id`. Must be awaited to its end; cancel it by the token.
+/// Goes on with the live restore of the VM `id`, with the limit it had unless there is another one; 0 is none. Must be awaited to its end; cancel it by the token.
 pub async fn resume_restore(
     ctx: &JobContext,
     id: u32,
@@ -47,6 +48,12 @@ pub async fn give_up_restore(ctx: &JobContext, id: u32, sink: &dyn TaskSink) -> 
     let lock_path = backup_lock_path(&ctx.layout, GuestKind::Qemu, id);
     let _lock = FileLock::try_acquire(&lock_path, &format!("VM {id}")).map_err(words)?;
     let record = find(ctx, id)?;
+    let config = VmConfig::read(&ctx.layout.vm_config_path(id)).map_err(words)?;
+    if config.is_some_and(|config| config.get("lock") != Some(LIVE_LOCK)) {
+        return Err(format!(
+            "the disks of VM {id} are complete already; `vzdump restore --resume {id}` ends the restore"
+        ));
+    }
     if !record.given_up {
         journal::append_to(&record.path, Entry::GivenUp).await.map_err(words)?;
     }
@@ -79,7 +86,7 @@ async fn resume(
     let options = RestoreOptions {
         source_storage: storage,
         live: true,
-        limit_bytes_per_s: limit_bytes_per_s.or(limit),
+        limit_bytes_per_s: limit_bytes_per_s.or(limit).filter(|limit| *limit > 0),
         ..RestoreOptions::default()
     };
     let provider: &dyn Provider = provider.as_ref();

@@ -265,13 +265,15 @@ impl VmDriver {
         let Some((held, since)) = self.power.held else {
             return Ok(None);
         };
-        // Once: when it hangs, the step is given up, and the next try must let the guest run.
+        // Once: when it fails, the next try must let the guest run.
         let is_told = std::mem::replace(&mut self.power.is_restart_told, true);
         let before = if is_told { Ok(()) } else { task.hooks.pre_restart(task.sink).await };
-        let session = self.session_if_alive().await.unwrap_or(None);
-        let mark = self.power.mark.as_deref();
-        let again =
-            run_again(self.vm(), held, mark, self.power.before.as_ref(), session.as_ref()).await?;
+        let again = in_time(self.undo_limit, "let the guest run again", async {
+            let session = self.session_if_alive().await.unwrap_or(None);
+            let (mark, before) = (self.power.mark.as_deref(), self.power.before.as_ref());
+            run_again(self.vm(), held, mark, before, session.as_ref()).await
+        });
+        let again = again.await?;
         let downtime = since.elapsed();
         self.power.held = None;
         // Not a line before it runs: a terminal that is stopped would keep it down.
@@ -286,16 +288,7 @@ impl VmDriver {
 
     pub(super) async fn do_leave_mode(&mut self, task: Task<'_>) -> Result<(), GuestError> {
         let resumed = self.do_resume(task).await.map(drop);
-        let left = match (self.session_if_alive().await, self.process.clone()) {
-            (Ok(Some(session)), Some(process)) => {
-                let change = Change { is_off: self.power.is_off, is_kept: self.power.is_kept };
-                match leave(self.vm(), &process.process, &session, change, task.sink).await {
-                    Err(_) if session.is_closed() && self.is_ending().await => Ok(()),
-                    other => other,
-                }
-            }
-            (other, _) => other.map(drop),
-        };
+        let left = in_time(self.undo_limit, "leave QEMU as it was", self.leave_now(task)).await;
         self.session = None;
         self.events = None;
         match (resumed, left) {
@@ -306,6 +299,31 @@ impl VmDriver {
             (first, second) => first.and(second),
         }
     }
+
+    async fn leave_now(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        match (self.session_if_alive().await, self.process.clone()) {
+            (Ok(Some(session)), Some(process)) => {
+                let change = Change { is_off: self.power.is_off, is_kept: self.power.is_kept };
+                match leave(self.vm(), &process.process, &session, change, task.sink).await {
+                    Err(_) if session.is_closed() && self.is_ending().await => Ok(()),
+                    other => other,
+                }
+            }
+            (other, _) => other.map(drop),
+        }
+    }
+}
+
+/// The scripts of these steps have limits of their own.
+async fn in_time<T>(
+    limit: Duration,
+    doing: &str,
+    step: impl Future<Output = Result<T, GuestError>>,
+) -> Result<T, GuestError> {
+    tokio::time::timeout(limit, step).await.unwrap_or_else(|_| {
+        let text = format!("Cannot {doing}: no end within {} seconds.", limit.as_secs());
+        Err(GuestError::Refused(text))
+    })
 }
 
 async fn require_access(session: &Session) -> Result<(), Error> {
