@@ -2,6 +2,7 @@
 //! The odd tail of a disk has a place of its own in the log, wherever it comes in a batch.
 
 #![cfg(not(loom))]
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::sync::{Mutex, MutexGuard};
 
