@@ -240,8 +240,14 @@ impl Container {
     /// LXC asks the old cgroups once, and waits for ever for a process that waits for the child of its vfork; asked
     /// again, they freeze it.
     fn freeze(&self) -> Result<()> {
-        let tries = (1..FREEZE_TRIES).find_map(|_| self.lxc("lxc-freeze").ok());
-        tries.map_or_else(|| self.lxc("lxc-freeze"), Ok)
+        let mut frozen = self.lxc("lxc-freeze");
+        for _ in 1..FREEZE_TRIES {
+            if frozen.is_ok() {
+                break;
+            }
+            frozen = self.lxc("lxc-freeze");
+        }
+        frozen
     }
 
     fn lxc(&self, program: &str) -> Result<()> {

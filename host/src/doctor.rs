@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use provider_api::Call;
 use serde::Serialize;
+use vzdump_core::journal;
 use vzdump_core::journal::recover::{Recovered, recover_all};
-use vzdump_core::journal::{self, JournalError};
 use vzdump_core::vm::leftovers::{self, Swept};
 
 use crate::{CancellationToken, Host, HostError, TaskSink, chain, size};
@@ -178,17 +178,14 @@ where
 }
 
 fn pending(path: PathBuf) -> Option<Pending> {
-    match journal::read(&path) {
-        Ok(record) => Some(Pending {
+    match journal::recover::read_if_there(&path) {
+        Ok(None) => None,
+        Ok(Some(record)) => Some(Pending {
             journal: path,
             guest_id: Some(record.begin.guest_id),
             alive: record.begin.owner.is_alive(),
             problem: None,
         }),
-        // Its task ended while we looked.
-        Err(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            None
-        }
         Err(error) => Some(Pending {
             journal: path,
             guest_id: None,

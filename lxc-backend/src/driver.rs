@@ -40,11 +40,11 @@ use crate::guard::{Frozen, Target};
 use crate::lxc::{Lxc, State};
 use crate::opening::{Opening, Wanted};
 use crate::runner::Runner;
-use crate::runtime::{Found, beside, find_volumes, read_config, start_now, stop_now};
+use crate::runtime::{Busy, Found, beside, find_volumes, read_config, start_now, stop_now};
 use crate::sandbox::{LISTS, TREE};
 use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
 use crate::suspend::{Suspension, warn_of_foreign};
-use crate::view::{Origin, Part, RELEASE_LIMIT, ViewOptions, wait_for_release};
+use crate::view::{Origin, Part, ViewOptions, wait_until_unmounted};
 
 /// How many subvolumes within a container are named.
 const NESTED_MAX: usize = 100;
@@ -77,7 +77,7 @@ impl Containers for LxcContainers {
             way: Way::Direct,
             ran: false,
             down_since: None,
-            stopping: Arc::default(),
+            stopping: Busy::default(),
             is_restart_told: false,
             power: None,
             snapshots: Vec::new(),
@@ -151,8 +151,8 @@ struct CtDriver {
     ran: bool,
     /// It was stopped for the backup and does not run again yet.
     down_since: Option<Instant>,
-    /// Held while it is being stopped, which goes on when the task is cancelled.
-    stopping: Arc<tokio::sync::Mutex<()>>,
+    /// While it is being stopped, which goes on when the task is cancelled.
+    stopping: Busy,
     /// The hook script knows that it is about to be started.
     is_restart_told: bool,
     /// Held while volumes are read that could change.
@@ -277,12 +277,7 @@ impl CtDriver {
             self.down_since = Some(Instant::now());
             task.sink.info("stopping the container");
             let (layout, id, wait) = (self.ctx.layout.clone(), self.id, self.options.stop_wait);
-            let stopping = Arc::clone(&self.stopping).lock_owned().await;
-            beside(move || {
-                let _stopping = stopping;
-                stop_now(&layout, id, wait)
-            })
-            .await?;
+            self.stopping.beside(move || stop_now(&layout, id, wait)).await?;
         }
         self.choose_way(task);
         if self.way == Way::Copies {
@@ -353,13 +348,7 @@ impl CtDriver {
     async fn wait_until_unmounted(&self) -> Result<(), CtError> {
         let images = self.volumes.iter().filter(|volume| volume.format == Some(ImageFormat::Raw));
         let images: Vec<_> = images.map(|volume| volume.path.clone()).collect();
-        beside(move || {
-            images.iter().try_for_each(|image| {
-                let doing = format!("wait until '{}' is unmounted", image.display());
-                wait_for_release(image, RELEASE_LIMIT).map_err(CtError::at(doing))
-            })
-        })
-        .await
+        beside(move || wait_until_unmounted(&images)).await
     }
 
     async fn point_in_time_now(&mut self, task: Task<'_>) -> Result<PointInTime, GuestError> {
@@ -385,7 +374,7 @@ impl CtDriver {
         let is_told = std::mem::replace(&mut self.is_restart_told, true);
         let before = if is_told { Ok(()) } else { task.hooks.pre_restart(task.sink).await };
         // A task that was cancelled has not ended the stop, and what runs still is no container that runs on.
-        let _stopped = self.stopping.lock().await;
+        self.stopping.settle().await;
         let (layout, storages, id) = (self.ctx.layout.clone(), self.ctx.storages.clone(), self.id);
         let lxc = self.lxc.clone();
         beside(move || {

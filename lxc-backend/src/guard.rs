@@ -29,7 +29,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::CtError;
 use crate::lxc::Lxc;
-use crate::tool::{Pauses, command, run};
+use crate::tool::{command, ended_within, run};
 
 /// The hidden subcommand that runs [`run_guard`].
 pub const SUBCOMMAND: &str = "__ct-thaw-guard";
@@ -237,18 +237,13 @@ fn freeze_all(opened: &[File], paths: &[PathBuf]) -> Result<(), (String, Option<
         let mut freeze = fsfreeze("-f", file);
         freeze.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = freeze.spawn().map_err(|error| (words(&error.to_string()), None))?;
-        let deadline = Instant::now() + FREEZE_LIMIT;
-        let mut pauses = Pauses::new();
-        let status = loop {
-            match child.try_wait() {
-                Ok(Some(status)) => break status,
-                Ok(None) if Instant::now() < deadline => std::thread::sleep(pauses.next_pause()),
-                Ok(None) => {
-                    let why = words(&format!("not frozen in {} s", FREEZE_LIMIT.as_secs()));
-                    return Err((why, Some(child)));
-                }
-                Err(error) => return Err((words(&error.to_string()), Some(child))),
+        let status = match ended_within(&mut child, FREEZE_LIMIT, || ()) {
+            Ok(Some(status)) => status,
+            Ok(None) => {
+                let why = words(&format!("not frozen in {} s", FREEZE_LIMIT.as_secs()));
+                return Err((why, Some(child)));
             }
+            Err(error) => return Err((words(&error.to_string()), Some(child))),
         };
         if !status.success() {
             let mut said = String::new();

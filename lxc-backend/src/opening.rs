@@ -12,7 +12,7 @@ use provider_api::{Excludes, IdMapRange, Selection};
 use vzdump_core::layout::make_private_dir;
 
 use crate::CtError;
-use crate::runtime::beside;
+use crate::runtime::{Busy, beside};
 use crate::view::{Part, View, ViewOptions};
 
 /// What is to be opened.
@@ -33,7 +33,7 @@ pub(crate) struct Wanted {
 #[derive(Default)]
 pub(crate) struct Opening {
     /// Held by the thread that opens it, also when nobody waits for that any more.
-    busy: Arc<tokio::sync::Mutex<()>>,
+    busy: Busy,
     /// There when everything is mounted.
     view: Arc<Mutex<Option<View>>>,
     walk: Arc<Walk>,
@@ -65,13 +65,8 @@ impl Opening {
         wanted: Wanted,
         stall: Duration,
     ) -> Result<(View, Selection), CtError> {
-        let busy = Arc::clone(&self.busy).lock_owned().await;
         let (view, walk) = (Arc::clone(&self.view), Arc::clone(&self.walk));
-        let work = beside(move || {
-            let listed = open_and_list(&wanted, &view, &walk);
-            drop(busy);
-            listed
-        });
+        let work = self.busy.beside(move || open_and_list(&wanted, &view, &walk));
         let selection = self.watched(work, stall).await?;
         let view = held(&self.view).take().ok_or(CtError::Cancelled)?;
         Ok((view, selection))
@@ -103,7 +98,7 @@ impl Opening {
     /// Ends what is under way, and the view if nobody has taken it.
     pub(crate) async fn close(&self) -> Result<(), CtError> {
         self.walk.is_cancelled.store(true, Ordering::Relaxed);
-        drop(self.busy.lock().await);
+        self.busy.settle().await;
         let view = held(&self.view).take();
         match view {
             Some(view) => beside(move || view.close()).await,
@@ -198,7 +193,7 @@ mod tests {
             }
             opening.close().await.unwrap();
             assert!(held(&opening.view).is_none());
-            assert!(opening.busy.try_lock().is_ok(), "its thread has ended");
+            assert!(opening.busy.has_ended(), "its thread has ended");
             assert!(opening.open(wanted("late"), stall).await.is_err(), "it is closed");
         });
     }

@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
@@ -152,6 +153,36 @@ pub(crate) async fn beside<T: Send + 'static>(
 ) -> Result<T, CtError> {
     let ended = vzdump_core::blocking::run(move || Ok(work())).await;
     ended.unwrap_or_else(|error| Err(CtError::at("wait for a thread")(error)))
+}
+
+/// A thread that goes on also when nobody waits for it any more.
+#[derive(Debug, Default)]
+pub(crate) struct Busy(Arc<tokio::sync::Mutex<()>>);
+
+impl Busy {
+    /// As [`beside`]; one after the other.
+    pub(crate) async fn beside<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, CtError> + Send + 'static,
+    ) -> Result<T, CtError> {
+        let held = Arc::clone(&self.0).lock_owned().await;
+        beside(move || {
+            let result = work();
+            drop(held);
+            result
+        })
+        .await
+    }
+
+    #[cfg(test)]
+    pub(crate) fn has_ended(&self) -> bool {
+        self.0.try_lock().is_ok()
+    }
+
+    /// Waits until it has ended, if there is one.
+    pub(crate) async fn settle(&self) {
+        drop(self.0.lock().await);
+    }
 }
 
 pub(crate) fn stop_now(layout: &Layout, id: u32, wait: Duration) -> Result<bool, CtError> {

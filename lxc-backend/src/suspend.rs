@@ -26,7 +26,7 @@ use crate::copy::{Control, CopyError, PassReport, Skipped, TreeCopy};
 use crate::guard::{Frozen, Target};
 use crate::ids::{foreign_ids, reversed, user_namespace};
 use crate::lxc::Lxc;
-use crate::runtime::{Found, beside};
+use crate::runtime::{Busy, Found, beside};
 use crate::snapshot::monitored_mount;
 use crate::system::MountAttributes;
 
@@ -50,7 +50,7 @@ pub(crate) struct Suspension {
     /// Of the second copy, what it left out among others.
     report: OnceLock<PassReport>,
     /// Held by the thread that works in the directory, also when nobody waits for it any more.
-    busy: Arc<tokio::sync::Mutex<()>>,
+    busy: Busy,
 }
 
 /// Ends a copy that nobody waits for.
@@ -93,7 +93,7 @@ impl Suspension {
             trees: Arc::default(),
             bytes: AtomicU64::new(0),
             report: OnceLock::new(),
-            busy: Arc::default(),
+            busy: Busy::default(),
         })
     }
 
@@ -121,12 +121,9 @@ impl Suspension {
         let (lxc, volumes, ids) = (of.0.clone(), of.1.to_vec(), of.2.to_vec());
         let excludes = options.exclude.clone();
         let (dir, trees) = (self.dir.clone(), Arc::clone(&self.trees));
-        let busy = Arc::clone(&self.busy).lock_owned().await;
         let in_thread = Arc::clone(&control);
-        let work = beside(move || {
-            let copied = copy_running(&dir, &lxc, (&volumes, &excludes), &ids, &in_thread);
-            drop(busy);
-            let (made, report) = copied?;
+        let work = self.busy.beside(move || {
+            let (made, report) = copy_running(&dir, &lxc, (&volumes, &excludes), &ids, &in_thread)?;
             *trees.lock().unwrap_or_else(PoisonError::into_inner) = made;
             Ok(report)
         });
@@ -164,9 +161,8 @@ impl Suspension {
         let target = Target { lxc: lxc.clone(), with_processes: true, file_systems: Vec::new() };
         let (program, freeze) = (ctx.guard.program.clone(), limits.freeze.freeze);
         let (dir, trees) = (self.dir.clone(), Arc::clone(&self.trees));
-        let busy = Arc::clone(&self.busy).lock_owned().await;
         task.journal.append(Entry::Freeze).await?;
-        let work = beside(move || {
+        let work = self.busy.beside(move || {
             let trees = std::mem::take(&mut *trees.lock().unwrap_or_else(PoisonError::into_inner));
             let started = Instant::now();
             let frozen = Frozen::freeze(&program, target, freeze, hold)?;
@@ -179,15 +175,12 @@ impl Suspension {
             vzdump_core::job::kill_point::at("copied");
             let thawed = frozen.thaw();
             let frozen_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-            let result = copied.map_err(|error| words(error, &dir)).and_then(|(trees, report)| {
-                thawed?;
-                for tree in trees {
-                    tree.finish().map_err(|error| words(error, &dir))?;
-                }
-                Ok((report, copy_ms, frozen_ms))
-            });
-            drop(busy);
-            result
+            let (trees, report) = copied.map_err(|error| words(error, &dir))?;
+            thawed?;
+            for tree in trees {
+                tree.finish().map_err(|error| words(error, &dir))?;
+            }
+            Ok((report, copy_ms, frozen_ms))
         });
         let (report, copy_ms, frozen_ms) = work.await?;
         drop(cancel);
@@ -227,7 +220,7 @@ impl Suspension {
 
     /// Waits until nobody works in the directory any more, and so the container is not frozen.
     pub(crate) async fn settle(&self) {
-        drop(self.busy.lock().await);
+        self.busy.settle().await;
     }
 
     /// Removes the copies.

@@ -69,21 +69,32 @@ fn output(command: &Command, limit: Duration) -> io::Result<Output> {
 
 /// Waits for a child, and kills it when the limit is over.
 fn wait(child: &mut Child, said: &mut [Said], limit: Duration) -> io::Result<ExitStatus> {
+    // Else one that says much waits for us.
+    let read_on = || said.iter_mut().for_each(Said::read_on);
+    if let Some(status) = ended_within(child, limit, read_on)? {
+        return Ok(status);
+    }
+    child.kill()?;
+    // Not waited for: it may hang in the kernel.
+    let text = format!("no answer after {} s", limit.as_secs());
+    Err(io::Error::new(io::ErrorKind::TimedOut, text))
+}
+
+/// Waits for a child, and does something now and then; none if it lives on when the limit is over.
+pub(crate) fn ended_within(
+    child: &mut Child,
+    limit: Duration,
+    mut meanwhile: impl FnMut(),
+) -> io::Result<Option<ExitStatus>> {
     let deadline = Instant::now() + limit;
     let mut pauses = Pauses::new();
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(status);
+            return Ok(Some(status));
         }
-        // Else one that says much waits for us.
-        for pipe in &mut *said {
-            pipe.read_on();
-        }
+        meanwhile();
         if Instant::now() >= deadline {
-            child.kill()?;
-            // Not waited for: it may hang in the kernel.
-            let text = format!("no answer after {} s", limit.as_secs());
-            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            return Ok(None);
         }
         std::thread::sleep(pauses.next_pause());
     }

@@ -135,10 +135,7 @@ impl View {
     pub(crate) fn close(self) -> Result<(), CtError> {
         let images = self.images.clone();
         drop(self);
-        images.iter().try_for_each(|image| {
-            wait_for_release(image, RELEASE_LIMIT)
-                .map_err(CtError::at(format!("unmount the image '{}'", image.display())))
-        })
+        wait_until_unmounted(&images)
     }
 
     /// The tree with the container's ids, as this process reaches it.
@@ -280,6 +277,14 @@ pub(crate) fn mount_image(
             ""
         };
         CtError::at(doing())(format!("{error}{advice}"))
+    })
+}
+
+/// Waits until the kernel has given images up. May block.
+pub(crate) fn wait_until_unmounted(images: &[PathBuf]) -> Result<(), CtError> {
+    images.iter().try_for_each(|image| {
+        wait_for_release(image, RELEASE_LIMIT)
+            .map_err(CtError::at(format!("unmount the image '{}'", image.display())))
     })
 }
 

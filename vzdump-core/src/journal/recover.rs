@@ -88,15 +88,11 @@ pub async fn recover_guest(
 pub async fn recover_all(ctx: &JobContext, sink: &dyn TaskSink) -> Result<Recovered, JournalError> {
     let mut recovered = Recovered::default();
     for journal in super::list(&ctx.layout, None)? {
-        let guest = super::read(&journal).map(|record| record.begin);
-        let lock = match guest {
-            Ok(begin) => {
+        let lock = match read_if_there(&journal) {
+            Ok(None) => continue,
+            Ok(Some(Record { begin, .. })) => {
                 let path = backup_lock_path(&ctx.layout, begin.guest_kind, begin.guest_id);
                 FileLock::try_acquire(&path, &format!("guest {}", begin.guest_id))
-            }
-            // Its task has ended meanwhile.
-            Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                continue;
             }
             Err(error) => {
                 recovered.left.push(Leftover { journal, reason: chain(&error) });
@@ -115,18 +111,26 @@ pub async fn recover_all(ctx: &JobContext, sink: &dyn TaskSink) -> Result<Recove
     Ok(recovered)
 }
 
+/// Reads one journal of a list; none if its task has ended, or was cleaned up after, meanwhile.
+///
+/// # Errors
+/// As [`super::read`].
+pub fn read_if_there(path: &Path) -> Result<Option<Record>, JournalError> {
+    match super::read(path) {
+        Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        other => other.map(Some),
+    }
+}
+
 async fn recover_journal(
     ctx: &JobContext,
     journal: &Path,
     sink: &dyn TaskSink,
 ) -> Result<(), String> {
-    let record = match super::read(journal) {
-        // Cleared between listing and reading.
-        Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            return Ok(());
-        }
-        other => other.map_err(|error| chain(&error))?,
-    };
+    let record = read_if_there(journal).map_err(|error| chain(&error))?;
+    let Some(record) = record else { return Ok(()) };
     restore::refuse_recovery(&record)?;
     let begin = &record.begin;
     let is_ours = begin.owner.process.pid.unsigned_abs() == std::process::id();

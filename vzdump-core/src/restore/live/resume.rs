@@ -23,7 +23,8 @@ use crate::task_log::{TaskSink, clean};
 use crate::vm::backup::{ops, short_id};
 use crate::vm::runner::{self, LIVE_LOCK};
 
-/// Goes on with the live restore of the VM `id`, with the limit it had unless there is another one; 0 is none. Must be awaited to its end; cancel it by the token.
+/// Goes on with the live restore of the VM `id`, with the limit it had unless there is another one; 0 is none. Must be
+/// awaited to its end; cancel it by the token.
 pub async fn resume_restore(
     ctx: &JobContext,
     id: u32,
