@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fleece::{ByteRange, Discard, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
 
@@ -215,6 +215,8 @@ impl Filter {
 
     fn break_after_panic(&self) {
         if let Some(engine) = self.engine.get() {
+            // A guest's write may pass now that would have made an older one void.
+            engine.void_discards();
             let io = FilterIo::after_panic(self);
             let text = "internal error (panic) in the fleecing filter".to_owned();
             if try_guard(|| engine.break_snapshot(&io, text, Errno::EIO)).is_none() {
@@ -474,5 +476,21 @@ pub fn check_timeout(node: Bds) {
         && let Some(engine) = filter.engine.get()
     {
         filter.or_break(|filter| engine.check_timeout(&FilterIo::without_io(filter)));
+    }
+}
+
+/// From now on discards are captured like writes.
+pub fn capture_discards(node: Bds) {
+    if let Ok(filter) = filter(node) {
+        filter.postpone_discards.store(false, Ordering::Release);
+    }
+}
+
+/// Gives RAM back that the buffer has not used for a while, until then; called every second.
+pub fn give_back_idle_ram(node: Bds, until: Instant) {
+    if let Ok(filter) = filter(node)
+        && let Some(pool) = filter.pool.get()
+    {
+        pool.give_back_idle(until);
     }
 }

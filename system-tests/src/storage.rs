@@ -123,6 +123,14 @@ impl Storage {
         self.process.id()
     }
 
+    /// RAM that the daemon has and no file is behind, in bytes.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn anonymous_bytes(&self) -> Result<u64> {
+        Ok(crate::soak::proc::memory(self.pid())?.anonymous_bytes)
+    }
+
     /// How the process ended, if it has.
     ///
     /// # Errors

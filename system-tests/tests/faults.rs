@@ -712,3 +712,50 @@ async fn with_break_guest_write_a_failed_allocation_fails_the_write_only() {
     assert_eq!(reader_works(&lab, &export, &[&read]).await, 0);
     ends_well(lab, &graph).await;
 }
+
+/// A write makes an older discard void, also where it passes because of a panic.
+#[tokio::test]
+async fn a_panic_lets_no_older_discard_destroy_a_write() {
+    for faults in ["panic:before_write:1", "panic:next_part:1"] {
+        println!("{faults}");
+        let lab = start(faults, true).await;
+        let graph = lab.graph().await;
+        let mut events = lab.session().events();
+        let infos = lab.setup("t", json!([device(&json!({}))])).await;
+        let export = lab.export(&infos[0]).await;
+        let write = match faults.contains("next_part") {
+            true => "write -z 3m 1m".to_owned(),
+            false => format!("write -P {NEW:#x} 3m 1m"),
+        };
+        let text = lab.try_io("disk0", &["discard 3m 1m", &write]).await;
+        assert!(!text.contains("failed"), "the guest: {text}");
+        all_happened(&lab, faults);
+        is_broken(&lab, &mut events, &export, 5).await;
+        assert_eq!(lab.teardown("t", false).await["existed"], true);
+        let new = if faults.contains("next_part") { 0 } else { NEW };
+        lab.expect("disk0", new, 3 << 20, 1 << 20).await;
+        works_again(lab, &graph).await;
+    }
+}
+
+/// Of two late discards of one release the first one fails for good: the guest must not wait for the other.
+#[tokio::test]
+async fn a_panic_in_one_late_discard_leaves_no_other_closed() {
+    let faults = "panic:discard_source:1";
+    let lab = start(faults, true).await;
+    let graph = lab.graph().await;
+    let mut events = lab.session().events();
+    let infos = lab.setup("t", json!([device(&json!({}))])).await;
+    let export = lab.export(&infos[0]).await;
+    let text = lab.try_io("disk0", &["discard 3m 64k", "discard 3200k 64k"]).await;
+    assert!(!text.contains("failed"), "the guest: {text}");
+    reader_works(&lab, &export, &["discard 3m 256k"]).await;
+    all_happened(&lab, faults);
+    is_broken(&lab, &mut events, &export, 5).await;
+    let write = format!("write -P {NEW:#x} 3m 256k");
+    let text = lab.try_io("disk0", &[write]).await;
+    assert!(!text.contains("failed"), "the guest: {text}");
+    assert_eq!(lab.teardown("t", false).await["existed"], true);
+    lab.expect("disk0", NEW, 3 << 20, 256 * KIB).await;
+    works_again(lab, &graph).await;
+}

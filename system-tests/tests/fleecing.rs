@@ -533,3 +533,30 @@ async fn the_disks_of_one_access_share_a_cap_on_ram() {
     storage.teardown(true).await.unwrap();
     storage.quit().await.unwrap();
 }
+
+#[tokio::test]
+async fn ram_that_the_buffer_does_not_need_any_more_goes_back_to_the_system() {
+    const SIZE_BYTES: u64 = 24 * MIB;
+    let (storage, guest) = one_disk(SIZE_BYTES).await;
+    fill(&guest, 0x11, 0, SIZE_BYTES).await.unwrap();
+    let infos = storage.setup(json!([{ "device": "disk0" }])).await.unwrap();
+    let snapshot = storage.snapshot(&infos[0]).await.unwrap();
+    // Twice: what was given back is used again.
+    const HALF_BYTES: u64 = SIZE_BYTES / 2;
+    for (start, new) in [(0, 0x22), (HALF_BYTES, 0x33)] {
+        let before = storage.anonymous_bytes().unwrap();
+        for offset in (start..start + HALF_BYTES).step_by(64 << 10) {
+            fill(&guest, new, offset, 64 * KIB).await.unwrap();
+        }
+        assert_eq!(storage.count(0, "in-ram").await.unwrap() / MIB, HALF_BYTES / MIB);
+        expect(&snapshot, 0x11, start, HALF_BYTES).await.unwrap();
+        let full = storage.anonymous_bytes().unwrap();
+        assert!(full >= before + HALF_BYTES - 2 * MIB, "from {before} to {full}");
+        snapshot.trim(start, HALF_BYTES).await.unwrap();
+        let is_back = async || Ok(storage.anonymous_bytes()? + HALF_BYTES - 4 * MIB <= full);
+        until("the RAM is given back", is_back).await.unwrap();
+        expect(&guest, new, start, HALF_BYTES).await.unwrap();
+    }
+    storage.teardown(true).await.unwrap();
+    storage.quit().await.unwrap();
+}

@@ -438,7 +438,9 @@ async fn a_stuck_fleecing_image_is_tried_again_until_it_moves() {
     let other = request("other", json!([{ "device": "disk1" }]), 0);
     let error = lab.try_run("backup-access-setup", other).await.unwrap_err().to_string();
     assert!(
-        error.contains("fleecing image 'slow' of target 't' has a request in flight"),
+        error.contains(
+            "device 'disk0' of target 't' has had a request to its fleecing image 'slow'"
+        ),
         "{error}"
     );
     let reason = lease_ends(&lab, &mut events, false).await;

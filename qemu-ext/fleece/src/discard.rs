@@ -4,12 +4,12 @@
 
 use std::ops::Range;
 
-use crate::Errno;
 use crate::engine::{CAPTURING, Engine};
 use crate::mask::words;
 use crate::range::ByteRange;
 use crate::sync::Ordering;
 use crate::table::Locked;
+use crate::{Errno, OutOfMemory};
 
 /// Smaller fragments of a discard are not passed down on their own: they would cost a request
 /// each, and hardly any device gives space back in such units.
@@ -38,7 +38,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         let Some((index, local)) = self.geometry.by_region(cover).next() else {
             return Err(Errno::EIO);
         };
-        let Ok(region) = self.table.touch(index) else {
+        let Some(region) = self.table.touch_spare(index) else {
             // A wish that cannot be remembered.
             return Ok((rest.len(), Discard::Skip));
         };
@@ -64,8 +64,8 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
 
     /// Remembers the granules among these that are needed.
     fn postpone(&self, state: &mut Locked<'_, T>, local: Range<u32>) {
-        let before = state.postponed.count();
-        for (word, mask) in words(local) {
+        let (before, before_bytes) = (state.postponed.count(), state.variable_bytes());
+        for (word, mask) in words(local.clone()) {
             let mut needed = mask & !state.done(word) & !state.kept(word);
             // The list joins runs that touch.
             while needed != 0 {
@@ -76,8 +76,23 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
                 needed &= u64::MAX.checked_shl(start + len).unwrap_or(0);
             }
         }
-        let added = state.postponed.count() - before;
-        self.counters.postponed_granules.fetch_add(added, Ordering::Relaxed);
+        if self.table.book(before_bytes, state.variable_bytes()).is_err() {
+            drop(state.postponed.take(&local));
+            state.postponed.shrink();
+            let _shrinks: Result<(), OutOfMemory> =
+                self.table.book(before_bytes, state.variable_bytes());
+        }
+        self.count_postponed(before, state.postponed.count());
+    }
+
+    /// Counts what became of a region's postponed granules.
+    pub(crate) fn count_postponed(&self, before: u64, after: u64) {
+        let counter = &self.counters.postponed_granules;
+        if after >= before {
+            counter.fetch_add(after - before, Ordering::Relaxed);
+        } else {
+            counter.fetch_sub(before - after, Ordering::Relaxed);
+        }
     }
 }
 

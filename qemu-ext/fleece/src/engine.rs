@@ -88,6 +88,8 @@ pub struct Engine<T: 'static, B> {
     gate: AtomicU32,
     /// Background work stops at the next batch unless guest requests wait for it.
     quiesced: AtomicBool,
+    /// Postponed discards are not done any more.
+    pub(crate) discards_are_void: AtomicBool,
     /// Captures of at least so many bytes are shared; the maximum after one that failed.
     pub(crate) share_from_bytes: AtomicU64,
     timeout_ns: u64,
@@ -124,6 +126,7 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             health: Mutex::new(Health::default()),
             gate: AtomicU32::new(0),
             quiesced: AtomicBool::new(false),
+            discards_are_void: AtomicBool::new(false),
             share_from_bytes: AtomicU64::new(settings.share_from_bytes.unwrap_or(u64::MAX)),
             timeout_ns: settings.timeout_ns,
         })

@@ -15,7 +15,7 @@ use crate::{Errno, OutOfMemory};
 /// What an extent costs beside its data: its entry here, its counters, its place in the table.
 const EXTENT_OVERHEAD: u64 = 128;
 /// RAM of requests whose old data goes to the image before they go on.
-const THROUGH_BYTES: u64 = 8 << 20;
+const THROUGH_BYTES: u64 = if cfg!(loom) { 1 << 20 } else { 8 << 20 };
 const NONE: u32 = u32::MAX;
 
 /// Old data of one capture.

@@ -174,16 +174,11 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
                 if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             };
             match self.table.region(index) {
-                None if self.table.needs_all() => {
-                    let _ = visit(local, Granule::Source);
+                // Readers leave no trace: their notes would use up what captures need.
+                None => {
+                    let _ = self.table.each_untouched_run(index, local, &mut visit);
                 }
-                region => {
-                    let region = match region {
-                        Some(region) => region,
-                        None => self.table.touch(index).map_err(|_| Errno::ENOMEM)?,
-                    };
-                    each_run(&region.lock(), local, visit);
-                }
+                Some(region) => each_run(&region.lock(), local, visit),
             }
             result?;
         }

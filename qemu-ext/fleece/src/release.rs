@@ -28,6 +28,20 @@ where
     local: Range<u32>,
 }
 
+impl<I: Io<Task = T, Block = B>, T, B> Discarding<'_, I, T, B>
+where
+    T: Send,
+    B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync,
+{
+    /// Does it.
+    fn run(self) {
+        let bytes = self.engine.bytes_of(self.region, self.local.clone());
+        self.engine.watched(self.io, What::DiscardSource, bytes.start, || {
+            self.io.discard_source(bytes.start, bytes.len());
+        });
+    }
+}
+
 impl<I: Io<Task = T, Block = B>, T, B> Drop for Discarding<'_, I, T, B>
 where
     T: Send,
@@ -37,7 +51,7 @@ where
         let Some(region) = self.engine.table.region(self.region) else { return };
         let woken = {
             let mut state = region.lock();
-            state.discarding.forget(&self.local);
+            state.discarding.remove(&self.local);
             for (word, bits) in words(self.local.clone()) {
                 state.finish_gone(word, bits);
             }
@@ -61,15 +75,6 @@ impl std::fmt::Debug for Announced<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Announced").finish_non_exhaustive()
     }
-}
-
-/// What a release under a region's lock left to be done without it.
-#[derive(Default)]
-struct Rest {
-    /// Segments of the image to give back.
-    segments: Vec<(u64, u64)>,
-    /// Postponed discards.
-    discards: Vec<Range<u32>>,
 }
 
 impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
@@ -125,53 +130,53 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         // Without room for its state the area just stays needed.
         let Some(region) = self.table.touch_spare(index) else { return };
         let mut woken = Vec::new();
-        let rest = {
+        let (discards, segments) = {
             let mut state = region.lock();
             let before = state.variable_bytes();
             let discards = self.begin_discards(&mut state, &local);
-            let mut rest = self.release_locked(&mut state, local, &mut woken);
-            rest.discards = discards;
+            let segments = self.release_locked(&mut state, local, &mut woken);
             let _shrinks: Result<(), OutOfMemory> = self.table.book(before, state.variable_bytes());
-            rest
+            (discards, segments)
         };
+        let discards = self.guarded(io, index, discards);
         wake(io, woken);
-        for local in rest.discards {
-            self.discard(io, index, local);
-        }
-        self.discard_segments(io, rest.segments);
+        discards.into_iter().for_each(Discarding::run);
+        self.discard_segments(io, segments);
     }
 
-    /// Takes the postponed discards among these granules, and makes guest requests to them wait.
-    pub(crate) fn begin_discards(
-        &self,
-        state: &mut Locked<'_, T>,
-        local: &Range<u32>,
-    ) -> Vec<Range<u32>> {
+    /// Takes the postponed discards among these granules, and makes guest requests to them wait. To be
+    /// [guarded](Self::guarded) once the lock is free.
+    fn begin_discards(&self, state: &mut Locked<'_, T>, local: &Range<u32>) -> Vec<Range<u32>> {
         if !state.postponed.overlaps(local) {
             return Vec::new();
         }
+        let before = state.postponed.count();
         let mut discards = state.postponed.take(local);
-        let taken: u64 = discards.iter().map(|range| range.len() as u64).sum();
-        self.counters.postponed_granules.fetch_sub(taken, Ordering::Relaxed);
-        discards.retain(|range| state.discarding.add(range.clone()));
+        self.count_postponed(before, state.postponed.count());
+        let is_void = self.discards_are_void.load(Ordering::Acquire);
+        discards.retain(|range| !is_void && state.discarding.add(range.clone()));
         for (word, bits) in discards.iter().cloned().flat_map(words) {
             state.begin_reading(word, bits);
         }
         discards
     }
 
-    /// Does a discard for which guest requests wait.
-    pub(crate) fn discard(
-        &self,
-        io: &impl Io<Task = T, Block = B>,
+    /// Discards that were begun. Guest requests wait for each until it is done or dropped: a panic in one of them
+    /// must not leave the others closed for ever.
+    fn guarded<'a, I: Io<Task = T, Block = B>>(
+        &'a self,
+        io: &'a I,
         region: usize,
-        local: Range<u32>,
-    ) {
-        let bytes = self.bytes_of(region, local.clone());
-        let _discarding = Discarding { engine: self, io, region, local };
-        self.watched(io, What::DiscardSource, bytes.start, || {
-            io.discard_source(bytes.start, bytes.len());
-        });
+        discards: Vec<Range<u32>>,
+    ) -> Vec<Discarding<'a, I, T, B>> {
+        let guard = |local| Discarding { engine: self, io, region, local };
+        discards.into_iter().map(guard).collect()
+    }
+
+    /// Drops all postponed discards, also those that are yet to come: after an internal error a write may have passed
+    /// without making earlier discards of its granules void.
+    pub fn void_discards(&self) {
+        self.discards_are_void.store(true, Ordering::Release);
     }
 
     fn count_released(&self, granules: u64) {
@@ -179,14 +184,14 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
         self.counters.released_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Everything of a release but the I/O. Granules that are being discarded stay closed until
-    /// that is over.
+    /// Everything of a release but the I/O; segments of the image to give back. Granules that are being discarded stay
+    /// closed until that is over.
     fn release_locked(
         &self,
         state: &mut Locked<'_, T>,
         local: Range<u32>,
         woken: &mut Vec<T>,
-    ) -> Rest {
+    ) -> Vec<(u64, u64)> {
         let mut extents = Vec::new();
         let mut positions = Vec::new();
         let mut count = 0;
@@ -219,17 +224,17 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             }
             drop(ram);
         }
-        let mut rest = Rest::default();
+        let mut segments = Vec::new();
         if !positions.is_empty() {
             let mut log = self.log.lock();
             positions.iter().for_each(|&position| log.remove(position));
             for position in positions {
                 if log.tail_position() != Some(position) {
-                    log.give_back(position, 1, &mut rest.segments);
+                    log.give_back(position, 1, &mut segments);
                 }
             }
         }
-        rest
+        segments
     }
 
     /// Counts the guest's postponed discards as a request in flight, if there are any. Whoever does
@@ -260,14 +265,13 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
                     let late = io.now_ns().saturating_sub(begun_ns) > MAX_POSTPONED_NS;
                     if late || self.is_quiesced() {
                         let forgotten = state.postponed.forget(&(0..u32::MAX));
-                        self.counters.postponed_granules.fetch_sub(forgotten, Ordering::Relaxed);
+                        self.count_postponed(forgotten, 0);
                         break;
                     }
                     self.begin_discards(&mut state, &first)
                 };
-                for local in discards {
-                    self.discard(io, index, local);
-                }
+                let discards = self.guarded(io, index, discards);
+                discards.into_iter().for_each(Discarding::run);
             }
         }
         let is_over = self.table.touched().all(|(_, region)| {

@@ -10,6 +10,19 @@ struct Chunk {
     /// A bit for each free slot.
     free: [u64; SLOTS / 64],
     count: u32,
+    memory: Memory,
+}
+
+/// Whether there may be memory behind a chunk that is free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    /// None, as far as it is free.
+    None,
+    /// It was used since the last look.
+    Used,
+    /// It was free at the last look, at the last two.
+    Resting,
+    Idle,
 }
 
 /// Free runs of slots.
@@ -51,7 +64,7 @@ impl Runs {
         if chunks >= self.limit || self.chunks.try_reserve(1).is_err() {
             return None;
         }
-        let mut chunk = Chunk { free: [u64::MAX; SLOTS / 64], count: SLOTS as u32 };
+        let mut chunk = Chunk::new();
         chunk.take(0, count);
         self.chunks.push(chunk);
         self.cursor = chunks;
@@ -66,10 +79,42 @@ impl Runs {
         }
         chunk.count += count as u32;
     }
+
+    /// To be called now and then: what is free at two calls in a row is idle.
+    pub fn look_for_idle(&mut self) {
+        for chunk in self.chunks.iter_mut().filter(|chunk| chunk.count as usize == SLOTS) {
+            chunk.memory = match chunk.memory {
+                Memory::Used => Memory::Resting,
+                Memory::Resting => Memory::Idle,
+                same => same,
+            };
+        }
+    }
+
+    /// Takes the first idle chunk from `from` on, whole. Its memory can be given back to the system, then the chunk with
+    /// [`Runs::emptied`].
+    pub fn take_idle(&mut self, from: usize) -> Option<usize> {
+        let mut chunks = self.chunks.iter_mut().enumerate().skip(from);
+        let (index, chunk) = chunks.find(|(_, chunk)| chunk.memory == Memory::Idle)?;
+        chunk.take(0, SLOTS);
+        Some(index)
+    }
+
+    /// Gives a whole chunk back that has no memory now.
+    pub fn emptied(&mut self, chunk: usize) {
+        if let Some(chunk) = self.chunks.get_mut(chunk) {
+            *chunk = Chunk::new();
+        }
+    }
 }
 
 impl Chunk {
+    const fn new() -> Self {
+        Self { free: [u64::MAX; SLOTS / 64], count: SLOTS as u32, memory: Memory::None }
+    }
+
     fn take(&mut self, slot: usize, count: usize) {
+        self.memory = Memory::Used;
         for at in slot..slot + count {
             self.free[at / 64] &= !(1 << (at % 64));
         }
@@ -110,6 +155,28 @@ mod tests {
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
     use std::collections::BTreeSet;
+
+    #[test]
+    fn memory_is_idle_when_it_was_free_at_two_looks_in_a_row() {
+        let mut runs = Runs::new(3);
+        let first = runs.take(SLOTS).unwrap();
+        let second = runs.take(SLOTS).unwrap();
+        runs.give_back(first.0, 0, SLOTS);
+        runs.look_for_idle();
+        assert_eq!(runs.take_idle(0), None, "used since the last look");
+        runs.look_for_idle();
+        assert_eq!(runs.take_idle(0), Some(first.0));
+        assert_ne!(runs.take(1).unwrap().0, first.0, "it is taken");
+        runs.emptied(first.0);
+        runs.give_back(second.0, 0, SLOTS);
+        runs.look_for_idle();
+        assert_eq!(runs.take_idle(0), None, "one has no memory any more");
+        assert_eq!(runs.take(SLOTS), Some((first.0, 0)), "it is free again");
+        runs.give_back(first.0, 0, SLOTS);
+        runs.look_for_idle();
+        assert_eq!(runs.take_idle(0), Some(second.0), "only that was free all the time");
+        assert_eq!(runs.take_idle(second.0), None);
+    }
 
     #[test]
     fn runs_never_overlap_and_all_come_back() {

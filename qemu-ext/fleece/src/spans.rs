@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! A short sorted list of granule ranges of one region: postponed discards, and those being done.
+//! Short lists of granule ranges of one region: postponed discards, and those being done.
 
 use std::ops::Range;
 
@@ -21,10 +21,6 @@ impl Spans {
 
     pub(crate) fn overlaps(&self, range: &Range<u32>) -> bool {
         self.0.iter().any(|span| span.start < range.end && range.start < span.end)
-    }
-
-    pub(crate) fn contains(&self, granule: u32) -> bool {
-        self.0.iter().any(|span| span.contains(&granule))
     }
 
     /// Granules in all ranges.
@@ -102,15 +98,73 @@ impl Spans {
     pub(crate) fn first(&self) -> Option<Range<u32>> {
         self.0.first().cloned()
     }
+
+    /// Gives back memory that it does not need.
+    pub(crate) fn shrink(&mut self) {
+        self.0.shrink_to_fit();
+    }
+}
+
+/// Ranges that do not overlap, each taken out as it was put in: nothing is joined, cut or forgotten.
+#[derive(Debug, Default)]
+pub(crate) struct Separate(Vec<Range<u32>>);
+
+impl Separate {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        (self.0.capacity() * size_of::<Range<u32>>()) as u64
+    }
+
+    pub(crate) fn overlaps(&self, range: &Range<u32>) -> bool {
+        self.0.iter().any(|other| other.start < range.end && range.start < other.end)
+    }
+
+    pub(crate) fn contains(&self, granule: u32) -> bool {
+        self.0.iter().any(|range| range.contains(&granule))
+    }
+
+    /// Puts a range in; whether there was room for it.
+    pub(crate) fn add(&mut self, range: Range<u32>) -> bool {
+        let fits = self.0.len() < MAX_SPANS && self.0.try_reserve(1).is_ok();
+        if fits {
+            self.0.push(range);
+        }
+        fits
+    }
+
+    pub(crate) fn remove(&mut self, range: &Range<u32>) {
+        if let Some(at) = self.0.iter().position(|other| other == range) {
+            self.0.swap_remove(at);
+        }
+    }
 }
 
 #[cfg(not(loom))]
 #[cfg(test)]
 mod tests {
-    use super::{MAX_SPANS, Spans};
+    use super::{MAX_SPANS, Separate, Spans};
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
     use std::collections::BTreeSet;
+
+    #[test]
+    fn separate_ranges_end_on_their_own_however_many_there_are() {
+        let mut ranges = Separate::default();
+        let all = MAX_SPANS as u32;
+        // They touch each other.
+        assert!((0..all).all(|n| ranges.add(n * 4..n * 4 + 4)));
+        assert!(!ranges.add(all * 4..all * 4 + 1));
+        ranges.remove(&(8..12));
+        ranges.remove(&(13..14));
+        for n in 0..all {
+            assert_eq!(ranges.contains(n * 4 + 3), n != 2, "{n}");
+            assert_eq!(ranges.overlaps(&(n * 4..n * 4 + 1)), n != 2, "{n}");
+        }
+        assert!(ranges.add(8..12) && !ranges.is_empty());
+    }
 
     #[test]
     fn behaves_like_a_set() {

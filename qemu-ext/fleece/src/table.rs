@@ -14,12 +14,12 @@
 //!
 //! `done` is never taken back; a region is never freed before the table.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use crate::mask::words;
 use crate::places::{Location, Places};
-use crate::range::{Geometry, REGION_GRANULES};
-use crate::spans::Spans;
+use crate::range::{ByteRange, Geometry, REGION_GRANULES};
+use crate::spans::{Separate, Spans};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, Place};
 use crate::{NeedMap, OutOfMemory};
 
@@ -58,7 +58,7 @@ pub(crate) struct RegionState<T> {
     /// are of needed granules.
     pub(crate) postponed: Spans,
     /// Those that are being done now; their granules are gone for readers, and guest requests wait.
-    pub(crate) discarding: Spans,
+    pub(crate) discarding: Separate,
 }
 
 /// A region, locked.
@@ -93,7 +93,7 @@ impl<T> Region<T> {
             places: Places::default(),
             waiters: Vec::new(),
             postponed: Spans::default(),
-            discarding: Spans::default(),
+            discarding: Separate::default(),
         };
         Ok(Box::new(Self { done: done.into_boxed_slice(), state: Mutex::new(state) }))
     }
@@ -251,9 +251,36 @@ impl<T> Table<T> {
             .filter_map(|(index, place)| place.get().map(|region| (index, region)))
     }
 
-    /// Whether a region that nobody touched is wholly needed.
-    pub(crate) fn needs_all(&self) -> bool {
-        self.need.is_none()
+    /// Calls `visit` with what is needed, [`Granule::Source`], and what is not, [`Granule::Gone`], of these granules of
+    /// a region that nobody touched.
+    pub(crate) fn each_untouched_run(
+        &self,
+        index: usize,
+        local: Range<u32>,
+        mut visit: impl FnMut(Range<u32>, Granule) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        let Some(need) = &self.need else { return visit(local, Granule::Source) };
+        let first = index as u64 * REGION_GRANULES;
+        let area =
+            self.geometry.bytes(first + u64::from(local.start)..first + u64::from(local.end));
+        let (mut told, mut at) = (local.start, area.start);
+        while let Some(needed) = need.next_needed(at, area.end) {
+            let cover = self.geometry.cover(ByteRange { start: needed.start, end: needed.end });
+            let start = ((cover.start - first) as u32).max(told);
+            let end = (cover.end - first) as u32;
+            if told < start {
+                visit(told..start, Granule::Gone)?;
+            }
+            if start < end {
+                visit(start..end, Granule::Source)?;
+                told = end;
+            }
+            at = needed.end.max(at + 1);
+        }
+        if told < local.end {
+            visit(told..local.end, Granule::Gone)?;
+        }
+        ControlFlow::Continue(())
     }
 
     /// A region, allocated if nobody touched it before.
@@ -318,11 +345,14 @@ mod tests {
     use super::{Granule, REGION_BYTES, Region, Table};
     use crate::NeedMap;
     use crate::range::{Geometry, REGION_GRANULES};
+    use rand::rngs::StdRng;
+    use rand::{Rng as _, SeedableRng as _};
+    use std::ops::{ControlFlow, Range};
 
-    struct Areas(Vec<std::ops::Range<u64>>);
+    struct Areas(Vec<Range<u64>>);
 
     impl NeedMap for Areas {
-        fn next_needed(&self, start: u64, end: u64) -> Option<std::ops::Range<u64>> {
+        fn next_needed(&self, start: u64, end: u64) -> Option<Range<u64>> {
             let area = self.0.iter().find(|area| area.end > start && area.start < end)?;
             Some(area.start.max(start)..area.end.min(end))
         }
@@ -341,6 +371,37 @@ mod tests {
         assert_eq!(states(1, 256), Granule::Source);
         assert_eq!(states(1, 257), Granule::Gone);
         assert!(table.passes(&(0..1)) && !table.passes(&(0..2)));
+    }
+
+    #[test]
+    fn a_region_that_nobody_touched_reads_like_one_that_was() {
+        let mut rng = StdRng::seed_from_u64(3);
+        for granule in [512, 4096] {
+            for _ in 0..50 {
+                let geometry = Geometry::new((100 << 20) + 512, granule).unwrap();
+                let mut at = 0;
+                let areas = core::iter::from_fn(|| {
+                    let start = at + rng.random_range(0..(8_u64 << 20)) / 512 * 512;
+                    at = start + rng.random_range(1..4096_u64) * 512;
+                    (at < 100 << 20).then_some(start..at)
+                });
+                let need = Box::new(Areas(areas.collect()));
+                let table: Table<()> = Table::new(geometry, Some(need), u64::MAX).unwrap();
+                for (index, all) in geometry.by_region(0..geometry.count()) {
+                    let local = rng.random_range(all.clone());
+                    let local = local..rng.random_range(local + 1..=all.end);
+                    let mut told = Vec::new();
+                    let visit = |run: Range<u32>, granule| {
+                        told.extend(run.map(|at| (at, granule)));
+                        ControlFlow::Continue(())
+                    };
+                    assert!(table.each_untouched_run(index, local.clone(), visit).is_continue());
+                    let region = table.touch(index).unwrap().lock();
+                    let noted: Vec<_> = local.map(|at| (at, region.granule(at))).collect();
+                    assert!(told == noted, "region {index} with granules of {granule}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -282,9 +282,16 @@ impl<T: Send, B: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> Engine<T, B> {
             self.forget_postponed(&mut state, &local);
             return Plan::Pass;
         }
-        let (span, busy) = needed_span(&state, local);
+        let (span, busy) = needed_span(&state, local.clone());
         match span {
-            Some(span) => self.begin_capture(io, &mut state, index, span, room),
+            Some(span) => {
+                let plan = self.begin_capture(io, &mut state, index, span, room);
+                if matches!(plan, Plan::Pass) {
+                    // The snapshot ends just now.
+                    self.forget_postponed(&mut state, &local);
+                }
+                plan
+            }
             None if busy => {
                 state.waiters.push(io.current());
                 Plan::Wait

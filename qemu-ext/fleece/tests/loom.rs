@@ -117,6 +117,8 @@ models! {
         [Close, Write(0..1, 7)];
     postponed_close_writer_release: Setup::roomy(&[1, 2]).after(&[Discard(0..1)]) =>
         [Close, Write(0..1, 7), Release(0..1)];
+    postponed_close_writer_without_room: Setup::through_pressed(&[1, 2, 3])
+        .after(&[Discard(2..3)]) => [Write(0..2, 7), Write(2..3, 8), Close];
     postponed_close_drain: Setup::roomy(&[1, 2]).after(&[Discard(0..2)]) => [Close, Drain];
     discard_break_writer: Setup::roomy(&[1, 2]) => [Discard(0..1), Break, Write(0..1, 7)];
     discard_close_writer: Setup::roomy(&[1, 2]) => [Discard(0..1), Close, Write(0..1, 7)];

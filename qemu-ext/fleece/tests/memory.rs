@@ -9,7 +9,7 @@ mod free_io;
 
 use std::collections::BTreeSet;
 
-use fleece::{ByteRange, Errno, State};
+use fleece::{ByteRange, Discard, Errno, State};
 use free_io::{EMPTY, FULL, FreeEngine, FreeIo, drain, engine};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -157,6 +157,35 @@ fn releases_leave_room_for_what_the_guest_writes() {
     write(FULL, &engine, last);
     assert_eq!(engine.stats().state, State::Active);
     assert_eq!(engine.stats().captured_bytes, 3 * GRANULE);
+}
+
+#[test]
+fn discards_leave_room_for_what_the_guest_writes() {
+    let engine = active(GIB, 36 * KIB);
+    for start in (0..GIB).step_by(MIB as usize) {
+        let discard = ByteRange::at(start, MIB);
+        assert_eq!(engine.next_discard(discard, MIB), Ok((MIB, Discard::Skip)));
+    }
+    assert!(metadata(&engine) < 30 * KIB, "{}", metadata(&engine));
+    write(FULL, &engine, (0..GIB / REGION).rev().take(2).map(|region| region * REGION));
+    assert_eq!(engine.stats().state, State::Active);
+}
+
+#[test]
+fn postponed_discards_are_counted_and_bounded() {
+    // A region, and room for few notes in it.
+    let engine = active(GIB, 6 * KIB);
+    let before = metadata(&engine);
+    for start in (0..MIB).step_by(2 * GRANULE as usize) {
+        let discard = ByteRange::at(start, GRANULE);
+        assert_eq!(engine.next_discard(discard, GRANULE), Ok((GRANULE, Discard::Skip)));
+        assert!(metadata(&engine) <= 6 * KIB);
+    }
+    assert!(metadata(&engine) >= before + 5 * KIB, "{}", metadata(&engine));
+    let postponed = engine.stats().postponed_bytes / GRANULE;
+    assert!((64..=128).contains(&postponed), "{postponed}");
+    engine.release(&FULL, ByteRange { start: 0, end: MIB });
+    assert_eq!(engine.stats().postponed_bytes, 0);
 }
 
 /// Writes granules until the snapshot is lost; the guest's requests go on. The error's text.

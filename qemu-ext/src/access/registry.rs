@@ -139,19 +139,22 @@ impl Registry {
             .find(|(_, device)| condition(device))
     }
 
-    /// A fleecing image of another target that does not move: a drained section would wait for it,
+    /// A device of another target whose requests do not end: a drained section would wait for it,
     /// and hold all guest I/O and the monitor meanwhile.
-    pub(super) fn stuck_image(&self, main_loop: MainLoop, target_id: &str) -> Option<String> {
+    pub(super) fn stuck_device(&self, main_loop: MainLoop, target_id: &str) -> Option<String> {
         let others = self.accesses.iter().filter(|access| access.target_id != target_id);
         let mut devices = others.flat_map(|access| access.devices.iter().map(move |d| (access, d)));
         devices.find_map(|(access, device)| {
             let node = device.filter(main_loop)?;
             let is_over = matches!(filter::stats(node).state, State::Broken | State::Closing);
             let age = filter::oldest_io(node).filter(|&age| is_over || age >= STUCK)?;
-            let (image, target) = (&device.fleecing_node, &access.target_id);
-            let age_ms = age.as_millis();
             Some(format!(
-                "fleecing image '{image}' of target '{target}' has a request in flight for {age_ms} ms"
+                "device '{}' of target '{}' has had a request to its fleecing image '{}', or a postponed \
+                 discard of the guest, in flight for {} ms",
+                device.device,
+                access.target_id,
+                device.fleecing_node,
+                age.as_millis()
             ))
         })
     }

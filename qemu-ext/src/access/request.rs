@@ -52,7 +52,7 @@ pub(super) fn check(main_loop: MainLoop, request: &SetupRequest) -> Result<Vec<P
             request.target_id
         )));
     }
-    if let Some(stuck) = registry::lock().stuck_image(main_loop, &request.target_id) {
+    if let Some(stuck) = registry::lock().stuck_device(main_loop, &request.target_id) {
         return Err(Error::new(format!("{stuck}; a setup would wait for it, try again later")));
     }
     let mut plans = Vec::with_capacity(request.devices.len());

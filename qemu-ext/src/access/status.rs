@@ -2,12 +2,13 @@
 //! The command `query-backup-access`, the events, and the watchdog.
 
 use std::io::Write;
+use std::time::{Duration, Instant};
 
 use fleece::{State, Stats};
 
 use super::lease::Lease;
 use super::registry::{self, Access, Device};
-use super::{DeviceStatus, TargetStatus, loaded, teardown};
+use super::{DeviceStatus, TargetStatus, loaded, request, teardown};
 use crate::fault;
 use crate::filter;
 use crate::qemu::graph::Bds;
@@ -17,6 +18,8 @@ use crate::qemu::timer::Timer;
 use crate::qemu::try_guard;
 
 const WATCHDOG_MS: u32 = 1000;
+/// How long each time RAM may be given back: guest requests in the main loop wait meanwhile.
+const GIVE_BACK_FOR: Duration = Duration::from_millis(2);
 
 /// The status of all accesses.
 pub fn query(main_loop: MainLoop) -> Vec<TargetStatus> {
@@ -135,8 +138,8 @@ pub(super) fn start_watchdog(main_loop: MainLoop) {
     }
 }
 
-/// Every second: breaks snapshots that make no progress, and sees to it that events come even if
-/// reporting them failed. Also inside of other commands' waits.
+/// Every second: breaks snapshots that make no progress, gives unused RAM back, and sees to it that events
+/// come even if reporting them failed. Also inside of other commands' waits.
 fn tick(main_loop: MainLoop) {
     let registry = registry::lock();
     if registry.accesses.is_empty() {
@@ -157,8 +160,15 @@ fn tick(main_loop: MainLoop) {
         }
     }
     drop(registry);
+    let until = Instant::now() + GIVE_BACK_FOR;
     for node in filters {
         filter::check_timeout(node);
+        filter::give_back_idle_ram(node, until);
+        let disk = node.skip_filters(main_loop);
+        if !request::may_postpone_discards(&request::device_types(main_loop, disk)) {
+            // One that was plugged in meanwhile.
+            filter::capture_discards(node);
+        }
     }
     for (target_id, device) in unreported {
         main_loop::schedule(Box::new(move |main_loop| report(main_loop, &target_id, &device)));

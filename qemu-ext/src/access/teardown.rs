@@ -193,15 +193,16 @@ fn pending(main_loop: MainLoop, target_id: &str) -> Option<String> {
         let requests = device.filter(main_loop).map_or(0, filter::io_in_flight);
         if requests > 0 {
             return Some(format!(
-                "fleecing image '{}' of device '{}' still has {requests} requests in flight",
-                device.fleecing_node, device.device
+                "device '{}' still has {requests} requests to its fleecing image '{}', or postponed \
+                 discards of the guest, in flight",
+                device.device, device.fleecing_node
             ));
         }
     }
     if let Some(busy) = access.exports.iter().find(|export| !export.is_idle(main_loop)) {
         return Some(format!("export '{}' has not ended", busy.id()));
     }
-    registry.stuck_image(main_loop, target_id)
+    registry.stuck_device(main_loop, target_id)
 }
 
 /// Takes the nodes out and settles the bitmaps. After an error or a panic the access stays with

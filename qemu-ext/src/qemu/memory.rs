@@ -3,7 +3,8 @@
 //! from QEMU, aligned as a node's devices like them (`include/block/block-io.h`).
 
 use core::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use fleece::Runs;
 use qemu_ext_sys as sys;
@@ -92,11 +93,38 @@ impl Pool {
         }
         let mapping = self.mapping.as_ref()?;
         let slots = len.div_ceil(SLOT_BYTES);
-        let (chunk, slot) = {
-            let mut runs = mapping.runs.lock().unwrap_or_else(PoisonError::into_inner);
-            runs.take(slots)?
-        };
+        let (chunk, slot) = mapping.runs().take(slots)?;
         Some(Run { mapping: Arc::clone(mapping), chunk, slot, len })
+    }
+
+    /// Gives memory back to the system that was not used lately, until then: a buffer that was full once would keep what
+    /// other disks may need. To be called every second or so. A piece of a MiB of which something is in use stays.
+    pub fn give_back_idle(&self, until: Instant) {
+        let Some(mapping) = &self.mapping else { return };
+        mapping.runs().look_for_idle();
+        let mut from = 0;
+        while Instant::now() < until {
+            // Not held while the kernel frees pages: guest requests take it.
+            let Some(chunk) = mapping.runs().take_idle(from) else { return };
+            mapping.discard(chunk);
+            mapping.runs().emptied(chunk);
+            from = chunk + 1;
+        }
+    }
+}
+
+impl Mapping {
+    fn runs(&self) -> MutexGuard<'_, Runs> {
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops the content of a chunk that was taken and that no [`Run`] has. Without success its memory stays.
+    fn discard(&self, chunk: usize) {
+        // SAFETY: within the mapping; nothing refers to the chunk. It reads as zeroes then, so it stays initialised.
+        let _ = unsafe {
+            let start = self.base.as_ptr().add(chunk * CHUNK_BYTES);
+            rustix::mm::madvise(start.cast(), CHUNK_BYTES, Advice::LinuxDontNeed)
+        };
     }
 }
 
@@ -131,8 +159,7 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        let mut runs = self.mapping.runs.lock().unwrap_or_else(PoisonError::into_inner);
-        runs.give_back(self.chunk, self.slot, self.len.div_ceil(SLOT_BYTES));
+        self.mapping.runs().give_back(self.chunk, self.slot, self.len.div_ceil(SLOT_BYTES));
     }
 }
 

@@ -22,7 +22,7 @@ mod image;
 mod machine;
 mod noise;
 mod plan;
-mod proc;
+pub(crate) mod proc;
 mod reading;
 mod report;
 mod tally;

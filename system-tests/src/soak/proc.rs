@@ -5,14 +5,14 @@ use anyhow::{Context as _, Result};
 
 /// Memory in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     /// All that is resident, mapped files included.
-    pub(super) resident_bytes: u64,
+    pub(crate) resident_bytes: u64,
     /// The part of it that no file is behind.
-    pub(super) anonymous_bytes: u64,
+    pub(crate) anonymous_bytes: u64,
 }
 
-pub(super) fn memory(pid: u32) -> Result<Memory> {
+pub(crate) fn memory(pid: u32) -> Result<Memory> {
     let path = format!("/proc/{pid}/status");
     let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
     let bytes = |name: &str| -> Result<u64> {

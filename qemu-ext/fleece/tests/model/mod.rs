@@ -68,6 +68,11 @@ impl Setup {
         Self { buffer_bytes: 0, ..Self::roomy(original) }
     }
 
+    /// Granules so large that two of them take all room of those that are written through.
+    pub(crate) fn through_pressed(original: &[u8]) -> Self {
+        Self { granule: 512 << 10, ..Self::through(original) }
+    }
+
     /// The log shares the old data of every write.
     pub(crate) fn shared(original: &[u8]) -> Self {
         Self { shares: true, ..Self::roomy(original) }
