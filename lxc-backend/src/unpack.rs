@@ -186,7 +186,11 @@ impl Unpacking {
         })
     }
 
-    fn take<R: io::Read>(&mut self, entry: Entry, reader: &mut Reader<R>) -> Result<(), String> {
+    fn take<R: io::Read>(
+        &mut self,
+        mut entry: Entry,
+        reader: &mut Reader<R>,
+    ) -> Result<(), String> {
         if entry.kind == Kind::Directory {
             return self.directory(entry);
         }
@@ -196,9 +200,9 @@ impl Unpacking {
         let (parent, name) = split(&entry.path);
         let (parent, name) = (parent.to_vec(), name.to_vec());
         self.enter(&parent)?;
-        match &entry.kind {
+        match &mut entry.kind {
             Kind::File { size, regions } => {
-                let (size, regions) = (*size, regions.clone());
+                let (size, regions) = (*size, std::mem::take(regions));
                 self.file(&name, size, &regions, entry, reader)
             }
             Kind::HardLink(target) => self.hard_link(target, &name),

@@ -59,7 +59,8 @@ impl Default for Limits {
             path_bytes: 72 << 10,
             // On XFS one file can have more than memory has room for.
             header_bytes: 64 << 20,
-            regions: 4 << 20,
+            // 16 bytes of memory each, once the archive has them.
+            regions: 64 << 20,
         }
     }
 }

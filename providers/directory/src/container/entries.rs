@@ -11,13 +11,18 @@ const CHECKSUM: std::ops::Range<usize> = 148..156;
 const TYPE: usize = 156;
 /// The record of an extended header that says how long the next entry's data is: with 8 GiB and more its own header cannot.
 const SIZE_RECORD: &[u8] = b"size=";
-/// Enough for that record with any number.
+/// The record that says that the data begins with a map of a sparse file: in its first line, how many pieces there are.
+const MAP_RECORD: &[u8] = b"GNU.sparse.major=1\n";
+/// Enough for these records with any number.
 const RECORD_BYTES: usize = 32;
-/// Those with paths, which are not restored if they are longer; and an extended header that is not. What cannot be brought
-/// back is no backup. The bounds are those of the archives' reader.
+/// What `tar` puts into the name of a sparse file.
+const SPARSE_NAME: &str = "GNUSparseFile.";
+/// Those with paths, which are not restored if they are longer; an extended header and a sparse file that are not. What
+/// cannot be brought back is no backup. The bounds are those of the archives' reader.
 const PATH_RECORDS: [&[u8]; 2] = [b"path=", b"linkpath="];
 const PATH_BYTES_MAX: u64 = 72 << 10;
 const EXTENDED_BYTES_MAX: u64 = 64 << 20;
+const PIECES_MAX: u64 = 64 << 20;
 
 /// Counts the entries of a stream.
 #[derive(Debug)]
@@ -30,6 +35,8 @@ pub(super) struct Counter {
     records: Records,
     /// Bytes of data and padding that come before it, then.
     skip_bytes: u64,
+    /// The pieces of a sparse file as far as their number was read.
+    pieces: Option<u64>,
     /// Blocks of zeroes in a row: two end an archive.
     zero_blocks: u32,
     entries: u64,
@@ -46,6 +53,7 @@ impl Default for Counter {
             extended_bytes: 0,
             records: Records::default(),
             skip_bytes: 0,
+            pieces: None,
             zero_blocks: 0,
             entries: 0,
             data_bytes: 0,
@@ -69,7 +77,9 @@ impl Counter {
             if self.skip_bytes > 0 {
                 let skipped = self.skip_bytes.min(bytes.len() as u64);
                 self.skip_bytes -= skipped;
-                bytes = &bytes[skipped as usize..];
+                let (data, rest) = bytes.split_at(skipped as usize);
+                self.count_pieces(data)?;
+                bytes = rest;
                 continue;
             }
             let count = bytes.len().min(BLOCK_BYTES - self.filled);
@@ -105,20 +115,41 @@ impl Counter {
         self.skip_bytes = size_bytes.next_multiple_of(BLOCK_BYTES as u64);
         if self.header[TYPE] == b'x' {
             if size_bytes > EXTENDED_BYTES_MAX {
-                let name = self.header[NAME].split(|byte| *byte == 0).next().unwrap_or_default();
-                return Err(format!(
-                    "A file has more attributes than can be restored: {}.",
-                    String::from_utf8_lossy(name).escape_debug()
-                ));
+                let name = shown(&self.header[NAME]);
+                return Err(format!("A file has more attributes than can be restored: {name}."));
             }
             self.extended_bytes = size_bytes;
             self.skip_bytes -= size_bytes;
             self.records = Records::default();
         }
         if is_entry {
+            self.pieces = std::mem::take(&mut self.records.has_map).then_some(0);
             self.entries += 1;
             self.name.copy_from_slice(&self.header[NAME]);
             self.data_bytes = self.data_bytes.saturating_add(size_bytes);
+        }
+        Ok(())
+    }
+
+    /// Reads the first line of a map that the data begins with.
+    fn count_pieces(&mut self, data: &[u8]) -> Result<(), String> {
+        for byte in data {
+            let Some(pieces) = self.pieces else { break };
+            self.pieces = match byte {
+                b'0'..=b'9' => Some(pieces * 10 + u64::from(byte - b'0')),
+                _ => None,
+            };
+            if self.pieces.is_some_and(|pieces| pieces > PIECES_MAX) {
+                let name = shown(&self.name);
+                return Err(format!(
+                    "A sparse file has more pieces of data than can be restored: {}. Exclude it, or fill its holes \
+                     (cp --sparse=never).",
+                    name.split('/')
+                        .filter(|part| !part.starts_with(SPARSE_NAME))
+                        .collect::<Vec<_>>()
+                        .join("/")
+                ));
+            }
         }
         Ok(())
     }
@@ -152,7 +183,8 @@ impl Counter {
     }
 }
 
-/// Looks for the size among the records of an extended header: `26 size=12345678901234\n`, one after the other.
+/// Looks for the size, and for a map, among the records of an extended header: `26 size=12345678901234\n`, one after the
+/// other.
 #[derive(Debug, Default)]
 struct Records {
     /// The length of the record as far as it was read, with how many digits.
@@ -165,6 +197,7 @@ struct Records {
     filled: usize,
     /// What the entry behind the header is said to have.
     size_bytes: Option<u64>,
+    has_map: bool,
 }
 
 impl Records {
@@ -217,15 +250,23 @@ impl Records {
         ))
     }
 
-    /// Takes the size, if it is that record; nothing if it is no number.
+    /// Takes what the record says; nothing if a size is no number.
     fn end_record(&mut self) -> Option<()> {
-        if let Some(value) = self.text[..self.filled].strip_prefix(SIZE_RECORD) {
+        let text = &self.text[..self.filled];
+        if let Some(value) = text.strip_prefix(SIZE_RECORD) {
             let value = std::str::from_utf8(value.strip_suffix(b"\n")?).ok()?;
             self.size_bytes = Some(value.parse().ok()?);
         }
-        *self = Self { size_bytes: self.size_bytes, ..Self::default() };
+        let has_map = self.has_map || text == MAP_RECORD;
+        *self = Self { size_bytes: self.size_bytes, has_map, ..Self::default() };
         Some(())
     }
+}
+
+/// A name of a header as far as it is there.
+fn shown(field: &[u8]) -> String {
+    let name = field.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(name).escape_debug().to_string()
 }
 
 /// A number in octal digits, or in binary with the first bit set.
@@ -303,6 +344,25 @@ mod tests {
         }
         let refused = count(&header(b'x', (64 << 20) + 1), 512).unwrap_err();
         assert!(refused.contains("more attributes than can be restored: ./big."), "{refused}");
+        let sparse = |map: &[u8]| {
+            let records = "22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n";
+            let map = padded(map);
+            let extended = [header(b'x', records.len()), padded(records.as_bytes())].concat();
+            [
+                extended,
+                header(b'0', map.len()),
+                map,
+                header(b'0', 5),
+                padded(b"99999"),
+                vec![0; 1024],
+            ]
+            .concat()
+        };
+        for piece in [1, 512, 1 << 20] {
+            assert_eq!(count(&sparse(b"67108864\n0\n999999999\n"), piece), Ok((2, 517)));
+            let refused = count(&sparse(b"67108865\n"), piece).unwrap_err();
+            assert!(refused.contains("can be restored: ./big. Exclude it"), "{refused}");
+        }
     }
 
     /// A header as `tar` writes it.
