@@ -12,7 +12,7 @@ use vzdump_host::{
 
 use crate::args::{Kind, PruneArgs, VerifyArgs};
 use crate::commands::{CommandResult, Run, task_result};
-use crate::output::{self, printable, table};
+use crate::output::{self, archived, printable, table};
 use crate::task::Screen;
 
 impl Run<'_> {
@@ -86,7 +86,7 @@ impl Run<'_> {
         let log = self.or_cancelled(self.host.log(archive)).await??;
         self.output.result(&json!({ "log": log }), || {
             let end = if log.is_empty() || log.ends_with('\n') { "" } else { "\n" };
-            format!("{}{end}", printable(&log))
+            format!("{}{end}", archived(&log))
         });
         Ok(ExitCode::SUCCESS)
     }
@@ -96,7 +96,7 @@ impl Run<'_> {
             let notes = self.or_cancelled(self.host.notes(archive)).await??;
             self.output.result(&json!({ "notes": notes }), || {
                 let end = if notes.is_empty() || notes.ends_with('\n') { "" } else { "\n" };
-                format!("{}{end}", printable(&notes))
+                format!("{}{end}", archived(&notes))
             });
             return Ok(ExitCode::SUCCESS);
         };

@@ -405,7 +405,7 @@ pub(crate) struct BackupArgs {
     /// Back up all guests
     #[arg(long)]
     pub(crate) all: bool,
-    /// Back up all guests, or those of the pool, but these
+    /// Back up all guests, or those of the pool or the job, but these
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     pub(crate) exclude: Vec<u32>,
     /// Back up the guests of a pool of user.cfg
@@ -511,10 +511,10 @@ pub(crate) struct VerifyArgs {
     #[arg(long, requires = "archives", conflicts_with_all = ["storage", "sample", "not_since"])]
     pub(crate) boot: bool,
     /// How many seconds a guest may take
-    #[arg(long, value_name = "S", requires = "boot", default_value_t = 300)]
+    #[arg(long, value_name = "S", requires = "boot", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub(crate) boot_timeout: u64,
-    /// Text on the guest's console that means it is ready, instead of its agent
-    #[arg(long, value_name = "TEXT", requires = "boot")]
+    /// Text on the guest's serial console (`serial0: socket`) that means it is ready, instead of its agent
+    #[arg(long, value_name = "TEXT", requires = "boot", value_parser = not_blank)]
     pub(crate) boot_console: Option<String>,
     /// Keep settings of the archive that run code or open files of this host, such as `args`
     #[arg(long, requires = "boot")]
@@ -615,13 +615,13 @@ pub(crate) struct RestoreArgs {
     /// Go on with the live restore of this VM, which was interrupted
     #[arg(long, value_name = "ID", conflicts_with_all = [
         "archive", "id", "live", "disks", "dry_run", "storage", "format", "force", "in_place", "unique",
-        "privileged", "start", "overcommit", "allow_raw_config",
+        "privileged", "start", "parallel", "overcommit", "allow_raw_config",
     ])]
     pub(crate) resume: Option<u32>,
     /// End the live restore of this VM, which was interrupted: the VM and all that it wrote are removed
     #[arg(long, value_name = "ID", conflicts_with_all = [
         "archive", "id", "live", "resume", "disks", "dry_run", "storage", "format", "force", "in_place",
-        "unique", "privileged", "start", "overcommit", "allow_raw_config", "bwlimit",
+        "unique", "privileged", "start", "parallel", "overcommit", "allow_raw_config", "bwlimit",
     ])]
     pub(crate) give_up: Option<u32>,
     /// Restore this disk only: to the drive of that name, to the drive or volume TARGET of the guest, or to the
@@ -653,9 +653,9 @@ pub(crate) struct RestoreArgs {
     /// Start the guest afterwards
     #[arg(long)]
     pub(crate) start: bool,
-    /// Disks that are copied at the same time
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=32))]
-    pub(crate) parallel: u8,
+    /// Disks that are copied at the same time [default: 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub(crate) parallel: Option<u8>,
     /// Most KiB that are written per second; disks are then copied one after the other
     #[arg(long, value_name = "KIB")]
     pub(crate) bwlimit: Option<u64>,
@@ -665,6 +665,14 @@ pub(crate) struct RestoreArgs {
     /// Keep settings of the archive that run code or open files of this host, such as `args`
     #[arg(long)]
     pub(crate) allow_raw_config: bool,
+}
+
+/// Every console has an empty text at once.
+fn not_blank(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() {
+        return Err("give a text that the guest writes only when it is ready".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 fn zero_or_one(text: &str) -> Result<bool, String> {
@@ -711,5 +719,32 @@ mod tests {
         let wrong = ["vzdump", "backup", "100", "--prune-backups", "keep-lost=1"];
         let error = Cli::try_parse_from(wrong).unwrap_err().to_string();
         assert!(error.contains("'keep-lost' is no retention rule"), "{error}");
+    }
+
+    #[test]
+    fn a_test_that_any_guest_passes_or_none_is_refused() {
+        let error = |option: &str, value: &str| {
+            let words = ["vzdump", "verify", "a", "--boot", option, value];
+            Cli::try_parse_from(words).map_err(|error| error.to_string()).err()
+        };
+        for blank in ["", " \n"] {
+            let error = error("--boot-console", blank).unwrap();
+            assert!(error.contains("writes only when it is ready"), "{error}");
+        }
+        assert!(error("--boot-timeout", "0").unwrap().contains("--boot-timeout"));
+        assert_eq!(error("--boot-console", " login: "), None);
+        assert_eq!(error("--boot-timeout", "1"), None);
+    }
+
+    #[test]
+    fn a_restore_that_goes_on_or_is_given_up_takes_no_option_that_it_ignores() {
+        for what in ["--resume", "--give-up"] {
+            for option in [&["--parallel", "4"][..], &["--privileged"]] {
+                let words = [&["vzdump", "restore", what, "100"], option].concat();
+                let error = Cli::try_parse_from(words).unwrap_err();
+                assert_eq!(error.kind(), clap::error::ErrorKind::ArgumentConflict, "{error}");
+            }
+            assert!(Cli::try_parse_from(["vzdump", "restore", what, "100"]).is_ok());
+        }
     }
 }

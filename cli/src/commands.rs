@@ -10,14 +10,14 @@ use anyhow::{Context, anyhow};
 use serde_json::{Value, json};
 use vzdump_host::{
     BackupRequest, BackupSettings, CancellationToken, CreateOptions, DiskContent, DoctorReport,
-    Host, ImageFormat, Overrides, Selection, StartOptions, StopOptions, Stopped, VmStatus, size,
+    Host, ImageFormat, Overrides, StartOptions, StopOptions, Stopped, VmState, size,
 };
 
 use crate::archives::{booted_text, verified_text};
 use crate::args::{
     BackupArgs, Bus, Cli, Command, CreateArgs, DiskFormat, ProviderCommand, VmCommand,
 };
-use crate::output::{self, Failure, Output, printable, table};
+use crate::output::{self, Failure, Output, archived, printable, table};
 use crate::signals::cancel_on_signal;
 use crate::task::{Notices, Screen};
 use crate::{pages, provider};
@@ -74,6 +74,19 @@ pub(crate) async fn run(cli: Cli, output: &Output) -> CommandResult {
     }
 }
 
+/// Whether what a command prints for programs are events, with the result as the last one.
+pub(crate) const fn is_task(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Backup(_)
+            | Command::Restore(_)
+            | Command::Verify(_)
+            | Command::Prune(_)
+            | Command::Doctor { .. }
+            | Command::Provider(ProviderCommand::Check(_))
+    )
+}
+
 /// What all commands need.
 pub(crate) struct Run<'a> {
     pub(crate) host: &'a Host,
@@ -82,12 +95,21 @@ pub(crate) struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Waits for something that undoes itself when it is dropped.
+    /// Waits for something that undoes itself when it is dropped, or only looks.
     pub(crate) async fn or_cancelled<T>(
         &self,
         work: impl Future<Output = T>,
     ) -> Result<T, Failure> {
-        let cancelled = || Failure::from(anyhow!("Interrupted; what had been begun was undone."));
+        self.or_left(work, "what had been begun was undone.").await
+    }
+
+    /// Waits for something of which this is to be said when it is dropped.
+    pub(crate) async fn or_left<T>(
+        &self,
+        work: impl Future<Output = T>,
+        what_then: &str,
+    ) -> Result<T, Failure> {
+        let cancelled = || Failure::from(anyhow!("Interrupted; {what_then}"));
         self.cancel.run_until_cancelled(work).await.ok_or_else(cancelled)
     }
 
@@ -123,7 +145,8 @@ impl Run<'_> {
     }
 
     async fn stop(&self, id: u32, timeout: Duration) -> CommandResult {
-        let stopped = self.or_cancelled(self.host.vm_stop(id, StopOptions { timeout })).await??;
+        let work = self.host.vm_stop(id, StopOptions { timeout });
+        let stopped = self.or_left(work, "the guest may have been told to shut down.").await??;
         self.output.result(&json!({ "id": id, "stopped": stopped }), || {
             let how = match stopped {
                 Stopped::NotRunning => "was not running",
@@ -142,20 +165,25 @@ impl Run<'_> {
     async fn status(&self, id: Option<u32>) -> CommandResult {
         let (all, value) = match id {
             Some(id) => {
-                let status = self.host.vm_status(id).await?;
+                let status = self.or_cancelled(self.host.vm_status(id)).await??;
                 let value = json!(status);
-                (vec![status], value)
+                (vec![VmState::from(status)], value)
             }
             None => {
-                let all = self.host.vm_list().await?;
+                let all = self.or_cancelled(self.host.vm_list()).await??;
                 let value = json!(all);
                 (all, value)
             }
         };
+        let problems = all.iter().filter_map(|vm| {
+            Some(format!("VM {}: {}", vm.status.id, printable(vm.problem.as_deref()?)))
+        });
+        problems.for_each(|problem| output::warning(&problem));
         self.output.result(&value, || {
             table(&["VMID", "NAME", "STATUS", "PID"], all.iter().map(status_row).collect())
         });
-        Ok(ExitCode::SUCCESS)
+        let is_well = all.iter().all(|vm| vm.problem.is_none());
+        Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
     async fn backup(&self, args: BackupArgs) -> CommandResult {
@@ -219,13 +247,15 @@ impl Run<'_> {
             "config": text(&config.config),
             "firewall": config.firewall.as_deref().map(text),
         });
-        self.output.result(&value, || printable(&shown));
+        self.output.result(&value, || archived(&shown));
         Ok(ExitCode::SUCCESS)
     }
 
     async fn doctor(&self, fix: bool) -> CommandResult {
         let screen = Screen::new(self.output, false);
-        let report = self.host.doctor(fix, &screen).await?;
+        // As if it were killed: its journals say where the next run goes on.
+        let left = "what is not cleaned up yet is left to the next run.";
+        let report = self.or_left(self.host.doctor(fix, &screen), left).await??;
         drop(screen);
         let healthy = report.is_healthy();
         self.output.result(&task_result(json!(report), healthy), || doctor_text(&report));
@@ -234,9 +264,7 @@ impl Run<'_> {
 }
 
 fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
-    let selection = Selection::of(args.ids, args.all, args.exclude, args.pool);
-    let settings = BackupSettings {
-        selection: selection.map_err(|why| anyhow!(why))?,
+    let mut settings = BackupSettings {
         storage: args.storage,
         jobs: args.jobs,
         bwlimit_kib_per_s: args.bwlimit,
@@ -257,6 +285,8 @@ fn backup_request(args: BackupArgs) -> anyhow::Result<BackupRequest> {
         protected: args.protected.then_some(true),
         ..BackupSettings::default()
     };
+    let chosen = settings.choose(args.ids, args.all, args.exclude, args.pool);
+    chosen.map_err(|why| anyhow!(why))?;
     Ok(BackupRequest {
         settings,
         job: args.job,
@@ -274,8 +304,9 @@ pub(crate) fn task_result(mut report: Value, success: bool) -> Value {
     report
 }
 
-fn status_row(status: &VmStatus) -> Vec<String> {
+fn status_row(VmState { status, problem }: &VmState) -> Vec<String> {
     let state = match (&status.qmp_status, status.running) {
+        _ if problem.is_some() => "FAULT".to_owned(),
         (Some(state), true) => state.clone(),
         (None, true) => "running (monitor busy)".to_owned(),
         (_, false) => "stopped".to_owned(),

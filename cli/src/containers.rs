@@ -41,7 +41,8 @@ impl Run<'_> {
     }
 
     async fn ct_start(&self, id: u32) -> CommandResult {
-        let started = self.or_cancelled(self.host.ct_start(id)).await??;
+        let work = self.host.ct_start(id);
+        let started = self.or_left(work, "the container may be starting all the same.").await??;
         if !self.output.is_json() {
             started.notices.iter().for_each(|notice| output::warning(&printable(notice)));
         }
@@ -51,7 +52,8 @@ impl Run<'_> {
     }
 
     async fn ct_stop(&self, id: u32, timeout: Duration) -> CommandResult {
-        let ran = self.or_cancelled(self.host.ct_stop(id, timeout)).await??;
+        let work = self.host.ct_stop(id, timeout);
+        let ran = self.or_left(work, "the container may have been told to shut down.").await??;
         self.output.result(&json!({ "id": id, "ran": ran }), || {
             format!("CT {id} {}\n", if ran { "has stopped" } else { "was not running" })
         });

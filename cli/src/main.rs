@@ -85,8 +85,9 @@ async fn run() -> ExitCode {
         .with_target(false)
         .without_time()
         .init();
-    let output = Output::new(cli.global.output);
+    let output = Output::new(cli.global.output, commands::is_task(&cli.command));
     match Box::pin(commands::run(cli, &output)).await {
+        Ok(_) if output::is_incomplete() => ExitCode::FAILURE,
         Ok(code) => code,
         Err(failure) => {
             output.failure(&failure);

@@ -103,7 +103,7 @@ fn request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<RestoreReq
         force: args.force,
         in_place: args.in_place,
         unique: args.unique,
-        parallel: Some(args.parallel),
+        parallel: args.parallel,
         bwlimit_kib_per_s: args.bwlimit,
         start: args.start,
         live: args.live,
@@ -119,12 +119,14 @@ fn file_request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<FileR
         || args.start
         || args.dry_run
         || args.overcommit
-        || args.allow_raw_config;
+        || args.allow_raw_config
+        || args.privileged;
     ensure!(
         !only_guests,
         "disks that go to files need no guest: leave out its number, --storage, --start, --dry-run, \
-         --overcommit and --allow-raw-config"
+         --overcommit, --allow-raw-config and --privileged"
     );
+    ensure!(args.parallel.is_none(), "disks go to files one after the other: leave out --parallel");
     let mut disks = Vec::new();
     for target in targets {
         match target {
@@ -227,7 +229,10 @@ impl From<RestoredFormat> for ImageFormat {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+    use crate::args::{Cli, Command};
 
     #[test]
     fn a_disk_is_chosen_with_or_without_a_target() {
@@ -244,5 +249,21 @@ mod tests {
             assert!(file.path.is_absolute(), "{file:?}");
         }
         assert!(target("=scsi0").is_err() && target("scsi0=").is_err());
+    }
+
+    #[test]
+    fn disks_that_go_to_files_take_no_option_that_would_be_forgotten() {
+        let request = |options: &[&str]| {
+            let words = [&["vzdump", "restore", "a", "--disk", "scsi0=/a"], options].concat();
+            let Command::Restore(args) = Cli::try_parse_from(words).unwrap().command else {
+                panic!()
+            };
+            file_request(args, vec![target("scsi0=/a").unwrap()]).map_err(|why| why.to_string())
+        };
+        assert!(request(&["--force", "--format", "raw", "--bwlimit", "1"]).is_ok());
+        for options in [&["--privileged"][..], &["--start"], &["--parallel", "4"]] {
+            let error = request(options).unwrap_err();
+            assert!(error.contains(options[0]), "{error}");
+        }
     }
 }

@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -98,8 +98,93 @@ fn a_guest_that_cannot_be_backed_up_gives_the_guests_exit_code() {
     assert_eq!(output.status.code(), Some(255));
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("ERROR: Backup of VM 100 failed - "), "{text}");
-    let output = place.run(&["backup", "100", "--storage", "none"]);
+    let output = place.run(&["backup", "100", "--storage", "none", "--output", "json"]);
     assert_eq!(output.status.code(), Some(1), "without a storage no guest was tried");
+    let value = last_json(&output);
+    assert_eq!((&value["event"], &value["success"]), (&"result".into(), &false.into()), "{value}");
+    assert!(value["error"].as_str().unwrap().contains("'none'"), "{value}");
+}
+
+/// A hook script: what it does in the phase `job-start`.
+fn hook(place: &Place, at_start: &str) -> String {
+    let script = place.path("hook");
+    let ended = place.path("ended");
+    let text = format!(
+        "#!/bin/sh\ncase $1 in job-start) {at_start};; job-end) touch {};; esac\n",
+        ended.display()
+    );
+    fs::write(&script, text).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    script.to_str().unwrap().to_owned()
+}
+
+const TALKATIVE: &str = "seq -f 'line %015.0f of a talkative hook' 30000";
+
+#[test]
+fn a_reader_that_does_not_read_holds_up_no_task_and_no_signal() {
+    let place = Place::new();
+    let (script, ended) = (hook(&place, TALKATIVE), place.path("ended"));
+    for format in ["text", "json"] {
+        let _ = fs::remove_file(&ended);
+        let arguments = ["backup", "100", "--script", &script, "--output", format];
+        let mut child = place.command(&arguments).stdout(Stdio::piped()).spawn().unwrap();
+        wait_for("the job ends", || ended.exists());
+        let pid = child.id().to_string();
+        // It waits for somebody to read its last lines, until it is told to end.
+        assert!(child.try_wait().unwrap().is_none());
+        wait_for("it ends", || {
+            Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap();
+            child.try_wait().unwrap().is_some()
+        });
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+        let mut said = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        assert!(said.contains("line 000000000000001 of a talkative hook"), "{format}");
+    }
+}
+
+fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(60), "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn lines_that_nobody_read_in_time_are_told() {
+    let place = Place::new();
+    let (script, ended) = (hook(&place, TALKATIVE), place.path("ended"));
+    let arguments = ["backup", "100", "--script", &script];
+    let mut child = place.command(&arguments).stdout(Stdio::piped()).spawn().unwrap();
+    wait_for("the job ends", || ended.exists());
+    let mut said = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(255));
+    assert!(said.contains(" lines are left out here"), "{} bytes", said.len());
+}
+
+#[test]
+fn what_cannot_be_written_is_a_failure() {
+    let place = Place::new();
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = place.command(&["list"]).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("ERROR: cannot write the output: No space left"), "{text}");
+}
+
+#[test]
+fn signals_that_are_ignored_stay_ignored() {
+    let place = Place::new();
+    let script = hook(&place, "kill -HUP $PPID; sleep 1");
+    for (shell, is_heard) in [("trap '' HUP; exec \"$@\"", false), ("exec \"$@\"", true)] {
+        let command = place.command(&["backup", "100", "--script", &script]);
+        let mut started = Command::new("sh");
+        started.args(["-c", shell, "sh"]).arg(command.get_program()).args(command.get_args());
+        let text = String::from_utf8(started.output().unwrap().stderr).unwrap();
+        assert_eq!(text.contains("terminal closed"), is_heard, "{text}");
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@ use vzdump_core::config::storage::is_storage_id;
 
 use crate::boot::Booted;
 use crate::provider_call::{call, fault, in_time};
+use crate::results::last_verified;
 use crate::{Host, HostError, clean};
 
 /// Between storage and name in a volume id.
@@ -109,11 +110,11 @@ impl Host {
         let mut booted = self.results::<Booted>();
         let verified = self.results::<Verified>();
         for archive in &mut list.archives {
-            archive.booted = booted.remove(&archive.volid);
-            let kept = verified.get(&archive.volid).copied();
             // What was found before the archive was made is about another one of its name.
-            archive.verified =
-                archive.verified.or(kept.filter(|verified| verified.time_s >= archive.time_s));
+            let tested = booted.remove(&archive.volid);
+            archive.booted = tested.filter(|booted| booted.time_s >= archive.time_s);
+            let kept = verified.get(&archive.volid).copied();
+            archive.verified = last_verified(archive.time_s, archive.verified, kept);
         }
         list.archives.sort_by(|a, b| {
             (a.vmid, a.time_s, a.volid.as_str()).cmp(&(b.vmid, b.time_s, b.volid.as_str()))
@@ -162,12 +163,28 @@ impl Host {
         let mut found: Vec<_> = found.filter(|archive| archive.name == text).collect();
         match (found.pop(), found.is_empty()) {
             (Some(archive), true) => Ok(archive),
-            (None, _) => Err(HostError::Archive(format!("There is no archive '{text}'."))),
+            (None, _) => Err(HostError::Archive(not_found(text, &list.problems))),
             (Some(_), false) => Err(HostError::Archive(format!(
                 "Several storages have an archive '{text}'; give '<storage>:backup/{text}'."
             ))),
         }
     }
+}
+
+/// That an archive was not found, and where it may be all the same.
+fn not_found(name: &str, problems: &[StorageProblem]) -> String {
+    let mut first_of_storages: Vec<_> = problems.iter().collect();
+    // A provider may have many, and one is enough to go and look.
+    first_of_storages.dedup_by(|later, first| later.storage == first.storage);
+    let words = |problem: &&StorageProblem| format!("{}: {}", problem.storage, problem.problem);
+    let words: Vec<_> = first_of_storages.iter().map(words).collect();
+    if words.is_empty() {
+        return format!("There is no archive '{name}'.");
+    }
+    format!(
+        "There is no archive '{name}' among those that could be listed; others could not: {}",
+        clean(&words.join("; "))
+    )
 }
 
 /// A time in words; none if it cannot be.

@@ -162,7 +162,8 @@ impl Host {
         Ok(listed.into_iter().map(info).collect())
     }
 
-    /// Everything that a configuration of a VM or a container names, volumes among it.
+    /// Everything that a configuration of a VM or a container names, volumes among it. One that cannot be
+    /// read is an error: what only it names would be called unused.
     fn named_volumes(&self) -> Result<HashSet<String>, HostError> {
         let mut named = HashSet::new();
         for dir in [self.layout.vm_config_dir(), self.layout.etc().join("lxc")] {
@@ -248,5 +249,15 @@ mod tests {
         assert!(!dir.path().join("etc/qemu-server/100.conf").exists());
         assert!(images.join("vm-100-disk-1.raw").exists(), "what it does not name is not its own");
         assert!(host.vm_destroy(100, &Silent).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_configuration_that_is_not_text_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("etc/qemu-server")).unwrap();
+        fs::write(dir.path().join("etc/qemu-server/105.conf"), b"name: caf\xe9\n").unwrap();
+        let host = Host::open(Some(dir.path().into()), &Overrides::default()).unwrap();
+        let error = host.images("local").await.unwrap_err().to_string();
+        assert!(error.contains("qemu-server/105.conf' is not text"), "{error}");
     }
 }

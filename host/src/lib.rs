@@ -21,6 +21,7 @@ mod doctor;
 mod images;
 mod ionice;
 mod kit;
+mod nodes;
 mod plan;
 mod provider_call;
 mod providers;
@@ -30,6 +31,7 @@ mod retention;
 mod tasks;
 mod template;
 mod verify;
+mod vms;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -66,6 +68,7 @@ pub use tasks::{FileRestoreRequest, RestoreRequest};
 pub use template::{Language, new_provider};
 pub use tokio_util::sync::CancellationToken;
 pub use verify::{VerifiedArchive, VerifyRequest, VerifyResult, VerifySummary, random_seed};
+pub use vms::VmState;
 pub use vzdump_core::config::backup::{
     BackupSettings, IONICE_MAX, STOP_WAIT_MAX_MINUTES, Selection, WAIT_MAX_MINUTES, without_meaning,
 };
@@ -210,6 +213,7 @@ impl Host {
         let setting = settings.get(QEMU_BIN_KEY).map(Path::new);
         let tools = Tools::find(overrides.qemu_bin.as_deref(), setting);
         let storages = StorageConfig::read(&layout.storage_config_path())?;
+        let storages = nodes::switch_off_others(&storages, &own_name())?;
         let storages = StorageSet::new(&storages, &layout);
         let provider_dir = settings.get(PROVIDER_DIR_KEY).map(PathBuf::from);
         let provider_dir = provider_dir.unwrap_or_else(|| layout.provider_dir());
@@ -286,26 +290,6 @@ impl Host {
     /// [`HostError::Runner`].
     pub async fn vm_stop(&self, id: u32, options: StopOptions) -> Result<Stopped, HostError> {
         Ok(runner::stop(&self.layout, id, options).await?)
-    }
-
-    /// Tells what a VM is doing.
-    ///
-    /// # Errors
-    /// [`HostError::Runner`].
-    pub async fn vm_status(&self, id: u32) -> Result<VmStatus, HostError> {
-        Ok(runner::status(&self.layout, id).await?)
-    }
-
-    /// Tells what all VMs are doing.
-    ///
-    /// # Errors
-    /// [`HostError::Runner`], [`HostError::Config`].
-    pub async fn vm_list(&self) -> Result<Vec<VmStatus>, HostError> {
-        let mut all = Vec::new();
-        for id in runner::list_ids(&self.layout)? {
-            all.push(runner::status(&self.layout, id).await?);
-        }
-        Ok(all)
     }
 }
 

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From what a backup is asked to do, through `jobs.cfg` and `vzdump.conf`, to what is done.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use provider_api::GuestKind;
 use vzdump_core::bandwidth::{Budget, MIN_BYTES_PER_S};
 use vzdump_core::config::backup::{BackupSettings, Selection};
 use vzdump_core::config::jobs::{read_job, read_pool};
 use vzdump_core::host_budget::{HostRam, HostRate};
-use vzdump_core::job::{BackupOptions, STOP_WAIT};
+use vzdump_core::job::{BackupOptions, STOP_WAIT, chain};
+use vzdump_core::task_log::size_config;
+use vzdump_core::vm::backup::FleecingOptions;
 use vzdump_core::vm::create::parse_size;
 use vzdump_core::vm::runner;
 
@@ -22,6 +26,12 @@ const IONICE: u8 = 7;
 const HOST_BWLIMIT_KEY: &str = "host-bwlimit";
 /// ... and what they may have of RAM for old data.
 const HOST_BUFFER_KEY: &str = "host-buffer-total";
+
+// QEMU's ranges, as in `qemu-ext/src/access/limits.rs`. It is asked late: when a guest has been shut down for the
+// mode stop already.
+const GRANULARITY_BYTES: RangeInclusive<u64> = 4096..=4 << 20;
+const BUFFER_BYTES: RangeInclusive<u64> = 0..=64 << 30;
+const BUFFER_TOTAL_BYTES: RangeInclusive<u64> = 0..=1 << 40;
 
 /// What to back up, and how, as far as the caller says it.
 #[derive(Debug, Clone)]
@@ -60,11 +70,14 @@ impl Host {
     /// An option, a job or a configuration file makes no sense, or there is nowhere to store
     /// anything.
     pub fn plan_backup(&self, request: BackupRequest) -> Result<BackupPlan, HostError> {
+        check_numbers(&request)?;
         let (settings, mut notices) = self.settings(request.settings, request.job.as_deref())?;
         check_node(settings.node.as_deref())?;
         let ids = self.select(settings.selection.as_ref(), &mut notices)?;
         let exclude = provider_api::Excludes::parse(&settings.excludes())
             .map_err(|error| HostError::Settings(error.message))?;
+        let fleecing = settings.fleecing.unwrap_or_default();
+        self.check_fleecing_storages(&fleecing, &ids)?;
         let storage = match settings.storage {
             Some(storage) => storage,
             None => self.default_backup_storage()?,
@@ -79,7 +92,7 @@ impl Host {
             _ => self.retention(&storage, settings.prune_backups)?,
         };
         let options = BackupOptions {
-            fleecing: settings.fleecing.unwrap_or_default(),
+            fleecing,
             freeze: request.freeze,
             buffer_size_bytes: request.buffer_size_bytes,
             granularity_bytes: request.granularity_bytes,
@@ -118,7 +131,13 @@ impl Host {
             let pairs = job.pairs.iter().map(|(key, value)| (key.as_str(), value.as_str()));
             let (settings, more) = BackupSettings::parse(pairs, &format!("job '{id}'"))?;
             notices.extend(more);
+            let chooses = settings.selection.is_some();
             all = all.or(settings);
+            if chooses && all.selection.is_none() {
+                return Err(HostError::Settings(format!(
+                    "All guests that the job '{id}' names are excluded: exclude fewer, or do not run it."
+                )));
+            }
         }
         let config = self.read_settings()?;
         let of_host =
@@ -164,6 +183,33 @@ impl Host {
         let Some(host) = host else { return Ok(own.map(Budget::new)) };
         let shared = HostRate::open(&self.layout, host).map_err(HostError::Settings)?;
         Ok(Some(Budget::new(own.map_or(host, |own| own.min(host))).within(shared)))
+    }
+
+    /// Checks that the storages that are to hold old data can, those for disks that no guest has included:
+    /// which disks there are is not looked up here.
+    fn check_fleecing_storages(
+        &self,
+        fleecing: &FleecingOptions,
+        ids: &[u32],
+    ) -> Result<(), HostError> {
+        // Containers have no old data, and what is refused chooses no storage.
+        let has_vms = ids.iter().any(|id| self.layout.guest_kind(*id) == GuestKind::Qemu);
+        if fleecing.is_refused || !has_vms {
+            return Ok(());
+        }
+        let of_all = fleecing.storage.iter().map(|storage| ("storage", storage));
+        let of_disks = fleecing.disks.iter().map(|(disk, storage)| (disk.as_str(), storage));
+        for (key, storage) in of_all.chain(of_disks) {
+            self.storages.images(storage).map_err(|error| {
+                HostError::Settings(format!(
+                    "'fleecing': '{key}={storage}' is no place for old data: {} Storages for images: \
+                     {}.",
+                    chain(&error),
+                    self.storages.image_ids().join(", ")
+                ))
+            })?;
+        }
+        Ok(())
     }
 
     /// The numbers of all VMs and containers, in order.
@@ -218,6 +264,23 @@ fn check_node(node: Option<&str>) -> Result<(), HostError> {
         return Ok(());
     }
     Err(HostError::Settings(format!("The job is for the host '{node}', but this is '{own}'.")))
+}
+
+fn check_numbers(request: &BackupRequest) -> Result<(), HostError> {
+    let is_power = request.granularity_bytes.is_none_or(u64::is_power_of_two);
+    for (option, bytes, range, is_form, form) in [
+        ("granularity", request.granularity_bytes, GRANULARITY_BYTES, is_power, "a power of two "),
+        ("buffer-size", request.buffer_size_bytes, BUFFER_BYTES, true, ""),
+        ("buffer-total", request.buffer_total_bytes, BUFFER_TOTAL_BYTES, true, ""),
+    ] {
+        if let Some(bytes) = bytes.filter(|bytes| !is_form || !range.contains(bytes)) {
+            let [bytes, min, max] = [bytes, *range.start(), *range.end()].map(size_config);
+            return Err(HostError::Settings(format!(
+                "'{option}': {bytes} is not {form}from {min} to {max}."
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// What all tasks of a host may use together.

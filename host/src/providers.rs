@@ -17,6 +17,8 @@ use vzdump_core::layout::Layout;
 use vzdump_core::storage::StorageSet;
 use vzdump_core::tools::Tools;
 
+use crate::nodes::why_off;
+
 /// The type of storages that [`provider_directory`] serves.
 const DIRECTORY_KIND: &str = "directory";
 
@@ -45,7 +47,7 @@ pub struct StorageInfo {
     pub kind: String,
     /// What it is used for.
     pub used_for: StorageUse,
-    /// Whether it is switched off.
+    /// Whether it is switched off, or for other hosts.
     pub disabled: bool,
 }
 
@@ -78,7 +80,7 @@ impl Plugins<'_> {
 
     fn entry(&self, section: &StorageSection, program: PathBuf) -> Entry {
         if section.is_disabled() {
-            return Entry::BuiltIn(Err(disabled(&section.id)));
+            return Entry::BuiltIn(Err(why_off(section)));
         }
         let own = |(name, _): &&(String, String)| !COMMON_PROPERTIES.contains(&name.as_str());
         let options = RpcOptions {
@@ -177,14 +179,10 @@ impl Providers for StorageProviders {
     }
 }
 
-fn disabled(id: &str) -> String {
-    format!("The storage '{id}' is disabled in storage.cfg.")
-}
-
 fn directory(section: &StorageSection, tools: &Tools) -> Result<Arc<dyn Provider>, String> {
     let id = &section.id;
     if section.is_disabled() {
-        return Err(disabled(id));
+        return Err(why_off(section));
     }
     let path = section
         .get("path")

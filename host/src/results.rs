@@ -2,7 +2,8 @@
 //! What tests of archives have found, kept by this host in files of the state directory, by volume id.
 //!
 //! Whether an archive boots is kept here whatever the provider can, because it depends on the host. What a
-//! verification found only if the provider does not remember it with the archive, as the contract asks it to.
+//! verification found only if the provider does not remember it with the archive, as the contract asks it to:
+//! it may not be able to, or not this time. What was found last counts, see [`last_verified`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -85,6 +86,21 @@ impl Host {
         }
         let text = serde_json::to_vec_pretty(&results).unwrap_or_default();
         Ok(write_atomically(&self.results_path::<T>(), &text, false)?)
+    }
+}
+
+/// What was found last of an archive that was made at `archive_s`. The provider goes before the host if
+/// both are of the same second.
+pub(crate) fn last_verified(
+    archive_s: i64,
+    of_provider: Option<Verified>,
+    kept: Option<Verified>,
+) -> Option<Verified> {
+    // What was found before the archive was made is about another one of its name.
+    let kept = kept.filter(|kept| kept.time_s >= archive_s);
+    match (of_provider, kept) {
+        (Some(remembered), Some(kept)) if kept.time_s > remembered.time_s => Some(kept),
+        (remembered, kept) => remembered.or(kept),
     }
 }
 

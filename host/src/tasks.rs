@@ -52,6 +52,10 @@ pub struct RestoreRequest {
 impl RestoreRequest {
     fn options(self, source_storage: String) -> Result<RestoreOptions, HostError> {
         refuse_subvolume(self.format)?;
+        if self.privileged {
+            let why = "'--privileged' cannot be used when a VM is restored.";
+            return Err(HostError::Settings(why.to_owned()));
+        }
         Ok(RestoreOptions {
             source_storage,
             disks: self.disks,
@@ -92,6 +96,7 @@ impl RestoreRequest {
             ("--disk", !self.disks.is_empty()),
             ("--in-place", self.in_place),
             ("--live", self.live),
+            ("--parallel", self.parallel.is_some()),
         ];
         if let Some((option, _)) = only_vms.iter().find(|(_, is_given)| *is_given) {
             return Err(HostError::Settings(format!(
@@ -298,5 +303,25 @@ impl Host {
                 several.join(", ")
             ))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_the_other_kind_of_guest_has_is_refused() {
+        let storage = || "backups".to_owned();
+        let plain = RestoreRequest::default;
+        assert!(plain().options(storage()).is_ok() && plain().container_options(storage()).is_ok());
+        let privileged = RestoreRequest { privileged: true, ..plain() };
+        let error = privileged.clone().options(storage()).unwrap_err().to_string();
+        assert!(error.contains("'--privileged' cannot be used when a VM"), "{error}");
+        assert!(privileged.container_options(storage()).is_ok());
+        let parallel = RestoreRequest { parallel: Some(4), ..plain() };
+        let error = parallel.clone().container_options(storage()).unwrap_err().to_string();
+        assert!(error.contains("'--parallel' cannot be used when a container"), "{error}");
+        assert!(parallel.options(storage()).is_ok());
     }
 }

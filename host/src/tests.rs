@@ -99,6 +99,18 @@ async fn an_archive_that_does_not_exist_is_named() {
 }
 
 #[tokio::test]
+async fn an_archive_that_is_not_found_may_be_where_could_not_be_looked() {
+    let (_dir, host) =
+        host("directory: backups\n\tpath ROOT/backups\n\ndirectory: odd\n\tpath odd\n");
+    let archives = store(&host, 100, &[0]).await;
+    let error = host.show_config("nothing").await.unwrap_err().to_string();
+    assert!(error.contains("no archive 'nothing' among those that could be listed"), "{error}");
+    assert!(error.contains("odd: The storage 'odd' needs a 'path' that is absolute"), "{error}");
+    // One that is found needs no other storage.
+    host.show_config(archives[0].split_once(":backup/").unwrap().1).await.unwrap();
+}
+
+#[tokio::test]
 async fn the_doctor_names_what_is_missing() {
     let (_dir, host) = host(STORAGES);
     let report = host.doctor(true, &vzdump_core::task_log::NoLog).await.unwrap();
@@ -120,9 +132,48 @@ async fn a_vm_is_made_and_listed() {
         .await
         .unwrap();
     let all = host.vm_list().await.unwrap();
-    assert_eq!((all.len(), all[0].id, all[0].running), (1, 100, false));
+    let status = &all[0].status;
+    assert_eq!((all.len(), status.id, status.running, &all[0].problem), (1, 100, false, &None));
     let error = host.vm_start(100, StartOptions::default()).await.unwrap_err();
     assert!(error.to_string().contains("cargo xtask qemu"), "{error}");
+}
+
+#[tokio::test]
+async fn a_vm_that_cannot_be_read_does_not_hide_the_others() {
+    let (dir, host) = host_with_guests();
+    let vms = dir.path().join("etc/qemu-server");
+    fs::write(vms.join("101.conf"), b"name: caf\xe9\n").unwrap();
+    // It is listed, and not there when it is looked at, as a VM that is removed meanwhile.
+    fs::remove_file(vms.join("102.conf")).unwrap();
+    std::os::unix::fs::symlink("nothing", vms.join("102.conf")).unwrap();
+    let all = host.vm_list().await.unwrap();
+    let states: Vec<_> = all.iter().map(|vm| (vm.status.id, vm.problem.is_some())).collect();
+    assert_eq!(states, [(100, false), (101, true)]);
+    let problem = all[1].problem.as_deref().unwrap();
+    assert!(problem.contains("qemu-server/101.conf' is not text"), "{problem}");
+    assert!(matches!(host.vm_status(102).await, Err(HostError::Runner(_))));
+}
+
+#[tokio::test]
+async fn a_storage_of_other_hosts_counts_as_switched_off() {
+    let own = own_name();
+    let storages = format!(
+        "directory: mine\n\tpath ROOT/mine\n\tnodes other,{own}\n\n\
+         directory: theirs\n\tpath ROOT/theirs\n\tnodes {own}2,other\n\n\
+         dir: disks\n\tpath ROOT/disks\n\tnodes other\n"
+    );
+    let (_dir, host) = host(&storages);
+    let off: Vec<_> = host.storages().into_iter().map(|s| (s.id, s.disabled)).collect();
+    let expected = [("mine", false), ("theirs", true), ("disks", true), ("local", false)];
+    assert_eq!(off, expected.map(|(id, is_off)| (id.to_owned(), is_off)));
+    // Not asked, in contrast to the other one, whose directory is not there.
+    let asked: Vec<_> =
+        host.list(None).await.unwrap().problems.into_iter().map(|p| p.storage).collect();
+    assert_eq!(asked, ["mine"]);
+    let error = host.list(Some("theirs")).await.unwrap_err().to_string();
+    let why = format!("'theirs' is for other hosts: storage.cfg has 'nodes {own}2,other'");
+    assert!(error.contains(&why), "{error}");
+    assert!(host.images("disks").await.unwrap_err().to_string().contains("is disabled"));
 }
 
 #[tokio::test]
@@ -280,6 +331,67 @@ async fn what_a_verification_found_is_kept_by_the_host_only_if_the_provider_forg
     assert_eq!(host.results::<Verified>()[&archives[0]], found(now, 3));
 }
 
+/// As when the storage has become full.
+#[tokio::test]
+async fn damage_counts_that_the_provider_cannot_remember() {
+    let (dir, host) = host(STORAGES);
+    let (sink, cancel) = (vzdump_core::task_log::NoLog, CancellationToken::new());
+    let archives = store(&host, 100, &[0]).await;
+    let archive = dir.path().join("backups").join(archives[0].split_once(":backup/").unwrap().1);
+    let verify = async || {
+        let request = VerifyRequest {
+            archives: archives.clone(),
+            storage: None,
+            guests: Vec::new(),
+            extent: VerifyExtent::All,
+            not_since_days: Some(30),
+        };
+        host.verify(request, &sink, &cancel).await.unwrap().archives.remove(0).result
+    };
+    let listed = async || host.list(None).await.unwrap().archives.remove(0);
+    assert_eq!(verify().await, VerifyResult::Sound);
+    // That was days ago.
+    let mut sound = listed().await.verified.unwrap();
+    sound.time_s -= 40 * 86_400;
+    fs::write(archive.join("verified"), serde_json::to_vec(&sound).unwrap()).unwrap();
+    assert_eq!(listed().await.verified, Some(sound));
+
+    fs::create_dir(archive.join("verified.next")).unwrap();
+    let config = archive.join("qemu-server.conf");
+    let whole = fs::read(&config).unwrap();
+    fs::write(&config, "name: b\n").unwrap();
+    assert!(matches!(verify().await, VerifyResult::Damaged { damage_count: 1, .. }));
+    let damaged = listed().await.verified.unwrap();
+    assert_eq!(damaged.damage_count, 1);
+
+    // What was found sound lately would be skipped, and this was not.
+    sound.time_s = damaged.time_s - 86_400;
+    fs::write(archive.join("verified"), serde_json::to_vec(&sound).unwrap()).unwrap();
+    assert!(matches!(verify().await, VerifyResult::Damaged { .. }));
+
+    // The provider can again.
+    fs::remove_dir(archive.join("verified.next")).unwrap();
+    fs::write(&config, whole).unwrap();
+    assert_eq!(verify().await, VerifyResult::Sound);
+    sound.time_s = damaged.time_s + 60;
+    fs::write(archive.join("verified"), serde_json::to_vec(&sound).unwrap()).unwrap();
+    assert_eq!(listed().await.verified, Some(sound));
+}
+
+#[tokio::test]
+async fn what_was_found_of_an_older_archive_of_this_name_does_not_count() {
+    let (_dir, host) = host(STORAGES);
+    let archives = store(&host, 100, &[0, 1]).await;
+    let times: Vec<_> = host.list(None).await.unwrap().archives.iter().map(|a| a.time_s).collect();
+    let booted = |time_s| Booted { time_s, ready_ms: Some(1), screenshot: None };
+    let kept =
+        [(archives[0].clone(), booted(times[0])), (archives[1].clone(), booted(times[1] - 1))];
+    host.keep(kept).await.unwrap();
+    let listed = host.list(None).await.unwrap().archives;
+    let listed: Vec<_> = listed.into_iter().map(|archive| archive.booted).collect();
+    assert_eq!(listed, [Some(booted(times[0])), None]);
+}
+
 #[tokio::test]
 async fn a_picture_goes_with_the_result_it_belongs_to() {
     let (dir, host) = host(STORAGES);
@@ -321,8 +433,9 @@ fn guests(ids: &[u32]) -> BackupSettings {
 
 /// A host with three VMs, a pool and a job.
 fn host_with_guests() -> (tempfile::TempDir, Host) {
-    let (dir, host) =
-        host("directory: backups\n\tpath ROOT/backups\n\ndirectory: more\n\tpath /x\n");
+    let (dir, host) = host(
+        "directory: backups\n\tpath ROOT/backups\n\ndirectory: more\n\tpath /x\n\ndir: fast\n\tpath /f\n",
+    );
     let etc = dir.path().join("etc");
     fs::create_dir_all(etc.join("qemu-server")).unwrap();
     for id in [100, 101, 102] {
@@ -354,6 +467,28 @@ fn guests_are_chosen_by_number_all_exclude_and_pool() {
     assert_eq!(ids(pool(vec![102])).unwrap(), [101]);
     let error = ids(Selection::Pool { pool: "none".into(), exclude: vec![] }).unwrap_err();
     assert!(error.to_string().contains("no pool 'none' in user.cfg; pools: web"), "{error}");
+}
+
+#[test]
+fn guests_are_excluded_from_what_a_job_chooses() {
+    let (dir, host) = host_with_guests();
+    let conf = dir.path().join("etc/vzdump.conf");
+    // Without effect there, and so upon what others exclude.
+    fs::write(conf, "exclude: 100\n").unwrap();
+    let ids = |exclude: &[u32]| {
+        let mut settings = BackupSettings { storage: Some("more".into()), ..Default::default() };
+        settings.choose(vec![], false, exclude.to_vec(), None).unwrap();
+        let job = BackupRequest { job: Some("nightly".into()), ..request(settings.clone()) };
+        let all = host.plan_backup(request(settings)).map(|plan| plan.ids);
+        (host.plan_backup(job).map(|plan| plan.ids), all)
+    };
+    let (of_job, all) = ids(&[102]);
+    assert_eq!((of_job.unwrap(), all.unwrap()), (vec![101], vec![100, 101]));
+    let jobs = "vzdump: nightly\n\tvmid 101,102\n";
+    fs::write(dir.path().join("etc/jobs.cfg"), jobs).unwrap();
+    assert_eq!(ids(&[102]).0.unwrap(), [101]);
+    let error = ids(&[101, 102]).0.unwrap_err().to_string();
+    assert!(error.starts_with("All guests that the job 'nightly' names are excluded"), "{error}");
 }
 
 #[test]
@@ -462,4 +597,53 @@ fn options_that_make_no_sense_are_refused_before_anything_is_begun() {
     let enough =
         BackupSettings { bwlimit_kib_per_s: Some(512), jobs: Some(1), ..guests(&[100, 101]) };
     host.plan_backup(request(enough)).unwrap();
+}
+
+#[test]
+fn what_qemu_would_refuse_is_refused_before_a_guest_is_shut_down() {
+    let (_dir, host) = host_with_guests();
+    let plan = |granularity_bytes, buffer_size_bytes, buffer_total_bytes| {
+        let request = request(guests(&[100]));
+        let sizes =
+            BackupRequest { granularity_bytes, buffer_size_bytes, buffer_total_bytes, ..request };
+        host.plan_backup(sizes)
+    };
+    plan(Some(4 << 10), Some(0), Some(0)).unwrap();
+    plan(Some(4 << 20), Some(64 << 30), Some(1 << 40)).unwrap();
+    let granularity = "is not a power of two from 4K to 4M.";
+    for (sizes, fault) in [
+        ((Some(0), None, None), format!("'granularity': 0 {granularity}")),
+        ((Some(2 << 10), None, None), format!("'granularity': 2K {granularity}")),
+        ((Some(12 << 10), None, None), format!("'granularity': 12K {granularity}")),
+        ((Some(8 << 20), None, None), format!("'granularity': 8M {granularity}")),
+        ((None, Some(65 << 30), None), "'buffer-size': 65G is not from 0 to 64G.".to_owned()),
+        ((None, None, Some(2 << 40)), "'buffer-total': 2T is not from 0 to 1T.".to_owned()),
+    ] {
+        assert_eq!(plan(sizes.0, sizes.1, sizes.2).unwrap_err().to_string(), fault);
+    }
+}
+
+#[test]
+fn storages_for_old_data_are_looked_up_before_anything_is_begun() {
+    let (dir, host) = host_with_guests();
+    let plan = |id, text: &str| {
+        let fleecing = Some(text.parse().unwrap());
+        host.plan_backup(request(BackupSettings { fleecing, ..guests(&[id]) }))
+    };
+    for good in ["limit=1G", "storage=fast,scsi0=local", "enabled=0,storage=nowhere"] {
+        plan(100, good).unwrap();
+    }
+    for (text, fault) in [
+        ("storage=nowhere", "'storage=nowhere' is no place for old data: The storage 'nowhere'"),
+        ("storage=fast,scsi9=nowhere", "'fleecing': 'scsi9=nowhere'"),
+        ("storage=backups", "has the type 'directory', which holds no images. Storages for images"),
+        ("scsi1=more", "Storages for images: fast, local."),
+    ] {
+        let error = plan(100, text).unwrap_err().to_string();
+        assert!(error.contains(fault), "{error}");
+    }
+    // Containers have no old data.
+    fs::create_dir_all(dir.path().join("etc/lxc")).unwrap();
+    fs::write(dir.path().join("etc/lxc/200.conf"), "hostname: ct\n").unwrap();
+    plan(200, "storage=nowhere").unwrap();
 }

@@ -15,6 +15,7 @@ use vzdump_core::verify::verify;
 
 use crate::archives::keep_once;
 use crate::provider_call::{call, fault, in_time};
+use crate::results::last_verified;
 use crate::retention::{Ability, activate};
 use crate::{ArchiveName, CancellationToken, Host, HostError, TaskSink, chain, clean, size};
 
@@ -142,10 +143,12 @@ impl Host {
                 choose(provider.as_ref(), &storage, &of_storage, &request.guests, sink).await?;
             work.push((storage, provider, wanted));
         }
+        let begin_s = now_s();
         let mut summary = VerifySummary { extent: request.extent, archives: Vec::new() };
         let kept = self.results::<Verified>();
         for (storage, provider, wanted) in work {
-            let task = Task { storage, provider, request: &request, kept: &kept, sink, cancel };
+            let request = &request;
+            let task = Task { storage, provider, request, begin_s, kept: &kept, sink, cancel };
             let begin = summary.archives.len();
             task.run(wanted, &mut summary.archives).await;
             let found = task.not_remembered(&summary.archives[begin..]).await;
@@ -224,6 +227,8 @@ struct Task<'a> {
     storage: String,
     provider: Arc<dyn Provider>,
     request: &'a VerifyRequest,
+    /// When it began.
+    begin_s: i64,
     /// What this host has kept of earlier ones.
     kept: &'a BTreeMap<String, Verified>,
     sink: &'a dyn TaskSink,
@@ -257,8 +262,7 @@ impl Task<'_> {
     fn is_fresh(&self, archive: &Archive) -> bool {
         let volid = ArchiveName { storage: self.storage.clone(), name: archive.name.clone() };
         let kept = self.kept.get(&volid.to_string()).copied();
-        let kept = kept.filter(|verified| verified.time_s >= archive.time_s);
-        let verified = archive.verified.or(kept);
+        let verified = last_verified(archive.time_s, archive.verified, kept);
         let (Some(days), Some(verified)) = (self.request.not_since_days, verified) else {
             return false;
         };
@@ -284,8 +288,10 @@ impl Task<'_> {
             return found;
         }
         let Ok(archives) = in_time(self.provider.list(&call())).await else { return found };
+        // An older record is of another verification: the storage may be full since.
+        let is_of_now = |verified: Verified| verified.time_s >= self.begin_s;
         let remembers = |volid: &str| {
-            let mut all = archives.iter().filter(|archive| archive.verified.is_some());
+            let mut all = archives.iter().filter(|archive| archive.verified.is_some_and(is_of_now));
             all.any(|archive| volid.split_once(":backup/").is_some_and(|(_, n)| n == archive.name))
         };
         found.retain(|(volid, _)| !remembers(volid));

@@ -72,10 +72,11 @@ pub enum Error {
         /// The feature.
         feature: String,
     },
-    /// The guest agent does not answer at all.
+    /// The guest agent does not answer at all; nor does QEMU while another client has the socket.
     #[error(
         "The guest agent at {path} did not answer within {after_ms} ms: \
-         is it installed and running in the guest?"
+         is it installed and running in the guest? \
+         The socket serves one client at a time, so another program may be using it"
     )]
     AgentSilent {
         /// The agent's socket.
@@ -137,4 +138,20 @@ impl Error {
 /// Whole milliseconds, saturating.
 pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_agent_may_be_one_that_serves_another_client() {
+        let error = Error::AgentSilent { path: "agent.sock".to_owned(), after_ms: 100 };
+        assert_eq!(
+            error.to_string(),
+            "The guest agent at agent.sock did not answer within 100 ms: is it installed and \
+             running in the guest? The socket serves one client at a time, so another program may \
+             be using it"
+        );
+    }
 }

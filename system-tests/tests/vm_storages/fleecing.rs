@@ -202,20 +202,24 @@ async fn images_on_btrfs_share_blocks_of_old_data_where_that_is_asked_for() {
 
 #[test]
 fn each_disk_may_have_its_own_fleecing_storage_and_bad_ones_are_named() {
-    let place = Place::new("zfspool: tank\n\tpool rpool/data\n");
+    // Nothing can be made in `nothing`.
+    let place = Place::new("zfspool: tank\n\tpool rpool/data\n\ndir: nothing\n\tpath /proc\n");
     place.create(&["--disk", "1M", "--disk", "1049088"]);
     place.start();
-    let options = ["--fleecing", "storage=nowhere,scsi0=local,scsi1=local"];
+    let options = ["--fleecing", "storage=nothing,scsi0=local,scsi1=local"];
     place.good_backup(&options);
     let ended = place.backup(&["--fleecing", "enabled=0,storage=nowhere"]);
     assert_eq!(ended.guest["result"], "committed", "{}", ended.said);
     assert_eq!(ended.said.matches("fleecing cannot be switched off").count(), 1, "{}", ended.said);
+    // Also those of disks that the VM does not have, before the VM is touched.
+    let pid = place.run(&["vm", "status", "100"])["pid"].clone();
     for (list, why) in [
         ("storage=nowhere", "'nowhere' is not in storage.cfg"),
-        ("scsi1=tank", "'zfspool', which holds no images"),
+        ("scsi5=tank", "'zfspool', which holds no images"),
     ] {
-        let error = place.backup(&["--fleecing", list]).error();
-        assert!(error.contains(why) && error.contains("--fleecing storage=ID"), "{error}");
+        let ended = place.backup(&["--mode", "stop", "--fleecing", list]);
+        assert!(ended.guest.is_null() && ended.said.contains(why), "{}", ended.said);
+        assert_eq!(place.run(&["vm", "status", "100"])["pid"], pid);
         place.assert_tidy();
     }
     let states = place.run(&["storage", "status"]);

@@ -74,10 +74,7 @@ pub enum Selection {
 impl Selection {
     /// Puts together what was given of a selection; `None` if nothing was. To exclude guests means
     /// all others.
-    ///
-    /// # Errors
-    /// A sentence if the parts contradict each other.
-    pub fn of(
+    fn of(
         ids: Vec<u32>,
         all: bool,
         exclude: Vec<u32>,
@@ -97,6 +94,41 @@ impl Selection {
             (true, false, None) => Ok(Some(Self::All { exclude })),
         }
     }
+
+    /// What is left of it; `None` if it named guests and all of them are gone.
+    fn without(self, gone: &[u32]) -> Option<Self> {
+        match self {
+            Self::Guests(mut ids) => {
+                ids.retain(|id| !gone.contains(id));
+                (!ids.is_empty()).then_some(Self::Guests(ids))
+            }
+            Self::All { exclude } => Some(Self::All { exclude: union(exclude, gone) }),
+            Self::Pool { pool, exclude } => {
+                Some(Self::Pool { pool, exclude: union(exclude, gone) })
+            }
+        }
+    }
+}
+
+fn union(mut ids: Vec<u32>, more: &[u32]) -> Vec<u32> {
+    let new: Vec<u32> = more.iter().copied().filter(|id| !ids.contains(id)).collect();
+    ids.extend(new);
+    ids
+}
+
+/// A selection, and [`BackupSettings::only_excludes`].
+type Chosen = (Option<Selection>, bool);
+
+/// What `upper` and `lower` choose together. To exclude guests is no choice of its own where `lower` has one:
+/// who takes a guest from a job does not want all others of the host.
+fn chosen(upper: Chosen, lower: Chosen) -> Chosen {
+    match (upper, lower) {
+        ((Some(Selection::All { exclude }), true), (Some(lower), only_excludes)) => {
+            (lower.without(&exclude), only_excludes)
+        }
+        ((None, _), lower) => lower,
+        (upper, _) => upper,
+    }
 }
 
 /// Options of a backup; `None` is not given.
@@ -104,6 +136,8 @@ impl Selection {
 pub struct BackupSettings {
     /// Which guests.
     pub selection: Option<Selection>,
+    /// The selection is nothing but guests that are excluded: what a lower layer chooses counts, without them.
+    pub only_excludes: bool,
     /// The storage.
     pub storage: Option<String>,
     /// What happens to a running guest for the point in time.
@@ -172,9 +206,27 @@ impl BackupSettings {
                 }),
             }
         }
-        settings.selection = Selection::of(ids, all, exclude, pool)
+        settings
+            .choose(ids, all, exclude, pool)
             .map_err(|why| ConfigError::Invalid(format!("{origin}: {why}")))?;
         Ok((settings, notices))
+    }
+
+    /// Sets which guests, from what was given of that.
+    ///
+    /// # Errors
+    /// A sentence if the parts contradict each other.
+    pub fn choose(
+        &mut self,
+        ids: Vec<u32>,
+        all: bool,
+        exclude: Vec<u32>,
+        pool: Option<String>,
+    ) -> Result<(), String> {
+        let only_excludes = ids.is_empty() && !all && pool.is_none() && !exclude.is_empty();
+        self.selection = Selection::of(ids, all, exclude, pool)?;
+        self.only_excludes = only_excludes;
+        Ok(())
     }
 
     /// Sets one option; false if there is none of that name.
@@ -216,11 +268,15 @@ impl BackupSettings {
         standard.chain(self.exclude_path.iter().flatten().cloned()).collect()
     }
 
-    /// These options, and for what they do not say those of `lower`.
+    /// These options, and for what they do not say those of `lower`. If guests are excluded and none is left of
+    /// those that `lower` names, nothing is selected.
     #[must_use]
     pub fn or(self, lower: Self) -> Self {
+        let (selection, only_excludes) =
+            chosen((self.selection, self.only_excludes), (lower.selection, lower.only_excludes));
         Self {
-            selection: self.selection.or(lower.selection),
+            selection,
+            only_excludes,
             storage: self.storage.or(lower.storage),
             mode: self.mode.or(lower.mode),
             jobs: self.jobs.or(lower.jobs),
@@ -283,12 +339,33 @@ mod tests {
     #[test]
     fn the_upper_layer_wins_and_the_lower_fills_in() {
         let (conf, _) = parse("bwlimit: 1000\nstorage: a\nlockwait: 5\nvmid: 100").unwrap();
-        let (job, _) = parse("storage: b\nexclude: 101").unwrap();
+        let (job, _) = parse("storage: b\nall: 1\nexclude: 101").unwrap();
         let line = BackupSettings { bwlimit_kib_per_s: Some(0), ..BackupSettings::default() };
         let all = line.or(job).or(conf);
         assert_eq!((all.bwlimit_kib_per_s, all.storage.as_deref()), (Some(0), Some("b")));
         assert_eq!(all.lockwait_minutes, Some(5));
         assert_eq!(all.selection, Some(Selection::All { exclude: vec![101] }));
+    }
+
+    #[test]
+    fn to_exclude_guests_takes_them_from_what_a_lower_layer_chooses() {
+        let settings = |text: &str| parse(text).unwrap().0;
+        let chosen = |upper: &str, lower: &str| settings(upper).or(settings(lower)).selection;
+        let pool = |exclude| Some(Selection::Pool { pool: "web".to_owned(), exclude });
+        let all = |exclude| Some(Selection::All { exclude });
+        assert_eq!(chosen("exclude: 105", "pool: web"), pool(vec![105]));
+        assert_eq!(chosen("exclude: 105,106", "pool: web\nexclude: 106"), pool(vec![106, 105]));
+        assert_eq!(chosen("exclude: 105", "all: 1\nexclude: 106"), all(vec![106, 105]));
+        assert_eq!(chosen("exclude: 105", "exclude: 106"), all(vec![106, 105]));
+        let left = Some(Selection::Guests(vec![104]));
+        assert_eq!(chosen("exclude: 105", "vmid: 104,105"), left);
+        assert_eq!(chosen("exclude: 104,105", "vmid: 105,104"), None);
+        // There is nothing to take them from, or others are chosen, too.
+        assert_eq!(chosen("exclude: 105", "storage: a"), all(vec![105]));
+        assert_eq!(chosen("all: 1\nexclude: 105", "vmid: 104"), all(vec![105]));
+        assert_eq!(chosen("pool: web\nexclude: 105", "vmid: 104"), pool(vec![105]));
+        let below = settings("exclude: 106").or(settings("vmid: 104,105,106"));
+        assert_eq!(settings("exclude: 105").or(below).selection, left);
     }
 
     #[test]

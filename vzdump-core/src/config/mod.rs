@@ -39,9 +39,17 @@ pub enum ConfigError {
         /// Why.
         source: io::Error,
     },
-    /// The file is not text.
+    /// What an archive holds is not text.
     #[error("The configuration is not text: byte {offset} is not UTF-8.")]
     NotText {
+        /// First byte that is not.
+        offset: usize,
+    },
+    /// The file is not text.
+    #[error("The configuration file '{path}' is not text: byte {offset} is not UTF-8.")]
+    FileNotText {
+        /// The file.
+        path: PathBuf,
         /// First byte that is not.
         offset: usize,
     },
@@ -56,7 +64,7 @@ pub const CONFIG_MAX_BYTES: u64 = 4 << 20;
 /// Reads a configuration file; a missing one is `None`.
 ///
 /// # Errors
-/// [`ConfigError::Read`], [`ConfigError::NotText`], [`ConfigError::Invalid`] for one too large.
+/// [`ConfigError::Read`], [`ConfigError::FileNotText`], [`ConfigError::Invalid`] for one too large.
 pub fn read_text(path: &Path) -> Result<Option<String>, ConfigError> {
     let fault = |source| ConfigError::Read { path: path.to_owned(), source };
     match fs::metadata(path) {
@@ -71,7 +79,11 @@ pub fn read_text(path: &Path) -> Result<Option<String>, ConfigError> {
         }
         Ok(_) => {}
     }
-    to_text(fs::read(path).map_err(fault)?).map(Some)
+    let text = String::from_utf8(fs::read(path).map_err(fault)?).map_err(|error| {
+        let offset = error.utf8_error().valid_up_to();
+        ConfigError::FileNotText { path: path.to_owned(), offset }
+    })?;
+    Ok(Some(text))
 }
 
 /// Takes bytes for text.
@@ -170,5 +182,14 @@ mod tests {
         assert_eq!(read_text(&path).unwrap().unwrap(), "two");
         assert_eq!(fs::read_dir(dir.path().join("a")).unwrap().count(), 1, "a leftover stayed");
         assert!(read_text(&dir.path().join("none")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_file_that_is_not_text_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("105.conf");
+        fs::write(&path, b"name: caf\xe9\n").unwrap();
+        let error = read_text(&path).unwrap_err().to_string();
+        assert!(error.contains("105.conf' is not text: byte 9"), "{error}");
     }
 }

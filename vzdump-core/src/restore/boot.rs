@@ -136,11 +136,7 @@ impl Restore<'_> {
         }
         sweep(self.ctx).await;
         let archived = self.open_archive().await?;
-        if options.console.is_none() && !archived.config.agent_enabled() {
-            return Err("the guest has no agent that could say it is ready; name a text of its \
-                        console with --boot-console"
-                .to_owned());
-        }
+        check_sign(options, &archived.config)?;
         let mut source = self.begin_source().await?;
         let result = self.boot_source(source.as_mut(), &archived, options, report).await;
         let limit = self.ctx.limits.undo;
@@ -275,6 +271,35 @@ impl Restore<'_> {
         }
         Err(format!("qemu-img made no image: {}", clean(&String::from_utf8_lossy(&made.stderr))))
     }
+}
+
+/// Refuses a sign of readiness that each guest gives, or that this one cannot give: such a test says nothing
+/// of the archive.
+fn check_sign(options: &BootOptions, config: &VmConfig) -> Result<(), String> {
+    if options.timeout.is_zero() {
+        return Err("no guest is ready within 0 seconds; give it more with --boot-timeout".into());
+    }
+    let Some(text) = &options.console else {
+        return match config.agent_enabled() {
+            true => Ok(()),
+            false => Err("the guest has no agent that could say it is ready; name a text of its \
+                          console with --boot-console"
+                .to_owned()),
+        };
+    };
+    if text.trim().is_empty() {
+        return Err("an empty text is on every console; give --boot-console one that the guest \
+                    writes only when it is ready"
+            .to_owned());
+    }
+    // A device of the host is none of the throw-away VM's.
+    if config.get("serial0") != Some("socket") {
+        return Err("the VM has no serial console whose text could be read; leave out \
+                    --boot-console if the guest has an agent, or add 'serial0: socket' to the VM \
+                    and back it up again"
+            .to_owned());
+    }
+    Ok(())
 }
 
 fn has_display(config: &VmConfig) -> bool {
@@ -439,6 +464,32 @@ mod tests {
         );
         isolate(&mut config);
         assert_eq!(config.to_string(), "name: x\n");
+    }
+
+    #[test]
+    fn a_guest_must_be_able_to_say_that_it_is_ready() {
+        let check = |console: Option<&str>, seconds: u64, config: &str| {
+            let options = BootOptions {
+                timeout: Duration::from_secs(seconds),
+                console: console.map(str::to_owned),
+                allow_raw_config: false,
+                screenshot: None,
+            };
+            check_sign(&options, &VmConfig::parse(config))
+        };
+        assert_eq!(check(None, 1, "agent: 1\n"), Ok(()));
+        assert_eq!(check(Some("login:"), 1, "serial0: socket\n"), Ok(()));
+        for (console, seconds, config, words) in [
+            (None, 1, "serial0: socket\n", "no agent"),
+            (Some("login:"), 1, "agent: 1\n", "add 'serial0: socket'"),
+            (Some("login:"), 1, "serial0: /dev/ttyS0\n", "add 'serial0: socket'"),
+            (Some(""), 1, "serial0: socket\n", "empty text"),
+            (Some(" "), 1, "serial0: socket\n", "empty text"),
+            (None, 0, "agent: 1\n", "within 0 seconds"),
+        ] {
+            let error = check(console, seconds, config).unwrap_err();
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     #[test]
