@@ -150,6 +150,10 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use std::collections::BTreeSet;
 
+    fn has(spans: &Spans, granule: u32) -> bool {
+        spans.overlaps(&(granule..granule + 1))
+    }
+
     #[test]
     fn separate_ranges_end_on_their_own_however_many_there_are() {
         let mut ranges = Separate::default();
@@ -186,7 +190,7 @@ mod tests {
                 }
                 assert_eq!(spans.count(), model.len() as u64);
                 for granule in 0..240 {
-                    assert_eq!(spans.contains(granule), model.contains(&granule));
+                    assert_eq!(has(&spans, granule), model.contains(&granule));
                     let one = granule..granule + 1;
                     assert_eq!(spans.overlaps(&one), model.contains(&granule));
                 }
@@ -203,7 +207,7 @@ mod tests {
         assert!(!spans.add(5000..5001));
         let taken = spans.take(&(1..2));
         assert!(taken.len() == 1 && taken[0] == (1..2));
-        assert!(!spans.contains(0) && spans.contains(2) && spans.contains(4));
+        assert!(!has(&spans, 0) && has(&spans, 2) && has(&spans, 4));
         assert_eq!(spans.forget(&(0..20)), 3 + 5);
     }
 }

@@ -321,8 +321,7 @@ impl<T> Table<T> {
         let mut clean_from = all.start;
         let mut at = area.start;
         while let Some(needed) = need.next_needed(at, area.end) {
-            let cover =
-                self.geometry.cover(crate::ByteRange { start: needed.start, end: needed.end });
+            let cover = self.geometry.cover(ByteRange { start: needed.start, end: needed.end });
             gone(&mut region, first, clean_from..cover.start);
             clean_from = clean_from.max(cover.end);
             at = needed.end.max(at + 1);
