@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::scratch::Scratch;
+
 const CT: &str = "200";
 /// How long an image that was unmounted may be written out.
 const RELEASE_WITHIN: Duration = Duration::from_secs(60);
@@ -72,7 +74,7 @@ impl Tool {
 #[derive(Debug)]
 pub struct Container {
     vzdump: PathBuf,
-    folder: tempfile::TempDir,
+    folder: Scratch,
     /// Bytes of its files.
     pub data_bytes: u64,
     /// How many these are, with symbolic links.
@@ -85,7 +87,7 @@ impl Container {
     /// # Errors
     /// Something is missing or fails, for example without root.
     pub fn new(vzdump: &Path, folder: &Path, tree: &Path, data_bytes: u64) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("ct-").tempdir_in(folder)?;
+        let folder = Scratch::new(folder, "ct-")?;
         let mut this = Self { vzdump: vzdump.to_owned(), folder, data_bytes: 0, files: 0 };
         for dir in ["etc", "store", "mounted"] {
             fs::create_dir(this.path(dir))?;

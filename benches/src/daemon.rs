@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 
 use crate::cases::Cache;
+use crate::scratch::Scratch;
 
 const START_WITHIN: Duration = Duration::from_secs(20);
 const QUIT_WITHIN: Duration = Duration::from_secs(90);
@@ -24,7 +25,7 @@ pub struct Daemon {
     session: Session,
     pid: u32,
     iothread: bool,
-    folder: tempfile::TempDir,
+    folder: Scratch,
 }
 
 impl Daemon {
@@ -33,7 +34,7 @@ impl Daemon {
     /// # Errors
     /// It does not start.
     pub async fn start(bin: &Path, folder: &Path, iothread: bool) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("run-").tempdir_in(folder)?;
+        let folder = Scratch::new(folder, "run-")?;
         let qmp = folder.path().join("qmp");
         let nbd = json!({ "addr": { "type": "unix", "path": folder.path().join("nbd") },
                           "max-connections": 16 });

@@ -18,12 +18,13 @@ use tokio::process::Command;
 
 use crate::cases::{Cache, Fleecing};
 use crate::child;
+use crate::scratch::Scratch;
 
 const CHUNK_BYTES: usize = 4 << 20;
 const CREATE_WITHIN: Duration = Duration::from_secs(30);
 const SEED: u64 = 1;
 /// RAM in memory-backed file systems of every Linux.
-const TMPFS: &str = "/dev/shm";
+pub(crate) const TMPFS: &str = "/dev/shm";
 
 /// A raw file full of random data.
 #[derive(Debug, Clone)]
@@ -121,7 +122,7 @@ pub struct FleecingFile {
     pub path: PathBuf,
     /// What it occupied when it was new.
     empty_bytes: u64,
-    _folder: tempfile::TempDir,
+    _folder: Scratch,
 }
 
 impl FleecingFile {
@@ -136,10 +137,7 @@ impl FleecingFile {
         folder: &Path,
     ) -> Result<Self> {
         let parent = if kind.in_ram() { Path::new(TMPFS) } else { folder };
-        let folder = tempfile::Builder::new()
-            .prefix("fleecing-")
-            .tempdir_in(parent)
-            .with_context(|| format!("cannot create a folder in {}", parent.display()))?;
+        let folder = Scratch::new(parent, "fleecing-")?;
         let path = folder.path().join("image");
         if kind.is_qcow2() {
             let mut create = Command::new(bin.join("qemu-img"));

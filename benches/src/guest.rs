@@ -19,6 +19,7 @@ use crate::disk::FleecingFile;
 use crate::procfs::usage;
 use crate::run::Bench;
 use crate::sample::{Outcome, Sample};
+use crate::scratch::Scratch;
 
 const INIT: &str = include_str!("../guest/init.sh");
 const PACK_WITHIN: Duration = Duration::from_secs(30);
@@ -55,7 +56,7 @@ pub fn cases() -> Vec<Case> {
 pub struct Guest {
     kernel: PathBuf,
     initrd: PathBuf,
-    _folder: tempfile::TempDir,
+    _folder: Scratch,
 }
 
 impl Guest {
@@ -64,7 +65,7 @@ impl Guest {
     /// # Errors
     /// A part or the program cpio is missing.
     pub async fn prepare(parts: &Parts, folder: &Path) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("guest-").tempdir_in(folder)?;
+        let folder = Scratch::new(folder, "guest-")?;
         let tree = folder.path().join("tree");
         std::fs::create_dir_all(tree.join("sbin"))?;
         std::fs::write(tree.join("init"), INIT)?;
@@ -87,7 +88,7 @@ impl Guest {
         let Work::Once { depth, .. } = case.work else { bail!("no work for a guest") };
         let (disk, cache) = (bench.disk.clone(), case.cache);
         tokio::task::spawn_blocking(move || disk.settle(cache)).await??;
-        let folder = tempfile::Builder::new().prefix("run-").tempdir_in(&bench.folder)?;
+        let folder = Scratch::new(&bench.folder, "run-")?;
         let fleecing =
             FleecingFile::create(case.fleecing, bench.disk.size_bytes, &bench.bin, &bench.folder);
         let fleecing = fleecing.await?;

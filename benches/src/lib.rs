@@ -12,7 +12,7 @@
 //! * [`vm`]: backups of a VM, beside plain copying tools.
 //! * [`source`]: a disk with a bitmap, [`backup`]: a provider's backup of it, [`plugin`]: the directory
 //!   provider as a process of its own.
-//! * [`place`]: where a benchmark works, and until when.
+//! * [`place`]: where a benchmark works, and until when; [`scratch`]: what goes away with a run.
 //! * [`procfs`], [`child`]: what a process used, and its end.
 
 #![forbid(unsafe_code)]
@@ -37,6 +37,7 @@ pub mod report;
 pub mod results;
 pub mod run;
 pub mod sample;
+pub mod scratch;
 pub mod setup_time;
 pub mod source;
 pub mod stats;

@@ -13,11 +13,12 @@ use tokio::task::JoinSet;
 
 const PIECE_BYTES: u64 = 1 << 20;
 const IN_FLIGHT: usize = 4;
+const PROBE_BYTES: usize = 4096;
 const STOP_WITHIN: Duration = Duration::from_secs(30);
 /// QEMU's default for a write that waits for the fleecing image is 45 s.
 const REQUEST_WITHIN: Duration = Duration::from_secs(100);
 
-/// A client that reads until it is stopped, again and again; with trimming, once.
+/// A client that reads until it is stopped, again and again, or once.
 #[derive(Debug)]
 pub struct Reader {
     tasks: JoinSet<Result<()>>,
@@ -31,12 +32,14 @@ struct Shared {
     done_bytes: AtomicU64,
     begin: Instant,
     bytes_per_second: Option<u64>,
+    once: bool,
     trims: bool,
     stopped: std::sync::atomic::AtomicBool,
 }
 
 impl Reader {
-    /// Starts it.
+    /// Starts it. If it `releases`, it reads everything once and releases what it has read; an export that
+    /// cannot be released from, as a plain disk's, it reads once as well.
     ///
     /// # Errors
     /// There is no such export.
@@ -44,17 +47,17 @@ impl Reader {
         socket: &Path,
         export: &str,
         bytes_per_second: Option<u64>,
-        trims: bool,
+        releases: bool,
     ) -> Result<Self> {
-        let options = Options { timeout: Some(REQUEST_WITHIN), ..Options::default() };
-        let client = Client::connect_unix(socket, export, options).await?;
-        let trims = trims && client.flags().can_trim;
+        let client = connect(socket, export).await?;
+        let trims = releases && client.flags().can_trim;
         let shared = Arc::new(Shared {
             client,
             next: AtomicU64::new(0),
             done_bytes: AtomicU64::new(0),
             begin: Instant::now(),
             bytes_per_second,
+            once: releases,
             trims,
             stopped: false.into(),
         });
@@ -92,13 +95,29 @@ impl Reader {
     }
 }
 
+/// Fails if an export cannot be read any more, as that of a snapshot that broke.
+///
+/// # Errors
+/// It cannot.
+pub async fn probe(socket: &Path, export: &str) -> Result<()> {
+    let client = connect(socket, export).await?;
+    client.read(0, PROBE_BYTES).await?;
+    client.disconnect().await?;
+    Ok(())
+}
+
+async fn connect(socket: &Path, export: &str) -> Result<Client> {
+    let options = Options { timeout: Some(REQUEST_WITHIN), ..Options::default() };
+    Ok(Client::connect_unix(socket, export, options).await?)
+}
+
 impl Shared {
     async fn work(&self) -> Result<()> {
         let count = self.client.size_bytes() / PIECE_BYTES;
         let mut buffer = BytesMut::with_capacity(PIECE_BYTES as usize);
         while !self.stopped.load(Ordering::Relaxed) && count > 0 {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
-            if self.trims && number >= count {
+            if self.once && number >= count {
                 break;
             }
             if let Some(rate) = self.bytes_per_second {
@@ -114,5 +133,68 @@ impl Shared {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use provider_nbd::Errno;
+    use provider_nbd::server::{Export, ExportFuture, Refusal, Server};
+
+    const PIECES: u64 = 3;
+
+    /// A disk that cannot be released from; a broken one cannot be read either.
+    struct Disk {
+        is_broken: bool,
+    }
+
+    impl Export for Disk {
+        fn size_bytes(&self) -> u64 {
+            PIECES * PIECE_BYTES
+        }
+
+        fn read(&self, _offset: u64, len: usize) -> ExportFuture<'_, Bytes> {
+            let broken = || Refusal::new(Errno::EIO, "the snapshot is broken");
+            let answer = (!self.is_broken).then(|| Bytes::from(vec![7; len])).ok_or_else(broken);
+            Box::pin(std::future::ready(answer))
+        }
+    }
+
+    fn serve(folder: &Path, is_broken: bool) -> Server {
+        let disk: Arc<dyn Export> = Arc::new(Disk { is_broken });
+        Server::listen(folder.join("nbd"), [("reader", disk)]).unwrap()
+    }
+
+    /// Waits until it has read so much.
+    async fn until(reader: &Reader, bytes: u64) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while reader.done_bytes() < bytes {
+            assert!(Instant::now() < deadline, "only {} bytes", reader.done_bytes());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_releases_reads_once_what_cannot_be_released() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = serve(folder.path(), false);
+        let once = Reader::start(server.socket(), "reader", None, true).await.unwrap();
+        let again = Reader::start(server.socket(), "reader", None, false).await.unwrap();
+        until(&once, PIECES * PIECE_BYTES).await;
+        until(&again, 3 * PIECES * PIECE_BYTES).await;
+        assert_eq!(once.done_bytes(), PIECES * PIECE_BYTES);
+        once.stop().await.unwrap();
+        again.stop().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_read_tells_whether_a_snapshot_is_broken() {
+        for is_broken in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let server = serve(folder.path(), is_broken);
+            assert_eq!(probe(server.socket(), "reader").await.is_err(), is_broken);
+        }
     }
 }

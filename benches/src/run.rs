@@ -15,7 +15,7 @@ use crate::fio::Job;
 use crate::generate::Load;
 use crate::nbdcopy;
 use crate::procfs::{Usage, usage};
-use crate::reader::Reader;
+use crate::reader::{self, Reader};
 use crate::sample::{Metric, Outcome, Sample};
 
 const READER_BYTES_PER_SECOND: u64 = 300_000_000;
@@ -25,7 +25,9 @@ const READER_BEGINS: Duration = Duration::from_millis(200);
 const REWRITE_REGION_BYTES: u64 = 512 << 20;
 const NULL_REGION_BYTES: u64 = 48 << 20;
 const NULL_DISK_BYTES: u64 = 256 << 30;
-/// How long old data may take to settle before rewriting begins.
+/// How long every mode rests before rewriting is measured: old data settles in that time, as a rule.
+const REST: Duration = Duration::from_secs(3);
+/// How much longer it may take for that.
 const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 
 /// What all runs have in common.
@@ -104,18 +106,25 @@ impl Bench {
             Filter::Ours => Some(access::query(daemon).await?),
             _ => None,
         };
+        // Now: what is in RAM goes to the image next.
+        let image_bytes = stage.fleecing.as_ref().map(FleecingFile::added_bytes).transpose()?;
         if let Some(access) = access.as_ref().filter(|access| access["state"] != "active") {
             bail!("the snapshot is {}: {}", access["state"], access["error"]);
         }
+        let has_released = reader.is_some() && self.reader_trims;
         if let Some(reader) = reader {
             reader.stop().await?;
+        }
+        // QEMU's filter tells only a reader that it broke; what was released cannot be read, as it should be.
+        if mode.filter == Filter::C && !has_released {
+            reader::probe(&socket, "reader").await.context("the snapshot is broken")?;
         }
         let mut sample = sample(case, guest, &before, &after);
         if let Some(speed) = copy_mb_s {
             sample.reader_mb_s = Some(speed);
         }
         sample.fleecing_bytes =
-            fleecing_bytes(case, mode, &stage, &sample, &before, &after, access.as_ref())?;
+            fleecing_bytes(case, image_bytes, &sample, &before, &after, access.as_ref());
         sample.access = access;
         stage.daemon.quit().await?;
         Ok(sample)
@@ -221,7 +230,8 @@ impl Bench {
         if case.long { self.long_seconds } else { self.seconds }
     }
 
-    /// Where rewriting is measured, writes everything first, and lets the old data settle.
+    /// Where rewriting is measured, writes everything first, and lets the old data settle. All modes rest, since
+    /// what was written goes to the disk meanwhile in each of them.
     async fn prewrite(&self, case: &Case, mode: Mode, daemon: &Daemon) -> Result<()> {
         let Some(region_bytes) = rewritten(case.work, self.disk.size_bytes) else { return Ok(()) };
         let job = Job {
@@ -233,6 +243,7 @@ impl Bench {
             ..Job::default()
         };
         job.run(&daemon.nbd_socket(), "guest").await.context("the first writing")?;
+        tokio::time::sleep(REST).await;
         if mode.filter != Filter::Ours {
             return Ok(());
         }
@@ -348,28 +359,26 @@ fn sample(case: &Case, guest: Outcome, before: &Moment, after: &Moment) -> Sampl
 }
 
 /// What went to the fleecing image, with what is in RAM and has still to go there: past the page
-/// cache by the daemon's writes, else by what the image has grown.
+/// cache by the daemon's writes, else by what the image has grown. None without an image.
 fn fleecing_bytes(
     case: &Case,
-    mode: Mode,
-    stage: &Stage,
+    image_bytes: Option<u64>,
     sample: &Sample,
     before: &Moment,
     after: &Moment,
     access: Option<&Value>,
-) -> Result<Option<f64>> {
+) -> Option<f64> {
     // What was captured before the measurement is not of it.
-    let counts = mode.filter != Filter::None && rewritten(case.work, 0).is_none();
-    let Some(image) = stage.fleecing.as_ref().filter(|_| counts) else { return Ok(None) };
+    let image_bytes = image_bytes.filter(|_| rewritten(case.work, 0).is_none())?;
     let in_ram = access.and_then(|access| access["in-ram"].as_u64()).unwrap_or(0);
     let beside = matches!(case.fleecing, Fleecing::Raw | Fleecing::Qcow2);
     let stored = if case.cache == Cache::Direct && beside {
         let written = after.usage.write_bytes - before.usage.write_bytes;
         written.saturating_sub(sample.guest.written_bytes)
     } else {
-        image.added_bytes()?
+        image_bytes
     };
-    Ok(Some((stored + in_ram) as f64))
+    Some((stored + in_ram) as f64)
 }
 
 #[cfg(test)]
@@ -428,5 +437,26 @@ mod tests {
         assert_eq!(sample.read_amplification, Some(1.0));
         assert_eq!(sample.cpu_us_per_io, Some(5.0));
         assert_eq!(sample.reader_mb_s, Some(2.4995));
+    }
+
+    #[test]
+    fn old_data_in_the_image_and_in_ram_counts() {
+        let cases = cases::all();
+        let bytes = |name: &str, image_bytes| {
+            let case = cases.iter().find(|case| case.name == name).unwrap();
+            let at = Instant::now();
+            let moment = |write_bytes| {
+                let usage = Usage { write_bytes, ..Usage::default() };
+                Moment { at, usage, reader_bytes: 0 }
+            };
+            let guest = Outcome { writes: 1, written_bytes: 100, ..Outcome::default() };
+            let sample = Sample { guest, ..Sample::default() };
+            let access = json!({ "in-ram": 7 });
+            fleecing_bytes(case, image_bytes, &sample, &moment(50), &moment(190), Some(&access))
+        };
+        assert_eq!(bytes("4k-qd16/direct/raw/limited", Some(1000)), Some(47.0));
+        assert_eq!(bytes("4k-qd16/default/raw/limited/1g", Some(1000)), Some(1007.0));
+        assert_eq!(bytes("4k-qd16/direct/raw/limited", None), None);
+        assert_eq!(bytes("rewrite-4k-qd1/default/raw/absent", Some(1000)), None);
     }
 }

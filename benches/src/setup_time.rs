@@ -11,6 +11,7 @@ use crate::cases::Cache;
 use crate::daemon::{Daemon, File};
 use crate::disk::sparse;
 use crate::run::Bench;
+use crate::scratch::Scratch;
 use crate::stats::{Estimate, estimate};
 
 const DISKS: usize = 8;
@@ -35,7 +36,7 @@ pub struct SetupTimes {
 /// # Errors
 /// The daemon refuses, or the file system has no sparse files of this size.
 pub async fn measure(bench: &Bench) -> Result<SetupTimes> {
-    let folder = tempfile::Builder::new().prefix("setup-").tempdir_in(&bench.folder)?;
+    let folder = Scratch::new(&bench.folder, "setup-")?;
     let daemon = Daemon::start(&bench.bin, &bench.folder, bench.iothread).await?;
     let names: Vec<String> = (0..DISKS).map(|n| format!("big{n}")).collect();
     let sizes =

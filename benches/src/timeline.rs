@@ -14,6 +14,7 @@ use crate::daemon::Daemon;
 use crate::fio;
 use crate::reader::Reader;
 use crate::run::Bench;
+use crate::scratch::Scratch;
 
 /// When the backup begins.
 pub const BEGINS: Duration = Duration::from_secs(10);
@@ -39,7 +40,7 @@ pub async fn run(bench: &Bench, case: &Case, mode: Mode, seconds: u32, rate: u32
     let disk = bench.disk.clone();
     let cache = case.cache;
     tokio::task::spawn_blocking(move || disk.settle(cache)).await??;
-    let logs = tempfile::Builder::new().prefix("log-").tempdir_in(&bench.folder)?;
+    let logs = Scratch::new(&bench.folder, "log-")?;
     let daemon = Daemon::start(&bench.bin, &bench.folder, bench.iothread).await?;
     let image = bench.add_nodes(case, &daemon, true).await?;
     daemon.add_node(json!({ "driver": "raw", "node-name": TOP, "file": access::DISK })).await?;

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tokio::process::Command;
 
 use crate::child;
+use crate::scratch::Scratch;
 
 /// The number of the VM.
 const VM: &str = "100";
@@ -89,7 +90,7 @@ pub struct Backup {
 #[derive(Debug)]
 struct Installation {
     programs: Programs,
-    folder: tempfile::TempDir,
+    folder: Scratch,
 }
 
 /// A running VM.
@@ -106,7 +107,7 @@ impl Vm {
     /// # Errors
     /// Something is missing or fails.
     pub async fn start(programs: &Programs, folder: &Path, disks: &[Content]) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("vm-").tempdir_in(folder)?;
+        let folder = Scratch::new(folder, "vm-")?;
         let [etc, images, backups] = ["etc", IMAGES, BACKUPS].map(|name| folder.path().join(name));
         for made in [&etc, &images, &backups] {
             fs::create_dir(made).with_context(|| format!("cannot make {}", made.display()))?;

@@ -237,13 +237,28 @@ fn own_mirrors() -> Vec<String> {
     mirrors
 }
 
-/// Whether an entry is Debian's main archive, not its security archive and not somebody else's.
-fn is_main_archive(uri: &str, suite: &str, components: &str) -> bool {
-    let path = uri.trim_end_matches('/');
-    (uri.starts_with("http://") || uri.starts_with("https://"))
-        && path.ends_with("/debian")
-        && !suite.contains('/')
-        && components.split_whitespace().any(|c| c == "main")
+/// The mirror of an entry, if it is of Debian's main archive, not of its security archive and not of
+/// somebody else's.
+fn main_mirror(uri: &str, suite: &str, components: &str) -> Option<String> {
+    let has_main = components.split_whitespace().any(|component| component == "main");
+    if suite.contains('/') || !has_main {
+        return None;
+    }
+    addresses(uri).into_iter().find(|address| {
+        let is_of_web = address.starts_with("http://") || address.starts_with("https://");
+        is_of_web && address.trim_end_matches('/').ends_with("/debian")
+    })
+}
+
+/// What a URI stands for: itself, or the mirrors in a file, as in Debian's cloud images: each line has an
+/// address and, after it, options of apt.
+fn addresses(uri: &str) -> Vec<String> {
+    let Some(path) = uri.strip_prefix("mirror+file:") else { return vec![uri.to_string()] };
+    // As in file:///etc, where the host between the slashes is this one.
+    let path = path.strip_prefix("//").unwrap_or(path);
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let lines = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
+    lines.filter_map(|line| line.split_whitespace().next()).map(str::to_string).collect()
 }
 
 /// One-line format: `deb [options] URI SUITE COMPONENT…`.
@@ -260,7 +275,7 @@ fn mirror_in_lines(text: &str) -> Option<String> {
         let mut words = entry.split_whitespace();
         let (uri, suite) = (words.next()?, words.next()?);
         let components: Vec<&str> = words.collect();
-        is_main_archive(uri, suite, &components.join(" ")).then(|| uri.to_string())
+        main_mirror(uri, suite, &components.join(" "))
     })
 }
 
@@ -291,10 +306,7 @@ fn mirror_in_stanzas(text: &str) -> Option<String> {
         }
         let (suites, components) = (field("Suites"), field("Components"));
         let suite = suites.split_whitespace().next()?;
-        field("URIs")
-            .split_whitespace()
-            .find(|uri| is_main_archive(uri, suite, &components))
-            .map(str::to_string)
+        field("URIs").split_whitespace().find_map(|uri| main_mirror(uri, suite, &components))
     })
 }
 
@@ -384,6 +396,26 @@ mod tests {
         assert_eq!(found.unwrap(), "http://mirror.example.org/debian");
         assert_eq!(mirror_in_stanzas(&format!("{other}Enabled: no\n{main}")), None);
         assert_eq!(mirror_in_stanzas("URIs: http://a/debian\nSuites: ./\n"), None);
+    }
+
+    #[test]
+    fn finds_the_mirror_in_the_list_that_a_source_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let [list, security] = ["debian.list", "security.list"].map(|name| dir.path().join(name));
+        fs::write(&list, "# Debian\n\nhttps://deb.debian.org/debian\tpriority:1\n").unwrap();
+        fs::write(&security, "https://deb.debian.org/debian-security\n").unwrap();
+        let expected = "https://deb.debian.org/debian";
+        for slashes in ["", "//"] {
+            let uri = |list: &Path| format!("mirror+file:{slashes}{}", list.display());
+            let text =
+                format!("Types: deb\nURIs: {}\nSuites: trixie\nComponents: main\n", uri(&list));
+            assert_eq!(mirror_in_stanzas(&text).unwrap(), expected);
+            let line = format!("deb {} trixie main\n", uri(&list));
+            assert_eq!(mirror_in_lines(&line).unwrap(), expected);
+            let other = text.replace("debian.list", "security.list");
+            assert_eq!(mirror_in_stanzas(&other), None);
+            assert_eq!(mirror_in_stanzas(&text.replace("debian.list", "none.list")), None);
+        }
     }
 
     #[test]

@@ -107,8 +107,8 @@ fn beside_tools(
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Whether nothing is to be measured.
-fn asks_only(args: &[String]) -> bool {
+/// Whether a program is only to say something of itself, for which nothing else is needed.
+pub(crate) fn asks_only(args: &[String]) -> bool {
     args.iter().any(|arg| ["--help", "-h", "--list"].contains(&arg.as_str()))
 }
 

@@ -18,6 +18,8 @@ pub(crate) fn cargo(paths: &Paths, args: &[&str]) -> Command {
     command.args(args).current_dir(&paths.root);
     // Whatever else is cached, such as the guest of the tests, goes beside our trees.
     command.env("VZDUMP_CACHE", &paths.cache);
+    // What is built is run from there, whatever this user has set for other checkouts.
+    command.env("CARGO_TARGET_DIR", paths.root.join("target")).env_remove("CARGO_BUILD_TARGET");
     // What `cargo run` set for us is not for others.
     for name in ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PKG_NAME"] {
         command.env_remove(name);
@@ -59,4 +61,19 @@ pub(crate) fn ensure_components(paths: &Paths) -> Result<()> {
         }
     }
     bail!("the Rust toolchain lacks {}: run `{advice}`", missing.join(" and "));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_built_where_they_are_run_from() {
+        let paths = Paths::find().unwrap();
+        let command = cargo(&paths, &["build"]);
+        let set = |name: &str| command.get_envs().find(|(key, _)| *key == name).map(|(_, v)| v);
+        let target = paths.root.join("target");
+        assert_eq!(set("CARGO_TARGET_DIR"), Some(Some(target.as_os_str())));
+        assert_eq!(set("CARGO_BUILD_TARGET"), Some(None));
+    }
 }

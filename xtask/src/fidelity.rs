@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::bench::asks_only;
 use crate::cargo::{QEMU_BIN_ENV, build};
 use crate::paths::Paths;
 use crate::run::{Show, Step};
@@ -25,8 +26,10 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
-    setup::run()?;
-    qemu::run(paths, &qemu::Options::default())?;
+    if !asks_only(&options.args) {
+        setup::run()?;
+        qemu::run(paths, &qemu::Options::default())?;
+    }
     build_programs(paths)?;
     // The program talks to the terminal itself, and may be stopped there.
     let status = program(paths).args(&options.args).stdin(Stdio::null()).status();

@@ -142,6 +142,10 @@ pub(crate) fn run(paths: &Paths, options: &Options) -> Result<ExitCode> {
     if has_subcommand(paths, "deny") {
         let args = ["deny", "--offline", "check", "licenses", "bans", "sources"];
         report.check("licences", || gate.simple("licences", &args));
+    } else {
+        let what = "licences and sources of the crates of others: there is no cargo-deny \
+                    (cargo install cargo-deny)";
+        report.omitted.push(what.into());
     }
     let qemu = !options.no_qemu
         && report.check("qemu", || {

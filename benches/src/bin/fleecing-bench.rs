@@ -19,6 +19,8 @@ use benches::{fio, guest, place, svg};
 use clap::Parser;
 use serde_json::{Value, json};
 
+/// Not for tables: it says something only of this machine.
+const FILE_SYSTEM_ID: &str = "file system id";
 const DAEMON: &str = "qemu-storage-daemon";
 const SETUP: &str = "setup-8x1t";
 const TIMELINE: &str = "timeline";
@@ -338,7 +340,8 @@ fn finish(options: &Options, bench: &Bench, machine: &Value, results: &Results) 
     plot(&plots, results)?;
     if let Some(path) = &options.markdown {
         let mut text = String::from("## Results\n\n");
-        for (name, value) in machine.as_object().into_iter().flatten() {
+        let described = machine.as_object().into_iter().flatten();
+        for (name, value) in described.filter(|(name, _)| *name != FILE_SYSTEM_ID) {
             text.push_str(&format!("- {name}: {}\n", value.to_string().trim_matches('"')));
         }
         text.push_str(&goals_text(&verdicts, true));
@@ -358,6 +361,7 @@ fn machine(options: &Options, bench: &Bench, fio: &str) -> Result<Value> {
         line.rsplit(':').next().unwrap_or_default().trim().to_owned()
     };
     let daemon = std::fs::read(bench.bin.join(DAEMON)).context(DAEMON)?;
+    let (file_system, file_system_id) = place::file_system(&bench.folder)?;
     Ok(json!({
         "processor": first("/proc/cpuinfo", "model name"),
         "processors": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
@@ -365,6 +369,8 @@ fn machine(options: &Options, bench: &Bench, fio: &str) -> Result<Value> {
         "kernel": first("/proc/sys/kernel/osrelease", ""),
         "load before the last run": first("/proc/loadavg", ""),
         "fio": fio,
+        "file system": file_system,
+        FILE_SYSTEM_ID: file_system_id,
         "disk MiB": bench.disk.size_bytes >> 20,
         "rounds": options.rounds(),
         "seconds": bench.seconds,

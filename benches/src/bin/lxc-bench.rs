@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use benches::cases::turns;
 use benches::ct::{Container, Tool};
 use benches::disk::check_free;
-use benches::place;
+use benches::place::{self, Stop};
 use benches::report::{Table, number, with_range};
 use benches::stats::{estimate, ratio};
 use clap::Parser;
@@ -117,11 +117,17 @@ impl Case {
     }
 }
 
-fn first(options: &Options, ct: &Container, is_good: &mut bool) -> Vec<Series> {
+fn first(
+    options: &Options,
+    ct: &Container,
+    stop: &Stop,
+    is_good: &mut bool,
+) -> Result<Vec<Series>> {
     let names = [VZDUMP].into_iter().chain(Tool::ALL.map(Tool::name));
     let mut series: Vec<Series> = names.map(|name| Series { name, values: Vec::new() }).collect();
     for round in 0..options.rounds {
         for way in turns(series.len(), round as usize) {
+            stop.check()?;
             let seconds = match way.checked_sub(1) {
                 None => ct.backup("stop").map(|(seconds, _)| seconds),
                 Some(tool) => ct.copy(Tool::ALL[tool]),
@@ -129,14 +135,20 @@ fn first(options: &Options, ct: &Container, is_good: &mut bool) -> Vec<Series> {
             *is_good &= measured(&mut series[way], "first run", "s", seconds);
         }
     }
-    series
+    Ok(series)
 }
 
-fn suspend(options: &Options, ct: &Container, is_good: &mut bool) -> Vec<Series> {
+fn suspend(
+    options: &Options,
+    ct: &Container,
+    stop: &Stop,
+    is_good: &mut bool,
+) -> Result<Vec<Series>> {
     let mut series: Vec<Series> =
         [VZDUMP, "rsync"].map(|name| Series { name, values: Vec::new() }).into();
     for round in 0..options.rounds {
         for way in turns(2, round as usize) {
+            stop.check()?;
             let milliseconds = match way {
                 0 => ct.backup("suspend").and_then(|(_, second)| second.context("no second copy")),
                 _ => ct.rsync_frozen(),
@@ -144,11 +156,11 @@ fn suspend(options: &Options, ct: &Container, is_good: &mut bool) -> Vec<Series>
             *is_good &= measured(&mut series[way], "frozen", "ms", milliseconds);
         }
     }
-    series
+    Ok(series)
 }
 
-/// Whether everything could be measured.
-fn measure(options: &Options) -> Result<bool> {
+/// Whether everything could be measured. Nothing is written when it is stopped.
+fn measure(options: &Options, stop: &Stop) -> Result<bool> {
     let (folder, _alone) = place::folder(options.folder.as_deref())?;
     check_free(&folder, options.data * MIB * 6, "--data makes that less")?;
     let vzdump = match &options.vzdump {
@@ -161,16 +173,18 @@ fn measure(options: &Options) -> Result<bool> {
     let mut is_good = true;
     let mut cases = Vec::new();
     if wanted("first") {
-        let series = first(options, &ct, &mut is_good);
+        let series = first(options, &ct, stop, &mut is_good)?;
         let title = format!("First run, {} MiB in {} files", ct.data_bytes / MIB, ct.files);
         cases.push(Case { name: "first", title, unit: "seconds", series, goal: FIRST_GOAL });
     }
     if wanted("suspend") {
+        stop.check()?;
         ct.start()?;
-        let series = suspend(options, &ct, &mut is_good);
+        let series = suspend(options, &ct, stop, &mut is_good)?;
         let title = "Second copy, while the container is frozen".to_owned();
         cases.push(Case { name: "suspend", title, unit: "ms", series, goal: FROZEN_GOAL });
     }
+    stop.check()?;
     report(options, &cases)?;
     Ok(is_good)
 }
@@ -195,8 +209,7 @@ fn report(options: &Options, cases: &[Case]) -> Result<()> {
 #[tokio::main]
 async fn main() -> ExitCode {
     let options = Options::parse();
-    let work = async { tokio::task::spawn_blocking(move || measure(&options)).await? };
-    match place::until_stopped(work).await {
+    match place::until_asked(move |stop| measure(&options, stop)).await {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

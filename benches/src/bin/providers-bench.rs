@@ -14,6 +14,7 @@ use benches::disk::{Disk, check_free};
 use benches::place;
 use benches::procfs::family_cpu_us;
 use benches::report::{Table, number, with_range};
+use benches::scratch::Scratch;
 use benches::source::{Image, PIECE_BYTES, Snapshot, half_zero};
 use benches::stats::{estimate, ratio};
 use benches::vm::{Tool, copy_to};
@@ -291,7 +292,7 @@ async fn measure(options: &Options) -> Result<Vec<Case>> {
         if options.only.as_deref().is_some_and(|only| only != name) {
             continue;
         }
-        let folder = tempfile::Builder::new().prefix("p-").tempdir_in(&folder)?;
+        let folder = Scratch::new(&folder, "p-")?;
         let mut place = Place::new(&qemu, &plugin, folder.path()).await?;
         cases.push(match name {
             "full" => full(name, options, &mut place, &disk.path).await?,

@@ -19,6 +19,7 @@ use serde_json::json;
 const MIB: u64 = 1 << 20;
 /// The sparse disk of the increment.
 const SPARSE_BYTES: u64 = 1 << 40;
+const CASES: [&str; 3] = ["full", "increment", "disks"];
 const VZDUMP: &str = "vzdump";
 const TOOLS: [Tool; 4] =
     [Tool::NbdcopyQcow2, Tool::ConvertQcow2, Tool::NbdcopyRaw, Tool::ConvertRaw];
@@ -42,7 +43,7 @@ struct Options {
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(64..=1 << 18))]
     dirty: u64,
     /// Only this: full, increment or disks
-    #[arg(long, value_name = "CASE", value_parser = ["full", "increment", "disks"])]
+    #[arg(long, value_name = "CASE", value_parser = CASES)]
     only: Option<String>,
     /// Writes everything that was measured
     #[arg(long, value_name = "FILE")]
@@ -195,7 +196,7 @@ async fn increment(options: &Options, place: &Place) -> Result<Case> {
     vm.backup().await?;
     for round in 0..options.rounds {
         let pattern = u8::try_from(round % 255 + 1)?;
-        vm.write(1, pattern, (u64::from(round) * 7 + 1) << 32, dirty).await?;
+        vm.write(1, pattern, offset(round, dirty), dirty).await?;
         for way in turns(2, round as usize) {
             let seconds = match way {
                 0 => vm.backup().await.and_then(|backup| {
@@ -210,6 +211,11 @@ async fn increment(options: &Options, place: &Place) -> Result<Case> {
     }
     case.judge(INCREMENT, COPY, 1.2);
     Ok(case)
+}
+
+/// Where a round writes so many bytes to the sparse disk: far from the rounds before.
+fn offset(round: u32, bytes: u64) -> u64 {
+    ((u64::from(round) * 7 + 1) << 32) % (SPARSE_BYTES - bytes)
 }
 
 /// The same data on one disk, and on eight that are copied side by side.
@@ -252,23 +258,26 @@ async fn measure(options: &Options) -> Result<bool> {
     let disk = Disk::ensure(&folder, bytes)?;
     let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     let mut cases = Vec::new();
-    if wanted("full") {
-        cases.push(full(options, &place, &disk).await?);
+    for name in CASES.into_iter().filter(|name| wanted(name)) {
+        cases.push(match name {
+            "full" => full(options, &place, &disk).await?,
+            "increment" => increment(options, &place).await?,
+            _ => disks(options, &place, &disk).await?,
+        });
+        // After each: a later one may fail.
+        keep(options, &cases)?;
     }
-    if wanted("increment") {
-        cases.push(increment(options, &place).await?);
-    }
-    if wanted("disks") {
-        cases.push(disks(options, &place, &disk).await?);
-    }
-    for case in &cases {
-        print!("{}", case.text());
-    }
+    Ok(cases.iter().all(|case| case.errors.is_empty()))
+}
+
+/// Prints the last case, and writes all.
+fn keep(options: &Options, cases: &[Case]) -> Result<()> {
+    print!("{}", cases.last().map(Case::text).unwrap_or_default());
     if let Some(path) = &options.json {
         let text = serde_json::to_string_pretty(&json!({ "cases": cases }))?;
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    Ok(cases.iter().all(|case| case.errors.is_empty()))
+    Ok(())
 }
 
 #[tokio::main]
@@ -281,5 +290,22 @@ async fn main() -> ExitCode {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_round_writes_inside_of_the_sparse_disk() {
+        for bytes in [64 * MIB, 1024 * MIB, MIB << 18] {
+            for round in 0..1000 {
+                let offset = offset(round, bytes);
+                assert!(offset + bytes <= SPARSE_BYTES, "round {round}, {bytes} bytes");
+                assert!(offset.is_multiple_of(MIB));
+            }
+        }
+        assert_eq!(offset(2, 1024 * MIB), 15 << 32);
     }
 }

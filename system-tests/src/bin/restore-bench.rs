@@ -5,15 +5,18 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use futures_util::future::select_all;
 use system_tests::console::Console;
 use system_tests::lab::{IMAGES, Lab, LabOptions, PLAIN_VIRTIO, SOURCE_VM};
 use system_tests::process::{Collected, Stop};
 use system_tests::qemu;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 const USAGE: &str =
     "usage: cargo xtask bench restore [--rounds N] [--disk-size MIB] [--only CASE] [--folder DIR]
@@ -25,6 +28,8 @@ const USAGE: &str =
   --markdown FILE  where the tables are written, as in docs/performance.md";
 const NEW_VM: u32 = 200;
 const WITHIN: Duration = Duration::from_secs(1800);
+/// Cleaning up stops the VMs; after this long the program ends anyway.
+const CLEAN_WITHIN: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
 const FULL_WAYS: [&str; 3] = ["vzdump restore", "qemu-img convert", "qemu-img convert -t none"];
 const LIVE_WAYS: [&str; 2] = ["restore --live", "restore --start"];
@@ -57,7 +62,7 @@ struct Start {
 }
 
 fn main() -> ExitCode {
-    match parse(std::env::args().skip(1)).and_then(|options| options.map_or(Ok(()), |o| run(&o))) {
+    match parse(std::env::args().skip(1)).and_then(|options| options.map_or(Ok(()), run)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -81,7 +86,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
             "--only" if ["full", "live"].contains(&value.as_str()) => options.only = Some(value),
             "--folder" => options.folder = value.into(),
             "--markdown" => options.markdown = Some(value.into()),
-            _ => anyhow::bail!("{USAGE}"),
+            _ => bail!("{USAGE}"),
         }
     }
     ensure!((1..=1000).contains(&options.rounds), "{USAGE}");
@@ -89,9 +94,61 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
     Ok(Some(options))
 }
 
-fn run(options: &Options) -> Result<()> {
+/// Measures, until a signal comes: then the VMs are stopped and the folder is removed, too.
+fn run(options: Options) -> Result<()> {
+    let folder = tempfile::Builder::new().prefix("vz-rb-").tempdir_in(&options.folder)?;
+    let dir = folder.path().to_owned();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let signals = {
+        let _inside = runtime.enter();
+        listen()?
+    };
+    let ended = runtime.block_on(until(signals, move |stop| measure(&options, &dir, stop)));
+    runtime.shutdown_background();
+    let Some(result) = ended else {
+        // They still use it.
+        let folder = folder.keep();
+        bail!("interrupted; the VMs in {} did not stop within {CLEAN_WITHIN:?}", folder.display());
+    };
+    result
+}
+
+/// Does the work, which is asked to stop when a signal comes. None if it does not.
+async fn until(
+    mut signals: Vec<Signal>,
+    work: impl FnOnce(&Stop) -> Result<()> + Send + 'static,
+) -> Option<Result<()>> {
     let stop = Stop::default();
-    let dir = tempfile::Builder::new().prefix("vz-rb-").tempdir_in(&options.folder)?;
+    let asked = stop.clone();
+    let mut work = tokio::task::spawn_blocking(move || work(&asked));
+    let signal = select_all(signals.iter_mut().map(|signal| Box::pin(signal.recv())));
+    tokio::select! {
+        ended = &mut work => return Some(ended.context("the benchmark crashed").flatten()),
+        _ = signal => {}
+    }
+    stop.request();
+    // The terminal may be gone.
+    let _ = writeln!(std::io::stderr(), "\nStopping the VMs…");
+    let ended = tokio::time::timeout(CLEAN_WITHIN, work).await.ok()?;
+    // Its error comes of the signal.
+    Some(ended.ok().and_then(Result::ok).context("interrupted; the VMs are stopped"))
+}
+
+/// The signals that end it; not SIGHUP where that is ignored, as `nohup` has it.
+fn listen() -> Result<Vec<Signal>> {
+    let mut kinds = vec![SignalKind::interrupt(), SignalKind::terminate()];
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map(str::trim);
+    // The first signal is the lowest bit.
+    if ignored.and_then(|mask| u64::from_str_radix(mask, 16).ok()).is_none_or(|mask| mask & 1 == 0)
+    {
+        kinds.push(SignalKind::hangup());
+    }
+    kinds.into_iter().map(|kind| signal(kind).context("cannot listen for signals")).collect()
+}
+
+/// All that is wanted, in an empty folder; tables are written when all of it was measured.
+fn measure(options: &Options, dir: &Path, stop: &Stop) -> Result<()> {
     let lab_options = LabOptions {
         disk_bytes: options.disk_bytes,
         format: "qcow2",
@@ -99,9 +156,9 @@ fn run(options: &Options) -> Result<()> {
         rate_per_s: 200,
         show: false,
     };
-    let mut lab = Lab::create(dir.path(), lab_options, &stop)?;
+    let mut lab = Lab::create(dir, lab_options, stop)?;
     let mut console = lab.start(SOURCE_VM)?.console;
-    console.wait_for_record(200, WITHIN, &stop)?;
+    console.wait_for_record(200, WITHIN, stop)?;
     lab.stop_vm(SOURCE_VM)?;
     let archive = lab.backup()?.volume;
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
@@ -130,6 +187,7 @@ fn run(options: &Options) -> Result<()> {
             }
         }
     }
+    stop.check()?;
     if let Some(path) = &options.markdown {
         fs::write(path, tables).with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -257,6 +315,7 @@ fn start(lab: &mut Lab, archive: &str, format: &str, how: &str) -> Result<Start>
     let mut longest = Duration::ZERO;
     let until = Instant::now() + Duration::from_secs(4);
     while Instant::now() < until {
+        lab.stop.check()?;
         longest = longest.max(all.records()?.longest_stall);
         std::thread::sleep(Duration::from_millis(100));
     }

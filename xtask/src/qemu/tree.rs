@@ -178,12 +178,9 @@ fn make(
     fs::write(tree.dir.join(READY), "").context("cannot mark the tree as ready")
 }
 
-/// Applies our patch, except to a tree that has it.
+/// Applies our patch, except to a tree that has all of it.
 fn patch(paths: &Paths, tree: &Tree, recipe: &Recipe) -> Result<()> {
-    let meson = tree.src().join("meson.build");
-    let text = fs::read_to_string(&meson)
-        .with_context(|| format!("{}: not a QEMU source tree", meson.display()))?;
-    if text.contains("backup-ext/build.sh") {
+    if probe::is_patched(&recipe.ext, &tree.src())? {
         return Ok(());
     }
     let mut command = Command::new("patch");

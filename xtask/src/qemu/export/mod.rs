@@ -29,7 +29,9 @@ const PARTS: &[&str] = &["src", "csrc", "build.rs"];
 const PATCH_HEADER: &str = "\
 Description: Backup access: fleecing filter and QMP commands, written in Rust
  Builds the static library in backup-ext with cargo, links it wherever block
- devices are managed, and adds the QAPI module backup-access. Changes no C file.
+ devices are managed, and adds the QAPI module backup-access. Of C files it
+ changes nbd/server.c only: a client that connects while everything is drained
+ waits, as others do.
 Forwarded: not-needed
 ";
 
@@ -50,7 +52,7 @@ pub(super) fn run(paths: &Paths, out: &Path) -> Result<()> {
     vendor::run(paths, &component)?;
     pack(paths, &component)?;
     println!(
-        "{}:\n  {PATCH}  the patch, for debian/patches/series or git am\n  {COMPONENT}/  \
+        "{}:\n  {PATCH}  the patch, for debian/patches/series, git apply or patch -p1\n  {COMPONENT}/  \
          goes into QEMU's source beside meson.build\n  {COMPONENT}.tar.xz  the same, as a component \
          tarball of a Debian source package\nHow to use them: docs/patched-qemu.md",
         out.display()
@@ -154,6 +156,10 @@ mod tests {
             read(&paths.root.join("qemu-ext/qapi/backup-access.json")).unwrap()
         );
         assert!(text.contains(&format!("{COMPONENT}/build.sh")));
+        for file in text.lines().filter_map(|line| line.strip_prefix("+++ b/")) {
+            let is_told_of = !file.ends_with(".c") || PATCH_HEADER.contains(file);
+            assert!(is_told_of, "the header does not tell of {file}");
+        }
 
         sources(&paths, dir.path()).unwrap();
         for member in MEMBERS {

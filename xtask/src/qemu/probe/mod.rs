@@ -26,6 +26,8 @@ const KINDS: &[&str] =
     &["patch", "file", "header", "qapi", "callback", "parameter", "member", "function", "name"];
 /// Where each kind of QAPI definition may stand.
 const QAPI_FOLDER: &str = "qapi";
+/// What QEMU's build calls once it is patched.
+const CALL: &str = "backup-ext/build.sh";
 
 /// Which probes are shown.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -36,13 +38,40 @@ pub(crate) enum Show {
     Failed,
 }
 
-/// Judges `tree`, shows the outcome, and fails if a probe did and `force` does not overrule it.
+/// Judges `tree`, shows the outcome, and fails if a probe did and `force` does not overrule it; also if the
+/// tree has another version of our patch, which nothing overrules.
 pub(crate) fn judge(ext: &Path, tree: &Path, show: Show, force: bool) -> Result<()> {
+    is_patched(ext, tree)?;
     let report = check(ext, tree)?;
     if show == Show::All || report.failed() > 0 {
         println!("{}", report.table(show));
     }
     if force { Ok(()) } else { report.verdict(tree) }
+}
+
+/// Whether `tree` has the patch, all of it as it is now; an error if it has a part of it or an older one.
+pub(crate) fn is_patched(ext: &Path, tree: &Path) -> Result<bool> {
+    let (mut there, mut missing) = (0, Vec::new());
+    for probe in wanted::places(ext)? {
+        let Want::Anchor { file, hunk } = probe.want else { continue };
+        if tree.join(&file).is_file() && applies(tree, &hunk, &["--reverse"])? {
+            there += 1;
+        } else {
+            missing.push(file);
+        }
+    }
+    // The call that every version of the patch has had.
+    let is_named =
+        fs::read_to_string(tree.join("meson.build")).is_ok_and(|text| text.contains(CALL));
+    if missing.is_empty() || (there == 0 && !is_named) {
+        return Ok(missing.is_empty());
+    }
+    bail!(
+        "{}: has another version of our patch, or only a part of it: not as the patch of this checkout \
+         leaves them are {}. Start from an unpatched tree",
+        tree.display(),
+        missing.join(", ")
+    )
 }
 
 /// The probes of one tree and how each ended.
@@ -241,26 +270,27 @@ impl Judge<'_> {
         if !self.tree.join(file).is_file() {
             return Ok(Some("no such file".into()));
         }
-        let fits = self.applies(hunk, &[])? || self.applies(hunk, &["--reverse"])?;
+        let fits = applies(self.tree, hunk, &[])? || applies(self.tree, hunk, &["--reverse"])?;
         Ok((!fits).then(|| "the place to change is not found".into()))
     }
+}
 
-    fn applies(&self, hunk: &str, options: &[&str]) -> Result<bool> {
-        let mut child = Command::new("patch")
-            .args(["-p1", "--fuzz=0", "--dry-run", "--force", "--silent"])
-            .args(options)
-            .current_dir(self.tree)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("patch: cannot start; install the package patch")?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A patch that ends early has failed; its exit code says so.
-            let _ = std::io::Write::write_all(&mut stdin, hunk.as_bytes());
-        }
-        Ok(child.wait().context("patch: cannot wait for it")?.success())
+/// Whether a hunk fits into a tree as it is.
+fn applies(tree: &Path, hunk: &str, options: &[&str]) -> Result<bool> {
+    let mut child = Command::new("patch")
+        .args(["-p1", "--fuzz=0", "--dry-run", "--force", "--silent"])
+        .args(options)
+        .current_dir(tree)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("patch: cannot start; install the package patch")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A patch that ends early has failed; its exit code says so.
+        let _ = std::io::Write::write_all(&mut stdin, hunk.as_bytes());
     }
+    Ok(child.wait().context("patch: cannot wait for it")?.success())
 }
 
 /// Kind and name of a probe, for the table.

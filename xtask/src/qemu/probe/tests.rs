@@ -153,6 +153,34 @@ fn a_missing_header_is_named_with_its_alternatives() {
 }
 
 #[test]
+fn only_the_whole_patch_counts_as_applied() {
+    let tree = write_tree(&satisfying());
+    assert!(!is_patched(&ext(), tree.path()).unwrap());
+    assert!(!is_patched(&ext(), &tree.path().join("nowhere")).unwrap());
+    let patch = Command::new("patch")
+        .args(["-p1", "--silent", "-i"])
+        .arg(ext().join("meson/qemu.patch"))
+        .current_dir(tree.path())
+        .status();
+    assert!(patch.unwrap().success());
+    assert!(is_patched(&ext(), tree.path()).unwrap());
+    // What an older patch did not change, and what it had otherwise.
+    for (file, from, to) in [
+        ("nbd/server.c", "client->quiescing = blk_in_drain", "client->other = blk_in_drain"),
+        ("meson.build", "build_always_stale: true", "build_always_stale: false"),
+    ] {
+        let path = tree.path().join(file);
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{file}");
+        fs::write(&path, text.replace(from, to)).unwrap();
+        let error = format!("{:#}", is_patched(&ext(), tree.path()).unwrap_err());
+        assert!(error.contains(&format!("leaves them are {file}. Start from")), "{error}");
+        assert!(judge(&ext(), tree.path(), Show::Failed, true).is_err());
+        fs::write(&path, text).unwrap();
+    }
+}
+
+#[test]
 fn an_empty_folder_fails_everything() {
     let dir = tempfile::tempdir().unwrap();
     let report = check(&ext(), dir.path()).unwrap();

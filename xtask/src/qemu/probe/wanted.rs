@@ -109,6 +109,7 @@ const ANCHORS: &[(&str, &str)] = &[
     ("qapi/meson.build", "generate code for the commands"),
     ("qapi/qapi-schema.json", "the commands in qemu-system-*"),
     ("storage-daemon/qapi/qapi-schema.json", "the commands in qemu-storage-daemon"),
+    ("nbd/server.c", "clients that connect while everything is drained wait"),
 ];
 
 /// Names in the bindings that do not come from QEMU's tree: our own QAPI file and shim, GLib, and a
@@ -133,7 +134,7 @@ pub(super) fn read(ext: &Path) -> Result<Vec<Probe>> {
         let path = ext.join(name);
         fs::read_to_string(&path).with_context(|| format!("{}: cannot read", path.display()))
     };
-    let mut probes = anchors(&text("meson/qemu.patch")?);
+    let mut probes = places(ext)?;
     probes.extend(LINES.iter().map(|(file, text, purpose)| Probe {
         want: Want::Line { file, text },
         purpose: (*purpose).to_string(),
@@ -156,6 +157,14 @@ pub(super) fn read(ext: &Path) -> Result<Vec<Probe>> {
         new
     });
     Ok(probes)
+}
+
+/// The places that the patch of the extension in `ext` changes.
+pub(super) fn places(ext: &Path) -> Result<Vec<Probe>> {
+    let path = ext.join("meson/qemu.patch");
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+    Ok(anchors(&text))
 }
 
 /// One probe for each hunk of the patch.
