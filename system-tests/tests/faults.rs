@@ -138,6 +138,16 @@ async fn start(faults: &'static str, iothread: bool) -> Lab {
     lab
 }
 
+/// An access to the disk with a fault to come: the graph before it, events, and the reader's export.
+async fn begin(faults: &'static str, change: &Value) -> (Lab, Vec<String>, EventStream, String) {
+    let lab = start(faults, true).await;
+    let graph = lab.graph().await;
+    let events = lab.session().events();
+    let infos = lab.setup("t", json!([device(change)])).await;
+    let export = lab.export(&infos[0]).await;
+    (lab, graph, events, export)
+}
+
 /// After the fault: the access ends, the guest's data is right, another access works, and the
 /// daemon ends well.
 async fn ends_well(lab: Lab, graph: &[String]) {
@@ -682,11 +692,7 @@ async fn waiting_guest_requests_go_on_when_a_flusher_panics() {
 #[tokio::test]
 async fn a_panic_while_space_is_given_back_breaks_the_snapshot() {
     let faults = "panic:discard_log:1";
-    let lab = start(faults, true).await;
-    let graph = lab.graph().await;
-    let mut events = lab.session().events();
-    let infos = lab.setup("t", json!([device(&json!({ "buffer-size": 0 }))])).await;
-    let export = lab.export(&infos[0]).await;
+    let (lab, graph, mut events, export) = begin(faults, &json!({ "buffer-size": 0 })).await;
     guest_works(&lab).await;
     assert_ne!(reader_works(&lab, &export, &["discard 0 3m"]).await, 0);
     all_happened(&lab, faults);
@@ -718,11 +724,7 @@ async fn with_break_guest_write_a_failed_allocation_fails_the_write_only() {
 async fn a_panic_lets_no_older_discard_destroy_a_write() {
     for faults in ["panic:before_write:1", "panic:next_part:1"] {
         println!("{faults}");
-        let lab = start(faults, true).await;
-        let graph = lab.graph().await;
-        let mut events = lab.session().events();
-        let infos = lab.setup("t", json!([device(&json!({}))])).await;
-        let export = lab.export(&infos[0]).await;
+        let (lab, graph, mut events, export) = begin(faults, &json!({})).await;
         let write = match faults.contains("next_part") {
             true => "write -z 3m 1m".to_owned(),
             false => format!("write -P {NEW:#x} 3m 1m"),
@@ -742,11 +744,7 @@ async fn a_panic_lets_no_older_discard_destroy_a_write() {
 #[tokio::test]
 async fn a_panic_in_one_late_discard_leaves_no_other_closed() {
     let faults = "panic:discard_source:1";
-    let lab = start(faults, true).await;
-    let graph = lab.graph().await;
-    let mut events = lab.session().events();
-    let infos = lab.setup("t", json!([device(&json!({}))])).await;
-    let export = lab.export(&infos[0]).await;
+    let (lab, graph, mut events, export) = begin(faults, &json!({})).await;
     let text = lab.try_io("disk0", &["discard 3m 64k", "discard 3200k 64k"]).await;
     assert!(!text.contains("failed"), "the guest: {text}");
     reader_works(&lab, &export, &["discard 3m 256k"]).await;

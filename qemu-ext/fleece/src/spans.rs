@@ -10,17 +10,27 @@ const MAX_SPANS: usize = 128;
 #[derive(Debug, Default)]
 pub(crate) struct Spans(Vec<Range<u32>>);
 
+/// What a list takes in memory.
+fn bytes(ranges: &Vec<Range<u32>>) -> u64 {
+    (ranges.capacity() * size_of::<Range<u32>>()) as u64
+}
+
+/// Whether one of the ranges has a granule in common with `range`.
+fn overlap(ranges: &[Range<u32>], range: &Range<u32>) -> bool {
+    ranges.iter().any(|other| other.start < range.end && range.start < other.end)
+}
+
 impl Spans {
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        (self.0.capacity() * size_of::<Range<u32>>()) as u64
+        bytes(&self.0)
     }
 
     pub(crate) fn overlaps(&self, range: &Range<u32>) -> bool {
-        self.0.iter().any(|span| span.start < range.end && range.start < span.end)
+        overlap(&self.0, range)
     }
 
     /// Granules in all ranges.
@@ -115,15 +125,15 @@ impl Separate {
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        (self.0.capacity() * size_of::<Range<u32>>()) as u64
+        bytes(&self.0)
     }
 
     pub(crate) fn overlaps(&self, range: &Range<u32>) -> bool {
-        self.0.iter().any(|other| other.start < range.end && range.start < other.end)
+        overlap(&self.0, range)
     }
 
     pub(crate) fn contains(&self, granule: u32) -> bool {
-        self.0.iter().any(|range| range.contains(&granule))
+        self.overlaps(&(granule..granule + 1))
     }
 
     /// Puts a range in; whether there was room for it.

@@ -313,28 +313,18 @@ impl<T> Table<T> {
 
     /// Marks what is outside the dirty bitmap as gone.
     fn fill_from_need(&self, index: usize, region: &Region<T>) {
-        let Some(need) = &self.need else { return };
-        let first = index as u64 * REGION_GRANULES;
-        let all = first..(first + REGION_GRANULES).min(self.geometry.count());
-        let area = self.geometry.bytes(all.clone());
+        if self.need.is_none() {
+            return;
+        }
         let mut region = region.lock();
-        let mut clean_from = all.start;
-        let mut at = area.start;
-        while let Some(needed) = need.next_needed(at, area.end) {
-            let cover = self.geometry.cover(ByteRange { start: needed.start, end: needed.end });
-            gone(&mut region, first, clean_from..cover.start);
-            clean_from = clean_from.max(cover.end);
-            at = needed.end.max(at + 1);
-        }
-        gone(&mut region, first, clean_from..all.end);
-    }
-}
-
-fn gone<T>(region: &mut Locked<'_, T>, first: u64, granules: Range<u64>) {
-    if granules.start < granules.end {
-        for (word, bits) in words((granules.start - first) as u32..(granules.end - first) as u32) {
-            region.finish_gone(word, bits);
-        }
+        let count = self.geometry.count() - index as u64 * REGION_GRANULES;
+        let _whole =
+            self.each_untouched_run(index, 0..count.min(REGION_GRANULES) as u32, |run, granule| {
+                if granule == Granule::Gone {
+                    words(run).for_each(|(word, bits)| region.finish_gone(word, bits));
+                }
+                ControlFlow::Continue(())
+            });
     }
 }
 
@@ -384,7 +374,8 @@ mod tests {
                     at = start + rng.random_range(1..4096_u64) * 512;
                     (at < 100 << 20).then_some(start..at)
                 });
-                let need = Box::new(Areas(areas.collect()));
+                let areas: Vec<Range<u64>> = areas.collect();
+                let need = Box::new(Areas(areas.clone()));
                 let table: Table<()> = Table::new(geometry, Some(need), u64::MAX).unwrap();
                 for (index, all) in geometry.by_region(0..geometry.count()) {
                     let local = rng.random_range(all.clone());
@@ -398,6 +389,13 @@ mod tests {
                     let region = table.touch(index).unwrap().lock();
                     let noted: Vec<_> = local.map(|at| (at, region.granule(at))).collect();
                     assert!(told == noted, "region {index} with granules of {granule}");
+                    for (at, state) in told {
+                        let number = index as u64 * REGION_GRANULES + u64::from(at);
+                        let bytes = geometry.bytes(number..number + 1);
+                        let touches =
+                            |area: &Range<u64>| area.start < bytes.end && bytes.start < area.end;
+                        assert_eq!(state == Granule::Source, areas.iter().any(touches), "{number}");
+                    }
                 }
             }
         }
