@@ -20,6 +20,7 @@
 //! * [`qemu`]: finds the patched QEMU, boots the guest directly.
 //! * [`turn`]: one guest at a time.
 //! * [`loopfs`]: a file system in a file.
+//! * [`signals`]: ends programs that run VMs in order when a signal comes.
 //! * [`process`]: programs with a time limit that are ended on every path.
 
 #![forbid(unsafe_code)]
@@ -37,6 +38,7 @@ pub mod qemu;
 pub mod records;
 pub mod round_trip;
 pub mod secrets;
+pub mod signals;
 pub mod soak;
 pub mod storage;
 pub mod story;

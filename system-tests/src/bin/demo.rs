@@ -5,11 +5,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use system_tests::lab::{BACKUPS, IMAGES, Lab, LabOptions, PLAIN_VIRTIO, SOURCE_VM};
 use system_tests::process::Stop;
+use system_tests::signals::{CLEAN_WITHIN, Ended, until_signal};
 use system_tests::story::{self, Ending, Pace};
 use system_tests::table::bytes;
 
@@ -26,8 +26,6 @@ const OPTIONS: LabOptions = LabOptions {
     show: true,
 };
 const PACE: Pace = Pace { before: 500, between: 2500 };
-/// Cleaning up stops the VMs; after this long the demo ends anyway.
-const CLEAN_WITHIN: Duration = Duration::from_secs(120);
 
 struct Options {
     keep: bool,
@@ -58,40 +56,22 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let stop = Stop::default();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut folder = Folder::make(options)?;
-    let (dir, keep, asked, requested) =
-        (folder.path.clone(), options.keep, stop.clone(), stop.clone());
-    let result = runtime.block_on(async move {
-        let mut story = tokio::task::spawn_blocking(move || demo(&dir, keep, &asked));
-        let mut interrupt = signal(tokio::signal::unix::SignalKind::interrupt())?;
-        let mut terminate = signal(tokio::signal::unix::SignalKind::terminate())?;
-        let mut hangup = signal(tokio::signal::unix::SignalKind::hangup())?;
-        tokio::select! {
-            ended = &mut story => return ended.context("the demo crashed")?,
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
+    let (dir, keep) = (folder.path.clone(), options.keep);
+    match until_signal(move |stop| demo(&dir, keep, stop))? {
+        Ended::Done(result) => {
+            folder.close(result.is_err())?;
+            result
         }
-        eprintln!("\nStopping the VMs…");
-        requested.request();
-        match tokio::time::timeout(CLEAN_WITHIN, story).await {
-            Ok(ended) => ended.context("the demo crashed")?,
-            Err(_) => bail!("interrupted; the VMs did not stop within {CLEAN_WITHIN:?}"),
+        Ended::Stopped => {
+            folder.close(false)?;
+            bail!("interrupted; the VMs are stopped")
         }
-    });
-    runtime.shutdown_background();
-    let interrupted = result.is_err() && stop.is_requested();
-    folder.close(result.is_err() && !interrupted)?;
-    if interrupted {
-        bail!("interrupted; the VMs are stopped");
+        Ended::Stuck => {
+            folder.close(true)?;
+            bail!("interrupted; the VMs did not stop within {CLEAN_WITHIN:?}")
+        }
     }
-    result
-}
-
-fn signal(kind: tokio::signal::unix::SignalKind) -> Result<tokio::signal::unix::Signal> {
-    tokio::signal::unix::signal(kind).context("cannot listen for signals")
 }
 
 fn demo(dir: &Path, keep: bool, stop: &Stop) -> Result<()> {

@@ -5,18 +5,16 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use futures_util::future::select_all;
 use system_tests::console::Console;
 use system_tests::lab::{IMAGES, Lab, LabOptions, PLAIN_VIRTIO, SOURCE_VM};
 use system_tests::process::{Collected, Stop};
 use system_tests::qemu;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use system_tests::signals::{CLEAN_WITHIN, Ended, until_signal};
 
 const USAGE: &str =
     "usage: cargo xtask bench restore [--rounds N] [--disk-size MIB] [--only CASE] [--folder DIR]
@@ -28,8 +26,6 @@ const USAGE: &str =
   --markdown FILE  where the tables are written, as in docs/performance.md";
 const NEW_VM: u32 = 200;
 const WITHIN: Duration = Duration::from_secs(1800);
-/// Cleaning up stops the VMs; after this long the program ends anyway.
-const CLEAN_WITHIN: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
 const FULL_WAYS: [&str; 3] = ["vzdump restore", "qemu-img convert", "qemu-img convert -t none"];
 const LIVE_WAYS: [&str; 2] = ["restore --live", "restore --start"];
@@ -98,53 +94,17 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
 fn run(options: Options) -> Result<()> {
     let folder = tempfile::Builder::new().prefix("vz-rb-").tempdir_in(&options.folder)?;
     let dir = folder.path().to_owned();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let signals = {
-        let _inside = runtime.enter();
-        listen()?
-    };
-    let ended = runtime.block_on(until(signals, move |stop| measure(&options, &dir, stop)));
-    runtime.shutdown_background();
-    let Some(result) = ended else {
-        // They still use it.
-        let folder = folder.keep();
-        bail!("interrupted; the VMs in {} did not stop within {CLEAN_WITHIN:?}", folder.display());
-    };
-    result
-}
-
-/// Does the work, which is asked to stop when a signal comes. None if it does not.
-async fn until(
-    mut signals: Vec<Signal>,
-    work: impl FnOnce(&Stop) -> Result<()> + Send + 'static,
-) -> Option<Result<()>> {
-    let stop = Stop::default();
-    let asked = stop.clone();
-    let mut work = tokio::task::spawn_blocking(move || work(&asked));
-    let signal = select_all(signals.iter_mut().map(|signal| Box::pin(signal.recv())));
-    tokio::select! {
-        ended = &mut work => return Some(ended.context("the benchmark crashed").flatten()),
-        _ = signal => {}
+    match until_signal(move |stop| measure(&options, &dir, stop))? {
+        Ended::Done(result) => result,
+        Ended::Stopped => bail!("interrupted; the VMs are stopped"),
+        Ended::Stuck => {
+            let folder = folder.keep();
+            bail!(
+                "interrupted; the VMs in {} did not stop within {CLEAN_WITHIN:?}",
+                folder.display()
+            )
+        }
     }
-    stop.request();
-    // The terminal may be gone.
-    let _ = writeln!(std::io::stderr(), "\nStopping the VMs…");
-    let ended = tokio::time::timeout(CLEAN_WITHIN, work).await.ok()?;
-    // Its error comes of the signal.
-    Some(ended.ok().and_then(Result::ok).context("interrupted; the VMs are stopped"))
-}
-
-/// The signals that end it; not SIGHUP where that is ignored, as `nohup` has it.
-fn listen() -> Result<Vec<Signal>> {
-    let mut kinds = vec![SignalKind::interrupt(), SignalKind::terminate()];
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map(str::trim);
-    // The first signal is the lowest bit.
-    if ignored.and_then(|mask| u64::from_str_radix(mask, 16).ok()).is_none_or(|mask| mask & 1 == 0)
-    {
-        kinds.push(SignalKind::hangup());
-    }
-    kinds.into_iter().map(|kind| signal(kind).context("cannot listen for signals")).collect()
 }
 
 /// All that is wanted, in an empty folder; tables are written when all of it was measured.
