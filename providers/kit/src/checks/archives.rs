@@ -17,6 +17,8 @@ use crate::fault::{Checked, Fault, clean, ensure, words};
 
 /// Files of a storage that are looked at for one to be damaged.
 const FILES_MAX: usize = 100_000;
+/// How large a file that is damaged may be, in the size of a disk: an archive of it, with what belongs to it.
+const DAMAGED_PER_DISK_BYTE: u64 = 4;
 
 /// So many backups of one guest, oldest first.
 async fn some(ctx: &Ctx, provider: &dyn Provider, count: usize) -> Checked<Vec<Made>> {
@@ -207,10 +209,19 @@ pub(super) async fn damage(ctx: &Ctx) -> Checked<Verdict> {
     let before = files(&dir);
     let all = some(ctx, provider.as_ref(), 1).await?;
     let name = &all[0].archive;
-    let Some(file) = largest_new(&before, &files(&dir)) else {
-        let why = format!("no file below {} is new after a backup", dir.display());
+    let after = files(&dir);
+    let max_bytes = DAMAGED_PER_DISK_BYTE.saturating_mul(ctx.bench.options.size_bytes);
+    let Some(file) =
+        largest_own(&dir, name, &before, &after).filter(|(_, size)| *size <= max_bytes)
+    else {
+        let why = format!(
+            "below {} a backup of {name} makes no file of at most {max_bytes} bytes that is certainly its \
+             own, by a name that begins with the archive's",
+            dir.display()
+        );
         return Ok(Verdict::NotTested(why));
     };
+    let (file, _) = file;
     let shown = file.strip_prefix(&dir).unwrap_or(&file).display().to_string();
     let flipped =
         flip_bit(&file).map_err(|e| Fault::new(format!("Cannot damage {shown}: {e}.")))?;
@@ -254,20 +265,42 @@ fn files(dir: &Path) -> Files {
     found
 }
 
-/// The largest file that was not there before: data rather than an index.
-fn largest_new(before: &Files, after: &Files) -> Option<PathBuf> {
-    let new = after.iter().filter(|(path, (size, _))| !before.contains_key(*path) && *size > 0);
-    new.max_by_key(|(_, (size, _))| *size).map(|(path, _)| path.clone())
+/// The largest file of an archive that was not there before, with its size: data rather than an index. Others
+/// may make archives in the same directory meanwhile, and those are theirs.
+fn largest_own(dir: &Path, archive: &str, before: &Files, after: &Files) -> Option<(PathBuf, u64)> {
+    let own = after.iter().filter(|(path, (size, _))| {
+        *size > 0 && !before.contains_key(*path) && is_named_after(dir, path, archive)
+    });
+    own.max_by_key(|(_, (size, _))| *size).map(|(path, (size, _))| (path.clone(), *size))
+}
+
+/// Whether a part of a path below `dir` is an archive's name, alone or with an ending.
+fn is_named_after(dir: &Path, path: &Path, archive: &str) -> bool {
+    let Ok(below) = path.strip_prefix(dir) else { return false };
+    below.components().any(|part| {
+        let rest = part.as_os_str().to_str().and_then(|part| part.strip_prefix(archive));
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    })
 }
 
 /// Flips bit 0 in the middle of the data, and says where.
 fn flip_bit(file: &Path) -> std::io::Result<u64> {
-    let content = std::fs::read(file)?;
+    let content = std::fs::File::open(file)?;
+    let size_bytes = content.metadata()?.len();
     // The middle of what is not zero: holes of a sparse file say nothing about it.
-    let data: Vec<usize> = (0..content.len()).filter(|n| content[*n] != 0).collect();
-    let at = data.get(data.len() / 2).copied().unwrap_or(content.len() / 2) as u64;
+    let data_bytes = nonzero(&content)?.count() as u64;
+    let middle = usize::try_from(data_bytes / 2).unwrap_or(0);
+    let at = nonzero(&content)?.nth(middle).unwrap_or(size_bytes / 2);
     flip_bit_at(file, at)?;
     Ok(at)
+}
+
+/// Where the bytes are that are not zero.
+fn nonzero(mut file: &std::fs::File) -> std::io::Result<impl Iterator<Item = u64>> {
+    use std::io::{BufReader, Read as _, Seek as _};
+    file.rewind()?;
+    let bytes = BufReader::new(file).bytes().map_while(Result::ok);
+    Ok((0..).zip(bytes).filter(|(_, byte)| *byte != 0).map(|(at, _)| at))
 }
 
 fn flip_bit_at(file: &Path, at: u64) -> std::io::Result<()> {
@@ -416,4 +449,47 @@ pub(super) async fn prune(ctx: &Ctx) -> Checked<Verdict> {
         ctx.check_restore(provider, made).await?;
     }
     Ok(Verdict::Passed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_file_of_the_own_archive_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str, size: usize| {
+            let path = dir.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, vec![1; size]).unwrap();
+        };
+        let find = |before: &Files| {
+            let found = largest_own(dir.path(), "a-1", before, &files(dir.path()));
+            found.map(|(path, size)| (path.strip_prefix(dir.path()).unwrap().to_owned(), size))
+        };
+        let before = files(dir.path());
+        for other in ["a-10/image", "b-a-1/image", "x/a-1-2.img", "image"] {
+            put(other, 100);
+        }
+        assert_eq!(find(&before), None);
+        put("a-1/image", 10);
+        put("a-1/index", 5);
+        assert_eq!(find(&before), Some((PathBuf::from("a-1/image"), 10)));
+        assert_eq!(find(&files(dir.path())), None, "what was there before");
+        put("deep/a-1.img", 20);
+        assert_eq!(find(&before), Some((PathBuf::from("deep/a-1.img"), 20)));
+    }
+
+    #[test]
+    fn the_middle_of_the_data_is_flipped_and_flipped_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        let mut content = vec![0; 100_000];
+        content[70_000..70_003].fill(6);
+        std::fs::write(&file, &content).unwrap();
+        assert_eq!(flip_bit(&file).unwrap(), 70_001);
+        assert_ne!(std::fs::read(&file).unwrap(), content);
+        flip_bit_at(&file, 70_001).unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), content);
+    }
 }
