@@ -2,8 +2,8 @@
 //! The backup client: reads an export in sequence, 1 MiB at a time, four in flight.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -30,6 +30,7 @@ struct Shared {
     client: Client,
     next: AtomicU64,
     done_bytes: AtomicU64,
+    ended: OnceLock<Instant>,
     begin: Instant,
     bytes_per_second: Option<u64>,
     once: bool,
@@ -55,6 +56,7 @@ impl Reader {
             client,
             next: AtomicU64::new(0),
             done_bytes: AtomicU64::new(0),
+            ended: OnceLock::new(),
             begin: Instant::now(),
             bytes_per_second,
             once: releases,
@@ -73,6 +75,12 @@ impl Reader {
     #[must_use]
     pub fn done_bytes(&self) -> u64 {
         self.shared.done_bytes.load(Ordering::Relaxed)
+    }
+
+    /// When it had read everything, if it reads once.
+    #[must_use]
+    pub fn ended(&self) -> Option<Instant> {
+        self.shared.ended.get().copied()
     }
 
     /// Stops it.
@@ -127,7 +135,10 @@ impl Shared {
             let offset = number % count * PIECE_BYTES;
             buffer.clear();
             buffer = self.client.read_into(offset, PIECE_BYTES as usize, buffer).await?;
-            self.done_bytes.fetch_add(PIECE_BYTES, Ordering::Relaxed);
+            let before = self.done_bytes.fetch_add(PIECE_BYTES, Ordering::Relaxed);
+            if self.once && before + PIECE_BYTES == count * PIECE_BYTES {
+                self.ended.get_or_init(Instant::now);
+            }
             if self.trims {
                 self.client.trim(offset, PIECE_BYTES).await?;
             }
@@ -167,11 +178,11 @@ mod tests {
         Server::listen(folder.join("nbd"), [("reader", disk)]).unwrap()
     }
 
-    /// Waits until it has read so much.
-    async fn until(reader: &Reader, bytes: u64) {
+    /// Waits until something is so.
+    async fn until(is_so: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(60);
-        while reader.done_bytes() < bytes {
-            assert!(Instant::now() < deadline, "only {} bytes", reader.done_bytes());
+        while !is_so() {
+            assert!(Instant::now() < deadline, "not within a minute");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -182,8 +193,9 @@ mod tests {
         let server = serve(folder.path(), false);
         let once = Reader::start(server.socket(), "reader", None, true).await.unwrap();
         let again = Reader::start(server.socket(), "reader", None, false).await.unwrap();
-        until(&once, PIECES * PIECE_BYTES).await;
-        until(&again, 3 * PIECES * PIECE_BYTES).await;
+        until(|| once.ended().is_some()).await;
+        until(|| again.done_bytes() >= 3 * PIECES * PIECE_BYTES).await;
+        assert_eq!(again.ended(), None);
         assert_eq!(once.done_bytes(), PIECES * PIECE_BYTES);
         once.stop().await.unwrap();
         again.stop().await.unwrap();

@@ -64,6 +64,8 @@ struct Moment {
     at: Instant,
     usage: Usage,
     reader_bytes: u64,
+    /// Since when a reader that reads once has nothing to do.
+    reader_ended: Option<Instant>,
 }
 
 impl Bench {
@@ -97,7 +99,9 @@ impl Bench {
         };
         let moment = || -> Result<Moment> {
             let reader_bytes = reader.as_ref().map_or(0, Reader::done_bytes);
-            Ok(Moment { at: Instant::now(), usage: usage(daemon.pid())?, reader_bytes })
+            let reader_ended = reader.as_ref().and_then(Reader::ended);
+            let usage = usage(daemon.pid())?;
+            Ok(Moment { at: Instant::now(), usage, reader_bytes, reader_ended })
         };
         let before = moment()?;
         let (guest, copy_mb_s) = self.work(case, mode, round, rate, daemon).await?;
@@ -344,13 +348,14 @@ fn sample(case: &Case, guest: Outcome, before: &Moment, after: &Moment) -> Sampl
         let own_reads = reader_bytes + (guest.bytes - guest.written_bytes);
         (last.read_bytes - first.read_bytes).saturating_sub(own_reads)
     });
-    let seconds = (after.at - before.at).as_secs_f64();
+    let reader_end = after.reader_ended.unwrap_or(after.at).min(after.at);
+    let reader_seconds = reader_end.saturating_duration_since(before.at).as_secs_f64();
     Sample {
         guest,
         write_amplification: per_byte(last.write_bytes - first.write_bytes),
         read_amplification: fetched.and_then(per_byte),
         fleecing_bytes: None,
-        reader_mb_s: (reader_bytes > 0).then(|| reader_bytes as f64 / 1e6 / seconds),
+        reader_mb_s: (reader_bytes > 0).then(|| reader_bytes as f64 / 1e6 / reader_seconds),
         cpu_us_per_io: (guest.ios > 0)
             .then(|| (last.cpu_us - first.cpu_us) as f64 / guest.ios as f64),
         resident_mb: last.resident_bytes as f64 / 1e6,
@@ -426,18 +431,21 @@ mod tests {
         let cases = cases::all();
         let case = cases.iter().find(|case| case.name == "4k-qd16/direct/raw/limited").unwrap();
         let at = Instant::now();
-        let before = Moment { at, usage: Usage::default(), reader_bytes: 0 };
+        let before = Moment { at, usage: Usage::default(), reader_bytes: 0, reader_ended: None };
         let usage =
             Usage { read_bytes: 5_000_000, write_bytes: 3000, cpu_us: 50, ..Usage::default() };
         let at = at + Duration::from_secs(2);
-        let after = Moment { at, usage, reader_bytes: 4_999_000 };
+        let mut after = Moment { at, usage, reader_bytes: 4_999_000, reader_ended: None };
         let guest =
             Outcome { ios: 10, writes: 10, bytes: 1000, written_bytes: 1000, ..Outcome::default() };
+        let speed = |after: &Moment| sample(case, guest, &before, after).reader_mb_s;
+        assert_eq!(speed(&after), Some(2.4995));
+        after.reader_ended = Some(before.at + Duration::from_secs(1));
+        assert_eq!(speed(&after), Some(4.999));
         let sample = sample(case, guest, &before, &after);
         assert_eq!(sample.write_amplification, Some(3.0));
         assert_eq!(sample.read_amplification, Some(1.0));
         assert_eq!(sample.cpu_us_per_io, Some(5.0));
-        assert_eq!(sample.reader_mb_s, Some(2.4995));
     }
 
     #[test]
@@ -448,7 +456,7 @@ mod tests {
             let at = Instant::now();
             let moment = |write_bytes| {
                 let usage = Usage { write_bytes, ..Usage::default() };
-                Moment { at, usage, reader_bytes: 0 }
+                Moment { at, usage, reader_bytes: 0, reader_ended: None }
             };
             let guest = Outcome { writes: 1, written_bytes: 100, ..Outcome::default() };
             let sample = Sample { guest, ..Sample::default() };
