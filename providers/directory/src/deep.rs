@@ -112,14 +112,20 @@ fn is_directory(dir: &OwnedFd, name: &CStr, kind: FileType) -> rustix::io::Resul
 /// Removes a directory with all it holds. Holds two descriptors, however deep it is, and copes with others
 /// that do the same.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    empty(path, c"")?;
+    std::fs::remove_dir(path)
+}
+
+/// As [`remove`], but leaves the directory itself, and in it the file called `keep`.
+pub(crate) fn empty(path: &Path, keep: &CStr) -> io::Result<()> {
     let root = open_root(path)?;
-    let mut open = vec![(Vec::new(), take_files(&root)?)];
+    let mut open = vec![(Vec::new(), take_files(&root, keep)?)];
     while let Some((path, directories)) = open.last_mut() {
         if let Some(name) = directories.pop() {
             let below = join(path, &name);
             let inside = match open_to_empty(&root, path, &name) {
                 Err(Errno::NOENT) => continue,
-                other => take_files(&other?)?,
+                other => take_files(&other?, c"")?,
             };
             open.push((below, inside));
             continue;
@@ -134,7 +140,7 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
             }
         }
     }
-    std::fs::remove_dir(path)
+    Ok(())
 }
 
 fn open_to_empty(root: &OwnedFd, path: &[u8], name: &CStr) -> rustix::io::Result<OwnedFd> {
@@ -148,10 +154,10 @@ fn open_to_empty(root: &OwnedFd, path: &[u8], name: &CStr) -> rustix::io::Result
     }
 }
 
-/// Removes the files of a directory; its directories are returned.
-fn take_files(dir: &OwnedFd) -> io::Result<Vec<CString>> {
+/// Removes the files of a directory but the one called `keep`; its directories are returned.
+fn take_files(dir: &OwnedFd, keep: &CStr) -> io::Result<Vec<CString>> {
     let mut directories = Vec::new();
-    for name in names(dir)? {
+    for name in names(dir)?.into_iter().filter(|name| name.as_c_str() != keep) {
         let mut removed = unlinkat(dir, &name, AtFlags::empty());
         if removed == Err(Errno::ACCESS) {
             fchmod(dir, Mode::RWXU)?;

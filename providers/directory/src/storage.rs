@@ -20,10 +20,15 @@
 //! may want the same name. So whatever is removed is first renamed to a name of its own that is
 //! never used again. Others rename only under the storage's lock and in the same breath as they
 //! find the run dead; the run itself may rename at any time, because it holds its lock.
+//!
+//! Who removes holds the lock up to the last two names, `lock` and the directory's own. These go when the
+//! lock is closed: an open file that is removed gets another name on NFS, in this directory, which then stays.
 
+use std::ffi::CStr;
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use provider_api::{Call, Error, Kind, Result, Uuid};
@@ -32,16 +37,17 @@ use rustix::io::Errno;
 use tracing::warn;
 
 use crate::call::{check, corrupt};
-use crate::files;
 use crate::kill_point::{is_without_exchange, step};
 use crate::limits::{LOCK_RETRY, MANIFEST_BYTES_MAX, NAME_TRIES, RECORD_BYTES_MAX};
 use crate::manifest::{MANIFEST_FILE, Manifest, check_name};
+use crate::{deep, files};
 
 const OWN_DIRECTORY: &str = ".vzdump";
 const TEMPORARY_PREFIX: &str = ".tmp-";
 /// In place of an archive's name: a directory that waits for its removal.
 const DEAD_PREFIX: &str = "dead-";
 const LOCK_FILE: &str = "lock";
+const LOCK_NAME: &CStr = c"lock";
 /// In a directory of a backup under way: the id of its commit, once that has begun. It stays until
 /// the directory has its final name: it leads from a dead run to the record of its commit.
 const COMMITTING_FILE: &str = "committing";
@@ -67,16 +73,19 @@ pub(crate) struct StorageLock {
 pub(crate) struct RunDirectory {
     path: PathBuf,
     archive: String,
-    /// Missing if the run died before it made one.
-    _lock: Option<File>,
+    lock: RunLock,
 }
+
+/// The lock of a run's directory; missing if the run died before it made one.
+#[derive(Debug, Default)]
+struct RunLock(Mutex<Option<File>>);
 
 /// What a dead run left, under a name that nobody else will ever use.
 #[derive(Debug)]
 pub(crate) struct Leftover {
     path: PathBuf,
     /// Tells other processes that somebody is removing it already.
-    _lock: Option<File>,
+    lock: RunLock,
 }
 
 /// What was found out about a directory of a backup under way.
@@ -202,7 +211,7 @@ impl Storage {
                 }
             }
             return match make_lock(&path) {
-                Ok(lock) => Ok(RunDirectory { path, archive, _lock: Some(lock) }),
+                Ok(lock) => Ok(RunDirectory { path, archive, lock: RunLock::new(Some(lock)) }),
                 Err(error) => {
                     // Others are kept off by the storage's lock.
                     let _ = files::remove_tree(&path);
@@ -239,7 +248,8 @@ impl Storage {
             // lives and has just renamed the directory; then there is nothing left to take.
             None => None,
         };
-        Ok(Some(Claim::Dead(RunDirectory { path, archive: archive.to_owned(), _lock: lock })))
+        let lock = RunLock::new(lock);
+        Ok(Some(Claim::Dead(RunDirectory { path, archive: archive.to_owned(), lock })))
     }
 
     /// Names of the archives being made.
@@ -253,8 +263,8 @@ impl Storage {
     pub(crate) fn leftovers(&self, lock: &StorageLock) -> Result<Vec<Leftover>> {
         let mut found = Vec::new();
         for name in self.temporary_names()?.into_iter().filter(|name| is_dead_name(name)) {
-            if let Some(Claim::Dead(RunDirectory { path, _lock, .. })) = self.claim(&name, lock)? {
-                found.push(Leftover { path, _lock });
+            if let Some(Claim::Dead(run)) = self.claim(&name, lock)? {
+                found.push(Leftover { path: run.path, lock: run.lock });
             }
         }
         Ok(found)
@@ -279,7 +289,7 @@ impl Storage {
     /// gone.
     pub(crate) fn take_away(&self, archive: &str, _lock: &StorageLock) -> Result<Option<Leftover>> {
         let taken = move_away(&self.archive_path(archive), false)?;
-        Ok(taken.map(|path| Leftover { path, _lock: None }))
+        Ok(taken.map(|path| Leftover { path, lock: RunLock::default() }))
     }
 
     /// Removes from a committed archive what a process left there that died right after it had
@@ -414,7 +424,7 @@ impl RunDirectory {
     /// Gives the directory of a dead run a name of its own, for a removal without the storage's
     /// lock; `None` if it is gone. The outcome of its commit must have been recorded before.
     pub(crate) fn retire(self, _lock: &StorageLock) -> Result<Option<Leftover>> {
-        Ok(move_away(&self.path, true)?.map(|path| Leftover { path, _lock: self._lock }))
+        Ok(move_away(&self.path, true)?.map(|path| Leftover { path, lock: self.lock }))
     }
 
     /// Replaces a committed archive by this directory, which must be complete and durable. What it
@@ -462,12 +472,30 @@ impl RunDirectory {
         Ok(old)
     }
 
-    /// Removes the directory of a living run, if it is still there. Its lock is held to the end.
+    /// Removes the directory of a living run, if it is still there.
     pub(crate) fn remove(&self) -> Result<()> {
         match move_away(&self.path, true)? {
-            Some(path) => files::remove_tree(&path),
+            Some(path) => self.lock.remove_with(&path),
             None => Ok(()),
         }
+    }
+}
+
+impl RunLock {
+    fn new(file: Option<File>) -> Self {
+        Self(Mutex::new(file))
+    }
+
+    /// Removes the directory of this lock, whose name is never used again. The lock is held until almost
+    /// nothing is left; who finds the rest without one may remove it, too.
+    fn remove_with(&self, path: &Path) -> Result<()> {
+        let mut lock = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if lock.is_some() {
+            // What this cannot remove is told of below.
+            let _ = deep::empty(path, LOCK_NAME);
+            *lock = None;
+        }
+        files::remove_tree(path)
     }
 }
 
@@ -478,7 +506,7 @@ impl Leftover {
 
     /// Removes it. Two processes that do so at the same time do not disturb each other.
     pub(crate) fn remove(&self) -> Result<()> {
-        files::remove_tree(&self.path)
+        self.lock.remove_with(&self.path)
     }
 }
 
@@ -540,7 +568,10 @@ fn try_flock(file: File, path: &Path) -> Result<Option<File>> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
     use std::path::Path;
+
+    use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 
     use super::{Claim, Storage, StorageLock};
 
@@ -615,6 +646,43 @@ mod tests {
             assert_eq!(leftovers[0].path(), path);
             leftovers[0].remove().unwrap();
         }
+    }
+
+    /// On NFS an open file that is removed stays in its directory under another name.
+    #[test]
+    fn a_lock_is_closed_before_its_name_goes_and_after_everything_else_has_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = storage(folder.path());
+        let make = || {
+            let run = storage.begin(NAME, &lock(&storage)).unwrap();
+            std::fs::create_dir(run.path().join("tree")).unwrap();
+            std::fs::write(run.path().join("tree/file"), "x").unwrap();
+            std::fs::write(run.path().join("zz"), "x").unwrap();
+            let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
+            let wanted = WatchFlags::DELETE | WatchFlags::CLOSE_WRITE;
+            inotify::add_watch(&watch, run.path(), wanted).unwrap();
+            (run, watch)
+        };
+        let check = |watch: &OwnedFd| {
+            let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+            let mut events = inotify::Reader::new(watch, &mut buffer);
+            let mut seen = Vec::new();
+            while let Ok(event) = events.next() {
+                let name = event.file_name().map(|name| name.to_str().unwrap().to_owned());
+                seen.extend(name.map(|name| (name, event.events().contains(ReadFlags::DELETE))));
+            }
+            let ends = [("lock".to_owned(), false), ("lock".to_owned(), true)];
+            assert_eq!(seen.len(), 4, "{seen:?}");
+            assert_eq!(seen[2..], ends, "{seen:?}");
+        };
+        let (run, watch) = make();
+        run.remove().unwrap();
+        check(&watch);
+        let (run, watch) = make();
+        let leftover = run.retire(&lock(&storage)).unwrap().unwrap();
+        leftover.remove().unwrap();
+        check(&watch);
+        assert!(!leftover.path().exists());
     }
 
     /// The run gives up on its own while somebody has just opened its lock.
