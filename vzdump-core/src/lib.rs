@@ -20,6 +20,7 @@
 
 pub mod bandwidth;
 pub mod blocking;
+mod bound;
 pub mod config;
 pub mod guest;
 pub mod host_budget;

@@ -10,15 +10,15 @@ use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use provider_api::VolumeSource;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
-use tokio::process::Command;
 
 use crate::blocking;
+use crate::bound;
 use crate::task_log::clean;
 use crate::tools::Tools;
 
@@ -29,6 +29,8 @@ const STDERR_BYTES_MAX: u64 = 4096;
 
 /// A multiple of every block size that bypassing the page cache may take: QEMU looks for up to a page.
 const DIRECT_BLOCK_BYTES: u64 = 64 << 10;
+/// How often is looked whether a copy that says nothing is at work; a short time limit shortens it.
+const SIGN_EVERY: Duration = Duration::from_secs(10);
 
 /// A source that was checked.
 #[derive(Debug)]
@@ -161,7 +163,7 @@ pub(super) async fn copy(
         Source::File { file, is_device } => (file_options(is_device), Stdio::from(file)),
         Source::Nbd { socket, export } => (nbd_options(&socket, &export), Stdio::null()),
     };
-    let mut command = Command::new(qemu_img);
+    let mut command = bound::command(&qemu_img);
     command.args(["convert", "-p", "-n", "--target-image-opts"]);
     if target.is_zero {
         command.arg("--target-is-zero");
@@ -175,22 +177,18 @@ pub(super) async fn copy(
     if let Some(limit) = target.limit_bytes_per_s {
         command.args(["-r", &limit.to_string()]);
     }
-    let mut child = command
-        .arg("--")
-        .arg(options)
-        .arg(target.options)
-        .stdin(stdin)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| format!("cannot start qemu-img: {error}"))?;
+    command.arg("--").arg(options).arg(target.options);
+    command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let started = bound::start(command).await;
+    let mut bound = started.map_err(|error| format!("cannot start qemu-img: {error}"))?;
+    let child = &mut bound.child;
+    let pid = child.id();
     let stdout = child.stdout.take().ok_or("qemu-img has no output")?;
     let stderr = child.stderr.take().ok_or("qemu-img has no output")?;
     // On its own, so that a copy that stands still can be ended; it ends with the process.
     let said = tokio::spawn(last_words(stderr));
     let told = |percent: f64| moved((target.size_bytes as f64 * percent / 100.0) as u64);
-    if let Err(stalled) = follow(stdout, stall, told).await {
+    if let Err(stalled) = follow(stdout, stall, || pid.map(signs_of_life), told).await {
         let _ = child.start_kill();
         let _ = child.wait().await;
         return Err(stalled);
@@ -235,24 +233,47 @@ fn file_options(is_device: bool) -> String {
     format!("json:{options}")
 }
 
-/// Reads qemu-img's progress, `(12.34/100%)`, to the end of its output.
-async fn follow(
+/// What grows as long as a process is at work. Its progress alone does not tell: qemu-img prints only each whole
+/// percent, which takes hours of a large disk with a limit. Bytes of sockets are not counted, but time spent on them is.
+fn signs_of_life(pid: u32) -> (String, String) {
+    let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // After the name, which may have any characters: the state, and ten more before the ticks in user mode and in
+    // the kernel.
+    let ticks = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(2));
+    (io, ticks.map(|ticks| ticks.collect::<Vec<_>>().join(" ")).unwrap_or_default())
+}
+
+/// Reads qemu-img's progress, `(12.34/100%)`, to the end of its output. Ends if it says nothing for `stall`, and its
+/// signs of life stay the same.
+async fn follow<S: PartialEq>(
     mut output: impl AsyncRead + Unpin,
     stall: Duration,
+    signs: impl Fn() -> S,
     mut told: impl FnMut(f64),
 ) -> Result<(), String> {
     let mut text = Vec::new();
     let mut chunk = [0; 1024];
+    let (mut last, mut moved) = (signs(), Instant::now());
     loop {
-        let read = tokio::time::timeout(stall, output.read(&mut chunk)).await;
+        let read = tokio::time::timeout(SIGN_EVERY.min(stall / 4), output.read(&mut chunk)).await;
         let length = match read {
             Ok(Ok(length)) => length,
             Ok(Err(error)) => return Err(format!("qemu-img's output failed: {error}")),
-            Err(_) => return Err(format!("the copy stood still for {} seconds", stall.as_secs())),
+            Err(_) => {
+                let now = signs();
+                if now != last {
+                    (last, moved) = (now, Instant::now());
+                } else if moved.elapsed() >= stall {
+                    return Err(format!("the copy stood still for {} seconds", stall.as_secs()));
+                }
+                continue;
+            }
         };
         if length == 0 {
             return Ok(());
         }
+        moved = Instant::now();
         text.extend_from_slice(&chunk[..length]);
         if let Some(percent) = last_percent(&text) {
             told(percent);
@@ -287,6 +308,24 @@ mod tests {
         assert_eq!(last_percent(b"    (0.00/100%)\r    (12.34/100%)\r    (13."), Some(12.34));
         assert_eq!(last_percent(b"    (13."), None);
         assert_eq!(last_percent(b"(200/100%)"), None);
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_works_is_not_one_that_stands_still() {
+        let stall = Duration::from_millis(200);
+        let run = async |script: &str| {
+            let mut command = bound::command(Path::new("sh"));
+            command.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::piped());
+            let mut bound = bound::start(command).await.unwrap();
+            let (pid, output) = (bound.child.id().unwrap(), bound.child.stdout.take().unwrap());
+            follow(output, stall, || signs_of_life(pid), |_| ()).await
+        };
+        // Works for a second at least, and says nothing.
+        let works = "read -r now x < /proc/uptime; end=$((${now%.*} + 2)); while read -r now x < /proc/uptime; \
+                     [ ${now%.*} -lt $end ]; do :; done";
+        run(works).await.unwrap();
+        let error = run("exec sleep 100").await.unwrap_err();
+        assert!(error.contains("stood still"), "{error}");
     }
 
     #[test]

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use provider_api::{CancellationToken, GuestKind};
-use tokio::process::Command;
 
 use crate::blocking;
+use crate::bound;
 use crate::config::guest::{VmConfig, is_disk_key};
 use crate::config::{ConfigError, OptionList};
 use crate::job::{JobContext, backup_lock_path, chain};
@@ -362,16 +362,18 @@ async fn copy(tools: &Tools, source: &Path, target_options: &str) -> Result<(), 
     let (source_format, _) = inspect(source).await?;
     let source_path = std::path::absolute(source).map_err(|error| fault(error.to_string()))?;
     // No time limit: large disks take long, and dropping the future ends the copy.
-    let output = Command::new(tools.qemu_img()?)
+    let mut command = bound::command(&tools.qemu_img()?);
+    command
         .args(["convert", "-n", "--target-is-zero", "-f", source_format.name()])
         .args(["--target-image-opts", "--"])
         .arg(source_path)
         .arg(target_options)
         .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output()
-        .await
-        .map_err(|error| fault(error.to_string()))?;
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let started = bound::start(command).await;
+    let bound = started.map_err(|error| fault(error.to_string()))?;
+    let output = bound.output().await.map_err(|error| fault(error.to_string()))?;
     if output.status.success() {
         return Ok(());
     }
