@@ -30,7 +30,7 @@ mod watch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use provider_api::{BitmapRequest, BoxFuture, Capabilities, GuestKind, Uuid, VolumeInfo};
 use qmp_client::backup::{
@@ -48,7 +48,7 @@ use self::power::Power;
 pub use self::regions::ExportRegions;
 use self::relay::Relay;
 use self::tpm::Tpm;
-use super::freeze_guard::{self, FreezeLimits, Frozen, GuardCommand};
+use super::freeze_guard::{self, FreezeLimits, Frozen, GuardCommand, NotFrozen};
 use super::runner;
 use crate::config::guest::{DiskEntry, VmConfig};
 use crate::guest::{
@@ -76,6 +76,9 @@ const LEASE_S: u32 = 60;
 
 /// How long the end of a QEMU that has closed its monitor is waited for.
 const END_WAIT: Duration = Duration::from_secs(10);
+
+/// Between two tries to thaw a guest.
+const THAW_POLL: Duration = Duration::from_secs(1);
 
 /// For one request of our own to the NBD server.
 const NBD_TIMEOUT: Duration = Duration::from_secs(300);
@@ -152,6 +155,8 @@ pub struct VmDriver {
     /// The TPM's state, which is backed up beside the disks.
     tpm: Option<Tpm>,
     fleecing: Vec<Fleecing>,
+    /// It is not certain that nothing is frozen.
+    may_be_frozen: bool,
     /// The setup was begun.
     access_begun: bool,
     access: Option<BackupAccess>,
@@ -210,6 +215,7 @@ impl VmDriver {
             disks: Vec::new(),
             tpm: None,
             fleecing: Vec::new(),
+            may_be_frozen: false,
             access_begun: false,
             access: None,
             infos: Vec::new(),
@@ -329,6 +335,7 @@ impl VmDriver {
                 words = format!("{words}; {trouble}");
             }
             if thawed.is_thawed {
+                self.may_be_frozen = false;
                 task.journal.append(Entry::Thawed).await?;
             }
         }
@@ -410,7 +417,7 @@ impl VmDriver {
     /// Freezes the guest's file systems if that is wanted and possible. That it is not never fails
     /// the backup; it is then as after a power cut.
     async fn freeze(
-        &self,
+        &mut self,
         session: &Session,
         task: Task<'_>,
     ) -> Result<(Option<Frozen>, String), GuestError> {
@@ -435,6 +442,7 @@ impl VmDriver {
             return skip("the guest is not running");
         }
         task.journal.append(Entry::Freeze).await?;
+        self.may_be_frozen = true;
         task.sink.info("issuing guest-agent 'fs-freeze' command");
         let socket = self.layout.agent_socket(self.id);
         match freeze_guard::freeze(&self.guard, &socket, self.freeze_limits).await {
@@ -444,11 +452,41 @@ impl VmDriver {
                 let words = format!("{} file systems frozen", frozen.file_systems());
                 Ok((Some(frozen), words))
             }
-            Err(why) => {
-                task.sink.warn(&format!("guest-agent 'fs-freeze' failed: {why}"));
-                Ok((None, format!("not frozen: {why}")))
+            Err(NotFrozen { is_thawed, why }) => {
+                self.may_be_frozen = !is_thawed;
+                let state = if is_thawed { "not frozen" } else { "THE GUEST MAY BE FROZEN" };
+                let words = format!("{state}: {why}");
+                task.sink.warn(&format!("guest-agent 'fs-freeze' failed: {words}"));
+                Ok((None, words))
             }
         }
+    }
+
+    /// The last look at a freeze of which it is not known how it ended. A guard that is still at it
+    /// has the agent for itself.
+    async fn thaw_at_last(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        if !self.may_be_frozen {
+            return Ok(());
+        }
+        let socket = self.layout.agent_socket(self.id);
+        let deadline = Instant::now() + self.freeze_limits.freeze;
+        // With QEMU the freeze is gone, too.
+        while self.process.as_ref().is_some_and(ProcessStamp::is_alive) {
+            match freeze_guard::thaw_directly(&socket, self.freeze_limits).await {
+                Ok(()) => break,
+                Err(why) if Instant::now() >= deadline => {
+                    return Err(GuestError::Refused(format!(
+                        "VM {} may be frozen, and its agent does not thaw it: {why}. If it hangs, \
+                         restart its agent, or the VM.",
+                        self.id
+                    )));
+                }
+                Err(_) => tokio::time::sleep(THAW_POLL).await,
+            }
+        }
+        self.may_be_frozen = false;
+        task.journal.append(Entry::Thawed).await?;
+        Ok(())
     }
 
     /// Checks QEMU's answer against the request. Logs nothing, because the guest may still be held.

@@ -7,6 +7,10 @@
 //! standard input closes (the task ended, however), when it gets a signal, and when its deadline
 //! passes. Should the guard itself die, the task thaws.
 //!
+//! An agent does one thing after the other: while it freezes it does not answer, and may be done with
+//! that long after everybody has given it up. So the guard of a freeze that is in doubt says so
+//! (`stuck`) and goes on until the agent answers, QEMU ends or a day has passed.
+//!
 //! ```text
 //!  task                      guard                       agent
 //!   │ spawn ───────────────────►│ ping, status, freeze ────►│
@@ -38,6 +42,8 @@ use crate::task_log::clean;
 /// The hidden subcommand that runs [`run_guard`].
 pub const SUBCOMMAND: &str = "__thaw-guard";
 const THAW_ATTEMPTS: u32 = 3;
+/// How long an agent that does not answer is waited for by the guard alone.
+const STUCK_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// What the guard may take for anything beside the agent's own limits.
 const MARGIN: Duration = Duration::from_secs(10);
 /// Begins the guard's lines, so that nothing else on its output is taken for one.
@@ -112,7 +118,7 @@ enum Report {
     Failed { why: String },
     /// It is thawed again.
     Thawed { cause: Cause, held_ms: u64 },
-    /// It may still be frozen.
+    /// It may be frozen, or be so in a moment. The guard goes on if that is of use.
     Stuck { why: String },
 }
 
@@ -173,6 +179,15 @@ pub struct Frozen {
     since: Instant,
 }
 
+/// A freeze that did not work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotFrozen {
+    /// Whether it is certain that nothing is frozen, or will be.
+    pub is_thawed: bool,
+    /// Why, in words.
+    pub why: String,
+}
+
 /// How a freeze ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Thawed {
@@ -196,32 +211,40 @@ pub(super) struct Guard {
 /// Freezes a guest through a guard.
 ///
 /// # Errors
-/// Why the guest is not frozen, in words. The guest is thawed then, or its guard is about to.
+/// Why the guest is not frozen, and whether that is certain. If it is not, its guard may still be at it.
 pub async fn freeze(
     command: &GuardCommand,
     agent_socket: &Path,
     limits: FreezeLimits,
-) -> Result<Frozen, String> {
+) -> Result<Frozen, NotFrozen> {
+    let certain = |why: String| NotFrozen { is_thawed: true, why };
+    let doubtful = |why: String| NotFrozen { is_thawed: false, why };
     let limits_args = limits.to_args();
     let args = [agent_socket.as_os_str()].into_iter().chain(limits_args.iter().map(OsStr::new));
     let mut guard = Guard::spawn(command, args)
-        .map_err(|error| format!("cannot start the freeze guard: {error}"))?;
-    let limit = AgentOptions::default().connect_timeout + limits.ping * 2 + limits.freeze + MARGIN;
+        .map_err(|error| certain(format!("cannot start the freeze guard: {error}")))?;
+    let limit = AgentOptions::default().connect_timeout
+        + limits.ping * 2
+        + limits.freeze
+        + limits.thaw
+        + MARGIN;
     match timeout(limit, guard.report(Report::parse)).await {
         Ok(Some(Report::Frozen { file_systems })) => {
             Ok(Frozen { guard, limits, file_systems, since: Instant::now() })
         }
-        Ok(Some(Report::Failed { why } | Report::Stuck { why })) => Err(why),
-        Ok(Some(Report::Thawed { .. })) => Err("the freeze guard gave up".to_owned()),
+        Ok(Some(Report::Failed { why })) => Err(certain(why)),
+        Ok(Some(Report::Stuck { why })) => Err(doubtful(why)),
+        Ok(Some(Report::Thawed { .. })) => Err(certain("the freeze guard gave up".to_owned())),
         Ok(None) => {
             // It may have died after freezing.
-            let thawed = thaw_directly(agent_socket, limits).await;
-            Err(match thawed {
-                Ok(()) => "the freeze guard ended".to_owned(),
-                Err(error) => format!("the freeze guard ended, and thawing failed: {error}"),
+            Err(match thaw_directly(agent_socket, limits).await {
+                Ok(()) => certain("the freeze guard ended".to_owned()),
+                Err(error) => {
+                    doubtful(format!("the freeze guard ended, and thawing failed: {error}"))
+                }
             })
         }
-        Err(_) => Err("the guest agent did not freeze in time".to_owned()),
+        Err(_) => Err(doubtful("the guest agent did not freeze in time".to_owned())),
     }
 }
 
@@ -331,12 +354,51 @@ async fn connect(agent_socket: &Path, limits: FreezeLimits) -> Result<Agent, Err
 async fn thaw(agent: &Agent) -> Result<(), Error> {
     let mut last = Ok(());
     for _ in 0..THAW_ATTEMPTS {
-        match agent.fsfreeze_thaw().await {
-            Ok(_) => return Ok(()),
+        match thaw_once(agent).await {
+            Ok(()) => return Ok(()),
             Err(error) => last = Err(error),
         }
     }
     last
+}
+
+async fn thaw_once(agent: &Agent) -> Result<(), Error> {
+    match agent.fsfreeze_thaw().await {
+        // One that refuses because there is nothing to thaw.
+        Err(error @ Error::Qmp { .. }) => match agent.fsfreeze_status().await {
+            Ok(FreezeStatus::Thawed) => Ok(()),
+            _ => Err(error),
+        },
+        other => other.map(drop),
+    }
+}
+
+/// Thaws for the guard: says that the guest may be frozen after `patience` attempts, and goes on while
+/// the agent does not answer.
+async fn thaw_at_last(agent: &Agent, patience: u32, pause: Duration) -> Result<(), String> {
+    let begin = Instant::now();
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        let Err(error) = thaw_once(agent).await else { return Ok(()) };
+        let why = clean(&chain(&error));
+        let is_over = match error {
+            // QEMU has ended.
+            Error::Disconnected => true,
+            // It answers, and is left to the administrator.
+            Error::Qmp { .. } => attempt >= THAW_ATTEMPTS,
+            _ => begin.elapsed() >= STUCK_LIMIT,
+        };
+        if is_over {
+            return Err(why);
+        }
+        if attempt == patience {
+            say(&Report::Stuck { why });
+        }
+        if attempt >= patience {
+            tokio::time::sleep(pause).await;
+        }
+    }
 }
 
 /// Runs the guard: `args` are the agent's socket and the [`FreezeLimits`] in milliseconds. Ends when
@@ -379,9 +441,9 @@ async fn guard(socket: &Path, limits: FreezeLimits) -> Report {
         Ok(count) => count,
         Err(error) => {
             // It may be frozen all the same, or be so in a moment.
-            return match thaw(&agent).await {
+            return match thaw_at_last(&agent, 1, limits.ping).await {
                 Ok(()) => failed(chain(&error)),
-                Err(thaw) => Report::Stuck { why: clean(&chain(&thaw)) },
+                Err(why) => Report::Stuck { why },
             };
         }
     };
@@ -391,11 +453,11 @@ async fn guard(socket: &Path, limits: FreezeLimits) -> Report {
         cause = stop.wait() => cause,
         () = tokio::time::sleep(limits.hold) => Cause::Deadline,
     };
-    let thawed = thaw(&agent).await;
+    let thawed = thaw_at_last(&agent, THAW_ATTEMPTS, limits.ping).await;
     let held_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
     match thawed {
         Ok(()) => Report::Thawed { cause, held_ms },
-        Err(error) => Report::Stuck { why: clean(&chain(&error)) },
+        Err(why) => Report::Stuck { why },
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -19,11 +20,17 @@ pub enum Does {
     Nothing,
     /// Freezes and never says so, and answers what comes after that.
     HangsInFreeze,
+    /// Takes longer to freeze than anybody waits, and answers to nothing meanwhile.
+    FreezesLate,
     /// Freezes and is dead then: it answers no more.
     DiesFrozen,
     /// Freezes, and answers to the second thaw only: it was started again.
     ThawsLate,
 }
+
+/// What [`Does::FreezesLate`] takes: longer than the limits of a test for the freeze and all attempts to
+/// thaw.
+const LATE: Duration = Duration::from_secs(4);
 
 /// A guest agent behind its socket.
 pub struct FakeAgent {
@@ -57,7 +64,7 @@ impl FakeAgent {
     pub async fn wait_for(&self, frozen: bool) {
         let mut receiver = self.frozen.clone();
         let wait = receiver.wait_for(|now| *now == frozen);
-        tokio::time::timeout(std::time::Duration::from_secs(60), wait).await.unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(60), wait).await.unwrap().unwrap();
     }
 }
 
@@ -98,6 +105,9 @@ async fn serve(
                 json!({"return": if *frozen.borrow() { "frozen" } else { "thawed" }})
             }
             "guest-fsfreeze-freeze" => {
+                if does == Does::FreezesLate {
+                    tokio::time::sleep(LATE).await;
+                }
                 frozen.send_replace(true);
                 if does == Does::HangsInFreeze {
                     continue;

@@ -184,7 +184,30 @@ async fn an_agent_that_dies_while_frozen_is_reported_and_the_backup_goes_on() {
     assert!(text.contains("WARN: THE GUEST MAY STILL BE FROZEN"), "{text}");
     assert!(report.point_in_time.freeze.contains("THE GUEST MAY STILL BE FROZEN"), "{report:?}");
     assert!(began.elapsed() < BOUND);
+    assert!(report.warnings.iter().any(|text| text.contains("may be frozen")), "{report:?}");
+    // The next task of the guest tries again, and is not kept from its work.
+    assert_eq!(world.journals().len(), 1);
+    assert_eq!(world.recover().await, []);
+    assert!(world.sink.text().contains("WARN: whether VM 100 is thawed is not known"));
     world.assert_clean("dead agent");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_freeze_that_comes_when_it_was_given_up_is_thawed() {
+    let (world, agent) = world(Does::FreezesLate);
+    let report = world.backup().await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    let words = &report.point_in_time.freeze;
+    assert!(words.starts_with("THE GUEST MAY BE FROZEN: "), "{words}");
+    assert!(report.warnings.iter().any(|text| text.contains("may be frozen")), "{report:?}");
+    assert_eq!(world.journals().len(), 1, "nobody would look at it again");
+    // The guard alone is left to do it, when the agent has done what came first.
+    while !agent.log().iter().any(|command| command == "guest-fsfreeze-thaw") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    agent.wait_for(false).await;
+    assert_eq!(world.recover().await, [], "{}", world.sink.text());
+    world.assert_clean("late freeze");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -288,16 +288,19 @@ impl VmDriver {
 
     pub(super) async fn do_leave_mode(&mut self, task: Task<'_>) -> Result<(), GuestError> {
         let resumed = self.do_resume(task).await.map(drop);
+        let thawed = self.thaw_at_last(task).await;
         let left = in_time(self.undo_limit, "leave QEMU as it was", self.leave_now(task)).await;
         self.session = None;
         self.events = None;
-        match (resumed, left) {
-            (Err(first), Err(second)) => {
-                task.sink.warn(&crate::job::chain(&second));
-                Err(first)
+        let mut first = Ok(());
+        for error in [resumed, thawed, left].into_iter().filter_map(Result::err) {
+            if first.is_ok() {
+                first = Err(error);
+            } else {
+                task.sink.warn(&crate::job::chain(&error));
             }
-            (first, second) => first.and(second),
         }
+        first
     }
 
     async fn leave_now(&mut self, task: Task<'_>) -> Result<(), GuestError> {
