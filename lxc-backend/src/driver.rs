@@ -21,7 +21,7 @@ use provider_api::{
 };
 use tokio::sync::mpsc;
 use vzdump_core::bandwidth::Budget;
-use vzdump_core::config::container::CtConfig;
+use vzdump_core::config::container::{CtConfig, MountEntry};
 use vzdump_core::guest::{
     AccessStats, BackupMode, Containers, GuestDriver, GuestError, GuestSource, PointInTime, Task,
     VolumeReport,
@@ -72,6 +72,7 @@ impl Containers for LxcContainers {
             id,
             options: options.clone(),
             config,
+            archived: String::new(),
             volumes: Vec::new(),
             no_snapshot: None,
             way: Way::Direct,
@@ -142,6 +143,8 @@ struct CtDriver {
     config: CtConfig,
     ids: Vec<IdMapRange>,
     lxc: Lxc,
+    /// The configuration that the archive gets.
+    archived: String,
     /// Those that are in the backup.
     volumes: Vec<Found>,
     /// Why the volumes cannot be snapshotted, if so.
@@ -191,6 +194,7 @@ impl CtDriver {
             }
         }
         self.volumes = found.into_iter().filter(|volume| self.why_not(volume).is_none()).collect();
+        self.archived = archived_config(&self.config, &self.volumes)?;
         let (volumes, lxc) = (self.volumes.clone(), self.lxc.clone());
         self.no_snapshot = beside(move || {
             check_places(&volumes, &lxc)?;
@@ -471,6 +475,19 @@ impl CtDriver {
     }
 }
 
+/// The configuration for the archive, which says of volumes that patterns left out that they are not in it: a restore
+/// would take an empty one for all that there was.
+fn archived_config(config: &CtConfig, included: &[Found]) -> Result<String, CtError> {
+    let mut lines = config.lines().for_backup();
+    for mut entry in config.mounts()?.into_iter().filter(MountEntry::backup) {
+        if !included.iter().any(|volume| volume.entry.key == entry.key) {
+            entry.options.set("backup", "0");
+            lines.set(&entry.key, &entry.to_value())?;
+        }
+    }
+    Ok(lines.to_string())
+}
+
 /// Looks whether the view will find the places of the volumes, before anything is done for it. What cannot be
 /// looked at now, as in an image that is not mounted, is found out then. May block.
 fn check_places(volumes: &[Found], lxc: &Lxc) -> Result<(), CtError> {
@@ -567,7 +584,7 @@ impl GuestDriver for CtDriver {
         let firewall = std::fs::read(self.ctx.layout.firewall_path(self.id)).ok();
         let bandwidth = self.options.bandwidth.as_ref();
         GuestSource::Container(ContainerBackup {
-            config: self.config.lines().for_backup().to_string().into_bytes(),
+            config: self.archived.clone().into_bytes(),
             firewall,
             tree: TREE.into(),
             host_tree: runner.view.host_tree(),

@@ -125,7 +125,7 @@ pub(crate) async fn unpack(
     let listening = std::thread::spawn(move || listen(reader, &told));
     let spec = UnpackSpec {
         codec: archive.codec,
-        mounts: archive.mounts.into_iter().filter(|mount| mount.parent().is_some()).collect(),
+        mounts: archive.mounts,
         makes_devices: runner.view.is_privileged,
         bounds: archive.bounds,
     };

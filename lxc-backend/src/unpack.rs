@@ -7,7 +7,7 @@
 //! says of them when all else is done, so that nothing that is made in them changes it or is changed by it; only
 //! attributes that mean nothing to the kernel they get at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -45,7 +45,7 @@ const NEW_DIRECTORY: Mode = Mode::RWXU;
 pub(crate) struct UnpackSpec {
     /// How the archive is compressed.
     pub(crate) codec: Codec,
-    /// Where volumes are mounted in the tree, other than its root.
+    /// Where volumes are mounted in the tree.
     pub(crate) mounts: Vec<PathBuf>,
     /// Whether device files are made: only for a privileged container.
     pub(crate) makes_devices: bool,
@@ -106,8 +106,8 @@ impl From<Codec> for ct_archive::Codec {
 pub(crate) struct Unpacked {
     /// Entries.
     pub(crate) entries: u64,
-    /// Whether there is anything but the roots of the volumes.
-    pub(crate) has_files: bool,
+    /// The volumes that have got anything, by their numbers in [`UnpackSpec::mounts`].
+    pub(crate) filled: BTreeSet<usize>,
     /// Bytes of data.
     pub(crate) data_bytes: u64,
     /// What was left out, in words, and how often.
@@ -134,7 +134,7 @@ pub(crate) fn unpack(
         let at = |why: String| format!("'{}': {why}", shown(&path));
         unpacking.take(entry, &mut reader).map_err(at)?;
         unpacking.done.entries += 1;
-        unpacking.done.has_files |= !unpacking.volumes.is_root(&path);
+        unpacking.done.filled.extend(unpacking.volumes.number_of_the_one_with(&path));
         if reported.elapsed() >= REPORT_INTERVAL {
             report(&unpacking.done);
             reported = Instant::now();
@@ -521,6 +521,8 @@ fn path_words(errno: Errno) -> String {
 struct Volumes {
     /// Where each is mounted and its root, the longest path first.
     roots: Vec<(Vec<u8>, OwnedFd)>,
+    /// The same, as they were named.
+    named: Vec<Vec<u8>>,
 }
 
 impl Volumes {
@@ -528,11 +530,16 @@ impl Volumes {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat2(CWD, tree, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
             .map_err(path_words)?;
-        let mut roots = Vec::new();
+        let (mut roots, mut named) = (Vec::new(), Vec::new());
         for mount in mounts {
             let below = mount.strip_prefix("/").unwrap_or(mount);
+            if below.as_os_str().is_empty() {
+                named.push(Vec::new());
+                continue;
+            }
             let path = ct_archive::clean(below.as_os_str().as_bytes(), PATH_PIECE_BYTES);
             let path = path.map_err(words)?;
+            named.push(path.clone());
             // Into the mount, which is the only one it may lead to.
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
             let opened = openat2(&root, path.as_slice(), flags, Mode::empty(), resolve);
@@ -543,7 +550,13 @@ impl Volumes {
         }
         roots.push((Vec::new(), root));
         roots.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
-        Ok(Self { roots })
+        Ok(Self { roots, named })
+    }
+
+    /// In which volume something is; none for the root of one, which is there without the archive.
+    fn number_of_the_one_with(&self, path: &[u8]) -> Option<usize> {
+        let (root, _) = self.roots.iter().find(|(root, _)| below(path, root).is_some())?;
+        if root == path { None } else { self.named.iter().position(|named| named == root) }
     }
 
     fn is_root(&self, path: &[u8]) -> bool {

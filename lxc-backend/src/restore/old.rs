@@ -2,6 +2,7 @@
 //! The container that a restore replaces: whether that may be, and what becomes of its volumes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use vzdump_core::config::container::{CtConfig, MountEntry};
 use vzdump_core::config::parse_bool;
@@ -21,6 +22,28 @@ pub(super) struct Fates {
     pub(super) stays: BTreeMap<String, String>,
     /// Kept as unused volumes.
     pub(super) unused: BTreeSet<String>,
+}
+
+impl Fates {
+    /// Keeps the volumes at mount points that have got no files: as unused ones, because the new volumes have their
+    /// places. The archive names them, but patterns may have left them out. Tells them.
+    pub(super) fn keep_without_files(
+        &mut self,
+        id: u32,
+        old: &CtConfig,
+        empty: &[&Path],
+    ) -> Result<Vec<VolumeId>, CtError> {
+        let mut kept = Vec::new();
+        for entry in old.mounts()? {
+            if !empty.contains(&entry.mount_point.as_path()) {
+                continue;
+            }
+            let own = own_volume(id, &entry.volume);
+            kept.extend(own.filter(|volume| self.frees.remove(volume)));
+        }
+        self.unused.extend(kept.iter().map(ToString::to_string));
+        Ok(kept)
+    }
 }
 
 /// The configuration of the container that is there, if it may be replaced.
@@ -113,11 +136,16 @@ mod tests {
             "rootfs: gone:7/x.raw,size=1G\nmp5: gone:7/y.raw,mp=/srv,backup=1\n\
              mp1: local:200/vm-200-disk-2.raw,mp=/cache\nmp4: /data,mp=/data\n",
         );
-        let fates = fates(200, &old, &archived.mounts().unwrap()).unwrap();
+        let mut fates = fates(200, &old, &archived.mounts().unwrap()).unwrap();
         let frees: Vec<String> = fates.frees.iter().map(ToString::to_string).collect();
         assert_eq!(frees, ["local:200/vm-200-disk-0.raw", "local:200/vm-200-disk-1.raw"]);
         assert_eq!(fates.stays.keys().collect::<Vec<_>>(), ["mp1", "mp4"]);
         let unused = [3, 5, 6].map(|n| format!("local:200/vm-200-disk-{n}.raw"));
-        assert_eq!(fates.unused.into_iter().collect::<Vec<_>>(), unused);
+        assert_eq!(fates.unused.iter().collect::<Vec<_>>(), unused.iter().collect::<Vec<_>>());
+        // What came back without files has not come back.
+        let kept = fates.keep_without_files(200, &old, &[Path::new("/srv")]).unwrap();
+        assert_eq!(kept, ["local:200/vm-200-disk-1.raw".parse().unwrap()]);
+        assert!(!fates.frees.contains(&kept[0]) && fates.unused.contains(&kept[0].to_string()));
+        assert_eq!(fates.frees.len(), 1, "{fates:?}");
     }
 }

@@ -2,6 +2,7 @@
 //! What a restore is going to do, checked before anything is made.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use vzdump_core::config::container::{CtConfig, MountEntry, ROOTFS};
@@ -39,6 +40,10 @@ impl Planned {
             entry.options.set("size", &size_config(self.mount.size_bytes));
         }
         entry.to_value()
+    }
+
+    pub(super) fn mount_point(&self) -> &Path {
+        &self.mount.mount_point
     }
 
     pub(super) fn shown(&self) -> PlannedVolume {

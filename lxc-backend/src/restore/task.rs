@@ -2,7 +2,7 @@
 //! The steps of one restore.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -71,13 +71,13 @@ impl Restore<'_> {
         let power = FileLock::try_acquire(&path, &format!("The power state of CT {}", self.id))?;
         let old = old::find(self.ctx, self.id, self.options.force).await?;
         let archived = self.read_archive().await?;
-        let plan = self.make_plan(&archived, old.as_ref()).await?;
+        let mut plan = self.make_plan(&archived, old.as_ref()).await?;
         if !self.options.overcommit {
             space::check(&plan.space).map_err(CtError::Invalid)?;
         }
         self.warn(report, plan.warnings.clone());
         let mut made = self.begin(&plan, old.is_some()).await?;
-        match Box::pin(self.make(&plan, &archived, old.as_ref(), &mut made, report)).await {
+        match Box::pin(self.make(&mut plan, &archived, old.as_ref(), &mut made, report)).await {
             Ok(()) => self.complete(made, &plan, report).await,
             Err(error) => {
                 let problems = self.undo(made).await;
@@ -202,7 +202,7 @@ impl Restore<'_> {
     /// Volumes, files, configuration.
     async fn make(
         &self,
-        plan: &Plan,
+        plan: &mut Plan,
         archived: &Archived,
         old: Old<'_>,
         made: &mut Made,
@@ -230,9 +230,20 @@ impl Restore<'_> {
             volumes.push(volume);
         }
         step("restore:allocated");
-        let left_out = self.fill(plan, &volumes, &ids, &made.new).await?;
+        let unpacked = self.fill(plan, &volumes, &ids, &made.new).await?;
         step("restore:filled");
-        self.warn(report, left_out);
+        let left_out = unpacked.left_out.iter();
+        self.warn(report, left_out.map(|(what, count)| format!("left out: {what} ({count})")));
+        if let Some(old) = old {
+            let without_files = (0..).zip(&plan.volumes);
+            let without_files = without_files.filter(|(at, _)| !unpacked.filled.contains(at));
+            let empty: Vec<&Path> = without_files.map(|(_, one)| one.mount_point()).collect();
+            let kept = plan.fates.keep_without_files(self.id, old, &empty)?;
+            let words = |kept: &VolumeId| {
+                format!("the archive has no files of '{kept}', which stays as an unused volume")
+            };
+            self.warn(report, kept.iter().map(words));
+        }
         let (config, warnings) = self.merge(plan, archived, old, &values)?;
         self.warn(report, warnings);
         if self.cancel.is_cancelled() {
@@ -248,14 +259,14 @@ impl Restore<'_> {
         self.write_new(&config, firewall, made).await
     }
 
-    /// Mounts the new volumes and unpacks into them. Returns what was left out.
+    /// Mounts the new volumes and unpacks into them.
     async fn fill(
         &self,
         plan: &Plan,
         volumes: &[VolumeId],
         ids: &[provider_api::IdMapRange],
         new: &NewVolumes,
-    ) -> Result<Vec<String>, CtError> {
+    ) -> Result<Unpacked, CtError> {
         let mounts: Vec<NewMount> = plan.volumes.iter().map(|one| one.mount.clone()).collect();
         let data_bytes = data_bytes_max(self.ctx, &mounts, volumes).await?;
         let bounds = Bounds { data_bytes, bytes_per_s: self.options.limit_bytes_per_s };
@@ -283,11 +294,10 @@ impl Restore<'_> {
         place.remove().await?;
         let unpacked = unpacked?;
         closed?;
-        if !unpacked.has_files {
+        if unpacked.filled.is_empty() {
             return Err(CtError::Invalid("The archive holds no files.".to_owned()));
         }
-        let left_out = unpacked.left_out.iter();
-        Ok(left_out.map(|(what, count)| format!("left out: {what} ({count})")).collect())
+        Ok(unpacked)
     }
 
     /// Init and cleanup of the provider in a pair, the unpacking between them.

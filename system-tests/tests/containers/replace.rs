@@ -170,3 +170,38 @@ fn a_restore_that_is_killed_leaves_the_old_container_or_the_new_one() {
     scene.run(&["ct", "start", "200"]);
     wait_for("the restored container is up", || scene.inside(200, "/srv/b").exists());
 }
+
+/// A pattern left the volume out, so nothing of it comes back: not even where an archive says that it is in it.
+#[test]
+fn a_volume_that_a_pattern_left_out_survives() {
+    let scene = Scene::with_archives();
+    scene.create(200, &["--mount", "/srv:32M"]);
+    let image = scene.root.join("state/storage/images/200/vm-200-disk-1.raw");
+    let content = blake3::hash(&std::fs::read(&image).unwrap());
+    let assert_whole = || {
+        let now = std::fs::read(&image).expect("the volume is not removed");
+        assert!(blake3::hash(&now) == content, "the volume is as it was");
+    };
+    let mount = "mp0: local:200/vm-200-disk-1.raw,mp=/srv,backup=1,size=32M";
+    assert!(scene.config(200).contains(mount), "{}", scene.config(200));
+    let report = scene.run(&["backup", "200", "--exclude-path", "/srv"]);
+    assert_eq!(report["guests"][0]["result"], "committed", "{report}");
+    let list = scene.run(&["list"]);
+    let volid = list["archives"][0]["volid"].as_str().unwrap();
+    let report = scene.run(&["restore", volid, "200", "--force"]);
+    assert_eq!(report["removed"].as_array().unwrap().len(), 1, "{report}");
+    assert!(scene.config(200).contains(mount), "{}", scene.config(200));
+    assert_whole();
+    // As archives said before.
+    let provider = provider(&scene, Identity::MappedRoot);
+    let config = format!("rootfs: local:200/a.raw,size=64M\n{mount}\nunprivileged: 1\n");
+    provider.plant("old", &config, &tar_of(&scene, "old.tar", &[("a", b'0', "", b"x")]));
+    let force = CtRestoreOptions { force: true, ..CtRestoreOptions::default() };
+    let (report, log) = restore(&scene, &provider, "old", 200, &force);
+    assert_eq!(report.error, None, "{log}");
+    let unused = "unused0: local:200/vm-200-disk-1.raw";
+    assert!(scene.config(200).contains(unused), "{}", scene.config(200));
+    assert!(log.contains("stays as an unused volume"), "{log}");
+    assert_eq!(report.removed.len(), 1, "{log}");
+    assert_whole();
+}
