@@ -39,7 +39,7 @@ use crate::files;
 use crate::kill_point::step;
 use crate::limits::RECORD_BYTES_MAX;
 use crate::manifest::{MANIFEST_FILE, Manifest, check_name};
-use crate::storage::{Claim, Leftover, RunDirectory, Storage, StorageLock};
+use crate::storage::{Claim, Leftover, RunDirectory, Storage, StorageLock, is_merge};
 
 /// What is known of a commit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -242,22 +242,51 @@ fn not_committed_unless_alive(
     }
 }
 
-/// Takes over what dead runs left, for the caller to remove after it has released the storage's
-/// lock. Their commits are recorded as not having happened.
-pub(crate) fn take_dead_runs(storage: &Storage, lock: &StorageLock) -> Result<Vec<Leftover>> {
-    let mut leftovers = storage.leftovers(lock)?;
-    for leftover in &leftovers {
-        storage.tidy_after(leftover, lock)?;
-    }
-    for archive in storage.under_way()? {
-        if let Some(Claim::Dead(run)) = storage.claim(&archive, lock)? {
-            storage.end_replacement(&run, lock)?;
-            // First the record, as above.
-            record_death(storage, &run)?;
-            leftovers.extend(run.retire(lock)?);
+/// What was found of dead runs.
+#[derive(Debug)]
+pub(crate) struct DeadRuns {
+    /// For the caller to remove after it has released the storage's lock.
+    pub(crate) leftovers: Vec<Leftover>,
+    /// Why what a dead removal had begun could not be ended.
+    pub(crate) unfinished: Option<Error>,
+}
+
+/// Takes over what dead runs left. Their commits are recorded as not having happened. What cannot be taken
+/// over stays where it is, and keeps nothing else from being done.
+pub(crate) fn look_for_dead_runs(storage: &Storage, lock: &StorageLock) -> Result<DeadRuns> {
+    let mut dead = DeadRuns { leftovers: Vec::new(), unfinished: None };
+    for name in storage.leftover_names()? {
+        match storage.claim_leftover(&name, lock) {
+            Ok(leftover) => dead.leftovers.extend(leftover),
+            Err(error) => warn!("What an unfinished backup left is not removed: {error}"),
         }
     }
-    Ok(leftovers)
+    for archive in storage.under_way()? {
+        match take_dead_run(storage, &archive, lock) {
+            Ok(leftover) => dead.leftovers.extend(leftover),
+            Err(error) => {
+                warn!("What an unfinished backup left is not removed: {error}");
+                if is_merge(&archive) {
+                    dead.unfinished.get_or_insert(error);
+                }
+            }
+        }
+    }
+    Ok(dead)
+}
+
+fn take_dead_run(storage: &Storage, archive: &str, lock: &StorageLock) -> Result<Option<Leftover>> {
+    let Some(Claim::Dead(run)) = storage.claim(archive, lock)? else { return Ok(None) };
+    storage.end_replacement(&run, lock)?;
+    // First the record, as above.
+    record_death(storage, &run)?;
+    run.retire(lock)
+}
+
+/// As [`look_for_dead_runs`], and an error if what a dead removal had begun could not be ended.
+pub(crate) fn take_dead_runs(storage: &Storage, lock: &StorageLock) -> Result<Vec<Leftover>> {
+    let dead = look_for_dead_runs(storage, lock)?;
+    dead.unfinished.map_or(Ok(dead.leftovers), Err)
 }
 
 /// Records that the commit of a dead run, if it had begun one, has not happened.

@@ -49,6 +49,7 @@ mod header;
 mod image;
 #[cfg(debug_assertions)]
 mod kill_point;
+mod leftovers;
 mod limits;
 mod manifest;
 mod merge;
@@ -82,6 +83,7 @@ use provider_api::{
 use call::{blocking, corrupt, limited};
 use container::DirectoryContainerRestore;
 use guest::DirectoryJob;
+use leftovers::Remover;
 use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, RECORD_KEEP, STATUS_WAIT};
 pub use manifest::ContainerFormat;
 use manifest::{Manifest, SmallFile, config_file, firewall_file};
@@ -119,6 +121,7 @@ pub struct DirectoryProvider {
     storage: Storage,
     tools: ToolPaths,
     container_format: ContainerFormat,
+    remover: Remover,
 }
 
 impl DirectoryProvider {
@@ -129,7 +132,8 @@ impl DirectoryProvider {
         // Images name their files from any working directory.
         let path = std::path::absolute(&path).unwrap_or(path);
         let container_format = ContainerFormat::default();
-        Self { storage: Storage::new(path), tools, container_format }
+        let remover = Remover::default();
+        Self { storage: Storage::new(path), tools, container_format, remover }
     }
 
     /// The provider that stores containers in this format. What is stored already is read whatever it has.
@@ -143,21 +147,20 @@ impl DirectoryProvider {
         blocking(move || storage.prepare()).await?;
         let lock = self.storage.must_lock(call, LOCK_WAIT).await?;
         let storage = self.storage.clone();
-        blocking(move || {
-            let leftovers = commit::take_dead_runs(&storage, &lock)?;
+        let leftovers = blocking(move || {
+            let dead = commit::look_for_dead_runs(&storage, &lock)?;
             // Removing may take long.
             drop(lock);
             if let Err(error) = commit::drop_old_records(&storage, RECORD_KEEP) {
                 tracing::warn!("Old commit records are kept: {error}");
             }
-            for leftover in leftovers {
-                let path = leftover.path().display();
-                tracing::info!("Removing what an unfinished backup left: {path}");
-                leftover.remove()?;
+            if let Some(error) = dead.unfinished {
+                tracing::warn!("A removal that was interrupted is not finished yet: {error}");
             }
-            Ok(())
-        })
-        .await
+            Ok(dead.leftovers)
+        });
+        self.remover.remove(leftovers.await?).await;
+        Ok(())
     }
 
     /// Does something short under the storage's lock.
@@ -180,18 +183,9 @@ impl DirectoryProvider {
             return Ok(CommitOutcome::Pending);
         };
         let storage = self.storage.clone();
-        blocking(move || {
-            let (outcome, leftover) = commit::outcome(&storage, id, &lock)?;
-            drop(lock);
-            if let Some(leftover) = leftover
-                && let Err(error) = leftover.remove()
-            {
-                // The answer stands; the next activation removes it.
-                tracing::warn!("{error}");
-            }
-            Ok(outcome)
-        })
-        .await
+        let (outcome, leftover) = blocking(move || commit::outcome(&storage, id, &lock)).await?;
+        self.remover.remove(leftover.into_iter().collect()).await;
+        Ok(outcome)
     }
 }
 
@@ -364,7 +358,8 @@ impl Provider for DirectoryProvider {
     }
 
     fn remove<'a>(&'a self, archive: &'a str, call: &'a Call) -> BoxFuture<'a, Result<()>> {
-        Box::pin(remove::remove(self.storage.clone(), archive.to_owned(), call))
+        let (storage, archive) = (self.storage.clone(), archive.to_owned());
+        Box::pin(remove::remove(storage, archive, &self.remover, call))
     }
 
     fn verify<'a>(

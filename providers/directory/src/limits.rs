@@ -78,6 +78,8 @@ pub(crate) const USE_WAIT: Duration = Duration::from_secs(2);
 pub(crate) const MERGE_ROUNDS: u32 = 4;
 /// The same wait in `commit_outcome`, which then answers "pending".
 pub(crate) const OUTCOME_LOCK_WAIT: Duration = Duration::from_secs(10);
+/// How long an activation waits for the removal of what dead runs left, which then goes on beside it.
+pub(crate) const LEFTOVERS_WAIT: Duration = Duration::from_secs(5);
 /// Pause between two tries of a lock.
 pub(crate) const LOCK_RETRY: Duration = Duration::from_millis(10);
 /// Longest answer time of `status`.

@@ -30,6 +30,7 @@ use crate::commit::take_dead_runs;
 use crate::files;
 use crate::header::Header;
 use crate::kill_point::step;
+use crate::leftovers::Remover;
 use crate::limits::{LOCK_WAIT, MERGE_ROUNDS, USE_WAIT};
 use crate::manifest::{
     Disk, MANIFEST_FILE, Manifest, checksums_file, config_file, firewall_file, image_file,
@@ -39,9 +40,18 @@ use crate::storage::{Leftover, RunDirectory, Storage};
 use crate::usage::Guest;
 
 /// Removes an archive. Cancelling the call, or dropping the future, ends it between two steps.
-pub(crate) async fn remove(storage: Storage, archive: String, call: &Call) -> Result<()> {
+pub(crate) async fn remove(
+    storage: Storage,
+    archive: String,
+    remover: &Remover,
+    call: &Call,
+) -> Result<()> {
     let call = Call { cancel: call.cancel.child_token(), deadline: call.deadline };
     let _end = call.cancel.clone().drop_guard();
+    // What a dead removal was about to put in its place must not come back later.
+    let (lock, dead) = (storage.must_lock(&call, LOCK_WAIT).await?, storage.clone());
+    let leftovers = blocking(move || take_dead_runs(&dead, &lock));
+    remover.remove(leftovers.await?).await;
     // Awaited also when it is cancelled: afterwards it is known whether the archive is there.
     blocking(move || {
         let result = Removal::begin(&storage, &archive, &call).and_then(|removal| removal.run());
@@ -63,11 +73,6 @@ struct Removal<'a> {
 
 impl<'a> Removal<'a> {
     fn begin(storage: &'a Storage, archive: &'a str, call: &'a Call) -> Result<Self> {
-        // What a dead removal was about to put in its place must not come back later.
-        let lock = storage.must_lock_blocking(call, LOCK_WAIT)?;
-        let leftovers = take_dead_runs(storage, &lock)?;
-        drop(lock);
-        leftovers.iter().for_each(discard);
         let manifest = storage.manifest(archive)?;
         let guest = Guest::new(storage, manifest.subtype, manifest.guest_id);
         Ok(Self { storage, archive, guest, call })

@@ -259,15 +259,23 @@ impl Storage {
         Ok(names)
     }
 
-    /// What dead runs left, and nobody is removing at the moment.
-    pub(crate) fn leftovers(&self, lock: &StorageLock) -> Result<Vec<Leftover>> {
-        let mut found = Vec::new();
-        for name in self.temporary_names()?.into_iter().filter(|name| is_dead_name(name)) {
-            if let Some(Claim::Dead(run)) = self.claim(&name, lock)? {
-                found.push(Leftover { path: run.path, lock: run.lock });
-            }
-        }
-        Ok(found)
+    /// Names of what dead runs left.
+    pub(crate) fn leftover_names(&self) -> Result<Vec<String>> {
+        let mut names = self.temporary_names()?;
+        names.retain(|name| is_dead_name(name));
+        Ok(names)
+    }
+
+    /// One of them, if nobody is removing it at the moment.
+    pub(crate) fn claim_leftover(
+        &self,
+        name: &str,
+        lock: &StorageLock,
+    ) -> Result<Option<Leftover>> {
+        let Some(Claim::Dead(run)) = self.claim(name, lock)? else { return Ok(None) };
+        let leftover = Leftover { path: run.path, lock: run.lock };
+        self.tidy_after(&leftover, lock)?;
+        Ok(Some(leftover))
     }
 
     fn temporary_names(&self) -> Result<Vec<String>> {
@@ -294,7 +302,7 @@ impl Storage {
 
     /// Removes from a committed archive what a process left there that died right after it had
     /// replaced what is now `leftover`.
-    pub(crate) fn tidy_after(&self, leftover: &Leftover, lock: &StorageLock) -> Result<()> {
+    fn tidy_after(&self, leftover: &Leftover, lock: &StorageLock) -> Result<()> {
         let manifest = files::read(&leftover.path.join(MANIFEST_FILE), MANIFEST_BYTES_MAX);
         match manifest.ok().and_then(|text| archive_in(&text)) {
             Some(archive) => self.remove_notes(&archive, lock),
@@ -305,7 +313,7 @@ impl Storage {
     /// Ends what a process began that died while it replaced an archive by a merged one, see
     /// [`RunDirectory::replace`]; other dead runs are left alone.
     pub(crate) fn end_replacement(&self, run: &RunDirectory, lock: &StorageLock) -> Result<()> {
-        if !run.archive.starts_with(MERGE_PREFIX) {
+        if !is_merge(&run.archive) {
             return Ok(());
         }
         // Before and after an exchange both manifests name the archive.
@@ -518,6 +526,11 @@ fn archive_in(manifest: &[u8]) -> Option<String> {
     }
     let Named { archive } = serde_json::from_slice(manifest).ok()?;
     check_name(&archive).is_ok().then_some(archive)
+}
+
+/// Whether a run makes what will replace an archive.
+pub(crate) fn is_merge(archive: &str) -> bool {
+    archive.starts_with(MERGE_PREFIX)
 }
 
 fn is_dead_name(name: &str) -> bool {

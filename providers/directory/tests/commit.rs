@@ -138,6 +138,24 @@ async fn a_backup_dropped_without_commit_is_not_listed_and_goes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_leftover_that_cannot_be_taken_over_keeps_nothing_from_being_done() {
+    let bench = Bench::new().await;
+    let name = complete(&bench).await.commit(Uuid::new_v4(), &bench.call).await.unwrap().archive;
+    let dead = bench.storage().join(format!(".tmp-dead-{}", Uuid::new_v4().simple()));
+    for bad in [dead, bench.storage().join(".tmp-vzdump-qemu-1-2025_01_02-03_04_05")] {
+        std::fs::create_dir_all(bad.join("lock")).unwrap();
+    }
+    drop(complete(&bench).await);
+    assert_eq!(leftovers(&bench).len(), 3);
+    let fresh = provider(&bench.storage());
+    fresh.activate(&bench.call).await.unwrap();
+    assert_eq!(leftovers(&bench).len(), 2, "all others are removed");
+    drop(fresh.restore_vm_init(&name, &bench.call).await.unwrap());
+    fresh.remove(&name, &bench.call).await.unwrap();
+    assert!(bench.names().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_killed_process_leaves_nothing_that_is_listed() {
     let bench = Bench::new().await;
     for step in ["started", "copied"] {
