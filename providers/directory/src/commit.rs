@@ -146,7 +146,7 @@ fn write_manifest(
     mut manifest: Manifest,
     id: Uuid,
 ) -> Result<u64> {
-    if storage.exists(run.archive()) {
+    if storage.exists(run.archive())? {
         return Err(Error::new(Kind::Other, format!("Archive {} exists.", run.archive())));
     }
     let others = storage.manifests()?;
@@ -178,7 +178,7 @@ pub(crate) fn outcome(
     match read_record(storage, id)? {
         Some(Record::NotCommitted) => Ok((CommitOutcome::NotCommitted, None)),
         Some(Record::Committing { archive }) => {
-            if storage.exists(&archive) {
+            if storage.exists(&archive)? {
                 return committed(storage, archive, lock);
             }
             match storage.claim(&archive, lock)? {
@@ -294,7 +294,7 @@ fn record_death(storage: &Storage, run: &RunDirectory) -> Result<()> {
     if let Some(id) = storage.committing(run.archive()) {
         return match read_record(storage, id)? {
             Some(Record::NotCommitted) => Ok(()),
-            Some(Record::Committing { archive }) if storage.exists(&archive) => Ok(()),
+            Some(Record::Committing { archive }) if storage.exists(&archive)? => Ok(()),
             _ => write_record(storage, id, &Record::NotCommitted),
         };
     }
@@ -306,7 +306,7 @@ fn record_death(storage: &Storage, run: &RunDirectory) -> Result<()> {
     for (id, record) in records(storage)? {
         if let Record::Committing { archive } = record
             && archive == run.archive()
-            && !storage.exists(&archive)
+            && !storage.exists(&archive)?
         {
             write_record(storage, id, &Record::NotCommitted)?;
         }

@@ -253,3 +253,12 @@ pub(crate) fn remove_tree(path: &Path) -> Result<()> {
 pub(crate) fn is_directory(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir())
 }
+
+/// As [`is_directory`], and an error if that cannot be told.
+pub(crate) fn has_directory(path: &Path) -> Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) => Ok(meta.is_dir()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(Error::io(format!("Cannot look at {}.", path.display()), e)),
+    }
+}

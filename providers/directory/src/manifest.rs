@@ -19,6 +19,8 @@
 //! are rebuilt from the device instead of believed, numbers are bounded.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::Path;
 
 use provider_api::{Error, GuestKind, Kind, Result, Transferred, Uuid, check_archive_name};
 use serde::{Deserialize, Serialize};
@@ -34,6 +36,13 @@ pub(crate) const TREE_FILE: &str = "tree.tar.zst";
 pub(crate) const TREE_DIRECTORY: &str = "tree";
 /// Name of the list of what is in that directory.
 pub(crate) const TREE_LIST_FILE: &str = "tree.blake3";
+
+/// Whether a file has a name that it has in archives, and hardly elsewhere.
+pub(crate) fn is_archive_file(name: &OsStr) -> bool {
+    Path::new(name).extension().is_some_and(|extension| extension == "blake3")
+        || name == TREE_FILE
+        || [GuestKind::Qemu, GuestKind::Lxc].into_iter().any(|kind| name == config_file(kind))
+}
 
 /// Name of the guest's configuration in an archive.
 pub(crate) fn config_file(kind: GuestKind) -> &'static str {

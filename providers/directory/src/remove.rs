@@ -57,7 +57,7 @@ pub(crate) async fn remove(
         let result = Removal::begin(&storage, &archive, &call).and_then(|removal| removal.run());
         result.map_err(|error| {
             // A file that is missing is not the archive that is missing.
-            let is_there = error.kind == Kind::NotFound && storage.exists(&archive);
+            let is_there = error.kind == Kind::NotFound && storage.exists(&archive).unwrap_or(true);
             if is_there { Error { kind: Kind::Corrupt, ..error } } else { error }
         })
     })
@@ -109,10 +109,18 @@ impl<'a> Removal<'a> {
         Ok(manifest)
     }
 
-    /// The archives that build upon this one.
+    /// The archives that build upon this one; an error if that cannot be told of one.
     fn dependents(&self) -> Result<Vec<Manifest>> {
-        let mut found = self.storage.manifests()?;
-        found.retain(|above| above.disks.iter().any(|disk| self.is_below(disk)));
+        let mut found = Vec::new();
+        for (name, manifest) in self.storage.read_manifests()? {
+            match manifest {
+                Ok(above) if above.disks.iter().any(|disk| self.is_below(disk)) => {
+                    found.push(above);
+                }
+                Ok(_) => {}
+                Err(error) => self.check_unreadable(&name, error)?,
+            }
+        }
         Ok(found)
     }
 
@@ -125,7 +133,6 @@ impl<'a> Removal<'a> {
         let _exclusive = self.guest.exclusive(self.call, LOCK_WAIT)?;
         let lock = self.storage.must_lock_blocking(self.call, LOCK_WAIT)?;
         self.check_removable()?;
-        self.check_unreadable()?;
         if !self.dependents()?.is_empty() {
             return Ok(None);
         }
@@ -139,19 +146,30 @@ impl<'a> Removal<'a> {
         Ok(Some(leftover))
     }
 
-    /// An archive whose manifest cannot be read is not merged into; if its images build upon this
-    /// one, it can only be repaired as long as this one is there.
-    fn check_unreadable(&self) -> Result<()> {
-        for name in self.storage.unreadable()? {
-            if images_build_upon(&self.storage.archive_path(&name), self.archive)? {
-                return Err(corrupt(format!(
-                    "Archive {} is kept: {name} builds upon it, but its manifest cannot be read. \
-                     Repair or remove the directory of {name} first.",
-                    self.archive
-                )));
-            }
+    /// An archive whose manifest is wrong or lost is not merged into; if its images build upon this one,
+    /// it can only be repaired as long as this one is there. And while a file cannot be read at all, nobody
+    /// knows what it would say.
+    fn check_unreadable(&self, name: &str, error: Error) -> Result<()> {
+        let unknown = |error: Error| {
+            let text = format!(
+                "Archive {} is kept: it cannot be told whether {name} builds upon it. {error} Try again when \
+                 all files of {name} can be read, or move its directory elsewhere.",
+                self.archive
+            );
+            Error { message: text, ..error }
+        };
+        if !matches!(error.kind, Kind::Corrupt | Kind::NotFound) {
+            return Err(unknown(error));
         }
-        Ok(())
+        let builds_upon = images_build_upon(&self.storage.archive_path(name), self.archive);
+        if !builds_upon.map_err(unknown)? {
+            return Ok(());
+        }
+        Err(corrupt(format!(
+            "Archive {} is kept: {name} builds upon it, but its manifest cannot be read. Repair or remove \
+             the directory of {name} first.",
+            self.archive
+        )))
     }
 
     /// Replaces an archive by one that holds what it had of this one.
@@ -165,7 +183,7 @@ impl<'a> Removal<'a> {
         let result = self.build(above, &run).and_then(|()| self.replace(above, &run));
         // What it was going to be, or what it was: unless it is the only one that is left, after two
         // renames have failed. The next activation then puts it in its place.
-        if self.storage.exists(&above.archive)
+        if matches!(self.storage.exists(&above.archive), Ok(true))
             && let Err(error) = run.remove()
         {
             warn!("What a removal left is removed by the next activation: {error}");
@@ -237,11 +255,11 @@ fn images_build_upon(directory: &Path, archive: &str) -> Result<bool> {
         if path.extension().is_none_or(|extension| extension != "qcow2") {
             continue;
         }
-        // What is no image, or cannot be read, builds upon nothing that could be found.
-        let Ok(mut file) = files::open_regular(&path) else { continue };
-        if let Ok(Ok(header)) = Header::read(&mut file)
-            && header.builds_upon(archive)
-        {
+        let mut file = files::open_regular(&path)?;
+        let header = Header::read(&mut file)
+            .map_err(|e| Error::io(format!("Cannot read {}.", path.display()), e))?;
+        // What is no image builds upon nothing that could be found.
+        if header.is_ok_and(|header| header.builds_upon(archive)) {
             return Ok(true);
         }
     }

@@ -39,7 +39,7 @@ use tracing::warn;
 use crate::call::{check, corrupt};
 use crate::kill_point::{is_without_exchange, step};
 use crate::limits::{LOCK_RETRY, MANIFEST_BYTES_MAX, NAME_TRIES, RECORD_BYTES_MAX};
-use crate::manifest::{MANIFEST_FILE, Manifest, check_name};
+use crate::manifest::{MANIFEST_FILE, Manifest, check_name, is_archive_file};
 use crate::{deep, files};
 
 const OWN_DIRECTORY: &str = ".vzdump";
@@ -235,7 +235,7 @@ impl Storage {
     /// A dead run's directory is ours for as long as the storage's lock is held.
     pub(crate) fn claim(&self, archive: &str, _lock: &StorageLock) -> Result<Option<Claim>> {
         let path = self.temporary_path(archive);
-        if !files::is_directory(&path) {
+        if !files::has_directory(&path)? {
             return Ok(None);
         }
         let lock_path = path.join(LOCK_FILE);
@@ -340,15 +340,15 @@ impl Storage {
     }
 
     /// Whether an archive of this name is there, whatever its state.
-    pub(crate) fn exists(&self, name: &str) -> bool {
-        files::is_directory(&self.archive_path(name))
+    pub(crate) fn exists(&self, name: &str) -> Result<bool> {
+        files::has_directory(&self.archive_path(name))
     }
 
     /// The manifest of a committed archive.
     pub(crate) fn manifest(&self, name: &str) -> Result<Manifest> {
         check_name(name)?;
         let path = self.archive_path(name);
-        if !files::is_directory(&path) {
+        if !self.exists(name)? {
             return Err(Error::new(
                 Kind::NotFound,
                 format!("There is no archive {name} in {}.", self.path.display()),
@@ -379,15 +379,20 @@ impl Storage {
         Ok(read.filter(|(_, manifest)| manifest.is_err()).map(|(name, _)| name).collect())
     }
 
-    fn read_manifests(&self) -> Result<Vec<(String, Result<Manifest>)>> {
+    /// The manifests of all committed archives, or why one cannot be read.
+    pub(crate) fn read_manifests(&self) -> Result<Vec<(String, Result<Manifest>)>> {
         let mut read = Vec::new();
         for name in self.entries()? {
-            if check_name(&name).is_err() || !self.exists(&name) {
+            if check_name(&name).is_err() {
                 continue;
             }
             match self.manifest(&name) {
-                // Somebody's own directory, or an archive removed just now.
-                Err(error) if error.kind == Kind::NotFound && !self.was_archive(&name) => {}
+                Err(error) if error.kind == Kind::NotFound => match self.was_archive(&name) {
+                    Ok(true) => read.push((name, Err(error))),
+                    // Somebody's own file or directory, or an archive removed just now.
+                    Ok(false) => {}
+                    Err(error) => read.push((name, Err(error))),
+                },
                 manifest => read.push((name, manifest)),
             }
         }
@@ -395,10 +400,21 @@ impl Storage {
     }
 
     /// Whether a directory without manifest holds what only archives have.
-    fn was_archive(&self, name: &str) -> bool {
-        let Ok(mut files) = fs::read_dir(self.archive_path(name)) else { return false };
-        let is_ours = |entry: fs::DirEntry| entry.path().extension().is_some_and(|e| e == "blake3");
-        files.any(|entry| entry.is_ok_and(is_ours))
+    fn was_archive(&self, name: &str) -> Result<bool> {
+        let path = self.archive_path(name);
+        let failed = |e| Error::io(format!("Cannot list {}.", path.display()), e);
+        let files = match fs::read_dir(&path) {
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(false);
+            }
+            files => files.map_err(failed)?,
+        };
+        for entry in files {
+            if is_archive_file(&entry.map_err(failed)?.file_name()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn entries(&self) -> Result<Vec<String>> {

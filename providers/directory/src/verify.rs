@@ -241,7 +241,7 @@ impl Verification {
             Ok(manifest) => return Ok(Some(manifest)),
             Err(error) => error,
         };
-        if error.kind == Kind::NotFound && !self.storage.exists(&self.archive) {
+        if error.kind == Kind::NotFound && !self.storage.exists(&self.archive)? {
             return Err(error);
         }
         drop(lock);

@@ -482,6 +482,58 @@ async fn what_an_unreadable_archive_builds_upon_is_kept() {
     assert!(case.storage.join(base).exists());
 }
 
+/// A link stands for a file that the storage does not give at the moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_removed_while_nobody_knows_what_builds_upon_it() {
+    let guest = Guest::new(13, 2).await;
+    let base = &guest.made[0].name;
+    for (manifest, image) in [(None, false), (Some("{"), true)] {
+        let case = guest.copy();
+        let above = case.storage.join(&case.made[1].name);
+        let hide = |file: &Path| {
+            std::fs::remove_file(file).unwrap();
+            std::os::unix::fs::symlink("/nonexistent/file", file).unwrap();
+        };
+        match manifest {
+            Some(text) => std::fs::write(above.join("manifest.json"), text).unwrap(),
+            None => hide(&above.join("manifest.json")),
+        }
+        if image {
+            let files = std::fs::read_dir(&above).unwrap().map(|file| file.unwrap().path());
+            let images = files.filter(|file| file.extension().is_some_and(|e| e == "qcow2"));
+            images.for_each(|image| hide(&image));
+        }
+        let error = provider(&case.storage).remove(base, &Call::default()).await.unwrap_err();
+        assert!(error.message.contains(&case.made[1].name), "{error}");
+        assert_eq!(error.kind, Kind::Io, "{error}");
+        assert!(case.storage.join(base).exists());
+    }
+}
+
+/// Of an archive that has lost its manifest, any file that is left tells what it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_without_its_manifest_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = provider(dir.path());
+    bench.activate(&Call::default()).await.unwrap();
+    let mut expected = Vec::new();
+    for (number, file) in
+        ["tree.tar.zst", "tree.blake3", "scsi0.blake3", "lxc.conf", "qemu-server.conf"]
+            .iter()
+            .enumerate()
+    {
+        let name = format!("vzdump-lxc-{}-2026_01_02-03_04_05", number + 1);
+        std::fs::create_dir(dir.path().join(&name)).unwrap();
+        std::fs::write(dir.path().join(&name).join(file), "x").unwrap();
+        expected.push(name);
+    }
+    std::fs::create_dir(dir.path().join("photos")).unwrap();
+    std::fs::write(dir.path().join("photos/one.png"), "x").unwrap();
+    let mut found = bench.unreadable(&Call::default()).await.unwrap();
+    found.sort();
+    assert_eq!(found, expected);
+}
+
 /// A file system in RAM; unmounted with the test.
 struct Mounted(PathBuf);
 
