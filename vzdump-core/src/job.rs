@@ -74,12 +74,17 @@ pub struct Limits {
     pub transfer_stall: Duration,
     /// For the provider's commit.
     pub commit: Duration,
+    /// The same of a provider that says it commits slowly, and how long it is asked for the outcome of such a
+    /// commit as long as that is pending.
+    pub slow_commit: Duration,
     /// What a commit gets to end after the job was cancelled.
     pub commit_grace: Duration,
     /// How often a commit's outcome is asked for.
     pub outcome_attempts: u32,
     /// Before the second question; doubled each time, up to a minute.
     pub outcome_delay: Duration,
+    /// For offering a disk of an archive, which may have to be put together first.
+    pub offer: Duration,
     /// For one step of undoing.
     pub undo: Duration,
     /// For the removal of one archive, which may have to be copied into another one.
@@ -102,9 +107,11 @@ impl Default for Limits {
             point_in_time: Duration::from_secs(300),
             transfer_stall: Duration::from_secs(1800),
             commit: Duration::from_secs(4 * 3600),
+            slow_commit: Duration::from_secs(24 * 3600),
             commit_grace: Duration::from_secs(60),
             outcome_attempts: 6,
             outcome_delay: Duration::from_secs(2),
+            offer: Duration::from_secs(12 * 3600),
             undo: Duration::from_secs(180),
             removal: Duration::from_secs(12 * 3600),
             hook: Duration::from_secs(4 * 3600),

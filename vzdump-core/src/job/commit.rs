@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The commit of one guest's backup: until its outcome is known, and written down.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use provider_api::{CancellationToken, CommitOutcome, Provider, Uuid};
 
@@ -19,7 +19,8 @@ impl Run<'_> {
     pub(super) async fn commit(&mut self) -> StepResult<()> {
         let backup = self.backup.take().ok_or("the provider's backup is not begun")?;
         let limits = &self.ctx.limits;
-        let call = call_within(self.cancel, limits.commit);
+        let limit = if self.commits_slowly() { limits.slow_commit } else { limits.commit };
+        let call = call_within(self.cancel, limit);
         let impatient = async {
             self.cancel.cancelled().await;
             tokio::time::sleep(limits.commit_grace).await;
@@ -28,7 +29,7 @@ impl Run<'_> {
             biased;
             result = backup.commit(self.commit_id, &call) =>
                 result.map_err(|error| format!("the commit failed: {}", chain(&error)))?,
-            () = tokio::time::sleep(limits.commit) =>
+            () = tokio::time::sleep(limit) =>
                 return Err("the provider did not commit in time".to_owned()),
             () = impatient => return Err("the job was cancelled during the commit".to_owned()),
         };
@@ -59,7 +60,10 @@ impl Run<'_> {
         let why = self.report.error.clone().unwrap_or_default();
         self.sink.warn(&format!("{why}; asking the provider what became of the commit"));
         let limits = &self.ctx.limits;
-        let outcome = ask_outcome(self.provider, self.commit_id, limits, self.sink).await;
+        let mut outcome = ask_outcome(self.provider, self.commit_id, limits, self.sink).await;
+        if matches!(outcome, Ok(CommitOutcome::Pending)) && self.commits_slowly() {
+            outcome = self.ask_on().await;
+        }
         match outcome {
             Ok(CommitOutcome::Committed { archive }) => {
                 self.check_archive(&archive);
@@ -77,6 +81,32 @@ impl Run<'_> {
                 Outcome::Unknown
             }
         }
+    }
+
+    fn commits_slowly(&self) -> bool {
+        self.provider.describe().capabilities.slow_commit
+    }
+
+    /// Asks on while a slow commit is pending, which may be for hours; not after the job was cancelled.
+    async fn ask_on(&mut self) -> Result<CommitOutcome, String> {
+        let limits = &self.ctx.limits;
+        let hours = limits.slow_commit.as_secs() / 3600;
+        self.sink.info(&format!("a slow commit is asked for until it is known, for {hours} hours"));
+        let until = Instant::now() + limits.slow_commit;
+        let pause = (limits.outcome_delay * 32).min(DELAY_MAX);
+        while Instant::now() < until {
+            if self.cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                break;
+            }
+            let answer = match ask_once(self.provider, self.commit_id, limits).await {
+                Err(_) => ask_outcome(self.provider, self.commit_id, limits, self.sink).await,
+                answer => answer,
+            };
+            if !matches!(answer, Ok(CommitOutcome::Pending)) {
+                return answer;
+            }
+        }
+        Ok(CommitOutcome::Pending)
     }
 
     /// Writes the outcome down, so that a recovery need not ask again.
@@ -109,18 +139,25 @@ pub(crate) async fn ask_outcome(
             tokio::time::sleep(delay).await;
             delay = (delay * 2).min(DELAY_MAX);
         }
-        let call = call_within(&CancellationToken::new(), limits.provider_call);
-        let question = provider.commit_outcome(id, &call);
-        last = match tokio::time::timeout(limits.provider_call, question).await {
-            Ok(Ok(CommitOutcome::Pending)) => Ok(CommitOutcome::Pending),
-            Ok(Ok(known)) => return Ok(known),
-            Ok(Err(error)) => Err(chain(&error)),
-            Err(_) => Err("the provider did not answer in time".to_owned()),
-        };
+        last = ask_once(provider, id, limits).await;
         match &last {
-            Ok(_) => sink.info("the commit is still pending"),
+            Ok(CommitOutcome::Pending) => sink.info("the commit is still pending"),
+            Ok(_) => return last,
             Err(error) => sink.warn(&format!("no answer about the commit: {error}")),
         }
     }
     last
+}
+
+async fn ask_once(
+    provider: &dyn Provider,
+    id: Uuid,
+    limits: &Limits,
+) -> Result<CommitOutcome, String> {
+    let call = call_within(&CancellationToken::new(), limits.provider_call);
+    let question = provider.commit_outcome(id, &call);
+    match tokio::time::timeout(limits.provider_call, question).await {
+        Ok(answer) => answer.map_err(|error| chain(&error)),
+        Err(_) => Err("the provider did not answer in time".to_owned()),
+    }
 }

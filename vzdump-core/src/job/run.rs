@@ -534,6 +534,8 @@ fn limit_of(action: Action, kind: GuestKind, limits: &Limits) -> Option<Duration
         | Action::AskOutcome
         | Action::Describe
         | Action::Finish(_) => None,
+        // A copy of a container has as many files as the container.
+        Action::Cleanup if kind == GuestKind::Lxc => Some(limits.removal),
         _ => Some(limits.undo),
     }
 }

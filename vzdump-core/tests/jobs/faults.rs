@@ -364,6 +364,38 @@ async fn old_data_that_cannot_be_dropped_before_a_slow_commit_is_a_warning() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_slow_commit_is_asked_for_until_it_is_known() {
+    let commit = Commit::PendingFor(5);
+    for (is_slow, result) in [(true, GuestResult::Committed), (false, GuestResult::Unknown)] {
+        let world = World::with("", Script { is_slow, commit, ..Script::default() });
+        let report = world.backup().await;
+        assert_eq!(report.result, result, "{}", world.sink.text());
+        let asked = if is_slow { 6 } else { 3 };
+        assert_eq!(world.provider.count("commit_outcome"), asked);
+    }
+    // Neither for ever, nor for somebody who has no time.
+    for is_cancelled in [false, true] {
+        let script = Script { is_slow: true, commit: Commit::StaysPending, ..Script::default() };
+        let mut world = World::with("", script);
+        if !is_cancelled {
+            world.ctx.limits.slow_commit = Duration::from_millis(1000);
+        }
+        let (provider, cancel) = (world.provider.clone(), world.cancel.clone());
+        let watch = async {
+            while is_cancelled && provider.count("commit_outcome") < 4 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            if is_cancelled {
+                cancel.cancel();
+            }
+        };
+        let (report, ()) = tokio::join!(world.backup(), watch);
+        assert_eq!(report.result, GuestResult::Unknown, "{}", world.sink.text());
+        assert!(world.provider.count("commit_outcome") > 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_slow_provider_that_fails_before_its_commit_loses_nothing() {
     let script = Script { is_slow: true, fail: Some("backup_vm"), ..Script::default() };
     let world = World::with("", script);

@@ -29,6 +29,8 @@ pub enum Commit {
     Fails,
     /// An error, and the outcome stays open.
     StaysPending,
+    /// Durable, and an error; the outcome stays open for so many questions.
+    PendingFor(usize),
     /// Never returns; not durable.
     Hangs,
     /// The process dies before it is durable.
@@ -319,7 +321,13 @@ impl Provider for FakeProvider {
     ) -> BoxFuture<'a, Result<CommitOutcome>> {
         ready(self.0.call("commit_outcome").map(|()| {
             let script = self.0.script.lock().unwrap();
-            if script.commit == Commit::StaysPending {
+            let asked = self.count("commit_outcome");
+            let is_pending = match script.commit {
+                Commit::StaysPending => true,
+                Commit::PendingFor(questions) => asked <= questions,
+                _ => false,
+            };
+            if is_pending {
                 CommitOutcome::Pending
             } else if self.0.commit_file(id).exists() {
                 CommitOutcome::Committed { archive: ARCHIVE.into() }
@@ -473,7 +481,7 @@ impl GuestBackup for FakeBackup {
             let failed = Error::new(Kind::Io, "scripted failure of commit");
             match how {
                 Commit::Works => write(),
-                Commit::WorksButFails => {
+                Commit::WorksButFails | Commit::PendingFor(_) => {
                     write();
                     return Err(failed);
                 }
