@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use provider_api::{
     BoxFuture, Call, CommandEnd, ContainerCommand, ContainerRunner, Error, Kind, Result,
-    STDERR_TAIL_BYTES,
+    STDERR_TAIL_BYTES, StderrCopy,
 };
 use tokio::sync::mpsc::Sender;
 
@@ -55,12 +55,14 @@ struct Task {
     paths: Vec<PathBuf>,
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
+    stderr: Option<StderrCopy>,
 }
 
 impl From<ContainerCommand> for Task {
     fn from(command: ContainerCommand) -> Self {
-        let ContainerCommand { argv, identity, env, paths, stdin, stdout } = command;
-        Self { role: identity.into(), work: Work::Command { argv, env }, paths, stdin, stdout }
+        let ContainerCommand { argv, identity, env, paths, stdin, stdout, stderr } = command;
+        let work = Work::Command { argv, env };
+        Self { role: identity.into(), work, paths, stdin, stdout, stderr }
     }
 }
 
@@ -76,7 +78,7 @@ impl Runner {
         let role = if self.view.is_privileged { Role::Owner } else { Role::MappedRoot };
         let (stdin, stdout) = (Some(archive), Some(reports));
         let work = Work::Unpack(spec);
-        self.run(Task { role, work, paths: Vec::new(), stdin, stdout }, call).await
+        self.run(Task { role, work, paths: Vec::new(), stdin, stdout, stderr: None }, call).await
     }
 
     /// Packs the tree, which nobody vouches for, into an archive. `tar` follows no links in it, and finds
@@ -85,7 +87,8 @@ impl Runner {
         let argv = PACK.iter().chain(&["--directory", TREE, "."]).map(Into::into).collect();
         let work = Work::Command { argv, env: Vec::new() };
         let (role, stdout) = (Role::SourceReader, Some(archive));
-        self.run(Task { role, work, paths: Vec::new(), stdin: None, stdout }, call).await
+        self.run(Task { role, work, paths: Vec::new(), stdin: None, stdout, stderr: None }, call)
+            .await
     }
 
     async fn run(&self, task: Task, call: &Call) -> Result<CommandEnd> {
@@ -184,7 +187,11 @@ impl Running {
             threads: Vec::new(),
         };
         if let Some(stderr) = running.child.stderr.take() {
-            running.threads.push(listen(stderr, log.clone(), Some(Arc::clone(&running.tail))));
+            running.threads.push(listen(
+                stderr,
+                log.clone(),
+                Some((Arc::clone(&running.tail), task.stderr)),
+            ));
         }
         if let Some(stdout) = running.child.stdout.take().filter(|_| is_logged) {
             running.threads.push(listen(stdout, log.clone(), None));
@@ -237,11 +244,11 @@ impl Drop for Running {
     }
 }
 
-/// Takes a command's lines to the log, and the last of them for the provider.
+/// Takes a command's lines to the log, and those that are `kept` for the provider: the last of them, or all.
 fn listen(
     pipe: impl Read + Send + 'static,
     log: Sender<String>,
-    tail: Option<Arc<Mutex<VecDeque<u8>>>>,
+    mut kept: Option<(Arc<Mutex<VecDeque<u8>>>, Option<StderrCopy>)>,
 ) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let mut lines = BufReader::new(pipe);
@@ -252,7 +259,10 @@ fn listen(
                 Ok(0) | Err(_) => return,
                 Ok(_) => {}
             }
-            if let Some(tail) = &tail {
+            if let Some((tail, copy)) = &mut kept {
+                if let Some(copy) = copy {
+                    copy.give(&line);
+                }
                 let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
                 tail.extend(&line);
                 let over = tail.len().saturating_sub(STDERR_TAIL_BYTES);

@@ -381,6 +381,9 @@ fn words(error: CopyError, dir: &Path) -> CtError {
                                the first copy. Use --mode stop."
                 .to_owned()
         }
+        CopyError::TooMany => {
+            format!("The container's files cannot be copied: {error}. Use --mode stop.")
+        }
         CopyError::Source { .. } => format!(
             "The copy of the container's files failed: {error}. With --skip-unreadable such files are left out."
         ),

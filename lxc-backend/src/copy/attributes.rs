@@ -6,8 +6,8 @@ use std::os::fd::BorrowedFd;
 
 use rustix::fs::{
     AtFlags, Gid, Mode, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, fchmod,
-    fchown, fgetxattr, flistxattr, fsetxattr, futimens, lgetxattr, llistxattr, lsetxattr,
-    utimensat,
+    fchown, fgetxattr, flistxattr, fsetxattr, fstat, futimens, lgetxattr, llistxattr, lsetxattr,
+    statat, utimensat,
 };
 use rustix::io::Errno;
 
@@ -16,8 +16,37 @@ use super::{Buffers, Fault};
 /// What a backup keeps of extended attributes; others belong to one file system or one host.
 const KEPT: [&[u8]; 4] = [b"user.", b"trusted.", b"security.capability", b"system.posix_acl_"];
 
+/// Times that every file system has.
+pub(crate) const SAFE_SECONDS: std::ops::Range<i64> = 0..1 << 31;
+
 /// An extended attribute.
 pub(super) type Attribute = (CString, Vec<u8>);
+
+/// Owner, mode and times of a file.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Looks {
+    uid: u32,
+    gid: u32,
+    /// With the kind of the file.
+    mode: u32,
+    /// Seconds and nanoseconds of the last access and the last change.
+    times: [(i64, u32); 2],
+}
+
+impl Looks {
+    pub(super) fn of(stat: &Stat) -> Self {
+        let nanos = |nanos| u32::try_from(nanos).unwrap_or_default();
+        Self {
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            mode: stat.st_mode,
+            times: [
+                (stat.st_atime, nanos(stat.st_atime_nsec)),
+                (stat.st_mtime, nanos(stat.st_mtime_nsec)),
+            ],
+        }
+    }
+}
 
 /// A file by a descriptor, or by a path for what cannot be opened.
 #[derive(Debug, Clone, Copy)]
@@ -88,11 +117,10 @@ pub(super) fn read(source: At<'_>, buffers: &mut Buffers) -> Result<Vec<Attribut
 }
 
 /// Gives a new file what the other one has. The order matters: a new owner takes bits and capabilities away.
-pub(super) fn give(target: At<'_>, stat: &Stat, attributes: &[Attribute]) -> Result<(), Fault> {
-    let (uid, gid) = (Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)));
-    let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
-    let is_link =
-        rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Symlink;
+pub(super) fn give(target: At<'_>, looks: Looks, attributes: &[Attribute]) -> Result<(), Fault> {
+    let (uid, gid) = (Some(Uid::from_raw(looks.uid)), Some(Gid::from_raw(looks.gid)));
+    let mode = Mode::from_raw_mode(looks.mode & 0o7777);
+    let is_link = rustix::fs::FileType::from_raw_mode(looks.mode) == rustix::fs::FileType::Symlink;
     match target {
         At::Open(fd) => fchown(fd, uid, gid).and_then(|()| fchmod(fd, mode)),
         At::Named(dir, name) => {
@@ -110,21 +138,26 @@ pub(super) fn give(target: At<'_>, stat: &Stat, attributes: &[Attribute]) -> Res
             Fault::target(what, errno)
         })?;
     }
-    let times = times_of(stat);
-    match target {
-        At::Open(fd) => futimens(fd, &times),
-        At::Named(dir, name) => utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW),
-    }
-    .map_err(|errno| Fault::target("give a file its times", errno))
+    set_times(target, looks.times).map_err(|errno| Fault::target("keep the times of a file", errno))
 }
 
-fn times_of(stat: &Stat) -> Timestamps {
-    let time = |seconds, nanoseconds| Timespec {
-        tv_sec: seconds,
-        tv_nsec: i64::try_from(nanoseconds).unwrap_or_default(),
-    };
-    Timestamps {
-        last_access: time(stat.st_atime, stat.st_atime_nsec),
-        last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
+/// Which a file system may not have: then the nearest ones that it has are set, without an error.
+fn set_times(target: At<'_>, [accessed, changed]: [(i64, u32); 2]) -> rustix::io::Result<()> {
+    let time = |(tv_sec, nanos): (i64, u32)| Timespec { tv_sec, tv_nsec: nanos.into() };
+    let times = Timestamps { last_access: time(accessed), last_modification: time(changed) };
+    let now = match target {
+        At::Open(fd) => futimens(fd, &times).map(|()| fd),
+        At::Named(dir, name) => {
+            utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).map(|()| dir)
+        }
+    }?;
+    if [accessed.0, changed.0].iter().all(|seconds| SAFE_SECONDS.contains(seconds)) {
+        return Ok(());
     }
+    let stat = match target {
+        At::Open(_) => fstat(now),
+        At::Named(_, name) => statat(now, name, AtFlags::SYMLINK_NOFOLLOW),
+    }?;
+    let is_kept = (stat.st_atime, stat.st_mtime) == (accessed.0, changed.0);
+    if is_kept { Ok(()) } else { Err(Errno::RANGE) }
 }

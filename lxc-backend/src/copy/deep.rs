@@ -14,6 +14,9 @@ const PIECE_BYTES_MAX: usize = 4000;
 /// The longest path that is followed at all.
 pub(super) const PATH_BYTES_MAX: usize = 64 << 10;
 
+/// Names of one directory that are held in memory.
+const NAMES_MAX: usize = 16 << 20;
+
 /// Opens a directory below `root`, through no link and into no other mount.
 pub(super) fn open_directory(root: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
     let mut rest = path.as_os_str().as_bytes();
@@ -64,6 +67,10 @@ pub(super) fn names(dir: impl AsFd, buffer: &mut Vec<u8>) -> io::Result<Vec<CStr
         let name = entry.file_name();
         if ![c".", c".."].contains(&name) {
             found.push(name.to_owned());
+        }
+        if found.len() > NAMES_MAX {
+            let text = format!("a directory has more than {NAMES_MAX} entries");
+            return Err(io::Error::other(text));
         }
     }
     Ok(found)

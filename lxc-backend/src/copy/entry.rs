@@ -13,7 +13,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::attributes::{At, give, read};
+use super::attributes::{At, Looks, give, read};
 use super::{Buffers, Control, DATA_BYTES, Fault};
 
 /// A name in a directory of the container, and in the copy of this directory.
@@ -54,7 +54,7 @@ pub(super) fn begin(place: Place<'_>, stat: &Stat, buffers: &mut Buffers) -> Res
         mknodat(place.target, place.name, kind, Mode::RUSR | Mode::WUSR, stat.st_rdev)
             .map_err(|errno| Fault::making("make a device file, pipe or socket", errno))?;
     }
-    give(At::Named(place.target, place.name), stat, &attributes)?;
+    give(At::Named(place.target, place.name), Looks::of(stat), &attributes)?;
     Ok(Begun::Complete)
 }
 
@@ -89,7 +89,7 @@ pub(super) fn fill(
         copy_sparse(source, target, size, control, buffers, bytes)?;
     }
     let attributes = read(At::Open(source.as_fd()), buffers)?;
-    give(At::Open(target.as_fd()), stat, &attributes)
+    give(At::Open(target.as_fd()), Looks::of(stat), &attributes)
 }
 
 fn copy_sparse(

@@ -4,18 +4,21 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{AtFlags, linkat, unlinkat};
 
 use super::entry::Place;
+use super::paths::{Dir, Paths};
 use super::{Fault, deep};
+
+/// About what one name costs beside its bytes.
+pub(super) const LINK_BYTES: usize = 112;
 
 /// A name in the copy.
 #[derive(Debug, Clone)]
 pub(super) struct Name {
-    pub(super) dir: Arc<PathBuf>,
+    pub(super) dir: Dir,
     pub(super) name: CString,
 }
 
@@ -40,13 +43,18 @@ impl Links {
     }
 
     /// Removes all names that a file has got whose content could not be read; tells them.
-    pub(super) fn break_up(&self, ino: u64, target: &OwnedFd) -> Result<Vec<Name>, Fault> {
+    pub(super) fn break_up(
+        &self,
+        ino: u64,
+        target: &OwnedFd,
+        paths: &Paths,
+    ) -> Result<Vec<Name>, Fault> {
         let mut links = self.lock();
         let Some(link) = links.get_mut(&ino) else { return Ok(Vec::new()) };
         link.is_broken = true;
         let names = std::mem::take(&mut link.names);
         for name in &names {
-            let removed = match deep::open_directory(target, &name.dir) {
+            let removed = match deep::open_directory(target, &paths.path(name.dir)) {
                 Ok(dir) => unlinkat(&dir, name.name.as_c_str(), AtFlags::empty()),
                 Err(error) => return Err(Fault::writing(&error)),
             };
@@ -60,8 +68,8 @@ impl Links {
 }
 
 impl Link {
-    pub(super) fn new(dir: &Arc<PathBuf>, name: &CStr, is_new: bool) -> Self {
-        let name = Name { dir: Arc::clone(dir), name: name.to_owned() };
+    pub(super) fn new(dir: Dir, name: &CStr, is_new: bool) -> Self {
+        let name = Name { dir, name: name.to_owned() };
         Self { names: vec![name], is_new, is_broken: false }
     }
 
@@ -69,20 +77,20 @@ impl Link {
     pub(super) fn add(
         &mut self,
         target: &OwnedFd,
-        dir: &Arc<PathBuf>,
-        place: Place<'_>,
+        paths: &Paths,
+        (dir, place): (Dir, Place<'_>),
     ) -> Result<(), Fault> {
         let Some(first) = self.names.first() else { return Err(Fault::Vanished) };
-        let made = if *first.dir == **dir {
+        let made = if first.dir == dir {
             linkat(place.target, first.name.as_c_str(), place.target, place.name, AtFlags::empty())
         } else {
-            let around = deep::open_directory(target, Path::new(&*first.dir))
+            let around = deep::open_directory(target, &paths.path(first.dir))
                 .map_err(|error| Fault::writing(&error))?;
             linkat(&around, first.name.as_c_str(), place.target, place.name, AtFlags::empty())
         };
         made.map_err(|errno| Fault::making("make a hard link", errno))?;
         if self.is_new {
-            self.names.push(Name { dir: Arc::clone(dir), name: place.name.to_owned() });
+            self.names.push(Name { dir, name: place.name.to_owned() });
         }
         Ok(())
     }

@@ -16,23 +16,25 @@ mod attributes;
 mod deep;
 mod entry;
 mod links;
+mod paths;
 mod stamp;
 #[cfg(test)]
 mod tests;
 mod walk;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use provider_api::Reached;
-use rustix::fs::{AtFlags, Mode, OFlags, Stat, mkdirat, openat, syncfs, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, fstat, mkdirat, openat, syncfs, unlinkat};
 use rustix::io::Errno;
 use vzdump_core::bandwidth::DiskShare;
 
-use attributes::{At, Attribute, give};
+use attributes::{At, Attribute, Looks, give};
+use paths::{Dir, Paths};
 use stamp::Memory;
 use walk::Pass;
 
@@ -42,8 +44,12 @@ const DATA_BYTES: usize = 256 << 10;
 const ATTRIBUTE_BYTES_MAX: usize = 64 << 10;
 /// For the names of a directory.
 const NAMES_BYTES: usize = 64 << 10;
+/// What a pass over all volumes keeps in memory of directories and of files with several names.
+const KEPT_BYTES_MAX: usize = 1 << 30;
 /// How many files that cannot be read are listed; all are counted.
 const SKIPPED_MAX: usize = 1000;
+/// What cannot be while nothing runs, unless the file system is damaged or the host changes it.
+const VANISHED: &str = "it is not there any more, or twice, although the container is frozen";
 /// What was a directory of the copy and is none any more is moved here, which takes no time.
 const GONE: &str = "gone";
 
@@ -56,6 +62,9 @@ pub(crate) enum CopyError {
     /// The time that it had is over.
     #[error("the copy took too long")]
     TooLong,
+    /// What is to be kept in memory of the container would be too much.
+    #[error("too many directories, attributes of directories, or files with several names")]
+    TooMany,
     /// A file of the container cannot be read.
     #[error("cannot read '{path}' of the container: {error}")]
     Source {
@@ -81,7 +90,8 @@ impl CopyError {
 enum Fault {
     Cancelled,
     TooLong,
-    /// It is not there any more.
+    TooMany,
+    /// It is not there any more, or is another one.
     Vanished,
     Source(io::Error),
     Target {
@@ -120,7 +130,8 @@ impl Fault {
         match self {
             Self::Cancelled => CopyError::Cancelled,
             Self::TooLong => CopyError::TooLong,
-            Self::Vanished => CopyError::Source { path, error: io::ErrorKind::NotFound.into() },
+            Self::TooMany => CopyError::TooMany,
+            Self::Vanished => CopyError::Source { path, error: io::Error::other(VANISHED) },
             Self::Source(error) => CopyError::Source { path, error },
             Self::Target { doing, error } => CopyError::Target { path, doing, error },
         }
@@ -135,10 +146,15 @@ pub(crate) struct Control {
     entries: AtomicU64,
     /// Bytes that were read.
     bytes: AtomicU64,
+    /// Bytes of memory that are kept until the end.
+    kept: AtomicUsize,
     /// When it must be complete.
     deadline: Option<Instant>,
     /// What may be read in a second.
     limit: Option<(tokio::runtime::Handle, DiskShare)>,
+    /// Called before a directory is opened.
+    #[cfg(test)]
+    at_directory: tests::AtDirectory,
 }
 
 impl Control {
@@ -170,6 +186,12 @@ impl Control {
             return Err(Fault::TooLong);
         }
         Ok(())
+    }
+
+    /// Counts memory that is kept until the end: how much is the container's choice.
+    fn keep(&self, bytes: usize) -> Result<(), Fault> {
+        let before = self.kept.fetch_add(bytes, Ordering::Relaxed);
+        if before.saturating_add(bytes) > KEPT_BYTES_MAX { Err(Fault::TooMany) } else { Ok(()) }
     }
 
     fn passed(&self, bytes: u64) {
@@ -246,9 +268,21 @@ impl Buffers {
 
 /// What a directory is to get in the end.
 struct DirectoryEnd {
-    path: PathBuf,
-    stat: Stat,
+    dir: Dir,
+    /// The number of its copy.
+    copy: u64,
+    looks: Looks,
     attributes: Vec<Attribute>,
+}
+
+impl DirectoryEnd {
+    /// About what it takes of the memory.
+    fn bytes(&self) -> usize {
+        let attributes = self.attributes.iter();
+        let attributes: usize =
+            attributes.map(|(name, value)| name.count_bytes() + value.len() + 96).sum();
+        size_of::<Self>() + attributes
+    }
 }
 
 /// The copy of one volume.
@@ -263,7 +297,8 @@ pub(crate) struct TreeCopy {
     memory: Memory,
     /// Files with several names whose copy the first pass could not complete.
     broken: Vec<u64>,
-    ends: Vec<DirectoryEnd>,
+    /// Of each pass.
+    ends: Vec<(Paths, Vec<DirectoryEnd>)>,
 }
 
 impl TreeCopy {
@@ -307,7 +342,7 @@ impl TreeCopy {
             self.memory.add(names);
         }
         self.broken = outcome.broken;
-        self.ends = outcome.ends;
+        self.ends = vec![(outcome.paths, outcome.ends)];
         Ok(outcome.report)
     }
 
@@ -319,7 +354,7 @@ impl TreeCopy {
         skips_unreadable: bool,
     ) -> Result<PassReport, CopyError> {
         let outcome = Pass::run(self, control, Some(skips_unreadable))?;
-        self.ends.extend(outcome.ends);
+        self.ends.push((outcome.paths, outcome.ends));
         Ok(outcome.report)
     }
 
@@ -327,28 +362,32 @@ impl TreeCopy {
     pub(crate) fn finish(self) -> Result<(), CopyError> {
         // What the second pass says of a directory comes last and is all it is to have.
         let mut done = std::collections::HashSet::new();
-        for end in self.ends.iter().rev() {
-            if !done.insert(&end.path) {
+        let all = self.ends.iter().rev();
+        for (paths, end) in all.flat_map(|(paths, ends)| ends.iter().map(move |end| (paths, end))) {
+            if !done.insert(end.copy) {
                 continue;
             }
-            let dir = match deep::open_directory(&self.target, &end.path) {
+            let path = paths.path(end.dir);
+            let opened = match deep::open_directory(&self.target, &path) {
                 // Removed by the second pass.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-                    ) || error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) =>
-                {
-                    continue;
-                }
-                other => other.map_err(|error| Fault::writing(&error).at(&end.path))?,
+                Err(error) if is_no_directory(&error) => continue,
+                other => other.map_err(|error| Fault::writing(&error).at(&path))?,
             };
-            use std::os::fd::AsFd as _;
-            give(At::Open(dir.as_fd()), &end.stat, &end.attributes)
-                .map_err(|fault| fault.at(&end.path))?;
+            let stat = fstat(&opened)
+                .map_err(|errno| Fault::target("look at a directory", errno).at(&path))?;
+            // Else another one has its place.
+            if stat.st_ino == end.copy {
+                give(At::Open(opened.as_fd()), end.looks, &end.attributes)
+                    .map_err(|fault| fault.at(&path))?;
+            }
         }
         Ok(())
     }
+}
+
+fn is_no_directory(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+        || error.raw_os_error() == Some(Errno::LOOP.raw_os_error())
 }
 
 /// Fails on file systems that have no extended attributes at all.

@@ -13,7 +13,7 @@ use rustix::fs::Stat;
 use rustix::time::{ClockId, clock_gettime};
 
 /// How many names are remembered, 25 bytes each. More than that are copied again.
-const NAMES_MAX: usize = 16 << 20;
+pub(super) const NAMES_MAX: usize = 16 << 20;
 /// The coarsest times of a file system, in seconds.
 const TIMES_GRANULARITY_S: i64 = 1;
 

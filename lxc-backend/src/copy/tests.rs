@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
 use proptest::prelude::*;
@@ -47,10 +48,14 @@ impl Place {
     }
 
     fn begin(&mut self) -> PassReport {
+        self.begin_with(&Control::default())
+    }
+
+    fn begin_with(&mut self, control: &Control) -> PassReport {
         let open = |name| File::open(self.dir.path().join(name)).unwrap().into();
         let mut copy =
             TreeCopy::new(open("tree"), &open("copies"), "c", self.excludes.root()).unwrap();
-        let report = copy.first(&Control::default()).unwrap();
+        let report = copy.first(control).unwrap();
         self.copy = Some(copy);
         report
     }
@@ -69,6 +74,15 @@ impl Place {
         }
         let more: Vec<_> = copy.keys().filter(|path| !tree.contains_key(*path)).collect();
         assert!(more.is_empty(), "not in the tree: {more:?}");
+    }
+}
+
+/// What is done before a directory with this path is opened.
+pub(super) struct AtDirectory(pub(super) Box<dyn Fn(&Path) + Send + Sync>);
+
+impl Default for AtDirectory {
+    fn default() -> Self {
+        Self(Box::new(|_| ()))
     }
 }
 
@@ -243,6 +257,93 @@ fn what_changes_after_the_first_pass_is_copied_again() {
     let report = place.end();
     assert!(report.copied < report.entries / 2, "{report:?}");
     place.assert_same();
+}
+
+/// Such a directory is at two places of the copy, and at the one where it is in the end only half of it.
+#[test]
+fn a_directory_that_is_moved_away_and_back_is_whole() {
+    let Some(mut place) = Place::new() else { return };
+    let tree = place.tree();
+    fs::create_dir_all(tree.join("a/P/S/deeper")).unwrap();
+    fs::create_dir(tree.join("b")).unwrap();
+    fs::write(tree.join("a/P/S/file"), "content").unwrap();
+    std::thread::sleep(SETTLE);
+    let is_moved = Arc::new((Mutex::new(false), Condvar::new()));
+    let within = tree.clone();
+    let control = Control {
+        at_directory: AtDirectory(Box::new(move |path| {
+            let mut moved = is_moved.0.lock().unwrap();
+            match path.to_str().unwrap() {
+                "a/P/S" if !*moved => {
+                    fs::rename(within.join("a/P"), within.join("b/P")).unwrap();
+                    *moved = true;
+                    is_moved.1.notify_all();
+                }
+                // There are two workers at least.
+                "b" => drop(is_moved.1.wait_while(moved, |moved| !*moved).unwrap()),
+                _ => {}
+            }
+        })),
+        ..Control::default()
+    };
+    place.begin_with(&control);
+    let copies = place.dir.path().join("copies/c");
+    assert!(copies.join("b/P/S/file").exists() && !copies.join("a/P/S/file").exists());
+    fs::rename(tree.join("b/P"), tree.join("a/P")).unwrap();
+    place.end();
+    place.assert_same();
+}
+
+/// Nothing runs then: a file system that says so is damaged, and what the first pass has copied is old.
+#[test]
+fn what_vanishes_in_the_second_pass_is_told_and_left_out() {
+    let Some(mut place) = Place::new() else { return };
+    let tree = place.tree();
+    fs::create_dir_all(tree.join("dir/sub")).unwrap();
+    fs::write(tree.join("dir/sub/file"), "old").unwrap();
+    place.begin();
+    let control = || {
+        let tree = tree.clone();
+        let vanish = move |path: &Path| {
+            if path == Path::new("dir/sub") {
+                let _ = fs::rename(tree.join("dir/sub"), tree.join("elsewhere"));
+            }
+        };
+        Control { at_directory: AtDirectory(Box::new(vanish)), ..Control::default() }
+    };
+    let copy = place.copy.as_mut().unwrap();
+    let error = copy.second(&control(), false).unwrap_err();
+    assert!(error.to_string().contains("'/dir/sub' of the container: it is not there"), "{error}");
+    fs::rename(tree.join("elsewhere"), tree.join("dir/sub")).unwrap();
+    let report = copy.second(&control(), true).unwrap();
+    assert_eq!((report.skipped_count, report.skipped.len()), (1, 1), "{report:?}");
+    place.copy.take().unwrap().finish().unwrap();
+    assert!(!place.dir.path().join("copies/c/dir/sub").exists());
+}
+
+/// A chain of directories has a path for each, the longest of which is as long as all of it.
+#[test]
+fn deep_directories_take_memory_by_their_number_only() {
+    let Some(mut place) = Place::within("/dev/shm") else { return };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut dir = OwnedFd::from(File::open(place.tree()).unwrap());
+    for _ in 0..4000 {
+        mkdirat(&dir, "d", Mode::RWXU).unwrap();
+        dir = openat(&dir, "d", flags, Mode::empty()).unwrap();
+    }
+    let control = Control::default();
+    place.begin_with(&control);
+    let kept = control.kept.load(Ordering::Relaxed);
+    assert!(kept < 4000 * 300, "{kept} bytes");
+    place.end();
+    let too_much = Control { kept: AtomicUsize::new(KEPT_BYTES_MAX), ..Control::default() };
+    fs::create_dir(place.dir.path().join("more")).unwrap();
+    let open = |name| File::open(place.dir.path().join(name)).unwrap().into();
+    let mut copy = TreeCopy::new(open("tree"), &open("more"), "c", place.excludes.root()).unwrap();
+    assert!(matches!(copy.first(&too_much), Err(CopyError::TooMany)));
+    for name in ["tree", "copies", "more"] {
+        vzdump_core::temp_tree::remove(&place.dir.path().join(name)).unwrap();
+    }
 }
 
 /// In both passes, and whatever a name was in the first one.

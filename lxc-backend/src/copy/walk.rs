@@ -2,23 +2,23 @@
 //! One pass over a tree: several workers, each with one directory at a time.
 
 use std::collections::HashSet;
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use provider_api::Reached;
 use rustix::fs::{AtFlags, FileType, Mode, Stat, fstat, mkdirat, statat};
 
-use super::attributes::{At, give, read};
+use super::attributes::{At, Looks, give, read};
 use super::entry::{Begun, Place, begin, fill};
-use super::links::{Link, Links};
-use super::stamp::{Key, Known};
+use super::links::{LINK_BYTES, Link, Links};
+use super::paths::{Dir, Paths};
+use super::stamp::{Key, Known, NAMES_MAX};
 use super::{
     Buffers, Control, CopyError, DirectoryEnd, Fault, PassReport, SKIPPED_MAX, Skipped, TreeCopy,
-    deep, take_away,
+    VANISHED, deep, take_away,
 };
 
 /// More workers than that only wait for the disk.
@@ -26,7 +26,7 @@ const WORKERS_MAX: usize = 8;
 
 /// A directory that is to be walked.
 struct Job {
-    path: Arc<PathBuf>,
+    dir: Dir,
     /// Its number, by which it is told from one that has taken its name.
     ino: u64,
     /// Its name in the directory above.
@@ -50,6 +50,7 @@ pub(super) struct Outcome {
     pub(super) report: PassReport,
     /// What was found at which name, in pieces.
     pub(super) names: Vec<Vec<(Key, Known)>>,
+    pub(super) paths: Paths,
     pub(super) ends: Vec<DirectoryEnd>,
     pub(super) broken: Vec<u64>,
 }
@@ -62,6 +63,9 @@ pub(super) struct Pass<'a> {
     second: Option<bool>,
     device: u64,
     links: Links,
+    paths: Paths,
+    /// How many names were found.
+    found: AtomicUsize,
     moved: AtomicU64,
     queue: Mutex<Queue>,
     wake: Condvar,
@@ -76,7 +80,7 @@ impl<'a> Pass<'a> {
     ) -> Result<Outcome, CopyError> {
         let root = fstat(&tree.source).map_err(|errno| Fault::source(errno).at(Path::new("")))?;
         let job = Job {
-            path: Arc::new(PathBuf::new()),
+            dir: Dir::ROOT,
             ino: root.st_ino,
             key: tree.memory.key(0, c""),
             is_known: true,
@@ -88,6 +92,8 @@ impl<'a> Pass<'a> {
             second,
             device: root.st_dev,
             links: Links::default(),
+            paths: Paths::default(),
+            found: AtomicUsize::new(0),
             moved: AtomicU64::new(0),
             queue: Mutex::new(Queue { waiting: vec![job], ..Queue::default() }),
             wake: Condvar::new(),
@@ -107,6 +113,7 @@ impl<'a> Pass<'a> {
             }
         });
         let queue = pass.queue.into_inner().unwrap_or_else(PoisonError::into_inner);
+        outcome.paths = pass.paths;
         queue.failed.map_or(Ok(outcome), Err)
     }
 
@@ -144,8 +151,10 @@ impl<'a> Pass<'a> {
 
 /// A directory that is being walked.
 struct Walked {
-    path: Arc<PathBuf>,
-    ino: u64,
+    dir: Dir,
+    /// The number of its copy, by which its names are remembered: a directory that was moved meanwhile may have two
+    /// copies, of which one is not whole.
+    copy: u64,
     source: OwnedFd,
     target: OwnedFd,
     is_known: bool,
@@ -172,10 +181,10 @@ impl<'a> Worker<'a> {
 
     fn run(mut self) -> Outcome {
         while let Some(job) = self.pass.next() {
-            let path = Arc::clone(&job.path);
+            let dir = job.dir;
             let walked = match self.walk(job) {
-                Err(fault) => self.tolerate(fault, &path).map(|()| Vec::new()),
-                other => other.map_err(|fault| fault.at(&path)),
+                Err(fault) => self.leave_out(dir, fault).map(|()| Vec::new()),
+                Ok(jobs) => Ok(jobs),
             };
             self.pass.done(walked);
         }
@@ -183,12 +192,16 @@ impl<'a> Worker<'a> {
         self.outcome
     }
 
-    /// Decides what a fault means: only in the second pass a file must be readable.
+    /// Decides what a fault means: only in the second pass a file must be readable, and cannot vanish.
     fn tolerate(&mut self, fault: Fault, path: &Path) -> Result<(), CopyError> {
         match (fault, self.pass.second) {
-            (Fault::Vanished, _) | (Fault::Source(_), None) => Ok(()),
+            (Fault::Vanished | Fault::Source(_), None) => Ok(()),
             (Fault::Source(error), Some(true)) => {
                 self.skip(path.to_owned(), &error.to_string());
+                Ok(())
+            }
+            (Fault::Vanished, Some(true)) => {
+                self.skip(path.to_owned(), VANISHED);
                 Ok(())
             }
             (fault, _) => Err(fault.at(path)),
@@ -204,11 +217,38 @@ impl<'a> Worker<'a> {
         }
     }
 
+    /// Of a directory that cannot be read nothing stays that the first pass may have copied.
+    fn leave_out(&mut self, dir: Dir, fault: Fault) -> Result<(), CopyError> {
+        let Pass { tree, second, ref paths, .. } = *self.pass;
+        let path = paths.path(dir);
+        let Some((around, name)) = paths.place(dir).filter(|_| second.is_some()) else {
+            return if second.is_some() {
+                Err(fault.at(&path))
+            } else {
+                self.tolerate(fault, &path)
+            };
+        };
+        self.tolerate(fault, &path)?;
+        let target = deep::open_directory(&tree.target, &paths.path(around))
+            .map_err(|error| Fault::writing(&error).at(&path))?;
+        self.take_away(&target, &name).map_err(|fault| fault.at(&path))
+    }
+
+    fn remember(&mut self, key: Key, known: Known) {
+        // More would be forgotten in the end.
+        if self.pass.found.fetch_add(1, Ordering::Relaxed) < NAMES_MAX {
+            self.names.push((key, known));
+        }
+    }
+
     fn walk(&mut self, job: Job) -> Result<Vec<Job>, Fault> {
-        let Pass { tree, control, second, .. } = *self.pass;
+        let Pass { tree, control, second, ref paths, .. } = *self.pass;
         control.go_on()?;
+        let path = paths.path(job.dir);
+        #[cfg(test)]
+        (control.at_directory.0)(&path);
         let open = |root| {
-            deep::open_directory(root, &job.path).map_err(|error| {
+            deep::open_directory(root, &path).map_err(|error| {
                 let errno = error.raw_os_error().map(rustix::io::Errno::from_raw_os_error);
                 errno.map_or_else(|| Fault::Source(error), Fault::source)
             })
@@ -216,7 +256,7 @@ impl<'a> Worker<'a> {
         let source = match open(&tree.source) {
             Err(Fault::Source(error)) if error.kind() == std::io::ErrorKind::CrossesDevices => {
                 // Something of the host is mounted here.
-                self.foreign(PathBuf::clone(&job.path));
+                self.foreign(path);
                 return Ok(Vec::new());
             }
             other => other?,
@@ -225,23 +265,30 @@ impl<'a> Worker<'a> {
         if stat.st_ino != job.ino || stat.st_dev != self.pass.device {
             return Err(Fault::Vanished);
         }
-        let target = deep::open_directory(&tree.target, &job.path)
-            .map_err(|error| Fault::writing(&error))?;
+        let target =
+            deep::open_directory(&tree.target, &path).map_err(|error| Fault::writing(&error))?;
+        let copy = fstat(&target).map_err(|errno| Fault::target("look at a directory", errno))?;
         let now = tree.memory.known(&stat);
         let is_unchanged =
             second.is_some() && job.is_known && tree.memory.is_unchanged(job.key, now);
         if !is_unchanged {
             let attributes = read(At::Open(source.as_fd()), &mut self.buffers)?;
-            let path = PathBuf::clone(&job.path);
-            self.outcome.ends.push(DirectoryEnd { path, stat, attributes });
+            let end = DirectoryEnd {
+                dir: job.dir,
+                copy: copy.st_ino,
+                looks: Looks::of(&stat),
+                attributes,
+            };
+            control.keep(end.bytes())?;
+            self.outcome.ends.push(end);
         }
         // Only now: one whose attributes could not be read is looked at again.
         if second.is_none() {
-            self.names.push((job.key, now));
+            self.remember(job.key, now);
         }
         let names = deep::names(&source, &mut self.buffers.names).map_err(Fault::Source)?;
-        let Job { path, ino, is_known, reached, .. } = job;
-        let dir = Walked { path, ino, source, target, is_known, reached };
+        let Job { dir, is_known, reached, .. } = job;
+        let dir = Walked { dir, copy: copy.st_ino, source, target, is_known, reached };
         if second.is_some() && is_known && !is_unchanged {
             self.remove_others(&dir, &names)?;
         }
@@ -253,13 +300,13 @@ impl<'a> Worker<'a> {
             match self.visit(&dir, &name) {
                 Ok(job) => jobs.extend(job),
                 Err(fault) => {
-                    let path = deep::join(&dir.path, &name);
-                    match self.tolerate(fault, &path) {
-                        Ok(()) => {}
-                        Err(error) => {
-                            self.pass.done_early(error);
-                            return Ok(Vec::new());
-                        }
+                    if let Err(error) = self.tolerate(fault, &paths.path_of(dir.dir, &name)) {
+                        self.pass.done_early(error);
+                        return Ok(Vec::new());
+                    }
+                    if second.is_some() {
+                        // What the first pass has copied is no more to be had than it.
+                        self.take_away(&dir.target, &name)?;
                     }
                 }
             }
@@ -274,15 +321,15 @@ impl<'a> Worker<'a> {
             .map_err(|error| Fault::writing(&error))?;
         for name in copied {
             if !there.contains(name.as_c_str()) {
-                self.take_away(dir, &name)?;
+                self.take_away(&dir.target, &name)?;
             }
         }
         Ok(())
     }
 
-    fn take_away(&mut self, dir: &Walked, name: &CStr) -> Result<(), Fault> {
+    fn take_away(&mut self, target: &OwnedFd, name: &CStr) -> Result<(), Fault> {
         let number = self.pass.moved.fetch_add(1, Ordering::Relaxed);
-        if take_away(&dir.target, name, &self.pass.tree.gone, number)? {
+        if take_away(target, name, &self.pass.tree.gone, number)? {
             self.outcome.report.removed += 1;
         }
         Ok(())
@@ -292,7 +339,7 @@ impl<'a> Worker<'a> {
     fn visit(&mut self, dir: &Walked, name: &CStr) -> Result<Option<Job>, Fault> {
         let stat = statat(&dir.source, name, AtFlags::SYMLINK_NOFOLLOW).map_err(Fault::source)?;
         let memory = &self.pass.tree.memory;
-        let key = memory.key(dir.ino, name);
+        let key = memory.key(dir.copy, name);
         let now = memory.known(&stat);
         let may_be_known = self.pass.second.is_some() && dir.is_known;
         let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
@@ -300,7 +347,7 @@ impl<'a> Worker<'a> {
             self.outcome.report.excluded += 1;
             if may_be_known {
                 // It may have been another kind of file.
-                self.take_away(dir, name)?;
+                self.take_away(&dir.target, name)?;
             }
             return Ok(None);
         };
@@ -309,7 +356,7 @@ impl<'a> Worker<'a> {
             return self.visit_directory(dir, name, &stat, (key, is_known, reached));
         }
         if stat.st_dev != self.pass.device {
-            self.foreign(deep::join(&dir.path, name));
+            self.foreign(self.pass.paths.path_of(dir.dir, name));
             return Ok(None);
         }
         let has_links = stat.st_nlink > 1;
@@ -321,11 +368,11 @@ impl<'a> Worker<'a> {
             return Ok(None);
         }
         if may_be_known {
-            self.take_away(dir, name)?;
+            self.take_away(&dir.target, name)?;
         }
         self.copy(dir, name, &stat)?;
         if self.pass.second.is_none() {
-            self.names.push((key, now));
+            self.remember(key, now);
         }
         Ok(None)
     }
@@ -337,25 +384,21 @@ impl<'a> Worker<'a> {
         stat: &Stat,
         (key, is_known, reached): (Key, bool, Reached),
     ) -> Result<Option<Job>, Fault> {
-        let path = deep::join(&dir.path, name);
-        if path.as_os_str().len() > deep::PATH_BYTES_MAX {
-            let text = format!("its path is longer than {} bytes", deep::PATH_BYTES_MAX);
-            return Err(Fault::Source(std::io::Error::other(text)));
-        }
+        let below = self.pass.paths.add(dir.dir, name, self.pass.control)?;
         if !is_known {
             if self.pass.second.is_some() && dir.is_known {
-                self.take_away(dir, name)?;
+                self.take_away(&dir.target, name)?;
             }
             mkdirat(&dir.target, name, Mode::RWXU)
                 .map_err(|errno| Fault::making("make a directory", errno))?;
         }
         if stat.st_dev != self.pass.device {
             // Else only root could look into it.
-            give(At::Named(dir.target.as_fd(), name), stat, &[])?;
-            self.foreign(path);
+            give(At::Named(dir.target.as_fd(), name), Looks::of(stat), &[])?;
+            self.foreign(self.pass.paths.path(below));
             return Ok(None);
         }
-        Ok(Some(Job { path: Arc::new(path), ino: stat.st_ino, key, is_known, reached }))
+        Ok(Some(Job { dir: below, ino: stat.st_ino, key, is_known, reached }))
     }
 
     fn foreign(&mut self, path: PathBuf) {
@@ -368,32 +411,38 @@ impl<'a> Worker<'a> {
     fn keep_link(&mut self, dir: &Walked, name: &CStr, stat: &Stat) -> Result<(), Fault> {
         let mut links = self.pass.links.lock();
         let Some(link) = links.get_mut(&stat.st_ino) else {
-            links.insert(stat.st_ino, Link::new(&dir.path, name, false));
-            return Ok(());
+            links.insert(stat.st_ino, Link::new(dir.dir, name, false));
+            return self.pass.control.keep(LINK_BYTES + name.to_bytes().len());
         };
+        if link.is_broken {
+            // This one is the first pass's, and whole: what follows may be linked to it.
+            *link = Link::new(dir.dir, name, false);
+        }
         if !link.is_new {
             return Ok(());
         }
         self.outcome.report.removed += 1;
         rustix::fs::unlinkat(&dir.target, name, AtFlags::empty())
             .map_err(|errno| Fault::target("remove an old file", errno))?;
-        link.add(&self.pass.tree.target, &dir.path, dir.place(name))
+        self.pass.control.keep(LINK_BYTES + name.to_bytes().len())?;
+        link.add(&self.pass.tree.target, &self.pass.paths, (dir.dir, dir.place(name)))
     }
 
     fn copy(&mut self, dir: &Walked, name: &CStr, stat: &Stat) -> Result<(), Fault> {
         let place = dir.place(name);
         let has_links = stat.st_nlink > 1;
         let begun = if has_links {
+            self.pass.control.keep(LINK_BYTES + name.to_bytes().len())?;
             let mut links = self.pass.links.lock();
             if let Some(link) = links.get_mut(&stat.st_ino) {
                 if link.is_broken {
                     let text = "another name of it could not be read";
                     return Err(Fault::Source(std::io::Error::other(text)));
                 }
-                return link.add(&self.pass.tree.target, &dir.path, place);
+                return link.add(&self.pass.tree.target, &self.pass.paths, (dir.dir, place));
             }
             let begun = begin(place, stat, &mut self.buffers)?;
-            links.insert(stat.st_ino, Link::new(&dir.path, name, true));
+            links.insert(stat.st_ino, Link::new(dir.dir, name, true));
             begun
         } else {
             begin(place, stat, &mut self.buffers)?
@@ -423,17 +472,17 @@ impl<'a> Worker<'a> {
             return Err(fault);
         }
         if stat.st_nlink == 1 {
-            self.take_away(dir, name)?;
+            self.take_away(&dir.target, name)?;
             return Err(fault);
         }
         self.outcome.broken.push(stat.st_ino);
-        let names = self.pass.links.break_up(stat.st_ino, &self.pass.tree.target)?;
+        let paths = &self.pass.paths;
+        let names = self.pass.links.break_up(stat.st_ino, &self.pass.tree.target, paths)?;
         if self.pass.second == Some(true) {
-            for other in names
-                .iter()
-                .filter(|other| *other.dir != *dir.path || other.name.as_c_str() != name)
+            for other in
+                names.iter().filter(|other| other.dir != dir.dir || other.name.as_c_str() != name)
             {
-                let path = other.dir.join(OsStr::from_bytes(other.name.to_bytes()));
+                let path = paths.path_of(other.dir, &other.name);
                 self.skip(path, "another name of it could not be read");
             }
         }
