@@ -33,6 +33,7 @@ use vzdump_core::layout::make_private_dir;
 use vzdump_core::lock::FileLock;
 use vzdump_core::storage::{ImageFormat, nested_subvolumes};
 use vzdump_core::task_log::TaskSink;
+use vzdump_core::temp_tree;
 
 use crate::CtError;
 use crate::attach::{nearest_above, open_place};
@@ -637,10 +638,7 @@ impl GuestDriver for CtDriver {
                 suspension.remove().await?;
             }
             let Some(dir) = self.dir.take() else { return Ok(()) };
-            let removed = vzdump_core::blocking::run(move || match std::fs::remove_dir_all(dir) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
-            });
+            let removed = vzdump_core::blocking::run(move || temp_tree::remove(&dir));
             removed.await.map_err(GuestError::at("remove the directory of the backup"))
         })
     }

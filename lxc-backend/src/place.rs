@@ -15,6 +15,7 @@ use vzdump_core::journal::Entry;
 use vzdump_core::journal::volumes::NewVolumes;
 use vzdump_core::layout::make_private_dir;
 use vzdump_core::task_log::{TaskSink, size};
+use vzdump_core::temp_tree;
 
 use crate::CtError;
 use crate::runner::Runner;
@@ -87,13 +88,9 @@ impl Place {
     }
 
     pub(crate) async fn remove(self) -> Result<(), CtError> {
-        beside(move || match std::fs::remove_dir_all(&self.private) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(CtError::at("remove the directory of the task")(error))
-            }
-            _ => Ok(()),
-        })
-        .await
+        // A provider may have left something mounted in it.
+        let doing = format!("remove the directory of the task '{}'", self.private.display());
+        beside(move || temp_tree::remove(&self.private).map_err(CtError::at(doing))).await
     }
 }
 

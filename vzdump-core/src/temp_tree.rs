@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The temporary directory into which a container's files are copied: how it is called, made and removed.
+//! The temporary directory into which a container's files are copied: how it is called, made and removed. Other
+//! directories of a task are removed as it is: somebody may have left something mounted in them.
 //!
 //! What is in it was made by a container's processes: names of any kind, and directories deeper than a path
 //! can be long or a process can have files open. So it is never walked from the top down.
 
-use std::ffi::{CStr, CString, OsString};
+use std::ffi::{CStr, CString, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, renameat, statat, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, openat, openat2, renameat, statat,
+    unlinkat,
+};
 use rustix::io::Errno;
 
 /// Begins the name of every such directory.
@@ -45,30 +50,54 @@ pub fn create(path: &Path) -> io::Result<()> {
 /// Removes the directory with all that is in it; one that is gone is no error.
 ///
 /// Directories within are moved to the top before they are emptied, so that depth does not matter. Should this be
-/// interrupted, the rest can be removed by doing it again.
+/// interrupted, the rest can be removed by doing it again. What is mounted in it is not touched.
 ///
 /// # Errors
 /// What could not be removed.
 pub fn remove(path: &Path) -> io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let top = match openat(CWD, path, flags, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(()),
+    let (Some(around), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Errno::INVAL.into());
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = openat(CWD, around, flags, Mode::empty())
+        .map_err(io::Error::from)
+        .and_then(|around| open_here(&around, Path::new(name)));
+    let top = match opened {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other?,
     };
     let mut moved: u64 = 0;
     let mut waiting = directories_of(&top, &top, &mut moved, true)?;
     while let Some(name) = waiting.pop() {
-        let dir = match openat(&top, name.as_c_str(), flags, Mode::empty()) {
+        let dir = match open_here(&top, Path::new(OsStr::from_bytes(name.to_bytes()))) {
             // Somebody else removes it, too.
-            Err(Errno::NOENT) => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             other => other?,
         };
         waiting.extend(directories_of(&dir, &top, &mut moved, false)?);
-        gone(unlinkat(&top, name.as_c_str(), AtFlags::REMOVEDIR))?;
+        gone(unlinkat(&top, name.as_c_str(), AtFlags::REMOVEDIR), &name)?;
     }
     match std::fs::remove_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
+    }
+}
+
+/// Opens a directory unless something is mounted there.
+fn open_here(around: &OwnedFd, name: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    openat2(around, name, flags, Mode::empty(), resolve).map_err(|errno| mounted(errno, name))
+}
+
+/// The kernel says so in these ways.
+fn mounted(errno: Errno, name: &Path) -> io::Error {
+    match errno {
+        Errno::XDEV | Errno::BUSY => {
+            let text = format!("something is mounted at '{}' in it: unmount that", name.display());
+            io::Error::new(io::Error::from(errno).kind(), text)
+        }
+        other => other.into(),
     }
 }
 
@@ -88,7 +117,7 @@ fn directories_of(
             continue;
         }
         if !is_directory(dir, name, entry.file_type())? {
-            gone(unlinkat(dir, name, AtFlags::empty()))?;
+            gone(unlinkat(dir, name, AtFlags::empty()), name)?;
         } else if is_top {
             found.push(name.to_owned());
         } else {
@@ -113,18 +142,20 @@ fn move_to_top(dir: impl AsFd, name: &CStr, top: &OwnedFd, moved: &mut u64) -> i
         *moved += 1;
         match renameat(dir.as_fd(), name, top, new.as_c_str()) {
             Err(Errno::EXIST | Errno::NOTEMPTY) => {}
-            other => {
-                other?;
-                return Ok(new);
+            Err(errno) => {
+                return Err(mounted(errno, Path::new(OsStr::from_bytes(name.to_bytes()))));
             }
+            Ok(()) => return Ok(new),
         }
     }
 }
 
-fn gone(result: rustix::io::Result<()>) -> io::Result<()> {
+fn gone(result: rustix::io::Result<()>, name: &CStr) -> io::Result<()> {
     match result {
         Err(Errno::NOENT) => Ok(()),
-        other => Ok(other?),
+        other => {
+            other.map_err(|errno| mounted(errno, Path::new(OsStr::from_bytes(name.to_bytes()))))
+        }
     }
 }
 
@@ -168,5 +199,38 @@ mod tests {
         remove(&top).unwrap();
         assert!(!top.exists() && outside.join("kept").exists());
         remove(&top).unwrap();
+    }
+
+    #[test]
+    fn what_is_mounted_in_it_stays() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let outer = tempfile::tempdir().unwrap();
+        let outside = outer.path().join("outside");
+        std::fs::create_dir(&outside).unwrap();
+        std::fs::write(outside.join("kept"), "").unwrap();
+        let top = plan(outer.path(), 200);
+        let run = |program: &str, arguments: &[&Path]| {
+            let status = std::process::Command::new(program).args(arguments).status().unwrap();
+            assert!(status.success(), "{program}");
+        };
+        for place in ["", "here", "deeper/there", "file"] {
+            std::fs::create_dir_all(top.join("deeper/there")).unwrap();
+            std::fs::create_dir_all(top.join("here")).unwrap();
+            std::fs::write(top.join("file"), "").unwrap();
+            let is_file = place == "file";
+            let source = if is_file { outside.join("kept") } else { outside.clone() };
+            let place = if place.is_empty() { top.clone() } else { top.join(place) };
+            run("mount", &[Path::new("--bind"), &source, &place]);
+            let removed = remove(&top);
+            // Those that are deep were moved to the top.
+            run("umount", &[&place]);
+            let error = removed.unwrap_err().to_string();
+            assert!(error.contains("something is mounted at"), "{}: {error}", place.display());
+            assert!(outside.join("kept").exists(), "{}", place.display());
+            remove(&top).unwrap();
+        }
     }
 }

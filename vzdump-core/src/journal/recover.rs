@@ -413,7 +413,7 @@ async fn remove_directories(ctx: &JobContext, record: &Record) -> Result<(), Str
         }
         let removed = blocking::run({
             let dir = dir.clone();
-            move || std::fs::remove_dir_all(dir)
+            move || temp_tree::remove(&dir)
         });
         match bounded(ctx, removed).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
