@@ -190,11 +190,12 @@ impl Running {
             running.threads.push(listen(
                 stderr,
                 log.clone(),
-                Some((Arc::clone(&running.tail), task.stderr)),
+                Some(Arc::clone(&running.tail)),
+                task.stderr,
             ));
         }
         if let Some(stdout) = running.child.stdout.take().filter(|_| is_logged) {
-            running.threads.push(listen(stdout, log.clone(), None));
+            running.threads.push(listen(stdout, log.clone(), None, None));
         }
         Ok(running)
     }
@@ -244,11 +245,12 @@ impl Drop for Running {
     }
 }
 
-/// Takes a command's lines to the log, and those that are `kept` for the provider: the last of them, or all.
+/// Takes a command's lines to the log; for the provider the last of them, and all if it wants a copy.
 fn listen(
     pipe: impl Read + Send + 'static,
     log: Sender<String>,
-    mut kept: Option<(Arc<Mutex<VecDeque<u8>>>, Option<StderrCopy>)>,
+    tail: Option<Arc<Mutex<VecDeque<u8>>>>,
+    mut copy: Option<StderrCopy>,
 ) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let mut lines = BufReader::new(pipe);
@@ -259,10 +261,10 @@ fn listen(
                 Ok(0) | Err(_) => return,
                 Ok(_) => {}
             }
-            if let Some((tail, copy)) = &mut kept {
-                if let Some(copy) = copy {
-                    copy.give(&line);
-                }
+            if let Some(copy) = &mut copy {
+                copy.give(&line);
+            }
+            if let Some(tail) = &tail {
                 let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
                 tail.extend(&line);
                 let over = tail.len().saturating_sub(STDERR_TAIL_BYTES);

@@ -100,6 +100,32 @@ pub struct ContainerCommand {
     pub stdin: Option<OwnedFd>,
     /// Its standard output; without one it goes line by line to the guest's log.
     pub stdout: Option<OwnedFd>,
+    /// Is given all of its standard error, which goes to the guest's log as well.
+    pub stderr: Option<StderrCopy>,
+}
+
+/// Is given what a command writes to standard error as it comes, in pieces of any size; all of it before the
+/// command's end is told.
+pub struct StderrCopy(Box<TakeBytes>);
+
+type TakeBytes = dyn FnMut(&[u8]) + Send;
+
+impl StderrCopy {
+    /// One that hands the pieces on. What it does must be short: the command waits for it.
+    pub fn new(take: impl FnMut(&[u8]) + Send + 'static) -> Self {
+        Self(Box::new(take))
+    }
+
+    /// Gives the next piece.
+    pub fn give(&mut self, bytes: &[u8]) {
+        (self.0)(bytes);
+    }
+}
+
+impl std::fmt::Debug for StderrCopy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("StderrCopy")
+    }
 }
 
 /// How much of a command's last words is kept in [`CommandEnd::stderr_tail`].

@@ -36,7 +36,7 @@ mod verify;
 pub use container::{
     CommandEnd, Compression, ContainerBackup, ContainerCommand, ContainerData, ContainerMount,
     ContainerRestore, ContainerRunner, ContainerTransferred, IGNORED_MAX, IdMapRange, Identity,
-    IgnoredEntry, STDERR_TAIL_BYTES,
+    IgnoredEntry, STDERR_TAIL_BYTES, StderrCopy,
 };
 pub use error::{Error, Kind, Result};
 pub use excludes::{Excludes, Reached};

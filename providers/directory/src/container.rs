@@ -16,6 +16,7 @@ mod entries;
 mod listing;
 mod restore;
 mod tree;
+mod words;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -27,8 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use provider_api::{
     Call, CommandEnd, ContainerBackup, ContainerCommand, ContainerMount, ContainerTransferred,
-    Error, IGNORED_MAX, Identity, IgnoredEntry, Kind, Progress, Result, STDERR_TAIL_BYTES,
-    Selection,
+    Error, Identity, Kind, Progress, Result, Selection,
 };
 
 use crate::call::{blocking, corrupt, invalid};
@@ -44,18 +44,11 @@ use durable::Durable;
 use entries::Counter;
 pub(crate) use listing::Witness;
 pub(crate) use restore::DirectoryContainerRestore;
+use words::{Listener, Words};
 
-/// What `tar` says of a file that cannot be in an archive.
-const SOCKET: &str = ": socket ignored";
-/// What it says of a file that it cannot read, when that is no error.
-const UNREADABLE: &str = ": Warning: ";
-/// What it says first on each line.
-const TAR_PREFIX: &str = "tar: ";
-/// What it says of a file that it could open, but not read to its end: when the error comes with the first byte that it
-/// asks for, and when it comes later. Files do not really shrink here: nobody writes to what is backed up.
-const READ_IN_PART: [&str; 2] = [": Read error at byte ", ": File shrank by "];
-/// What it says besides the reason why it failed.
-const NO_REASONS: [&str; 3] = ["Removing leading", "Exiting with failure status", SOCKET];
+/// What `tar` says besides the reason why it failed.
+const NO_REASONS: [&str; 3] =
+    ["Removing leading", "Exiting with failure status", ": socket ignored"];
 /// How the disk is called in reports of progress.
 const DEVICE: &str = "rootfs";
 /// How a command ends whose output is not taken any more.
@@ -87,21 +80,19 @@ pub(crate) async fn store(
     drop(ending);
     // The volumes are in use as long as it has them open.
     let _ = reading.await;
-    let (stored, end) = packed?;
+    let (stored, words) = packed?;
     if stored.entries == 0 {
         return Err(Error::new(Kind::Other, "The archive of the container has no entries."));
     }
     progress.report(DEVICE, stored.read_bytes, stored.read_bytes, 0);
-    if backup.skip_unreadable {
-        check_whole(&end.stderr_tail)?;
-    }
-    let ignored = ignored(&end.stderr_tail);
+    words.check(backup.skip_unreadable)?;
+    let (ignored, ignored_count) = words.ignored();
     let transferred = ContainerTransferred {
         entries: stored.entries,
         read_bytes: stored.read_bytes,
         written_bytes: stored.tree.size_bytes(),
-        ignored_count: ignored.len() as u64,
-        ignored: ignored.into_iter().take(IGNORED_MAX).collect(),
+        ignored,
+        ignored_count,
     };
     Ok((stored.tree, transferred))
 }
@@ -114,11 +105,12 @@ async fn pack(
     (progress, used_bytes): (&dyn Progress, u64),
     passing: &Arc<Passing>,
     call: &Call,
-) -> Result<(Stored, CommandEnd)> {
+) -> Result<(Stored, Words)> {
     let (reader, writer) =
         io::pipe().map_err(|e| Error::io("Cannot make a pipe for a container's files.", e))?;
     // Fewer turns of the two; a kernel that refuses it has a small one.
     let _ = rustix::pipe::fcntl_setpipe_size(&reader, PIPE_BYTES);
+    let listener = Listener::default();
     let command = ContainerCommand {
         argv: arguments(backup),
         identity: Identity::MappedRoot,
@@ -126,6 +118,7 @@ async fn pack(
         paths: Vec::new(),
         stdin: None,
         stdout: Some(writer.into()),
+        stderr: Some(listener.copy()),
     };
     let stop = StopOnDrop::default();
     let storing = {
@@ -162,7 +155,7 @@ async fn pack(
     if end.exit_code != ENDED_BY_SIGPIPE || stored.is_ok() {
         check_end(&end)?;
     }
-    Ok((stored?, end))
+    Ok((stored?, listener.finish()))
 }
 
 async fn wait_for_rest<T>(storing: impl Future<Output = Result<T>>) -> Result<Result<T>> {
@@ -260,44 +253,6 @@ fn arguments(backup: &ContainerBackup) -> Vec<OsString> {
     let names = ["--null", "--no-verbatim-files-from", "--no-unquote"].map(OsString::from);
     argv.extend(names.into_iter().chain([selected]));
     argv
-}
-
-/// Told to go on after errors, `tar` fills a file that it can read only the beginning of with zeros.
-fn check_whole(said: &str) -> Result<()> {
-    if let Some(line) =
-        said.lines().find(|line| READ_IN_PART.iter().any(|words| line.contains(words)))
-    {
-        let why = line.strip_prefix(TAR_PREFIX).unwrap_or(line);
-        return Err(Error::new(
-            Kind::Io,
-            format!(
-                "A file can be read only in part, and would have zeros in the place of the rest: {why}. Mend \
-                 it, or leave it out by a pattern."
-            ),
-        ));
-    }
-    // It may have been in what is not kept.
-    if said.len() >= STDERR_TAIL_BYTES {
-        return Err(Error::new(
-            Kind::Io,
-            "So many files cannot be read that it is not certain whether all others are whole.",
-        ));
-    }
-    Ok(())
-}
-
-/// What `tar` says it left out, as far as the end of its words tells.
-fn ignored(said: &str) -> Vec<IgnoredEntry> {
-    let ignored = said.lines().filter_map(|line| {
-        let text = line.strip_prefix(TAR_PREFIX)?;
-        let (path, why) = match text.strip_suffix(SOCKET) {
-            Some(path) => (path, "a socket"),
-            None => text.split_once(UNREADABLE)?,
-        };
-        let path = path.strip_prefix('.').unwrap_or(path).to_owned();
-        Some(IgnoredEntry { path, why: why.to_owned() })
-    });
-    ignored.collect()
 }
 
 /// Tells the thread that stores a container's files that nobody waits for it.
@@ -440,33 +395,6 @@ pub(crate) fn check(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sockets_are_named_and_other_words_are_not() {
-        let said = "tar: ./run/a b.sock: socket ignored\ntar: Removing leading `/'\n";
-        let found = ignored(said);
-        assert_eq!(found.len(), 1);
-        assert_eq!((found[0].path.as_str(), found[0].why.as_str()), ("/run/a b.sock", "a socket"));
-        let found = ignored("tar: ./srv/a: Warning: Cannot open: Input/output error\n");
-        let expected = ("/srv/a", "Cannot open: Input/output error");
-        assert_eq!((found[0].path.as_str(), found[0].why.as_str()), expected);
-    }
-
-    #[test]
-    fn a_file_that_is_read_in_part_is_not_filled_with_zeros() {
-        let said = "tar: ./run/a.sock: socket ignored\n\
-                    tar: ./srv/a: Warning: Cannot open: Permission denied\n";
-        check_whole(said).unwrap();
-        for words in [
-            "Warning: Read error at byte 4096, while reading 512 bytes: Input/output error",
-            "File shrank by 65536 bytes; padding with zeros",
-        ] {
-            let error = check_whole(&format!("{said}tar: ./srv/b: {words}\n")).unwrap_err();
-            assert!(error.message.contains(&format!("./srv/b: {words}")), "{error:?}");
-        }
-        let long = "tar: ./srv/a: Warning: Cannot open: Permission denied\n".repeat(400);
-        assert!(check_whole(&long[long.len() - STDERR_TAIL_BYTES..]).is_err());
-    }
 
     #[test]
     fn mount_points_that_would_leave_the_tree_are_refused() {

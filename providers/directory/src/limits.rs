@@ -58,8 +58,8 @@ pub(crate) const AHEAD_NAMES_MAX: usize = 100_000;
 /// An archive is written to the disk in pieces of that size while it grows.
 pub(crate) const FLUSH_BYTES: u64 = 16 << 20;
 /// Wait for what is left in a pipe whose writer has ended: at most as much as a pipe holds, and what a
-/// storage has not written yet.
-pub(crate) const PIPE_END_WAIT: Duration = Duration::from_secs(300);
+/// storage has not written yet, which its cache may have much of. As long as a host waits for anything to move.
+pub(crate) const PIPE_END_WAIT: Duration = Duration::from_mins(30);
 /// Pause between two reports of a container's progress.
 pub(crate) const REPORT_INTERVAL: Duration = Duration::from_millis(200);
 /// Volumes of one container.

@@ -61,6 +61,7 @@ impl ContainerRunner for Here {
             // It holds our end of the pipe, too.
             drop(bound);
             let output = running.wait_with_output().await.unwrap();
+            command.stderr.unwrap().give(&output.stderr);
             Ok(CommandEnd {
                 exit_code: output
                     .status
@@ -309,6 +310,10 @@ async fn what_is_no_whole_tree_fails_the_backup() {
         (
             "echo 'tar: ./x: Cannot open: Permission denied' >&2; tar -c /etc/hostname; exit 2",
             "Permission denied",
+        ),
+        (
+            "echo 'tar: ./x: Warning: Cannot llistxattrat: Input/output error' >&2; tar -c /etc/hostname",
+            "Cannot llistxattrat",
         ),
         ("kill -9 $$", "ended with 137"),
     ] {

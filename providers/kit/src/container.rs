@@ -338,7 +338,7 @@ async fn run(command: ContainerCommand, call: &Call) -> Result<CommandEnd> {
         .kill_on_drop(true)
         .spawn()
         .map_err(failed)?;
-    let mut stderr = child.stderr.take();
+    let (mut stderr, mut copy) = (child.stderr.take(), command.stderr);
     let words = async {
         let mut tail = Vec::new();
         let mut chunk = [0; 4096];
@@ -346,6 +346,9 @@ async fn run(command: ContainerCommand, call: &Call) -> Result<CommandEnd> {
             && let Ok(count @ 1..) = stderr.read(&mut chunk).await
         {
             tail.extend_from_slice(&chunk[..count]);
+            if let Some(copy) = &mut copy {
+                copy.give(&chunk[..count]);
+            }
             let excess = tail.len().saturating_sub(STDERR_TAIL_BYTES);
             tail.drain(..excess);
         }
@@ -443,6 +446,7 @@ async fn untar(path: &Path, compression: Compression, room: &Path) -> Checked<Pa
         paths: Vec::new(),
         stdin: None,
         stdout: None,
+        stderr: None,
     };
     let call = Call::default();
     let end = tokio::select! {

@@ -336,6 +336,7 @@ async fn command(
             paths: params.paths,
             stdin,
             stdout,
+            stderr: None,
         };
         runner.command(command, &call).await
     };

@@ -230,6 +230,7 @@ impl GuestBackup for TarBackup {
                 paths: Vec::new(),
                 stdin: None,
                 stdout: Some(File::create(&path).map_err(io)?.into()),
+                stderr: None,
             };
             let end = backup.runner.command(command, call).await?;
             if end.exit_code != 0 {

@@ -62,6 +62,7 @@ pub(crate) async fn store(
         paths: Vec::new(),
         stdin: None,
         stdout: Some(output.into()),
+        stderr: None,
     };
     let end = backup.runner.command(command, call).await?;
     if store.setup.has(Fault::ContainerErrorsIgnored) {
