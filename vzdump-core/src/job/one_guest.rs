@@ -130,10 +130,27 @@ impl<'a> Shared<'a> {
             .map(String::as_str)
             .or_else(|| panic.downcast_ref::<&str>().copied())
             .unwrap_or("no reason is known");
-        Err(format!(
-            "internal error: {what}; the next backup of {} cleans up",
-            guest_words(kind, id)
-        ))
+        sink.warn(&format!("internal error: {what}; cleaning up"));
+        // All that it held; the guest may be down, and must not be so until its next backup.
+        drop(driver);
+        let cleaned = AssertUnwindSafe(self.clean_up(kind, id, sink)).catch_unwind().await;
+        let cleaned = cleaned.unwrap_or_else(|_| Err("internal error again".to_owned()));
+        Err(match cleaned {
+            Ok(()) => format!("internal error: {what}; what it had begun is undone"),
+            Err(why) => format!(
+                "internal error: {what}; the next backup of {} cleans up ({why})",
+                guest_words(kind, id)
+            ),
+        })
+    }
+
+    /// Cleans up after earlier tasks of a guest that is locked.
+    async fn clean_up(&self, kind: GuestKind, id: u32, sink: &dyn TaskSink) -> Result<(), String> {
+        let left = Box::pin(recover::recover_guest(self.ctx, kind, id, sink)).await;
+        match left.map_err(|error| chain(&error))?.into_iter().next() {
+            Some(Leftover { reason, .. }) => Err(reason),
+            None => Ok(()),
+        }
     }
 
     /// Tells the hook script that the archive is there. That it then fails is an error, but one that
@@ -163,12 +180,9 @@ impl<'a> Shared<'a> {
         id: u32,
         sink: &dyn TaskSink,
     ) -> Result<Box<dyn GuestDriver>, String> {
-        let left = recover::recover_guest(self.ctx, kind, id, sink)
+        self.clean_up(kind, id, sink)
             .await
-            .map_err(|error| chain(&error))?;
-        if let Some(Leftover { reason, .. }) = left.first() {
-            return Err(format!("an earlier task of this guest is not cleaned up: {reason}"));
-        }
+            .map_err(|why| format!("an earlier task of this guest is not cleaned up: {why}"))?;
         let capabilities = self.provider.describe().capabilities;
         match kind {
             GuestKind::Qemu => {
