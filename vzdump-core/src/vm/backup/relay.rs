@@ -11,6 +11,7 @@ mod requests;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -22,6 +23,8 @@ use crate::layout::check_socket_path;
 
 /// The most connections to one disk; more are closed at once.
 const CONNECTIONS_MAX: usize = 16;
+/// After a connection that could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What is passed on in one turn.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -72,16 +75,20 @@ impl Drop for Relay {
 
 async fn serve(listener: UnixListener, upstream: PathBuf, passing: Passing) {
     let mut connections = JoinSet::new();
+    let mut is_refused = false;
     loop {
         let client = match listener.accept().await {
             Ok((client, _)) => client,
+            // For a while, such as for want of file descriptors: whoever connects waits for us.
             Err(error) => {
-                tracing::warn!(%error, "no more connections to a disk");
-                // Those that there are go on.
-                while connections.join_next().await.is_some() {}
-                return;
+                if !std::mem::replace(&mut is_refused, true) {
+                    tracing::warn!(%error, "no new connections to a disk for now");
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
             }
         };
+        is_refused = false;
         while connections.try_join_next().is_some() {}
         if connections.len() < CONNECTIONS_MAX {
             let (upstream, passing) = (upstream.clone(), passing.clone());
@@ -137,7 +144,7 @@ async fn pass_on(
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use super::*;
     use crate::bandwidth::Budget;
