@@ -12,6 +12,7 @@
 //! Whoever creates a journal holds the guest's lock ([`crate::job::backup_lock_path`]) before that and
 //! as long as it uses the journal: the recovery takes the lock as the proof that the task is over.
 
+pub mod by_hand;
 pub mod recover;
 pub mod volumes;
 
@@ -520,8 +521,13 @@ async fn blocking<T: Send + 'static>(
 fn write_line(file: &mut File, entry: &Entry) -> io::Result<()> {
     let mut line = serde_json::to_vec(entry)?;
     line.push(b'\n');
-    file.write_all(&line)?;
-    file.sync_data()
+    let length_bytes = file.metadata()?.len();
+    let written = file.write_all(&line).and_then(|()| file.sync_data());
+    if written.is_err() {
+        // A part of it would spoil the line that comes next. Nothing was acquired yet.
+        let _ = file.set_len(length_bytes);
+    }
+    written
 }
 
 /// Removes what follows the last line break, so that the next line stands alone.

@@ -3,10 +3,12 @@
 //!
 //! For a backup, in this order: thaw, have a TPM go on, and let a guest run again that was paused or shut down; end the
 //! storage daemons that offered its disks as files, and remove their mounts; ask what became of a commit that was begun (nothing is torn
-//! down while that is open); tear the access down with its exports, as a success only if the
+//! down while that is open and QEMU has the access, whose lease ends that soon); tear the access down with its exports, as a success only if the
 //! commit is durable; stop the NBD server, if it is ours; detach and free the fleecing images; remove directories; leave
 //! QEMU as it would be without the backup, which may be to end it; remove the journal.
-//! What belongs to a QEMU that has ended needs no QMP. Every step may be repeated.
+//! What belongs to a QEMU that has ended needs no QMP. Every step may be repeated, so what the recovery itself
+//! writes down only saves work: that it cannot, on a full disk, keeps it from nothing. A guest that cannot be let
+//! run keeps the journal, but not the rest from being undone.
 //!
 //! For a new guest, restored or not: a configuration that names one of the new volumes makes it
 //! complete, because it is written in one step and last; else the volumes are freed. For one that is
@@ -21,11 +23,11 @@ use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use provider_api::{CommitOutcome, GuestKind, check_archive_name};
+use provider_api::{CommitOutcome, GuestKind, Uuid, check_archive_name};
 use qmp_client::{Session, backup};
 
 use super::volumes::free_within;
-use super::{Entry, FileExport, JournalError, KnownOutcome, ProcessStamp, Record, TaskKind};
+use super::{Entry, FileExport, Held, JournalError, KnownOutcome, ProcessStamp, Record, TaskKind};
 use crate::blocking;
 use crate::config::guest::VmConfig;
 use crate::guest::GuestError;
@@ -62,6 +64,15 @@ pub struct Recovered {
     pub left: Vec<Leftover>,
 }
 
+/// What becomes of a guest that its backup shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Afterwards {
+    /// It runs again.
+    Runs,
+    /// It stays down: it is to be replaced or removed.
+    StaysDown,
+}
+
 /// Cleans up after earlier tasks of one guest, whose lock the caller holds. Returns what is left.
 ///
 /// # Errors
@@ -72,9 +83,32 @@ pub async fn recover_guest(
     id: u32,
     sink: &dyn TaskSink,
 ) -> Result<Vec<Leftover>, JournalError> {
+    recover_each(ctx, (kind, id), Afterwards::Runs, sink).await
+}
+
+/// The same for a guest that is to be replaced or removed: one that its backup shut down is not started, and may not
+/// be startable.
+///
+/// # Errors
+/// As [`recover_guest`].
+pub async fn recover_guest_down(
+    ctx: &JobContext,
+    kind: GuestKind,
+    id: u32,
+    sink: &dyn TaskSink,
+) -> Result<Vec<Leftover>, JournalError> {
+    recover_each(ctx, (kind, id), Afterwards::StaysDown, sink).await
+}
+
+async fn recover_each(
+    ctx: &JobContext,
+    guest: (GuestKind, u32),
+    afterwards: Afterwards,
+    sink: &dyn TaskSink,
+) -> Result<Vec<Leftover>, JournalError> {
     let mut left = Vec::new();
-    for journal in super::list(&ctx.layout, Some((kind, id)))? {
-        if let Err(reason) = recover_journal(ctx, &journal, sink).await {
+    for journal in super::list(&ctx.layout, Some(guest))? {
+        if let Err(reason) = recover_journal(ctx, &journal, afterwards, sink).await {
             left.push(Leftover { journal, reason });
         }
     }
@@ -100,7 +134,7 @@ pub async fn recover_all(ctx: &JobContext, sink: &dyn TaskSink) -> Result<Recove
             }
         };
         match lock {
-            Ok(_held) => match recover_journal(ctx, &journal, sink).await {
+            Ok(_held) => match recover_journal(ctx, &journal, Afterwards::Runs, sink).await {
                 Ok(()) => recovered.cleared.push(journal),
                 Err(reason) => recovered.left.push(Leftover { journal, reason }),
             },
@@ -127,6 +161,7 @@ pub fn read_if_there(path: &Path) -> Result<Option<Record>, JournalError> {
 async fn recover_journal(
     ctx: &JobContext,
     journal: &Path,
+    afterwards: Afterwards,
     sink: &dyn TaskSink,
 ) -> Result<(), String> {
     let record = read_if_there(journal).map_err(|error| chain(&error))?;
@@ -150,9 +185,9 @@ async fn recover_journal(
     match begin.task {
         TaskKind::Backup => {
             let is_committed = if begin.guest_kind == GuestKind::Lxc {
-                recover_container_backup(ctx, &record, sink).await?
+                recover_container_backup(ctx, &record, afterwards, sink).await?
             } else {
-                recover_backup(ctx, &record, sink).await?
+                recover_backup(ctx, &record, afterwards, sink).await?
             };
             if is_committed {
                 describe(ctx, &record, sink).await;
@@ -175,10 +210,10 @@ async fn recover_journal(
 async fn recover_backup(
     ctx: &JobContext,
     record: &Record,
+    afterwards: Afterwards,
     sink: &dyn TaskSink,
 ) -> Result<bool, String> {
     let id = record.begin.guest_id;
-    let vm = Vm { layout: &ctx.layout, tools: &ctx.tools, storages: &ctx.storages, id };
     if record.frozen && record.qemu.as_ref().is_some_and(ProcessStamp::is_alive) {
         // A guest must not wait for a provider. The guard has most likely thawed it long ago.
         if let Err(error) = thaw_directly(&ctx.layout.agent_socket(id), ctx.limits.freeze).await {
@@ -193,12 +228,66 @@ async fn recover_backup(
     // After a start of the host it is the host's matter which guests run.
     let is_of_this_boot = record.ran.as_ref().is_some_and(ProcessStamp::is_of_this_boot);
     let held = record.held.filter(|_| is_of_this_boot);
-    if let Some(held) = held {
-        let mark = record.started.as_ref().map(|(mark, _)| mark.as_str());
-        let again = power::run_again(vm, held, mark, record.ran.as_ref(), None).await;
-        power::log_again(again.map_err(|error| chain(&error))?, id, None, sink);
-        super::append_to(&record.path, Entry::Resumed).await.map_err(|error| chain(&error))?;
+    let stays_down = held == Some(Held::ShutDown) && afterwards == Afterwards::StaysDown;
+    let again = match held {
+        Some(_) if stays_down => {
+            sink.warn(&format!("VM {id}, which its backup shut down, is not started again"));
+            Ok(())
+        }
+        Some(held) => run_again(ctx, record, held, sink).await,
+        None => Ok(()),
+    };
+    let is_committed = undo_backup(ctx, record, stays_down, sink).await;
+    both(again, is_committed)
+}
+
+/// Both errors, if there are two.
+fn both<T>(again: Result<(), String>, undone: Result<T, String>) -> Result<T, String> {
+    match (again, undone) {
+        (Ok(()), undone) => undone,
+        (Err(again), Ok(_)) => Err(again),
+        (Err(again), Err(undone)) => Err(format!("{again}; {undone}")),
     }
+}
+
+fn vm_of<'a>(ctx: &'a JobContext, record: &Record) -> Vm<'a> {
+    let JobContext { layout, tools, storages, .. } = ctx;
+    Vm { layout, tools, storages, id: record.begin.guest_id }
+}
+
+async fn run_again(
+    ctx: &JobContext,
+    record: &Record,
+    held: Held,
+    sink: &dyn TaskSink,
+) -> Result<(), String> {
+    let id = record.begin.guest_id;
+    let mark = record.started.as_ref().map(|(mark, _)| mark.as_str());
+    let again = power::run_again(vm_of(ctx, record), held, mark, record.ran.as_ref(), None).await;
+    let again = again.map_err(|error| {
+        let advice = "start or stop the VM yourself to settle that";
+        format!("{} ({advice})", chain(&error).trim_end_matches('.'))
+    })?;
+    power::log_again(again, id, None, sink);
+    note(record, Entry::Resumed, sink).await;
+    Ok(())
+}
+
+/// Writes down what has been done.
+async fn note(record: &Record, entry: Entry, sink: &dyn TaskSink) {
+    if let Err(error) = super::append_to(&record.path, entry).await {
+        sink.warn(&format!("going on all the same: {}", chain(&error)));
+    }
+}
+
+/// All but that the guest runs. Tells whether the backup is durable.
+async fn undo_backup(
+    ctx: &JobContext,
+    record: &Record,
+    stays_down: bool,
+    sink: &dyn TaskSink,
+) -> Result<bool, String> {
+    let vm = vm_of(ctx, record);
     // Nobody can read them any more: what they read from went with the task's process.
     for export in &record.file_exports {
         withdraw_file(ctx, export).await?;
@@ -226,7 +315,7 @@ async fn recover_backup(
     remove_directories(ctx, record).await?;
     let (Some(session), Some(qemu)) = (session, qemu) else { return Ok(is_committed) };
     let change = Change {
-        is_off: record.started.as_ref().is_some_and(|(_, is_to_run)| !is_to_run),
+        is_off: record.started.as_ref().is_some_and(|(_, is_to_run)| !is_to_run || stays_down),
         is_kept: record.kept_alive,
     };
     power::leave(vm, &qemu, &session, change, sink).await.map_err(|error| chain(&error))?;
@@ -259,14 +348,27 @@ async fn describe(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) {
 async fn recover_container_backup(
     ctx: &JobContext,
     record: &Record,
+    afterwards: Afterwards,
     sink: &dyn TaskSink,
 ) -> Result<bool, String> {
-    if record.frozen || record.held.is_some() {
-        ctx.containers.run_again(ctx, record, sink).await?;
+    let mut wanted = record.clone();
+    wanted.held = wanted.held.filter(|_| afterwards == Afterwards::Runs);
+    let is_wanted = wanted.frozen || wanted.held.is_some();
+    let again = if is_wanted { ctx.containers.run_again(ctx, &wanted, sink).await } else { Ok(()) };
+    if again.is_ok() && is_wanted {
         for entry in [Entry::Thawed, Entry::Resumed] {
-            super::append_to(&record.path, entry).await.map_err(|error| chain(&error))?;
+            note(record, entry, sink).await;
         }
     }
+    let is_committed = undo_container_backup(ctx, record, sink).await;
+    both(again, is_committed)
+}
+
+async fn undo_container_backup(
+    ctx: &JobContext,
+    record: &Record,
+    sink: &dyn TaskSink,
+) -> Result<bool, String> {
     let is_committed = settle_commit(ctx, record, sink).await?;
     for (volume, name) in &record.snapshots {
         delete_snapshot(ctx, volume, name).await?;
@@ -333,29 +435,59 @@ async fn settle_commit(
         Some(KnownOutcome::NotCommitted | KnownOutcome::Unknown) => return Ok(false),
         None => {}
     }
-    let storage = &record.begin.storage;
-    let open = |why: &str| {
-        format!(
-            "what became of the commit {id} on the storage '{storage}' is not known yet ({why}); \
-             nothing was changed, try again later"
-        )
-    };
-    let provider = ctx.providers.provider(storage).await.map_err(|why| open(&why))?;
-    let outcome = match ask_outcome(provider.as_ref(), id, &ctx.limits, sink).await {
-        Ok(CommitOutcome::Committed { archive }) => {
-            sink.info(&format!("the interrupted backup is committed as '{archive}'"));
-            KnownOutcome::Committed
+    let what = format!("what became of the commit {id} on the storage '{}'", record.begin.storage);
+    let outcome = match outcome_of(ctx, record, id, sink).await {
+        Ok(outcome) => outcome,
+        Err(why) if has_access(ctx, record).await? => {
+            return Err(format!(
+                "{what} is not known yet ({why}); nothing was changed, try again later"
+            ));
         }
-        Ok(CommitOutcome::NotCommitted) => {
-            sink.info("the interrupted backup was not committed");
-            KnownOutcome::NotCommitted
+        Err(why) => {
+            // Nothing depends on the answer any more but notes and protection.
+            let archive = record.archive.as_deref().unwrap_or("-");
+            sink.warn(&format!(
+                "{what} is not known ({why}); the archive '{archive}', if it is there, is left \
+                 alone, without the notes and the protection it was to have"
+            ));
+            KnownOutcome::Unknown
         }
-        Ok(CommitOutcome::Pending) => return Err(open("it is pending")),
-        Err(why) => return Err(open(&why)),
     };
-    let line = Entry::Outcome { id, outcome };
-    super::append_to(&record.path, line).await.map_err(|error| chain(&error))?;
+    note(record, Entry::Outcome { id, outcome }, sink).await;
     Ok(outcome == KnownOutcome::Committed)
+}
+
+/// Asks the provider; an error says why there is no answer.
+async fn outcome_of(
+    ctx: &JobContext,
+    record: &Record,
+    id: Uuid,
+    sink: &dyn TaskSink,
+) -> Result<KnownOutcome, String> {
+    let provider = ctx.providers.provider(&record.begin.storage).await?;
+    match ask_outcome(provider.as_ref(), id, &ctx.limits, sink).await? {
+        CommitOutcome::Committed { archive } => {
+            sink.info(&format!("the interrupted backup is committed as '{archive}'"));
+            Ok(KnownOutcome::Committed)
+        }
+        CommitOutcome::NotCommitted => {
+            sink.info("the interrupted backup was not committed");
+            Ok(KnownOutcome::NotCommitted)
+        }
+        CommitOutcome::Pending => Err("it is pending".to_owned()),
+    }
+}
+
+/// Whether QEMU still has the access, whose end decides from where the next increment counts.
+async fn has_access(ctx: &JobContext, record: &Record) -> Result<bool, String> {
+    let (Some(target_id), Some(qemu)) = (&record.access, qemu_of(record)?) else {
+        return Ok(false);
+    };
+    let session = power::connect_patiently(vm_of(ctx, record), qemu).await;
+    let Some(session) = session.map_err(|error| chain(&error))? else { return Ok(false) };
+    let access = backup::find(&session, target_id).await;
+    let access = access.map_err(|error| format!("cannot ask for the backup access: {error}"))?;
+    Ok(access.is_some())
 }
 
 async fn undo_in_qemu(

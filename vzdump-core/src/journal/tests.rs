@@ -59,6 +59,37 @@ fn a_torn_last_line_names_nothing() {
     assert!(error.contains("line 2"), "{error}");
 }
 
+/// Not a test: fills a journal up to the limit of its files, which [`FULL`] names the directory of.
+#[tokio::test]
+async fn full_entry() {
+    let Some(root) = std::env::var_os(FULL) else { return };
+    let layout = Layout::new(Some(root.into()));
+    let journal = Journal::create(&layout, begin()).await.unwrap();
+    // Written in part.
+    let error = journal.append(Entry::Archive { name: "a".repeat(2000) }).await.unwrap_err();
+    assert!(matches!(error, JournalError::Io { doing: "write", .. }), "{error}");
+    journal.append(Entry::Freeze).await.unwrap();
+}
+
+const FULL: &str = "VZDUMP_TEST_FULL_ROOT";
+
+#[test]
+fn a_line_that_could_not_be_written_whole_does_not_spoil_the_next_one() {
+    let root = tempfile::tempdir().unwrap();
+    // In blocks of 512 or 1024 bytes.
+    let script = "trap '' XFSZ; ulimit -f 1; exec \"$0\" --exact journal::tests::full_entry";
+    let ended = std::process::Command::new("sh")
+        .args(["-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .env(FULL, root.path())
+        .output()
+        .unwrap();
+    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stdout));
+    let found = list(&Layout::new(Some(root.path().to_owned())), None).unwrap();
+    let record = read(&found[0]).unwrap();
+    assert!(record.frozen && record.archive.is_none(), "{record:?}");
+}
+
 #[test]
 fn a_newer_journal_is_not_touched() {
     let text = b"{\"entry\":\"begin\",\"version\":2,\"other\":1}\n";

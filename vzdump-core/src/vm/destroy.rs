@@ -87,25 +87,26 @@ pub async fn destroy(
     layout::check_guest_id(id)?;
     let _lock =
         FileLock::try_acquire(&backup_lock_path(layout, GuestKind::Qemu, id), &format!("VM {id}"))?;
+    let config = runner::read_config(layout, id)?;
+    if config.get("lock") == Some(LIVE_LOCK) && runner::find_process(layout, id)?.is_some() {
+        // Stopped, it would still not be complete.
+        return Err(RunnerError::Incomplete { id }.into());
+    }
+    if config.get("protection").and_then(parse_bool) == Some(true) {
+        return Err(DestroyError::Protected(id));
+    }
+    // Before its power state is locked, which the recovery does, too.
+    let left = recover::recover_guest_down(ctx, GuestKind::Qemu, id, sink).await?;
+    if let Some(Leftover { reason, .. }) = left.into_iter().next() {
+        return Err(DestroyError::Leftover(reason));
+    }
     // Nobody starts it meanwhile.
     let _power = FileLock::try_acquire(
         &layout.vm_power_lock_path(id),
         &format!("The power state of VM {id}"),
     )?;
-    let config = runner::read_config(layout, id)?;
     if let Some(process) = runner::find_process(layout, id)? {
-        // Stopped, it would still not be complete.
-        return Err(match config.get("lock") {
-            Some(LIVE_LOCK) => RunnerError::Incomplete { id }.into(),
-            _ => DestroyError::Running { id, pid: process.pid },
-        });
-    }
-    if config.get("protection").and_then(parse_bool) == Some(true) {
-        return Err(DestroyError::Protected(id));
-    }
-    let left = recover::recover_guest(ctx, GuestKind::Qemu, id, sink).await?;
-    if let Some(Leftover { reason, .. }) = left.into_iter().next() {
-        return Err(DestroyError::Leftover(reason));
+        return Err(DestroyError::Running { id, pid: process.pid });
     }
     leftovers::remove_of_guest(ctx, id, sink).await;
     let owned = config.volumes().filter_map(|text| text.parse::<VolumeId>().ok());

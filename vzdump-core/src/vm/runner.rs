@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use provider_api::GuestKind;
 use qmp_client::commands::{Cont, QueryStatus, RunState, SystemReset};
 use qmp_client::{Options as QmpOptions, Session};
 use rustix::fs::{Mode, OFlags};
@@ -27,6 +28,7 @@ use super::tpm::{self, TpmError};
 use crate::config::ConfigError;
 use crate::config::guest::{DiskEntry, VmConfig};
 use crate::job::chain;
+use crate::journal::by_hand;
 use crate::layout::{self, Layout, LayoutError, Monitor};
 use crate::lock::{FileLock, LockError};
 use crate::storage::{ImageFormat, StorageError, StorageSet, VolumeId, image_size};
@@ -252,13 +254,17 @@ pub async fn start(
         if options.paused {
             return Err(RunnerError::AlreadyRunning { id, pid: process.pid });
         }
-        return let_run(layout, id, process).await;
+        let started = let_run(layout, id, process).await?;
+        by_hand::settled(layout, GuestKind::Qemu, id).await;
+        return Ok(started);
     }
     let find = |disk: &DiskEntry| find_file(storages, disk);
     let input = Input { layout, id, find: &find, paused: options.paused, mark: None, live: &[] };
     let line = qemu_cmdline::build(&config, &input)
         .map_err(|source| RunnerError::Cmdline { id, source })?;
-    launch(layout, tools, id, line).await
+    let started = launch(layout, tools, id, line).await?;
+    by_hand::settled(layout, GuestKind::Qemu, id).await;
+    Ok(started)
 }
 
 /// Starts a VM that is off for its backup, without letting its guest run.

@@ -2,10 +2,16 @@
 //! kill -9 of the program at every step; the next run cleans up.
 
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::Child;
 use std::sync::{Arc, Mutex};
 
+use provider_api::GuestKind;
 use vzdump_core::guest::BackupMode;
+use vzdump_core::journal::recover::recover_guest_down;
+use vzdump_core::journal::{Begin, Entry, Journal, Live, ProcessStamp, TaskKind};
+use vzdump_core::vm::destroy::destroy;
+use vzdump_core::vm::runner::{LIVE_LOCK, StopOptions, Stopped, stop};
 
 use crate::peer::Reaction;
 use crate::provider::{Commit, Script};
@@ -134,6 +140,85 @@ async fn nothing_is_torn_down_while_the_outcome_is_open() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_open_outcome_holds_up_nothing_once_the_access_is_gone() {
+    for with_qemu in [true, false] {
+        let mut world =
+            World::with("", Script { commit: Commit::StaysPending, ..Script::default() });
+        let child = Arc::new(Mutex::new(Some(world.spawn_child(Commit::DiesAfter))));
+        end_of(child).await;
+        if with_qemu {
+            // As when its lease is over.
+            world.peer.state().access = None;
+            world.peer.state().exports.clear();
+        } else {
+            world.kill_qemu();
+        }
+        assert_eq!(world.recover().await, [], "{}", world.sink.text());
+        let text = world.sink.text();
+        assert!(text.contains("is not known (it is pending)"), "{text}");
+        world.assert_no_files("open outcome");
+    }
+}
+
+/// A VM without a QEMU whose backup was killed when it had shut it down, and that cannot be started.
+async fn shut_down_and_killed(world: &mut World) -> PathBuf {
+    world.kill_qemu();
+    let layout = &world.ctx.layout;
+    let begin = Begin::new(TaskKind::Backup, GuestKind::Qemu, ID, "store").unwrap();
+    let journal = Journal::create(layout, begin).await.unwrap();
+    let mut process = ProcessStamp::current().unwrap();
+    process.process.start_time_ticks += 1;
+    let dir = layout.run().join("b-0");
+    std::fs::create_dir_all(&dir).unwrap();
+    let entries =
+        [Entry::Qemu { process }, Entry::ShutDown, Entry::Directory { path: dir.clone() }];
+    for entry in entries {
+        journal.append(entry).await.unwrap();
+    }
+    dir
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_cannot_be_started_again_does_not_keep_the_rest_from_being_undone() {
+    let mut world = World::new();
+    let dir = shut_down_and_killed(&mut world).await;
+    let left = world.recover().await;
+    assert!(left[0].reason.contains("start VM 100 again"), "{left:?}");
+    assert!(left[0].reason.contains("start or stop the VM yourself"), "{left:?}");
+    assert!(!dir.exists(), "the rest was not undone");
+    // A stop by hand says that it need not run.
+    let options = StopOptions::default();
+    assert_eq!(stop(&world.ctx.layout, ID, options).await.unwrap(), Stopped::NotRunning);
+    assert_eq!(world.recover().await, [], "{}", world.sink.text());
+    world.assert_no_files("stopped by hand");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_replaces_or_removes_a_guest_does_not_start_it_first() {
+    let mut world = World::new();
+    shut_down_and_killed(&mut world).await;
+    let left = recover_guest_down(&world.ctx, GuestKind::Qemu, ID, &world.sink).await.unwrap();
+    assert_eq!(left, [], "{}", world.sink.text());
+    assert!(world.sink.text().contains("is not started again"), "{}", world.sink.text());
+    world.assert_no_files("stays down");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_is_removed_whose_recovery_locks_its_power_state() {
+    let mut world = World::with(&format!("lock: {LIVE_LOCK}\n"), Script::default());
+    world.kill_qemu();
+    let layout = &world.ctx.layout;
+    let begin = Begin::new(TaskKind::Restore, GuestKind::Qemu, ID, "store").unwrap();
+    let journal = Journal::create(layout, begin).await.unwrap();
+    let dir = layout.run().join("live-100");
+    let live = Live { dir, limit_bytes_per_s: None, disks: Vec::new() };
+    journal.append(Entry::Live(live)).await.unwrap();
+    destroy(&world.ctx, ID, &world.sink).await.unwrap();
+    assert!(!layout.vm_config_path(ID).exists());
+    world.assert_no_files("removed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_process_that_lives_on_without_the_lock_does_not_stop_the_recovery() {
     let world = killed_at(9).await.unwrap();
     let path = world.journals().remove(0);
@@ -143,7 +228,7 @@ async fn a_process_that_lives_on_without_the_lock_does_not_stop_the_recovery() {
     let (_, rest) = text.split_once('\n').unwrap();
     begin.owner = vzdump_core::journal::read(&path).unwrap().qemu.unwrap();
     assert!(begin.owner.is_alive());
-    let first = serde_json::to_string(&vzdump_core::journal::Entry::Begin(begin)).unwrap();
+    let first = serde_json::to_string(&Entry::Begin(begin)).unwrap();
     std::fs::write(&path, format!("{first}\n{rest}")).unwrap();
     assert_eq!(world.recover().await, [], "{}", world.sink.text());
     assert!(world.sink.text().contains("still runs, but no longer works on guest 100"));
@@ -159,8 +244,7 @@ async fn the_doctor_cleans_up_too() {
     world.assert_clean("doctor");
     // A guest that is being worked on is left alone.
     let world = killed_at(9).await.unwrap();
-    let path =
-        vzdump_core::job::backup_lock_path(&world.ctx.layout, provider_api::GuestKind::Qemu, ID);
+    let path = vzdump_core::job::backup_lock_path(&world.ctx.layout, GuestKind::Qemu, ID);
     let _held = vzdump_core::lock::FileLock::try_acquire(&path, "VM 100").unwrap();
     let recovered = recover_all(&world.ctx, &world.sink).await.unwrap();
     assert_eq!((recovered.cleared.len(), recovered.busy.len()), (0, 1), "{recovered:?}");

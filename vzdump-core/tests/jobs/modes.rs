@@ -2,13 +2,18 @@
 //! What happens to the guest in the modes of a backup, whatever fails; with a running VM. VMs that are
 //! off, or are shut down, need a real QEMU: `system-tests/tests/vm_modes`.
 
+use std::os::unix::net::UnixListener;
+use std::time::Duration;
+
 use vzdump_core::guest::BackupMode;
+use vzdump_core::layout::Monitor;
 use vzdump_core::tools::Tools;
+use vzdump_core::vm::runner::{self, RunnerError};
 
 use crate::crash::killed_in;
-use crate::peer::Reaction;
+use crate::peer::{Peer, Reaction};
 use crate::provider::Script;
-use crate::world::World;
+use crate::world::{DISKS, ID, World};
 
 fn suspending() -> World {
     let mut world = World::with("agent: 1\n", Script::default());
@@ -149,6 +154,27 @@ async fn a_vm_that_cannot_be_started_again_is_not_shut_down() {
         assert_eq!(log, ["query-status"], "something was done to the VM");
         world.assert_clean("not startable");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_monitor_is_waited_for_and_not_taken_for_a_guest_that_runs_on() {
+    let world = World::new();
+    let socket = world.ctx.layout.qmp_socket(ID, Monitor::Runner);
+    // It belongs to somebody else, who does not let go.
+    let busy = UnixListener::bind(&socket).unwrap();
+    let limit = Duration::from_millis(100);
+    let error = runner::shut_down(&world.ctx.layout, ID, limit).await.unwrap_err();
+    assert!(matches!(error, RunnerError::Qmp { .. }), "{error}");
+    let free = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        drop(busy);
+        let peer = Peer::start(&socket, &DISKS);
+        peer.state().state = "shutdown";
+        peer
+    };
+    let limit = Duration::from_secs(30);
+    let (is_down, _peer) = tokio::join!(runner::shut_down(&world.ctx.layout, ID, limit), free);
+    assert!(is_down.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]

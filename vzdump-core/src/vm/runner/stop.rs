@@ -22,6 +22,7 @@ use super::{
     sockets,
 };
 use crate::job::backup_lock_path;
+use crate::journal::by_hand;
 use crate::layout::{self, Layout};
 use crate::lock::{FileLock, LockError};
 use crate::vm::process::{ProcessHandle, VmProcess};
@@ -78,12 +79,14 @@ pub async fn stop(layout: &Layout, id: u32, options: StopOptions) -> Result<Stop
         // A wrong number is an error, a VM that is off is not.
         read_config(layout, id)?;
         tidy(layout, id).await;
+        by_hand::settled(layout, GuestKind::Qemu, id).await;
         return Ok(Stopped::NotRunning);
     };
     let Some(handle) = process.open().map_err(fault)? else { return Ok(Stopped::NotRunning) };
     let stopped = end(layout, id, &handle, options).await.map_err(fault)?;
     if stopped.is_some_and(|stopped| stopped != Stopped::ShutdownInBackup) {
         tidy(layout, id).await;
+        by_hand::settled(layout, GuestKind::Qemu, id).await;
     }
     stopped.ok_or(RunnerError::Unkillable { id, pid: process.pid, after_s: KILL_TIMEOUT.as_secs() })
 }
@@ -99,13 +102,17 @@ async fn end(
     } else {
         ask_guest(layout, id, handle, options.timeout).await?
     };
+    if let Asked::Not(error) = &asked {
+        tracing::warn!(vm = id, %error, "cannot ask the guest to shut down");
+    }
+    let is_off = matches!(asked, Asked::Off);
     match asked {
         Asked::Ended => return Ok(Some(Stopped::Shutdown)),
         Asked::Off if is_backed_up(layout, id) => return Ok(Some(Stopped::ShutdownInBackup)),
-        Asked::Off | Asked::Runs => {}
+        Asked::Off | Asked::Runs | Asked::Not(_) => {}
     }
     let killed = quit(handle).await?;
-    Ok(if asked == Asked::Off { killed.map(|_| Stopped::Shutdown) } else { killed })
+    Ok(if is_off { killed.map(|_| Stopped::Shutdown) } else { killed })
 }
 
 /// Ends a QEMU that is not asked any more.
@@ -127,14 +134,16 @@ fn is_backed_up(layout: &Layout, id: u32) -> bool {
 }
 
 /// What became of a guest that was asked to shut down.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 enum Asked {
     /// QEMU has ended with it.
     Ended,
     /// It is off, QEMU stays.
     Off,
-    /// It runs, or cannot be asked.
+    /// It runs.
     Runs,
+    /// QEMU's monitor was not free, or refused, so nobody has asked it.
+    Not(Error),
 }
 
 /// Asks the guest's agent to shut the guest down. False if there is none, or it does not want to.
@@ -161,6 +170,10 @@ async fn ask_agent(layout: &Layout, id: u32) -> bool {
     }
 }
 
+async fn status_of(layout: &Layout, id: u32) -> qmp_client::Result<StatusInfo> {
+    connect(layout, id).await?.execute(QueryStatus).await
+}
+
 async fn press_button(layout: &Layout, id: u32) -> qmp_client::Result<()> {
     connect(layout, id).await?.execute(SystemPowerdown).await.map(drop)
 }
@@ -173,25 +186,33 @@ async fn ask_guest(
     timeout: Duration,
 ) -> io::Result<Asked> {
     let begin = Instant::now();
+    let deadline = begin + timeout;
     let mut is_pressed = false;
-    let ask = async {
-        let status = connect(layout, id).await?.execute(QueryStatus).await?;
-        if status.running && !ask_agent(layout, id).await {
-            press_button(layout, id).await?;
-            is_pressed = true;
+    loop {
+        let error = match status_of(layout, id).await {
+            Ok(StatusInfo { status: RunState::Shutdown, .. }) => return Ok(Asked::Off),
+            Ok(StatusInfo { running: false, .. }) => return Ok(Asked::Runs),
+            Ok(_) if ask_agent(layout, id).await => break,
+            Ok(_) => match press_button(layout, id).await {
+                Ok(()) => {
+                    is_pressed = true;
+                    break;
+                }
+                // It may have been pressed.
+                Err(Error::Timeout { .. } | Error::Disconnected) => break,
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        // Another client may have the monitor for a moment.
+        let left = deadline.saturating_duration_since(Instant::now());
+        if handle.wait(left.min(SHUTDOWN_POLL)).await? {
+            return Ok(Asked::Ended);
         }
-        Ok::<_, Error>(status)
-    };
-    match ask.await {
-        Ok(StatusInfo { status: RunState::Shutdown, .. }) => return Ok(Asked::Off),
-        Ok(StatusInfo { running: false, .. }) => return Ok(Asked::Runs),
-        Ok(_) => {}
-        Err(error) => {
-            tracing::warn!(vm = id, %error, "cannot ask the guest to shut down");
-            return Ok(Asked::Runs);
+        if left.is_zero() {
+            return Ok(Asked::Not(error));
         }
     }
-    let deadline = begin + timeout;
     loop {
         if !is_pressed && begin.elapsed() > timeout / 2 {
             // Said before only by the agent; a QEMU that cannot be asked now ends, or hangs.
@@ -204,8 +225,7 @@ async fn ask_guest(
         }
         // The monitor is left free between, for whoever wants to know the VM's status. Of a QEMU
         // that ends in this moment the next round tells.
-        if let Ok(session) = connect(layout, id).await
-            && let Ok(status) = session.execute(QueryStatus).await
+        if let Ok(status) = status_of(layout, id).await
             && status.status == RunState::Shutdown
         {
             return Ok(Asked::Off);
@@ -229,6 +249,13 @@ pub async fn shut_down(layout: &Layout, id: u32, timeout: Duration) -> Result<bo
     match ask_guest(layout, id, &handle, timeout).await.map_err(fault)? {
         Asked::Ended => {}
         Asked::Runs => return Ok(false),
+        Asked::Not(source) => {
+            return Err(RunnerError::Qmp {
+                what: "ask for a shutdown of the guest of",
+                id,
+                source,
+            });
+        }
         Asked::Off => end_process(id, &process, &handle).await?,
     }
     tidy(layout, id).await;
