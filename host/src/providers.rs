@@ -11,6 +11,7 @@ use provider_directory::{ContainerFormat, DirectoryOptions, DirectoryProvider, T
 use provider_rpc::{RpcOptions, RpcProvider, is_plugin_name};
 use serde::Serialize;
 use tokio::sync::OnceCell;
+use vzdump_core::config::parse_bool;
 use vzdump_core::config::storage::StorageSection;
 use vzdump_core::job::{Providers, chain};
 use vzdump_core::layout::Layout;
@@ -22,9 +23,11 @@ use crate::nodes::why_off;
 /// The type of storages that [`provider_directory`] serves.
 const DIRECTORY_KIND: &str = "directory";
 
-/// What every storage may have, whatever its provider.
-const COMMON_PROPERTIES: [&str; 5] =
-    ["content", "disable", "nodes", "prune-backups", "max-protected-backups"];
+/// What every storage may have, whatever its provider. `shared` says nothing here: each host looks itself.
+const COMMON_PROPERTIES: [&str; 6] =
+    ["content", "disable", "nodes", "shared", "prune-backups", "max-protected-backups"];
+/// What directories of Proxmox VE may have besides, and what has no meaning for archives.
+const IDLE_PROPERTIES: [&str; 4] = ["content-dirs", "create-subdirs", "format", "preallocation"];
 
 /// What a storage is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -193,6 +196,7 @@ fn directory(section: &StorageSection, tools: &Tools) -> Result<Arc<dyn Provider
             ContainerFormat::from_name(name)
                 .map_err(|why| format!("'container-format' of the storage '{id}': {why}."))
         })?;
+    let (mount_point, may_make_path) = place(section, Path::new(path))?;
     // Only restores need them, so a missing one must not keep `list` from working.
     let defaults = ToolPaths::default();
     let tools = ToolPaths {
@@ -200,5 +204,48 @@ fn directory(section: &StorageSection, tools: &Tools) -> Result<Arc<dyn Provider
         qemu_nbd: tools.qemu_nbd().unwrap_or(defaults.qemu_nbd),
     };
     let provider = DirectoryProvider::new(DirectoryOptions { path: path.into(), tools });
-    Ok(Arc::new(provider.with_container_format(format)))
+    let provider = provider.with_container_format(format).with_place(mount_point, may_make_path);
+    check_names(section, &provider)?;
+    Ok(Arc::new(provider))
+}
+
+/// A typing error must not switch off what it was meant to switch on.
+fn check_names(section: &StorageSection, provider: &DirectoryProvider) -> Result<(), String> {
+    let own = provider.properties();
+    let own: Vec<&str> = own.iter().map(|property| property.name.as_str()).collect();
+    let is_known = |name: &str| {
+        own.iter().chain(&COMMON_PROPERTIES).chain(&IDLE_PROPERTIES).any(|known| *known == name)
+    };
+    match section.properties.iter().find(|(name, _)| !is_known(name)) {
+        None => Ok(()),
+        Some((name, _)) => Err(format!(
+            "The storage '{}' has '{name}', which its type '{DIRECTORY_KIND}' does not know; it knows: {}, {}.",
+            section.id,
+            own.join(", "),
+            COMMON_PROPERTIES.join(", ")
+        )),
+    }
+}
+
+/// Where a file system must be mounted for a storage, and whether its directory may be made.
+fn place(section: &StorageSection, path: &Path) -> Result<(Option<PathBuf>, bool), String> {
+    let id = &section.id;
+    let switch = |name: &str, text: &str| {
+        // Without a value it is on.
+        let value = if text.is_empty() { Some(true) } else { parse_bool(text) };
+        value.ok_or_else(|| format!("'{name} {text}' of the storage '{id}' is neither 0 nor 1."))
+    };
+    let mount_point = match section.get("is_mountpoint") {
+        None => None,
+        Some(text) if Path::new(text).is_absolute() => Some(PathBuf::from(text)),
+        Some(text) => switch("is_mountpoint", text)?.then(|| path.to_owned()),
+    };
+    let mut may_make_path = true;
+    // The second one is the newer name.
+    for name in ["mkdir", "create-base-path"] {
+        if let Some(text) = section.get(name) {
+            may_make_path = switch(name, text)?;
+        }
+    }
+    Ok((mount_point, may_make_path))
 }

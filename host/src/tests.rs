@@ -48,6 +48,44 @@ async fn a_storage_that_holds_no_backups_is_refused_by_name() {
     }
 }
 
+#[tokio::test]
+async fn a_directory_is_used_only_where_it_is_said_to_be() {
+    let section = |id: &str, line: &str| {
+        format!("directory: {id}\n\tpath ROOT/{id}\n\tcontent backup\n\tshared 1\n\t{line}\n\n")
+    };
+    let cases = [
+        (
+            "typo",
+            "is_mountpont yes",
+            "has 'is_mountpont', which its type 'directory' does not know",
+        ),
+        ("limit", "bwlimit 5", "has 'bwlimit'"),
+        ("odd", "mkdir perhaps", "'mkdir perhaps' of the storage 'odd' is neither 0 nor 1"),
+        ("absent", "is_mountpoint yes", "Nothing is mounted at "),
+        ("other", "is_mountpoint ROOT/etc", "/etc, where storage.cfg says"),
+        ("unmade", "mkdir 0", "does not exist, and storage.cfg says that it is not made"),
+        ("unmade2", "create-base-path no", "does not exist, and storage.cfg"),
+        ("made", "is_mountpoint no", ""),
+        ("mounted", "is_mountpoint /proc", ""),
+    ];
+    let (dir, host) = host(&cases.map(|(id, line, _)| section(id, line)).concat());
+    for (id, line, fault) in cases {
+        let call = provider_api::Call::default();
+        let done = match host.providers.get(id).await {
+            Ok(provider) => provider.activate(&call).await.map_err(|error| chain(&error)),
+            Err(error) => Err(error),
+        };
+        if fault.is_empty() {
+            done.unwrap();
+            assert!(dir.path().join(id).join(".vzdump").is_dir(), "{line}");
+        } else {
+            let error = done.unwrap_err();
+            assert!(error.contains(fault), "{line}: {error}");
+            assert!(!dir.path().join(id).exists(), "{line}");
+        }
+    }
+}
+
 /// The example in Python, as an administrator would install it.
 const PLUGIN: &[u8] = include_bytes!("../../providers/examples/python/file-store.py");
 

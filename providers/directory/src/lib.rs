@@ -88,7 +88,7 @@ use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, RECORD_KEEP, STATUS
 pub use manifest::ContainerFormat;
 use manifest::{Manifest, SmallFile, config_file, firewall_file};
 use restore::DirectoryRestore;
-use storage::{Storage, StorageLock};
+use storage::{Place, Storage, StorageLock};
 
 /// QEMU's tools.
 #[derive(Debug, Clone)]
@@ -134,6 +134,14 @@ impl DirectoryProvider {
         let container_format = ContainerFormat::default();
         let remover = Remover::default();
         Self { storage: Storage::new(path), tools, container_format, remover }
+    }
+
+    /// The provider that uses its directory only while a file system is mounted at `mount_point`, if that is
+    /// given, and makes it only if it `may_make_path`. What is within it is made if needed.
+    #[must_use]
+    pub fn with_place(self, mount_point: Option<PathBuf>, may_make_path: bool) -> Self {
+        let place = Place { mount_point, must_exist: !may_make_path };
+        Self { storage: self.storage.in_place(place), ..self }
     }
 
     /// The provider that stores containers in this format. What is stored already is read whatever it has.
@@ -267,10 +275,16 @@ impl Provider for DirectoryProvider {
             description: description.to_owned(),
         };
         let path = "The directory of the archives; it is made if needed.";
+        let mounted = "Whether a file system must be mounted there, or the path of its mount point: else the \
+                       storage is not used.";
+        let make = "Whether the directory is made if needed; 1 by default.";
         let format =
             "How containers are stored: 'tar' (compressed, the default) or 'tree' (as files).";
         vec![
             property("path", PropertyKind::Path, true, path),
+            property("is_mountpoint", PropertyKind::Text, false, mounted),
+            property("mkdir", PropertyKind::Text, false, make),
+            property("create-base-path", PropertyKind::Text, false, make),
             property("container-format", PropertyKind::Text, false, format),
         ]
     }

@@ -60,6 +60,42 @@ const REPLACES_FILE: &str = "replaces";
 #[derive(Debug, Clone)]
 pub(crate) struct Storage {
     path: PathBuf,
+    place: Place,
+}
+
+/// What must be there before a storage is used.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Place {
+    /// Where a file system must be mounted.
+    pub(crate) mount_point: Option<PathBuf>,
+    /// Whether the storage's directory itself is never made.
+    pub(crate) must_exist: bool,
+}
+
+impl Place {
+    /// Without this, data meant for a disk that is not mounted would fill the one below, and be hidden by the
+    /// next mount.
+    fn check(&self, storage: &Path) -> Result<()> {
+        let missing = |text: String| Err(Error::new(Kind::Io, text));
+        if let Some(path) = &self.mount_point
+            && !files::is_mount_point(path)?
+        {
+            return missing(format!(
+                "Nothing is mounted at {}, where storage.cfg says that the file system of the directory \
+                 storage {} is ('is_mountpoint').",
+                path.display(),
+                storage.display()
+            ));
+        }
+        if self.must_exist && !storage.is_dir() {
+            return missing(format!(
+                "The directory storage {} does not exist, and storage.cfg says that it is not made ('mkdir' or \
+                 'create-base-path').",
+                storage.display()
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// The storage's lock, held.
@@ -99,7 +135,12 @@ pub(crate) enum Claim {
 
 impl Storage {
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path }
+        Self { path, place: Place::default() }
+    }
+
+    /// The same storage, used only when this is there.
+    pub(crate) fn in_place(self, place: Place) -> Self {
+        Self { place, ..self }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -127,6 +168,7 @@ impl Storage {
 
     /// Makes the directories this provider needs.
     pub(crate) fn prepare(&self) -> Result<()> {
+        self.place.check(&self.path)?;
         let is_new = !files::is_directory(&self.commits_path());
         files::ensure_directory(&self.commits_path())?;
         if is_new {
@@ -188,6 +230,7 @@ impl Storage {
     }
 
     pub(crate) fn try_lock(&self) -> Result<Option<StorageLock>> {
+        self.place.check(&self.path)?;
         let path = self.path.join(OWN_DIRECTORY).join(LOCK_FILE);
         Ok(try_flock(files::open_lock(&path)?, &path)?.map(|file| StorageLock { _file: file }))
     }
@@ -418,6 +461,7 @@ impl Storage {
     }
 
     fn entries(&self) -> Result<Vec<String>> {
+        self.place.check(&self.path)?;
         let failed =
             |e| Error::io(format!("Cannot list the directory storage {}.", self.path.display()), e);
         let mut names = Vec::new();
