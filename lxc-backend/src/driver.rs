@@ -13,6 +13,7 @@ use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use provider_api::{
@@ -26,18 +27,19 @@ use vzdump_core::guest::{
     AccessStats, BackupMode, Containers, GuestDriver, GuestError, GuestSource, PointInTime, Task,
     VolumeReport,
 };
-use vzdump_core::job::{BackupOptions, JobContext};
+use vzdump_core::job::{BackupOptions, JobContext, STOP_WAIT};
 use vzdump_core::journal::volumes::free_within;
-use vzdump_core::journal::{Entry, Record};
+use vzdump_core::journal::{Entry, ProcessStamp, Record};
 use vzdump_core::layout::make_private_dir;
 use vzdump_core::lock::FileLock;
 use vzdump_core::storage::{ImageFormat, nested_subvolumes};
 use vzdump_core::task_log::TaskSink;
 use vzdump_core::temp_tree;
+use vzdump_core::vm::process::VmProcess;
 
 use crate::CtError;
 use crate::attach::{nearest_above, open_place};
-use crate::guard::{Frozen, Target};
+use crate::guard::{Frozen, Owed, Target};
 use crate::lxc::{Lxc, State};
 use crate::opening::{Opening, Wanted};
 use crate::runner::Runner;
@@ -80,6 +82,8 @@ impl Containers for LxcContainers {
             ran: false,
             down_since: None,
             stopping: Busy::default(),
+            snapshotting: Busy::default(),
+            owed: Owed::default(),
             is_restart_told: false,
             power: None,
             snapshots: Vec::new(),
@@ -117,13 +121,30 @@ async fn run_again(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) -> Re
         beside(move || lxc.thaw()).await.map_err(|error| error.words())?;
         sink.info(&format!("CT {id} is thawed"));
     }
-    if record.held.is_some() && state == State::Stopped {
+    // One that was started since is another process. The one that ran may be about to stop: whether it was told so
+    // nobody knows any more.
+    let is_the_old = record.ran.as_ref().is_some_and(ProcessStamp::is_alive);
+    if record.held.is_some() && state != State::Stopped && is_the_old {
+        sink.info(&format!("CT {id} is stopped, as the interrupted backup was to do"));
+        crate::runtime::stop(&ctx.layout, id, STOP_WAIT).await.map_err(|error| error.words())?;
+    } else if state != State::Stopped {
+        return Ok(());
+    }
+    if record.held.is_some() {
         crate::runtime::start(&ctx.layout, &ctx.storages, id)
             .await
             .map_err(|error| error.words())?;
         sink.info(&format!("CT {id} runs again"));
     }
     Ok(())
+}
+
+/// The container's first process, by which a later one is told from it. May block.
+fn first_process(lxc: &Lxc) -> Result<Option<ProcessStamp>, CtError> {
+    let Some(pid) = lxc.init_pid()? else { return Ok(None) };
+    let process =
+        VmProcess::of_pid(pid).and_then(|process| process.map(ProcessStamp::of).transpose());
+    process.map_err(CtError::at("read /proc of the container's first process"))
 }
 
 /// What the archive is made from.
@@ -135,6 +156,39 @@ enum Way {
     Snapshots,
     /// Copies of the volumes.
     Copies,
+}
+
+/// What takes snapshots, in a thread that goes on when nobody waits for it any more.
+struct Taking {
+    ctx: JobContext,
+    snapshots: Vec<Snapshot>,
+    is_over: Arc<AtomicBool>,
+    runtime: tokio::runtime::Handle,
+}
+
+/// Ends what nobody waits for.
+struct EndOnDrop(Arc<AtomicBool>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Taking {
+    fn end_on_drop(&self) -> EndOnDrop {
+        EndOnDrop(Arc::clone(&self.is_over))
+    }
+
+    fn take(&self) -> Result<(), CtError> {
+        for snapshot in &self.snapshots {
+            if self.is_over.load(Ordering::Relaxed) {
+                return Err(CtError::Cancelled);
+            }
+            self.runtime.block_on(snapshot.take(&self.ctx))?;
+        }
+        Ok(())
+    }
 }
 
 struct CtDriver {
@@ -157,6 +211,9 @@ struct CtDriver {
     down_since: Option<Instant>,
     /// While it is being stopped, which goes on when the task is cancelled.
     stopping: Busy,
+    /// While it is frozen and snapshots are taken; that, too.
+    snapshotting: Busy,
+    owed: Owed,
     /// The hook script knows that it is about to be started.
     is_restart_told: bool,
     /// Held while volumes are read that could change.
@@ -257,7 +314,8 @@ impl CtDriver {
     /// The first copy, while the container runs.
     async fn copy_running(&mut self, task: Task<'_>) -> Result<(), CtError> {
         let (ctx, options, id) = (self.ctx.clone(), self.options.clone(), self.id);
-        let suspension = beside(move || Suspension::plan(&ctx, &options, id)).await?;
+        let owed = self.owed.clone();
+        let suspension = beside(move || Suspension::plan(&ctx, &options, id, &owed)).await?;
         task.journal.append(suspension.entry()).await?;
         let suspension = self.suspension.insert(suspension);
         let of = (&self.lxc, self.volumes.as_slice(), self.ids.as_slice());
@@ -278,6 +336,10 @@ impl CtDriver {
         self.ran = beside(move || Ok(lxc.state()? != State::Stopped)).await?;
         if self.ran && self.options.mode == BackupMode::Stop {
             task.hooks.pre_stop(task.sink).await?;
+            let lxc = self.lxc.clone();
+            if let Some(process) = beside(move || first_process(&lxc)).await? {
+                task.journal.append(Entry::Qemu { process }).await?;
+            }
             task.journal.append(Entry::ShutDown).await?;
             self.down_since = Some(Instant::now());
             task.sink.info("stopping the container");
@@ -321,30 +383,30 @@ impl CtDriver {
         }
         let freezes = target.with_processes || !target.file_systems.is_empty();
         self.origin = if freezes { Origin::FrozenCopy } else { Origin::Copy };
+        let taking = Taking {
+            ctx: self.ctx.clone(),
+            snapshots: self.snapshots.clone(),
+            is_over: Arc::default(),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let _ends = taking.end_on_drop();
         if !freezes {
             self.wait_until_unmounted().await?;
-            for snapshot in &self.snapshots {
-                snapshot.take(&self.ctx).await?;
-            }
-            return Ok(());
+            return Ok(self.snapshotting.beside(move || taking.take()).await?);
         }
         task.journal.append(Entry::Freeze).await?;
         let limits = self.ctx.limits.freeze;
         let program = self.ctx.guard.program.clone();
-        let frozen =
-            beside(move || Frozen::freeze(&program, target, limits.freeze, limits.hold)).await?;
-        #[cfg(debug_assertions)]
-        vzdump_core::job::kill_point::at("frozen");
-        let mut taken = Ok(());
-        for snapshot in &self.snapshots {
-            taken = snapshot.take(&self.ctx).await;
-            if taken.is_err() {
-                break;
-            }
-        }
-        let thawed = beside(move || frozen.thaw()).await;
-        taken?;
-        thawed?;
+        let owed = self.owed.clone();
+        let work = self.snapshotting.beside(move || {
+            let frozen = Frozen::freeze(&program, target, limits.freeze, limits.hold, &owed)?;
+            #[cfg(debug_assertions)]
+            vzdump_core::job::kill_point::at("frozen");
+            let taken = taking.take();
+            let thawed = frozen.thaw();
+            taken.and(thawed)
+        });
+        work.await?;
         task.journal.append(Entry::Thawed).await?;
         Ok(())
     }
@@ -456,6 +518,7 @@ impl CtDriver {
     }
 
     async fn release_now(&mut self) -> Result<(), GuestError> {
+        self.snapshotting.settle().await;
         let mut first = Ok(());
         for snapshot in std::mem::take(&mut self.snapshots).iter().rev() {
             let removed = match snapshot {
@@ -556,6 +619,7 @@ impl GuestDriver for CtDriver {
 
     fn resume<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<Option<u64>, GuestError>> {
         Box::pin(async move {
+            self.snapshotting.settle().await;
             if let Some(suspension) = &self.suspension {
                 suspension.settle().await;
                 self.power = None;
@@ -626,9 +690,12 @@ impl GuestDriver for CtDriver {
 
     fn leave_mode<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {
         Box::pin(async move {
+            let owed = self.owed.clone();
+            let thawed = beside(move || owed.thaw()).await;
             let started = self.start_again(task).await;
             self.power = None;
-            started.map(drop)
+            // Else the journal must go on to say so.
+            started.map(drop).and(thawed.map_err(GuestError::from))
         })
     }
 

@@ -3,6 +3,7 @@
 //! kind of cgroup it may never end, and then `lxc-unfreeze` does not thaw
 //! (`docs/design/0033-containers-are-frozen-through-their-cgroup.md`).
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ enum Kind {
 }
 
 /// That of one container.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Freezer {
     kind: Kind,
     dir: PathBuf,
@@ -42,12 +43,37 @@ impl Freezer {
         }
     }
 
-    /// Ends when all of its processes are frozen. An error if that takes longer: then some of them may be.
-    pub(crate) fn freeze(&self, limit: Duration) -> Result<(), String> {
+    /// For [`Self::parse`] in another process.
+    pub(crate) fn to_args(&self) -> [OsString; 2] {
+        let kind = match self.kind {
+            Kind::Controller => "controller",
+            Kind::Unified => "unified",
+        };
+        [kind.into(), self.dir.clone().into()]
+    }
+
+    pub(crate) fn parse(kind: &OsStr, dir: &OsStr) -> Option<Self> {
+        let kind = match kind.to_str()? {
+            "controller" => Kind::Controller,
+            "unified" => Kind::Unified,
+            _ => return None,
+        };
+        Some(Self { kind, dir: dir.into() })
+    }
+
+    /// Ends when all of its processes are frozen. An error if that takes longer, or as soon as `check` says so: then
+    /// some of them may be. One that waits for a disk that does not answer cannot be frozen. LXC is not told, and
+    /// goes on to say that the container runs.
+    pub(crate) fn freeze(
+        &self,
+        limit: Duration,
+        mut check: impl FnMut() -> Result<(), String>,
+    ) -> Result<(), String> {
         let deadline = Instant::now() + limit;
         // Processes freeze within moments; one that does file system work may take longer.
         let mut pauses = Pauses::new();
         loop {
+            check()?;
             // Not only once: the controller forgets a process that was about to wait for its `vfork`.
             self.ask(true).map_err(|error| self.words(&error))?;
             if self.is_frozen().map_err(|error| self.words(&error))? {
@@ -242,10 +268,19 @@ mod tests {
                 assert!(fs::read_to_string(dir.path().join(file)).unwrap().starts_with(word));
             }
             fs::write(dir.path().join(frozen.0), "FREEZING\nfrozen 0\n").unwrap();
-            let error = freezer.freeze(Duration::from_millis(5)).unwrap_err();
+            let error = freezer.freeze(Duration::from_millis(5), || Ok(())).unwrap_err();
             assert!(error.contains("still run after 5ms"), "{error}");
             fs::write(dir.path().join(frozen.0), frozen.1).unwrap();
             assert!(freezer.is_frozen().unwrap());
+            fs::write(dir.path().join(file), "      ").unwrap();
+            let error =
+                freezer.freeze(Duration::from_secs(60), || Err("no guard".into())).unwrap_err();
+            assert_eq!(
+                (error.as_str(), &*fs::read(dir.path().join(file)).unwrap()),
+                ("no guard", &b"      "[..])
+            );
+            let [kind, path] = freezer.to_args();
+            assert_eq!(Freezer::parse(&kind, &path).unwrap(), freezer);
         }
     }
 }

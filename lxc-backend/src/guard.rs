@@ -23,11 +23,13 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::CtError;
+use crate::freezer::Freezer;
 use crate::lxc::Lxc;
 use crate::tool::{command, ended_within, run};
 
@@ -44,6 +46,14 @@ const ANSWER_BYTES: u64 = 8 << 10;
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
 const THAW_LIMIT: Duration = Duration::from_secs(20);
 
+/// Runs a program that these signals, sent to all of a service, do not end: it ends with its task.
+const UNDETERRED: &str = "trap '' TERM HUP INT; exec \"$@\"";
+/// Of the time for which a container may be frozen, what is left when its processes are.
+const HOLD_MARGIN: Duration = Duration::from_secs(5);
+/// How often, and how often at most, the guard tries to thaw.
+const AGAIN: Duration = Duration::from_secs(1);
+const TRIES_MAX: usize = 24 * 3600;
+
 /// What is frozen.
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
@@ -54,10 +64,33 @@ pub(crate) struct Target {
     pub(crate) file_systems: Vec<PathBuf>,
 }
 
+/// The freezer of a container that may be frozen: also for those who do not wait for the thread that thaws it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Owed(Arc<Mutex<Option<Freezer>>>);
+
+impl Owed {
+    fn set(&self, freezer: Option<Freezer>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = freezer;
+    }
+
+    /// Thaws what was not thawed. May block.
+    pub(crate) fn thaw(&self) -> Result<(), CtError> {
+        let mut owed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(freezer) = owed.as_ref() {
+            freezer.thaw().map_err(CtError::at("thaw the container"))?;
+        }
+        *owed = None;
+        Ok(())
+    }
+}
+
 /// A frozen container. Dropping it thaws, and should that fail the guard does.
 #[derive(Debug)]
 pub(crate) struct Frozen {
     target: Target,
+    /// Of its processes, if they are frozen, too: found before, because nobody need answer then.
+    freezer: Option<Freezer>,
+    owed: Owed,
     opened: Vec<File>,
     guard: Child,
     stdin: Option<ChildStdin>,
@@ -74,14 +107,23 @@ impl Frozen {
         target: Target,
         limit: Duration,
         hold: Duration,
+        owed: &Owed,
     ) -> Result<Self, CtError> {
         let opened = open_all(&target.file_systems)?;
+        let name = &target.lxc.name;
+        let fault = CtError::at(format!("freeze the container {name}"));
+        let freezer = if target.with_processes { Some(target.lxc.freezer()?) } else { None };
+        let freezer = match freezer {
+            Some(None) => return Err(fault("it does not run".to_owned())),
+            other => other.flatten(),
+        };
         let spawn = |error: io::Error| CtError::at("start the freeze guard")(error);
-        let mut guard = Command::new(program)
+        let mut guard = Command::new("sh")
+            .args(["-c", UNDETERRED, "sh"])
+            .arg(program)
             .arg(SUBCOMMAND)
             .arg(hold.as_millis().to_string())
-            .arg(&target.lxc.path)
-            .arg(&target.lxc.name)
+            .args(freezer.as_ref().map_or([OsString::new(), OsString::new()], Freezer::to_args))
             .args(&target.file_systems)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -94,13 +136,23 @@ impl Frozen {
         let stdout = guard.stdout.take().ok_or_else(|| spawn(io::Error::other("no pipe")))?;
         let answers = BufReader::new(stdout.take(ANSWER_BYTES));
         let deadline = Instant::now() + hold;
+        let owed = owed.clone();
+        let is_pending = false;
         let mut frozen =
-            Self { target, opened, guard, stdin, answers, is_pending: false, deadline };
+            Self { target, freezer, owed, opened, guard, stdin, answers, is_pending, deadline };
         if frozen.answer() != READY {
             return Err(spawn(io::Error::other("it does not answer")));
         }
-        if frozen.target.with_processes {
-            frozen.target.lxc.freeze(limit)?;
+        if let Some(freezer) = &frozen.freezer {
+            frozen.owed.set(Some(freezer.clone()));
+            // What the guard thaws must not be frozen again, nor anything when it is gone.
+            let limit = limit.min(hold.saturating_sub(HOLD_MARGIN).max(hold / 2));
+            let guard = &mut frozen.guard;
+            let check = || match guard.try_wait() {
+                Ok(None) => Ok(()),
+                _ => Err("the freeze guard ended".to_owned()),
+            };
+            freezer.freeze(limit, check).map_err(fault)?;
         }
         if !frozen.opened.is_empty() {
             frozen.is_pending = true;
@@ -139,7 +191,7 @@ impl Frozen {
 
     fn thaw_now(&mut self) -> Result<(), CtError> {
         let Some(mut stdin) = self.stdin.take() else { return Ok(()) };
-        let thawed = thaw_all(&self.target.lxc, self.target.with_processes, &self.opened);
+        let mut thawed = thaw_all(self.freezer.as_ref(), &self.opened);
         if thawed.is_ok() && !self.is_pending {
             // A guard that is gone has thawed, too.
             let _ = writeln!(stdin, "{DONE}");
@@ -147,9 +199,17 @@ impl Frozen {
         drop(stdin);
         // One that waits for the kernel may do so for long; it needs nobody.
         if !self.is_pending {
-            let _ = self.guard.wait();
+            let ended = ended_within(&mut self.guard, THAW_LIMIT, || ());
+            if matches!(ended, Ok(Some(status)) if status.success()) {
+                thawed = Ok(());
+            }
         }
-        thawed
+        thawed.map_err(CtError::at(format!("thaw the container {}", self.target.lxc.name)))?;
+        if self.freezer.is_some() {
+            self.owed.set(None);
+            self.target.lxc.tell_thawed();
+        }
+        Ok(())
     }
 }
 
@@ -174,28 +234,31 @@ fn fsfreeze(change: &str, file: &File) -> Command {
 }
 
 /// File systems first: a process that is thawed would wait for them.
-fn thaw_all(lxc: &Lxc, with_processes: bool, opened: &[File]) -> Result<(), CtError> {
+fn thaw_all(freezer: Option<&Freezer>, opened: &[File]) -> Result<(), String> {
     for file in opened {
         // One that is not frozen says so, which is right.
         if let Err(why) = run(&fsfreeze("-u", file), THAW_LIMIT) {
             tracing::debug!(why, "not thawed");
         }
     }
-    if with_processes { lxc.thaw() } else { Ok(()) }
+    freezer.map_or(Ok(()), Freezer::thaw)
 }
 
-/// Runs the guard: the longest time in milliseconds, LXC's path, the container's name and the file systems.
+/// Runs the guard: the longest time in milliseconds, the kind and the path of the freezer, and the file systems.
 #[must_use]
 pub fn run_guard(args: &[OsString]) -> ExitCode {
     let parsed = match args {
-        [hold, path, name, file_systems @ ..] => hold.to_str().and_then(|hold| {
+        [hold, kind, dir, file_systems @ ..] => hold.to_str().and_then(|hold| {
             let hold = Duration::from_millis(hold.parse().ok()?);
-            let lxc = Lxc { path: path.into(), name: name.to_str()?.to_owned() };
-            Some((hold, lxc, file_systems.iter().map(PathBuf::from).collect::<Vec<_>>()))
+            let freezer = Freezer::parse(kind, dir);
+            if freezer.is_none() && !kind.is_empty() {
+                return None;
+            }
+            Some((hold, freezer, file_systems.iter().map(PathBuf::from).collect::<Vec<_>>()))
         }),
         _ => None,
     };
-    let Some((hold, lxc, file_systems)) = parsed else { return ExitCode::from(2) };
+    let Some((hold, freezer, file_systems)) = parsed else { return ExitCode::from(2) };
     let Ok(opened) = open_all(&file_systems) else { return ExitCode::FAILURE };
     // A task that is gone has frozen nothing: then the wait ends at once.
     say(READY);
@@ -219,15 +282,20 @@ pub fn run_guard(args: &[OsString]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     // What was not frozen is thawed, too: that changes nothing.
-    let mut thawed = thaw_all(&lxc, true, &opened);
+    let mut thawed = thaw_all(freezer.as_ref(), &opened);
     if let Some(mut child) = pending {
         let _ = child.wait();
-        thawed = thaw_all(&lxc, false, &opened).and(thawed);
+        thawed = thaw_all(None, &opened).and(thawed);
     }
-    match thawed {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+    // Nobody else is there to do it.
+    for _ in 0..TRIES_MAX {
+        if thawed.is_ok() {
+            return ExitCode::SUCCESS;
+        }
+        std::thread::sleep(AGAIN);
+        thawed = thaw_all(freezer.as_ref(), &opened);
     }
+    ExitCode::FAILURE
 }
 
 /// Freezes all of them. One that does not freeze in time is an error, with what still tries to: a signal does not end it.
@@ -292,5 +360,34 @@ impl Words {
                 _ => return None,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use rustix::process::{Pid, Signal, kill_process};
+
+    use super::*;
+
+    /// As `systemctl stop` sends them to the task and the guard.
+    #[test]
+    fn signals_to_all_of_a_service_do_not_end_the_guard() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("guard");
+        std::fs::write(&program, "#!/bin/sh\necho ready\nread word\n[ \"$word\" = done ]\n")
+            .unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let lxc = Lxc::new(dir.path(), 200);
+        let target = Target { lxc, with_processes: false, file_systems: Vec::new() };
+        let limit = Duration::from_secs(60);
+        let frozen = Frozen::freeze(&program, target, limit, limit, &Owed::default()).unwrap();
+        let pid = Pid::from_child(&frozen.guard);
+        for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
+            kill_process(pid, signal).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        frozen.thaw().unwrap();
     }
 }

@@ -95,25 +95,21 @@ impl Lxc {
         self.run("lxc-stop", &["-k"], KILL_LIMIT).map(drop)
     }
 
-    /// Freezes all of its processes. One that waits for a disk that does not answer cannot be frozen: then it is an
-    /// error, and the others are to be thawed. LXC is not told, and goes on to say that the container runs.
-    pub(crate) fn freeze(&self, limit: Duration) -> Result<(), CtError> {
-        let frozen = match self.freezer()? {
-            Some(freezer) => freezer.freeze(limit),
-            None => Err("it does not run".to_owned()),
-        };
-        frozen.map_err(CtError::at(format!("freeze the container {}", self.name)))
-    }
-
     /// Also of one that is not frozen.
     pub(crate) fn thaw(&self) -> Result<(), CtError> {
-        // What somebody's `lxc-freeze` has frozen is thawed by LXC, too, for its own record. Whatever comes of that,
-        // the cgroup decides.
+        if let Some(freezer) = self.freezer()? {
+            freezer.thaw().map_err(CtError::at(format!("thaw the container {}", self.name)))?;
+        }
+        self.tell_thawed();
+        Ok(())
+    }
+
+    /// What somebody's `lxc-freeze` has frozen and is thawed LXC thaws, too, for its own record. The cgroup decides,
+    /// whatever comes of that.
+    pub(crate) fn tell_thawed(&self) {
         if matches!(self.state(), Ok(State::Frozen)) {
             let _ = self.run("lxc-unfreeze", &[], ANSWER_LIMIT);
         }
-        let Some(freezer) = self.freezer()? else { return Ok(()) };
-        freezer.thaw().map_err(CtError::at(format!("thaw the container {}", self.name)))
     }
 
     /// Whether it is known that all of its processes are, also by others than LXC. This is its first process.
@@ -123,7 +119,7 @@ impl Lxc {
     }
 
     /// None if it does not run.
-    fn freezer(&self) -> Result<Option<Freezer>, CtError> {
+    pub(crate) fn freezer(&self) -> Result<Option<Freezer>, CtError> {
         self.init_pid()?.map_or(Ok(None), |pid| self.freezer_of(pid))
     }
 

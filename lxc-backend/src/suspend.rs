@@ -23,7 +23,7 @@ use vzdump_core::temp_tree;
 use crate::CtError;
 use crate::attach::detached;
 use crate::copy::{Control, CopyError, PassReport, Skipped, TreeCopy};
-use crate::guard::{Frozen, Target};
+use crate::guard::{Frozen, Owed, Target};
 use crate::ids::{foreign_ids, reversed, user_namespace};
 use crate::lxc::Lxc;
 use crate::runtime::{Busy, Found, beside};
@@ -51,6 +51,7 @@ pub(crate) struct Suspension {
     report: OnceLock<PassReport>,
     /// Held by the thread that works in the directory, also when nobody waits for it any more.
     busy: Busy,
+    owed: Owed,
 }
 
 /// Ends a copy that nobody waits for.
@@ -74,6 +75,7 @@ impl Suspension {
         ctx: &JobContext,
         options: &BackupOptions,
         id: u32,
+        owed: &Owed,
     ) -> Result<Self, CtError> {
         let around = match &options.temp_dir {
             Some(dir) if dir.is_dir() => dir.clone(),
@@ -94,6 +96,7 @@ impl Suspension {
             bytes: AtomicU64::new(0),
             report: OnceLock::new(),
             busy: Busy::default(),
+            owed: owed.clone(),
         })
     }
 
@@ -107,7 +110,8 @@ impl Suspension {
         self.dir.join(key)
     }
 
-    /// Copies everything, while the container runs.
+    /// Copies everything, while the container runs. It is frozen for a moment before: whatever one of its processes was
+    /// about to write then is written, and what is written later changes the times of its file later.
     pub(crate) async fn first(
         &self,
         ctx: &JobContext,
@@ -122,6 +126,14 @@ impl Suspension {
         let excludes = options.exclude.clone();
         let (dir, trees) = (self.dir.clone(), Arc::clone(&self.trees));
         let in_thread = Arc::clone(&control);
+        let (target, owed) = (processes_of(of.0), self.owed.clone());
+        let (program, freeze) = (ctx.guard.program.clone(), ctx.limits.freeze.freeze);
+        let hold = hold_of(ctx);
+        task.journal.append(Entry::Freeze).await?;
+        let settled =
+            self.busy.beside(move || Frozen::freeze(&program, target, freeze, hold, &owed)?.thaw());
+        settled.await?;
+        task.journal.append(Entry::Thawed).await?;
         let work = self.busy.beside(move || {
             let (made, report) = copy_running(&dir, &lxc, (&volumes, &excludes), &ids, &in_thread)?;
             *trees.lock().unwrap_or_else(PoisonError::into_inner) = made;
@@ -154,18 +166,18 @@ impl Suspension {
     ) -> Result<u64, CtError> {
         let skips_unreadable = options.skip_unreadable;
         let limits = &ctx.limits;
-        let hold = limits.point_in_time.saturating_sub(THAW_MARGIN).max(Duration::from_secs(1));
+        let hold = hold_of(ctx);
         let deadline = Instant::now() + hold.saturating_sub(COPY_MARGIN);
         let control = Arc::new(Control::until(deadline));
         let cancel = CancelOnDrop(Arc::clone(&control));
-        let target = Target { lxc: lxc.clone(), with_processes: true, file_systems: Vec::new() };
+        let (target, owed) = (processes_of(lxc), self.owed.clone());
         let (program, freeze) = (ctx.guard.program.clone(), limits.freeze.freeze);
         let (dir, trees) = (self.dir.clone(), Arc::clone(&self.trees));
         task.journal.append(Entry::Freeze).await?;
         let work = self.busy.beside(move || {
             let trees = std::mem::take(&mut *trees.lock().unwrap_or_else(PoisonError::into_inner));
             let started = Instant::now();
-            let frozen = Frozen::freeze(&program, target, freeze, hold)?;
+            let frozen = Frozen::freeze(&program, target, freeze, hold, &owed)?;
             #[cfg(debug_assertions)]
             vzdump_core::job::kill_point::at("frozen");
             let begun = Instant::now();
@@ -234,6 +246,15 @@ impl Suspension {
         })
         .await
     }
+}
+
+/// For how long a container may be frozen.
+fn hold_of(ctx: &JobContext) -> Duration {
+    ctx.limits.point_in_time.saturating_sub(THAW_MARGIN).max(Duration::from_secs(1))
+}
+
+fn processes_of(lxc: &Lxc) -> Target {
+    Target { lxc: lxc.clone(), with_processes: true, file_systems: Vec::new() }
 }
 
 fn tell_skipped(report: &PassReport, task: Task<'_>) {

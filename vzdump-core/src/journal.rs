@@ -211,7 +211,7 @@ pub struct FileExport {
 pub enum Entry {
     /// The task begins.
     Begin(Begin),
-    /// The QEMU process the following names belong to.
+    /// The QEMU process the following names belong to; of a container its first process.
     Qemu {
         /// The process.
         process: ProcessStamp,

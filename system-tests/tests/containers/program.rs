@@ -138,3 +138,34 @@ fn a_program_that_is_killed_leaves_no_container_down() {
         kill_at(&scene, "stop", step, &scene.root.join("state/storage/images"));
     }
 }
+
+/// Nobody waits for the end of a shutdown any more that goes on.
+#[test]
+fn a_program_that_is_killed_while_the_container_stops_leaves_it_running() {
+    let scene = scene_with(None);
+    let inittab = scene.inside(200, "/etc/inittab");
+    let text = std::fs::read_to_string(&inittab).unwrap();
+    std::fs::write(&inittab, text + "::shutdown:/bin/sh -c 'echo > /root/going; /bin/sleep 3'\n")
+        .unwrap();
+    scene.run(&["ct", "stop", "200"]);
+    scene.run(&["ct", "start", "200"]);
+    let going = scene.inside(200, "/root/going");
+    assert!(!going.exists());
+    let mut killed = scene.vzdump.spawn(&["backup", "200", "--mode", "stop"]).unwrap();
+    wait_for("the container is about to stop", || going.exists());
+    killed.process().signal(rustix::process::Signal::KILL).unwrap();
+    killed.finish(LIMIT, &system_tests::process::Stop::default()).unwrap();
+    scene.run(&["doctor", "--fix"]);
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert_runs(&scene, "the container runs");
+    assert_eq!(names(scene.root.join("state/journal")), [""; 0]);
+    // What was started since is let alone.
+    let environment = [("VZDUMP_TEST_KILL_AT", "PointInTime")];
+    let killed =
+        scene.vzdump.spawn_with(&["backup", "200", "--mode", "stop"], &environment).unwrap();
+    killed.finish(LIMIT, &system_tests::process::Stop::default()).unwrap();
+    scene.run(&["ct", "start", "200"]);
+    let before = scene.run(&["ct", "status", "200"]);
+    scene.run(&["doctor", "--fix"]);
+    assert_eq!(scene.run(&["ct", "status", "200"]), before);
+}
