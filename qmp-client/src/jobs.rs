@@ -16,6 +16,7 @@ commands! {
     BlockJobSetSpeed = "block-job-set-speed" -> Empty;
     JobComplete = "job-complete" -> Empty;
     JobFinalize = "job-finalize" -> Empty;
+    JobCancel = "job-cancel" -> Empty;
     JobDismiss = "job-dismiss" -> Empty;
     QueryJobs = "query-jobs" -> Vec<JobInfo>;
     HumanMonitor = "human-monitor-command" -> String;
@@ -97,6 +98,13 @@ pub struct JobComplete {
 /// Lets a job that is pending change the graph.
 #[derive(Debug, Clone, Serialize)]
 pub struct JobFinalize {
+    /// The job.
+    pub id: String,
+}
+
+/// Ends a job that has not changed the graph; it is concluded with an error then.
+#[derive(Debug, Clone, Serialize)]
+pub struct JobCancel {
     /// The job.
     pub id: String,
 }

@@ -20,6 +20,8 @@ const SOON: Duration = Duration::from_secs(120);
 const NEW_VM: u32 = 200;
 /// Ends `vzdump` by SIGKILL when its task reaches this step.
 const KILL_AT: &str = "VZDUMP_TEST_KILL_AT";
+/// Asks it to end there.
+const TERM_AT: &str = "VZDUMP_TEST_TERM_AT";
 const DISK_BYTES: u64 = 24 << 20;
 /// So that all disks together take some seconds.
 const SLOWLY_KIB_PER_S: &str = "4608";
@@ -441,4 +443,25 @@ fn a_live_restore_to_raw_goes_on_wherever_it_was_killed() {
     story.resume_killed_at("entry:filled", false);
     story.resume_killed_at("live:unlocked", true);
     story.ends();
+}
+
+#[test]
+fn a_restore_that_is_cancelled_while_a_mirror_completes_lets_the_guest_go_on() {
+    let mut story = Story::new("raw");
+    let restore = story.scene.live("raw", &["--bwlimit", HARDLY_KIB_PER_S], &[]);
+    story.starts();
+    story.writes();
+    story.scene.kill(restore);
+    let resumed = story.scene.resume(FAST_KIB_PER_S, &[(TERM_AT, "live:completing")]);
+    let finished = story.scene.finish(resumed);
+    let said = format!("{}{}", finished.stdout, finished.stderr);
+    assert!(!finished.status.success() && said.contains("was cancelled"), "{said}");
+    // The guest's requests wait in QEMU from the end of the copy until the disk is replaced.
+    let journal = story.scene.journal();
+    let filled = |key: &str| journal.contains(&format!("{{\"entry\":\"filled\",\"key\":\"{key}\""));
+    assert!(filled("virtio0") && !filled("virtio2"), "{journal}");
+    let finished = story.scene.finish(story.scene.resume(FAST_KIB_PER_S, &[]));
+    assert!(finished.status.success(), "{}", finished.stderr);
+    story.writes();
+    story.scene.end(story.written);
 }

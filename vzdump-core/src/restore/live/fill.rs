@@ -12,13 +12,13 @@ use provider_api::VmRestore;
 use qmp_client::Session;
 use qmp_client::commands::{Cont, QueryNamedBlockNodes, QueryStatus, RunState};
 use qmp_client::jobs::{
-    BlockJobSetSpeed, BlockStream, BlockdevMirror, HumanMonitor, JobComplete, JobDismiss,
-    JobFinalize, JobInfo, JobStatus, MirrorCopyMode, MirrorSync, QueryJobs,
+    BlockJobSetSpeed, BlockStream, BlockdevMirror, HumanMonitor, JobCancel, JobComplete,
+    JobDismiss, JobFinalize, JobInfo, JobStatus, MirrorCopyMode, MirrorSync, QueryJobs,
 };
 use tokio::net::UnixStream;
 
 use super::Filling;
-use crate::journal::{Entry, LiveDisk};
+use crate::journal::{self, Entry, LiveDisk};
 use crate::restore::RestoreReport;
 use crate::restore::meter::Meter;
 use crate::restore::task::{Restore, Step, step, words};
@@ -42,6 +42,8 @@ const REVIVE_DELAY: Duration = Duration::from_secs(1);
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// For a flush, and for changes of the graph, which wait for the guest's requests in flight.
 const CHANGE_WITHIN: Duration = Duration::from_secs(300);
+/// How long a mirror that comes to its end is followed before it is cancelled.
+const SETTLE_WITHIN: Duration = Duration::from_secs(60);
 
 /// What became of one look at a disk.
 #[derive(Debug, PartialEq, Eq)]
@@ -65,6 +67,17 @@ struct Watch {
     lost: Option<(Instant, Instant)>,
     /// Jobs that were told to come to their end.
     completing: BTreeSet<String>,
+    /// Those that were told to change the graph. Whether they did is QEMU's to say from there on.
+    finalizing: BTreeSet<String>,
+}
+
+impl Watch {
+    /// Whether the guest's requests wait for a mirror, or will soon.
+    fn is_ending(&self, key: &str, job: &JobInfo) -> bool {
+        self.completing.contains(key)
+            || job.status == JobStatus::Pending
+            || job.status.as_str() == "waiting"
+    }
 }
 
 fn job_id(key: &str) -> String {
@@ -80,11 +93,32 @@ impl Restore<'_> {
         session: &Session,
         report: &mut RestoreReport,
     ) -> Step<()> {
+        let mut watch = Watch {
+            done_bytes: 0,
+            moved: Instant::now(),
+            lost: None,
+            completing: BTreeSet::new(),
+            finalizing: BTreeSet::new(),
+        };
+        let filled = self.fill_all(source, filling, session, &mut watch, report).await;
+        if filled.is_err() {
+            let settled = self.settle(session, filling, &mut watch).await;
+            self.warn(report, settled.err());
+        }
+        filled
+    }
+
+    async fn fill_all(
+        &self,
+        source: &mut dyn VmRestore,
+        filling: &mut Filling,
+        session: &Session,
+        watch: &mut Watch,
+        report: &mut RestoreReport,
+    ) -> Step<()> {
         let disks = filling.live.disks.clone();
         let shown = disks.iter().map(|disk| (disk.device.clone(), disk.size_bytes));
         let meter = Meter::new(self.id, shown, self.sink);
-        let mut watch =
-            Watch { done_bytes: 0, moved: Instant::now(), lost: None, completing: BTreeSet::new() };
         self.limit_jobs(session).await?;
         // A process before this one may have ended before it did so. A job that is left counts as one at work.
         for disk in disks.iter().filter(|disk| filling.filled.contains(&disk.key)) {
@@ -94,10 +128,8 @@ impl Restore<'_> {
             if self.cancel.is_cancelled() {
                 return Err("the restore was cancelled".to_owned());
             }
-            let jobs = session.execute(QueryJobs).await.map_err(lost)?;
-            let jobs: BTreeMap<String, JobInfo> =
-                jobs.into_iter().map(|job| (job.id.clone(), job)).collect();
-            self.tell(&disks, filling, &jobs, &meter, &mut watch)?;
+            let jobs = jobs_of(session).await?;
+            self.tell(&disks, filling, &jobs, &meter, watch)?;
             let mut failed = None;
             let mut is_ending = false;
             for disk in &disks {
@@ -108,12 +140,10 @@ impl Restore<'_> {
                 if job.is_none() && self.must_wait(&disks, filling, &jobs, disk) {
                     continue;
                 }
-                match self.look(session, filling, disk, job, &mut watch).await? {
+                match self.look(session, filling, disk, job, watch).await? {
                     Found::Working => {}
                     Found::Ending => is_ending = true,
-                    Found::Filled => {
-                        self.sink.info(&format!("the disk '{}' is complete", disk.device));
-                    }
+                    Found::Filled => {}
                     Found::Failed(error) => {
                         failed = Some(format!("the disk '{}': {error}", disk.device));
                     }
@@ -125,7 +155,9 @@ impl Restore<'_> {
             let status = session.execute(QueryStatus).await.map_err(lost)?.status;
             if failed.is_some() || status == RunState::IoError {
                 let why = failed.unwrap_or_else(|| "the guest met an I/O error".to_owned());
-                self.revive(source, filling, session, &status, &why, &mut watch, report).await?;
+                // It can take minutes.
+                self.settle(session, filling, watch).await?;
+                self.revive(source, filling, session, &status, &why, watch, report).await?;
             }
             tokio::time::sleep(if is_ending { LOOK_CLOSELY } else { LOOK }).await;
         }
@@ -223,6 +255,7 @@ impl Restore<'_> {
             JobStatus::Pending => {
                 self.make_durable(session, filling, disk).await?;
                 step("live:pending");
+                watch.finalizing.insert(key.clone());
                 let change = JobFinalize { id };
                 session.execute_with_timeout(change, CHANGE_WITHIN).await.map_err(lost)?;
                 step("live:finalized");
@@ -230,6 +263,7 @@ impl Restore<'_> {
             }
             JobStatus::Concluded => {
                 watch.completing.remove(key);
+                watch.finalizing.remove(key);
                 match &job.error {
                     None => self.filled(session, filling, disk).await,
                     Some(error) => {
@@ -242,6 +276,81 @@ impl Restore<'_> {
             _ if watch.completing.contains(key) => Ok(Found::Ending),
             _ => Ok(Found::Working),
         }
+    }
+
+    /// Follows mirrors that come to their end until they have: meanwhile the guest's requests wait in QEMU. One that
+    /// does not get there is cancelled, and begins anew when the restore goes on.
+    async fn settle(
+        &self,
+        session: &Session,
+        filling: &mut Filling,
+        watch: &mut Watch,
+    ) -> Step<()> {
+        let mirrors = filling.live.disks.iter().filter(|disk| disk.overlay.is_some());
+        let mirrors: Vec<LiveDisk> = mirrors.cloned().collect();
+        let until = Instant::now() + SETTLE_WITHIN;
+        let (mut result, mut failed) = (Ok(()), BTreeSet::new());
+        loop {
+            let jobs = jobs_of(session).await?;
+            let is_late = Instant::now() >= until;
+            let mut is_ending = false;
+            for disk in &mirrors {
+                let job = jobs.get(&job_id(&disk.key)).filter(|_| !failed.contains(&disk.key));
+                let Some(job) = job.filter(|job| watch.is_ending(&disk.key, job)) else { continue };
+                is_ending = true;
+                let settled = self.settle_one(session, filling, watch, disk, job, is_late).await;
+                if let Err(error) = settled {
+                    failed.insert(disk.key.clone());
+                    result = result.and(Err(format!("the disk '{}': {error}", disk.device)));
+                }
+            }
+            if !is_ending || is_late {
+                return result;
+            }
+            tokio::time::sleep(LOOK_CLOSELY).await;
+        }
+    }
+
+    async fn settle_one(
+        &self,
+        session: &Session,
+        filling: &mut Filling,
+        watch: &mut Watch,
+        disk: &LiveDisk,
+        job: &JobInfo,
+        is_late: bool,
+    ) -> Step<()> {
+        // Once it is over, nobody waits for it.
+        let is_over = job.status == JobStatus::Concluded;
+        let why = match self.look(session, filling, disk, Some(job), watch).await {
+            Ok(_) if is_over || !is_late => return Ok(()),
+            Ok(_) => format!("it did not end within {} seconds", SETTLE_WITHIN.as_secs()),
+            Err(error) if is_over => return Err(error),
+            Err(error) => error,
+        };
+        let cancelled = self.cancel_mirror(session, filling, watch, &disk.key).await;
+        cancelled.map_err(|error| format!("{why}; the guest may wait for it: {error}"))
+    }
+
+    /// The guest goes on with its overlay.
+    async fn cancel_mirror(
+        &self,
+        session: &Session,
+        filling: &mut Filling,
+        watch: &Watch,
+        key: &str,
+    ) -> Step<()> {
+        if watch.finalizing.contains(key) {
+            return Err("QEMU does not say whether the disk has been replaced".to_owned());
+        }
+        // As the file has it: what failed to be written may be there nevertheless.
+        if journal::read(filling.journal.path()).map_err(words)?.pivoted.contains(key) {
+            let entry = Entry::Unpivot { key: key.to_owned() };
+            filling.journal.append(entry).await.map_err(words)?;
+        }
+        filling.pivoted.remove(key);
+        session.execute(JobCancel { id: job_id(key) }).await.map_err(lost)?;
+        Ok(())
     }
 
     async fn start_job(&self, session: &Session, disk: &LiveDisk, job_id: String) -> Step<()> {
@@ -314,6 +423,7 @@ impl Restore<'_> {
         }
         filling.journal.append(Entry::Filled { key: key.clone() }).await.map_err(words)?;
         filling.filled.insert(key.clone());
+        self.sink.info(&format!("the disk '{}' is complete", disk.device));
         tidy(session, key).await?;
         Ok(Found::Filled)
     }
@@ -384,6 +494,11 @@ impl Restore<'_> {
         self.sink.info(&format!("the disk '{device}' is served again"));
         Ok(())
     }
+}
+
+async fn jobs_of(session: &Session) -> Step<BTreeMap<String, JobInfo>> {
+    let jobs = session.execute(QueryJobs).await.map_err(lost)?;
+    Ok(jobs.into_iter().map(|job| (job.id.clone(), job)).collect())
 }
 
 /// QEMU's word for how far a job is, in bytes of the disk.
