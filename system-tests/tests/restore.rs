@@ -7,8 +7,9 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use system_tests::lab::{BACKUPS, Checked, Lab, LabOptions, SOURCE_VM, VIRTIO_WITH_THREADS};
-use system_tests::process::{Finished, Stop};
+use system_tests::process::{Collected, Finished, Stop};
 use system_tests::turn::Turn;
 use tempfile::TempDir;
 
@@ -71,17 +72,23 @@ impl Scene {
         Checked { last_a: report.last_a, last_b: report.last_b, in_flight_sectors: 0 }
     }
 
-    fn restore(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Finished {
+    fn spawn(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Collected {
         let vm = SOURCE_VM.to_string();
         let fixed = ["restore", &self.archive, &vm, "--allow-raw-config"];
         let arguments = [fixed.as_slice(), arguments].concat();
-        let running = self.lab.vzdump.spawn_with(&arguments, environment).unwrap();
-        running.finish(SOON, &self.lab.stop).unwrap()
+        self.lab.vzdump.spawn_with(&arguments, environment).unwrap()
+    }
+
+    fn restore(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Finished {
+        self.spawn(arguments, environment).finish(SOON, &self.lab.stop).unwrap()
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.dir.path().join(format!("etc/qemu-server/{SOURCE_VM}.conf"))
     }
 
     fn config(&self) -> String {
-        let path = self.dir.path().join(format!("etc/qemu-server/{SOURCE_VM}.conf"));
-        std::fs::read_to_string(path).unwrap()
+        std::fs::read_to_string(self.config_path()).unwrap()
     }
 
     fn images(&self) -> BTreeSet<PathBuf> {
@@ -118,6 +125,25 @@ fn restore_over_an_existing_vm_killed_anywhere_leaves_the_old_one_or_the_new_one
         assert_eq!((scene.config(), scene.images()), (config.clone(), images.clone()), "{step}");
         assert_eq!(scene.check(SOURCE_VM, true), scene.last, "{step}");
     }
+    let path = scene.config_path();
+    println!("a power cut that brings the old configuration back");
+    let finished = scene.restore(&["--force"], &[(KILL_AT, "entry:complete")]);
+    assert_eq!(finished.status.signal(), Some(9), "{}", finished.stderr);
+    std::fs::rename(&path, path.with_file_name(format!(".{SOURCE_VM}.conf.restore"))).unwrap();
+    std::fs::write(&path, &config).unwrap();
+    scene.doctor();
+    assert_eq!((scene.config(), scene.images()), (config.clone(), images.clone()));
+    assert_eq!(scene.check(SOURCE_VM, true), scene.last);
+    println!("a configuration that is changed meanwhile");
+    let mut restore = scene.spawn(&["--force"], &[("VZDUMP_TEST_STOP_AT", "restore:filled")]);
+    restore.process().wait_until_stopped(SOON, &scene.lab.stop).unwrap();
+    let changed = format!("{config}tags: changed\n");
+    std::fs::write(&path, &changed).unwrap();
+    restore.process().signal(Signal::CONT).unwrap();
+    let finished = restore.finish(SOON, &scene.lab.stop).unwrap();
+    let said = format!("{}{}", finished.stdout, finished.stderr);
+    assert!(!finished.status.success() && said.contains("100.conf' was changed"), "{said}");
+    assert_eq!((scene.config(), scene.images()), (changed, images));
     for step in AFTER {
         println!("killed at {step}");
         let before = scene.images();

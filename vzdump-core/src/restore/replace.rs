@@ -5,7 +5,8 @@
 //!  stage     the new configuration and the new rules lie beside the old ones, durably
 //!  Switch    journalled; from here on "no staged configuration" means "switched"
 //!  rename    the new configuration is there, in one step
-//!  finish    rules; then the old volumes, of which nothing is named any more
+//!  settle    the rename is durable; rules
+//!  Complete  journalled; then the old volumes go, of which nothing is named any more
 //! ```
 //!
 //! A crash before the rename leaves the old guest as it was; the recovery undoes. After it the
@@ -107,11 +108,16 @@ pub async fn complete(
     journal: Journal,
     frees: &BTreeSet<VolumeId>,
 ) -> Completed {
-    if let Err(error) = journal.append(Entry::Complete).await {
-        tracing::warn!(%error, "the end of a restore was not journalled");
-    }
     let frees: Vec<VolumeId> = frees.iter().cloned().collect();
-    let mut problems = finish(ctx, guest, &frees).await;
+    let mut problems = match settle(ctx, guest).await {
+        Err(problem) => vec![problem],
+        Ok(()) => {
+            if let Err(error) = journal.append(Entry::Complete).await {
+                tracing::warn!(%error, "the end of a restore was not journalled");
+            }
+            free_unnamed(ctx, guest, &frees).await.err().unwrap_or_default()
+        }
+    };
     step("restore:finished");
     if !problems.is_empty() {
         return Completed { removed: Vec::new(), problems };
@@ -120,11 +126,10 @@ pub async fn complete(
     Completed { removed: frees.iter().map(ToString::to_string).collect(), problems }
 }
 
-/// What follows a switch: the rules, and the old volumes, which go only when nothing brings the
-/// old configuration back. Returns what is left to do.
-async fn finish(ctx: &JobContext, guest: Guest, frees: &[VolumeId]) -> Vec<String> {
+/// What follows a switch: it is made durable, and the rules follow. Before that a power cut brings the old
+/// configuration back, so the old volumes must be there, and the journal must not say that all is done.
+async fn settle(ctx: &JobContext, (kind, id): Guest) -> Result<(), String> {
     let layout = &ctx.layout;
-    let (kind, id) = guest;
     let (config, firewall) = (layout.guest_config_path(kind, id), layout.firewall_path(id));
     let settled = blocking::run(move || {
         config.parent().map_or(Ok(()), sync_dir)?;
@@ -134,14 +139,13 @@ async fn finish(ctx: &JobContext, guest: Guest, frees: &[VolumeId]) -> Vec<Strin
             Ok(()) => firewall.parent().map_or(Ok(()), sync_dir),
         }
     });
-    if let Err(error) = settled.await {
-        return vec![format!(
+    settled.await.map_err(|error| {
+        format!(
             "the restored configuration of {} may be lost by a power cut, so the volumes it \
              replaced are kept: {error}",
             guest_words(kind, id)
-        )];
-    }
-    free_unnamed(ctx, guest, frees).await.err().into_iter().flatten().collect()
+        )
+    })
 }
 
 /// Frees volumes that the guest's configuration does not name.
@@ -175,11 +179,15 @@ pub(crate) async fn recover(
     let is_staged = blocking::run(move || staged_config.try_exists())
         .await
         .map_err(|error| error.to_string())?;
-    if record.complete || (record.switching && !is_staged) {
+    // Whatever the journal says: a power cut may have undone the rename.
+    if (record.complete || record.switching) && !is_staged {
         sink.info(&format!("the interrupted restore of {name} had replaced its disks"));
-        journal::append_to(&record.path, Entry::Complete).await.map_err(|error| chain(&error))?;
-        let left = finish(ctx, guest, &frees).await;
-        return left.into_iter().next().map_or(Ok(()), Err);
+        settle(ctx, guest).await?;
+        // What was found says the same the next time, so a full disk must not keep from freeing.
+        if let Err(error) = journal::append_to(&record.path, Entry::Complete).await {
+            sink.warn(&format!("going on all the same: {}", chain(&error)));
+        }
+        return free_unnamed(ctx, guest, &frees).await.map_err(|problems| problems.join("; "));
     }
     let new: Vec<VolumeId> = record.volumes.iter().filter_map(|text| text.parse().ok()).collect();
     let both = if *in_place { [new, frees].concat() } else { new };
