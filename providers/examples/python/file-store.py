@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import mmap
@@ -178,9 +179,10 @@ def read_text(path):
         return ""
 
 
-def try_lock(path, how, mode="rb"):
+def try_lock(path, how, mode=None):
     """An open file with the lock, or none if somebody else has it."""
-    file = open(path, mode)
+    # NFS gives exclusive locks only to those who may write.
+    file = open(path, mode or ("rb" if how == fcntl.LOCK_SH else "r+b"))
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
         return file
@@ -264,10 +266,23 @@ class Store:
 
     def hold(self, archive):
         """Keeps an archive from being removed as long as the returned file is open."""
-        held = try_lock(os.path.join(self.place(archive), "manifest.json"), fcntl.LOCK_SH)
+        path = os.path.join(self.place(archive), "manifest.json")
+        try:
+            held = try_lock(path, fcntl.LOCK_SH)
+        except (FileNotFoundError, NotADirectoryError):
+            raise Failure("not_found", f"There is no archive {archive}.") from None
         if held is None:
             raise Failure("in_use", f"The archive {archive} is being removed.")
+        # It may have been removed between both steps, and the lock be one of what is left of it.
+        if not self.is_held(archive, held):
+            held.close()
+            raise Failure("not_found", f"There is no archive {archive} any more.")
         return held
+
+    def is_held(self, archive, held):
+        """Whether the archive of this name is the one that the file was opened of."""
+        stat = stat_of(os.path.join(self.place(archive), "manifest.json"))
+        return stat is not None and os.path.samestat(stat, os.fstat(held.fileno()))
 
     def temporary(self, what):
         """A directory that goes away when it is not renamed, and the lock that says we are alive."""
@@ -287,6 +302,8 @@ class Store:
                 stat = stat_of(path)
                 alive = True if stat and time.time() - stat.st_mtime > 3600 else None
             if alive is not None:
+                if alive is not True:
+                    alive.close()  # what is open stays, on NFS
                 shutil.rmtree(path, ignore_errors=True)
         for name in os.listdir(self.commits):
             path = os.path.join(self.commits, name)
@@ -327,6 +344,9 @@ class Store:
         with self.record(ident) or contextlib.nullcontext() as record:
             if record is None or record.read() == b"refused":
                 raise Failure("invalid", "This commit was given up.")
+            base = backup.manifest["base"]
+            if base and not self.is_held(base, backup.base_held):
+                raise Failure("corrupt", f"The archive {base}, which this one builds upon, is gone.")
             self.write_record(record, "committing")
             backup.manifest["commit_id"] = ident
             for name in os.listdir(backup.path):
@@ -394,7 +414,7 @@ class Backup:
             "disks": {},
         }
 
-    def plan(self, volumes):
+    def plan(self, request, volumes):
         """Asks for what changed since the guest's last backup here, disk by disk."""
         mine = [
             (manifest["time_s"], name, manifest)
@@ -403,8 +423,12 @@ class Backup:
         ]
         last = max(mine, default=None, key=lambda found: (int(found[0]), found[1]))
         if last and last[2]["chain"] < self.longest_chain:
-            self.base, manifest = last[1], last[2]
-            self.base_held = self.store.hold(self.base)
+            try:
+                self.base_held = self.store.hold(last[1])
+                # Read again: another one of that name may have come before it was held.
+                self.base, manifest = last[1], self.store.manifest(last[1])
+            except Failure as failure:
+                request.log(f"{failure} A full backup is made.")
         requests = []
         for volume in volumes:
             known = manifest["disks"].get(volume["device"]) if self.base else None
@@ -446,10 +470,13 @@ class Backup:
         stem = os.path.join(self.path, device)
         moved = {"total_bytes": 0, "read_bytes": 0, "zero_bytes": 0, "written_bytes": 0}
         try:
-            with open(stem + ".data", "wb") as data, open(stem + ".areas", "w") as areas:
+            with open(stem + ".data", "wb") as data, open(stem + ".areas", "wb") as areas:
                 data.truncate(size)
+                areas_hash = hashlib.sha256()
                 for offset, length, is_zero in regions(request, volume["access"]["regions"], size):
-                    areas.write(f"{offset} {length} {'zero' if is_zero else 'data'}\n")
+                    line = f"{offset} {length} {'zero' if is_zero else 'data'}\n".encode()
+                    areas.write(line)
+                    areas_hash.update(line)
                     moved["total_bytes"] += length
                     if is_zero:
                         moved["zero_bytes"] += length
@@ -460,6 +487,8 @@ class Backup:
                     request.progress(device, moved["total_bytes"], expected, zero)
         finally:
             source.close()
+        # Without a part of them a restore would take older data for this one's.
+        self.manifest["disks"][device]["areas_sha256"] = areas_hash.hexdigest()
         if moved["total_bytes"] != expected:
             text = f"The disk {device} has {moved['total_bytes']} bytes to read, not {expected}."
             raise Failure("corrupt", text)
@@ -516,13 +545,13 @@ class Backup:
     def commit(self, ident):
         self.store.commit(ident, self)
         place = self.store.place(self.archive)
-        os.unlink(os.path.join(place, "lock"))
         self.close()
+        os.unlink(os.path.join(place, "lock"))
         return {"archive": self.archive, "size_bytes": str(size_of(place))}
 
     def abort(self):
-        shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self):
         self.lock.close()
@@ -603,8 +632,20 @@ class Restore:
         with open(target, "w+b") as disk:
             disk.truncate(int(self.manifest["disks"][device]["size_bytes"]))
             for name in reversed(chain):
-                self.apply(request, os.path.join(self.store.place(name), device), disk)
+                stem = os.path.join(self.store.place(name), device)
+                self.check_areas(request, stem, self.store.manifest(name)["disks"][device])
+                self.apply(request, stem, disk)
         return {"kind": "path", "path": target}
+
+    def check_areas(self, request, stem, disk):
+        found = hashlib.sha256()
+        with open(stem + ".areas", "rb") as areas:
+            while piece := areas.read(PIECE_BYTES):
+                request.check()
+                found.update(piece)
+        # Archives of older versions have none.
+        if disk.get("areas_sha256", found.hexdigest()) != found.hexdigest():
+            raise Failure("corrupt", f"{stem}.areas is not what was written.")
 
     def apply(self, request, stem, disk):
         with open(stem + ".data", "rb") as data, open(stem + ".areas") as areas:
@@ -628,8 +669,8 @@ class Restore:
 
     def close(self):
         if self.path:
-            shutil.rmtree(self.path, ignore_errors=True)
             self.lock.close()
+            shutil.rmtree(self.path, ignore_errors=True)
         for held in self.held:
             held.close()
 
@@ -749,8 +790,8 @@ class Provider:
         backup = Backup(self.store, params, self.longest_chain)
         return {"guest": self.handle("guest", backup), "archive_name": backup.archive}
 
-    def do_plan_volumes(self, _request, params):
-        return {"requests": self.handles[params["guest"]].plan(params["volumes"])}
+    def do_plan_volumes(self, request, params):
+        return {"requests": self.handles[params["guest"]].plan(request, params["volumes"])}
 
     def do_backup_vm(self, request, params):
         return self.handles[params["guest"]].copy_disks(request, params)

@@ -236,9 +236,9 @@ fn handle(
             store.commit(&backup.ok_or_else(|| invalid("There is no such backup."))?, params)?
         }
         "abort" => {
-            if let Some(backup) = host.backups.lock().unwrap().remove(&params["guest"].to_string())
-            {
-                fs::remove_dir_all(&backup.path)?;
+            let backup = host.backups.lock().unwrap().remove(&params["guest"].to_string());
+            if let Some(Backup { path, lock, .. }) = backup {
+                remove_dir(&path, lock)?;
             }
             json!({})
         }
@@ -286,7 +286,7 @@ struct Backup {
     archive: String,
     path: PathBuf,
     manifest: Value,
-    _lock: File,
+    lock: File,
 }
 
 /// Only without its manifest there is no archive; any other error must not look like that.
@@ -296,6 +296,21 @@ fn unreadable(archive: &str, error: &std::io::Error) -> Failure {
             Failure("not_found", format!("There is no archive {archive}."))
         }
         _ => Failure("io", format!("The manifest of {archive} cannot be read: {error}.")),
+    }
+}
+
+/// For exclusive locks, which NFS gives only to those who may write.
+fn open_to_lock(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
+/// Removes a directory, of which the lock is open: on NFS it would stay until that is closed. Somebody else may
+/// remove it then, too.
+fn remove_dir(path: &Path, lock: File) -> std::io::Result<()> {
+    drop(lock);
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -324,10 +339,20 @@ impl Store<'_> {
 
     /// Keeps an archive from being removed, or from being read.
     fn hold(&self, archive: &str, how: FlockOperation) -> Result<File, Failure> {
-        let file = File::open(self.place(archive)?.join("manifest.json"));
+        let path = self.place(archive)?.join("manifest.json");
+        let file = match how {
+            FlockOperation::NonBlockingLockShared => File::open(&path),
+            _ => open_to_lock(&path),
+        };
         let file = file.map_err(|error| unreadable(archive, &error))?;
         let busy = |_| Failure("in_use", format!("The archive {archive} is in use."));
         flock(&file, how).map_err(busy)?;
+        // It may have been removed between both steps, and the lock be one of what is left of it.
+        let now = fs::metadata(&path).map_err(|error| unreadable(archive, &error))?;
+        let held = file.metadata()?;
+        if (now.dev(), now.ino()) != (held.dev(), held.ino()) {
+            return Err(Failure("not_found", format!("There is no archive {archive} any more.")));
+        }
         Ok(file)
     }
 
@@ -347,9 +372,9 @@ impl Store<'_> {
         for name in self.names()?.into_iter().filter(|name| name.starts_with(".tmp-")) {
             let path = self.path.join(name);
             // Without a lock it is just being made or removed; so it is old only by its process.
-            let Ok(lock) = File::open(path.join("lock")) else { continue };
+            let Ok(lock) = open_to_lock(&path.join("lock")) else { continue };
             if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-                fs::remove_dir_all(&path)?;
+                remove_dir(&path, lock)?;
             }
         }
         Ok(json!({}))
@@ -388,13 +413,13 @@ impl Store<'_> {
     }
 
     fn remove(&self, archive: &str) -> Answer {
-        let _held = self.hold(archive, FlockOperation::NonBlockingLockExclusive)?;
+        let held = self.hold(archive, FlockOperation::NonBlockingLockExclusive)?;
         let dead = self.path.join(format!(".tmp-dead-{archive}-{}", std::process::id()));
         // With a lock that nobody holds: the next activation ends what a crash leaves.
         File::create(self.place(archive)?.join("lock"))?;
         fs::rename(self.place(archive)?, &dead)?;
         sync(self.path)?;
-        fs::remove_dir_all(&dead)?;
+        remove_dir(&dead, held)?;
         Ok(json!({}))
     }
 
@@ -410,7 +435,7 @@ impl Store<'_> {
         let lock = File::create(path.join("lock"))?;
         flock(&lock, FlockOperation::LockExclusive).map_err(std::io::Error::from)?;
         let manifest = json!({"subtype": kind, "guest_id": guest, "time_s": time_s.to_string()});
-        Ok(Backup { archive, path, manifest, _lock: lock })
+        Ok(Backup { archive, path, manifest, lock })
     }
 
     /// A commit writes its name into its record before it counts, and holds a lock meanwhile. Who asks for

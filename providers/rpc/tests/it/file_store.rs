@@ -115,6 +115,15 @@ async fn a_full_backup_and_an_increment_restore_exactly() {
 
     assert!(restored(&provider, &first, &bench).await == old, "the full backup is wrong");
     assert!(restored(&provider, &second, &bench).await == new, "the increment is wrong");
+    // Without a part of its areas it would be the full backup.
+    let areas = bench.archives().join(&second).join("scsi0.areas");
+    let text = std::fs::read(&areas).unwrap();
+    std::fs::write(&areas, &text[..text.iter().position(|b| *b == b'\n').unwrap() + 1]).unwrap();
+    let mut restore = provider.restore_vm_init(&second, &call()).await.unwrap();
+    let error = restore.volume_init("scsi0", bench.dir.path(), &call()).await.unwrap_err();
+    assert_eq!(error.kind, Kind::Corrupt, "{error}");
+    restore.cleanup(&call()).await.unwrap();
+    std::fs::write(&areas, text).unwrap();
     let archives = listed(&provider).await;
     assert_eq!(archives.len(), 2);
     assert_eq!(archives[1].base.as_ref(), Some(&first));
