@@ -448,7 +448,9 @@ impl Shared {
         let data = error.data.unwrap_or_default();
         let kind = data.kind.as_deref().map_or(Kind::Other, Kind::from_word);
         if error.code == METHOD_NOT_FOUND {
-            return self.error(Kind::Invalid, &format!("does not know '{method}'"));
+            let Error { message, .. } =
+                self.error(Kind::Invalid, &format!("does not know '{method}'"));
+            return Error::with_source(Kind::Invalid, message, UnknownMethod);
         }
         let mut message = shorten(error.message.trim(), 2000);
         if message.is_empty() {
@@ -537,6 +539,23 @@ impl Drop for Asked {
     }
 }
 
+/// The cause of an error that says that a plugin does not have a method.
+#[derive(Debug)]
+struct UnknownMethod;
+
+impl std::fmt::Display for UnknownMethod {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "it answers with the error {METHOD_NOT_FOUND}")
+    }
+}
+
+impl std::error::Error for UnknownMethod {}
+
+/// Whether the plugin does not have the method; other methods may fail with the same kind.
+pub(crate) fn is_unknown_method(error: &Error) -> bool {
+    error.source.as_ref().is_some_and(|source| source.is::<UnknownMethod>())
+}
+
 fn report(progress: Option<&dyn Progress>, event: Event) {
     let Some(progress) = progress else { return };
     match event {
@@ -585,10 +604,15 @@ async fn write_all(shared: Arc<Shared>, mut stdin: ChildStdin, mut inbox: mpsc::
 async fn run(shared: Arc<Shared>, mut process: Process, stdout: ChildStdout, stderr: ChildStderr) {
     let mut words = tokio::spawn(read_stderr(Arc::clone(&shared), stderr));
     let mut stdout = LineReader::new(BufReader::new(stdout), LINE_BYTES_MAX, false);
-    let fault = tokio::select! {
-        fault = read_messages(&shared, &mut stdout) => fault,
-        () = shared.closing.cancelled() => None,
-        () = shared.broken.cancelled() => Some(String::new()),
+    let fault = {
+        let mut read = std::pin::pin!(read_messages(&shared, &mut stdout));
+        tokio::select! {
+            fault = &mut read => fault,
+            () = shared.closing.cancelled() => None,
+            () = shared.broken.cancelled() => Some(String::new()),
+            // What it started may keep its standard output open. The last that it said itself is still in there.
+            _ = process.wait() => tokio::time::timeout(LAST_WORDS_WAIT, read).await.unwrap_or(None),
+        }
     };
     let is_orderly = fault.is_none();
     let why = match fault {

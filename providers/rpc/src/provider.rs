@@ -17,7 +17,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
-use crate::connection::Connection;
+use crate::connection::{Connection, is_unknown_method};
 use crate::files::TextFile;
 use crate::job::RpcJob;
 use crate::settings;
@@ -32,6 +32,8 @@ const STARTS_MAX: usize = 5;
 const STARTS_WITHIN: Duration = Duration::from_secs(60);
 /// Longest list of archives.
 const ARCHIVES_MAX: usize = 100_000;
+/// What the texts in a list may take of memory: several hundred bytes for each of as many archives.
+const LIST_BYTES_MAX: usize = 64 << 20;
 /// Most messages of one list.
 const PAGES_MAX: usize = 10_000;
 /// Names told to a verification; without the others it only reads more.
@@ -219,6 +221,14 @@ struct WireArchive {
     verified: Option<WireVerified>,
 }
 
+impl WireArchive {
+    /// Of its texts.
+    fn bytes(&self) -> usize {
+        let optional = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        self.name.len() + optional(&self.base) + optional(&self.notes)
+    }
+}
+
 #[derive(Deserialize)]
 struct WireVerified {
     time_s: Dec<i64>,
@@ -262,6 +272,7 @@ impl RpcProvider {
     async fn pages<T: serde::de::DeserializeOwned>(
         &self,
         method: &'static str,
+        bytes_of: fn(&T) -> usize,
         call: &Call,
     ) -> Result<Vec<T>> {
         let connection = self.core.connection(call).await?;
@@ -270,9 +281,14 @@ impl RpcProvider {
             Error::new(Kind::Other, format!("The provider {who} answers '{method}' {why}."))
         };
         let (mut all, mut cursor, mut seen) = (Vec::new(), None::<String>, HashSet::new());
+        let mut bytes: usize = 0;
         for _ in 0..PAGES_MAX {
             let params = cursor.map_or_else(|| json!({}), |cursor| json!({"cursor": cursor}));
             let page: WireList<T> = connection.request(method, params, call).await?;
+            bytes += page.archives.iter().map(bytes_of).sum::<usize>();
+            if bytes > LIST_BYTES_MAX {
+                return Err(fault(&format!("with texts of more than {LIST_BYTES_MAX} bytes")));
+            }
             all.extend(page.archives);
             if all.len() > ARCHIVES_MAX {
                 return Err(fault(&format!("with more than {ARCHIVES_MAX} archives")));
@@ -393,7 +409,7 @@ impl Provider for RpcProvider {
 
     fn list<'a>(&'a self, call: &'a Call) -> BoxFuture<'a, Result<Vec<Archive>>> {
         Box::pin(async move {
-            let archives: Vec<WireArchive> = self.pages("list", call).await?;
+            let archives: Vec<WireArchive> = self.pages("list", WireArchive::bytes, call).await?;
             Ok(archives.into_iter().map(Into::into).collect())
         })
     }
@@ -474,9 +490,9 @@ impl Provider for RpcProvider {
             if !self.core.declared.capabilities.verify {
                 return Ok(Vec::new());
             }
-            match self.pages("unreadable", call).await {
+            match self.pages("unreadable", String::len, call).await {
                 // It lists whatever there is, and has no such method.
-                Err(error) if error.kind == Kind::Invalid => Ok(Vec::new()),
+                Err(error) if is_unknown_method(&error) => Ok(Vec::new()),
                 names => names,
             }
         })

@@ -189,6 +189,8 @@ async fn what_is_no_answer_ends_the_process_with_an_error_that_quotes_it() {
         ),
         ("os.close(1); time.sleep(9)", "has closed its standard output"),
         ("os._exit(3)", "has ended (exit status: 3)"),
+        // What it started has its standard output.
+        ("os.fork() and os._exit(3) or time.sleep(99)", "has ended (exit status: 3)"),
         ("sys.exit('error: the disk is on fire')", "said: the disk is on fire"),
     ] {
         let error = status_error(&format!("    if name == 'status': {handle}\n")).await;
@@ -360,10 +362,35 @@ async fn lists_that_never_end_are_cut() {
         return reply(request, {"archives": ["a"] * 1000, "next": str(n)})"#,
     )
     .await;
+    let (_bench, with_long_names) = started(
+        r#"
+    if name == "unreadable":
+        n = int(params.get("cursor", "0")) + 1
+        return reply(request, {"archives": ["a" * 1000000], "next": str(n)})"#,
+    )
+    .await;
+    let error = with_long_names.unreadable(&call()).await.unwrap_err().to_string();
+    assert!(error.contains("more than 67108864 bytes"), "{error}");
     let error = provider.list(&call()).await.unwrap_err().to_string();
     assert!(error.contains("pages that go round in circles"), "{error}");
     let error = provider.unreadable(&call()).await.unwrap_err().to_string();
     assert!(error.contains("more than 100000 archives"), "{error}");
+}
+
+#[tokio::test]
+async fn only_a_method_that_is_not_there_lists_nothing() {
+    for (code, is_error) in [(-32601, false), (-32000, true)] {
+        let (_bench, provider) = started(&format!(
+            r#"
+    if name == "unreadable":
+        error = {{"code": {code}, "message": "no", "data": {{"kind": "invalid"}}}}
+        return send({{"id": request["id"], "error": error}})"#
+        ))
+        .await;
+        let answer = provider.unreadable(&call()).await;
+        assert_eq!(answer.is_err(), is_error, "{answer:?}");
+        assert!(is_error || answer.unwrap().is_empty());
+    }
 }
 
 /// A plugin that dies in `commit`, before or after it is durable, and knows that in its next life.
