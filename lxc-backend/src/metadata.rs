@@ -8,10 +8,12 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use rustix::fs::CWD;
 use rustix::fs::{
     AtFlags, Gid, Mode, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags, chmod, chownat, fchmod,
-    fsetxattr, futimens, setxattr, utimensat,
+    fsetxattr, fstat, futimens, setxattr, utimensat,
 };
 use rustix::io::Errno;
 
+/// Times that every file system has, in seconds.
+pub(crate) const SAFE_SECONDS: std::ops::Range<i64> = 0..1 << 31;
 /// The attributes that hold access control lists.
 pub(crate) const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 pub(crate) const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
@@ -52,7 +54,8 @@ pub(crate) struct MetadataError {
 impl Metadata {
     /// Sets all of it: the owner first, because that takes set-user-id bits and capabilities away, the
     /// times last.
-    pub(crate) fn apply(&self, file: Held<'_>) -> Result<(), MetadataError> {
+    /// Tells whether the file system has its times; else it has the nearest ones.
+    pub(crate) fn apply(&self, file: Held<'_>) -> Result<bool, MetadataError> {
         let at = |what: &str| {
             let what = what.to_owned();
             move |errno: Errno| MetadataError { what, source: errno.into() }
@@ -72,7 +75,7 @@ impl Metadata {
                 at(&format!("attribute '{}'", String::from_utf8_lossy(name)))(errno)
             })?;
         }
-        self.set_times(file).map_err(at("times"))
+        self.set_times(file).and_then(|()| self.has_times(file)).map_err(at("times"))
     }
 
     fn set_owner(&self, file: Held<'_>) -> rustix::io::Result<()> {
@@ -103,6 +106,17 @@ impl Metadata {
                 utimensat(CWD, place_of(fd), &times, AtFlags::empty())
             }
         }
+    }
+
+    fn has_times(&self, file: Held<'_>) -> rustix::io::Result<bool> {
+        let seconds = [self.atime, self.mtime].map(|time| time.map(|(seconds, _)| seconds));
+        if seconds.iter().flatten().all(|seconds| SAFE_SECONDS.contains(seconds)) {
+            return Ok(true);
+        }
+        let (Held::Open(fd) | Held::Named(fd) | Held::Link(fd)) = file;
+        let stat = fstat(fd)?;
+        let is = |wanted: Option<i64>, has: i64| wanted.is_none_or(|wanted| wanted == has);
+        Ok(is(seconds[0], stat.st_atime) && is(seconds[1], stat.st_mtime))
     }
 }
 
@@ -145,13 +159,17 @@ mod tests {
             atime: Some((1, 2)),
             xattrs: Vec::new(),
         };
-        metadata.apply(Held::Open(file.as_fd())).unwrap();
+        assert!(metadata.apply(Held::Open(file.as_fd())).unwrap());
         let meta = fs::metadata(&path).unwrap();
         assert_eq!(meta.mode() & 0o7777, 0o4751);
         assert_eq!((meta.mtime(), meta.mtime_nsec()), (-5, 123_456_789));
         assert_eq!((meta.atime(), meta.atime_nsec()), (1, 2));
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let held = openat(CWD, &link, flags, Mode::empty()).unwrap();
+        // No file system of Linux has it.
+        let late = Metadata { mtime: Some((i64::MAX, 0)), xattrs: Vec::new(), ..metadata };
+        assert!(!late.apply(Held::Open(file.as_fd())).unwrap());
+        metadata.apply(Held::Open(file.as_fd())).unwrap();
         let other = Metadata { mode: 0, mtime: Some((9, 0)), atime: None, ..metadata };
         other.apply(Held::Link(held.as_fd())).unwrap();
         assert_eq!(fs::symlink_metadata(&link).unwrap().mtime(), 9);

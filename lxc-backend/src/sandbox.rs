@@ -235,7 +235,10 @@ fn make_root(spec: &Spec) -> io::Result<()> {
         }
     }
     let inert = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("proc"), &root.join("proc"), Some("proc"), inert, None::<&str>)?;
+    let proc = root.join("proc");
+    mount(Some("proc"), &proc, Some("proc"), inert, None::<&str>)?;
+    // Root of the host may change the kernel's settings there, without any other right.
+    make_read_only(&proc)?;
     let tmp = root.join("tmp");
     mount(Some("tmpfs"), &tmp, Some("tmpfs"), inert, Some("mode=1777,size=256m"))?;
     let tree = open_tree(CWD, &spec.tree, recursive())?;
@@ -272,12 +275,13 @@ fn show(path: &Path, root: &Path, read_only: bool) -> io::Result<()> {
     }
     let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
     mount(Some(path), &target, None::<&str>, flags, None::<&str>)?;
-    if read_only {
-        let opened = open_tree(CWD, &target, OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
-        let attributes = MountAttributes { read_only: true, inert: false };
-        set_mount_attributes(opened.as_fd(), attributes, None)?;
-    }
-    Ok(())
+    if read_only { make_read_only(&target) } else { Ok(()) }
+}
+
+fn make_read_only(mounted: &Path) -> io::Result<()> {
+    let opened = open_tree(CWD, mounted, OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    let attributes = MountAttributes { read_only: true, inert: false };
+    set_mount_attributes(opened.as_fd(), attributes, None)
 }
 
 /// A path that a provider declares must be one of its own, not the host's.

@@ -25,7 +25,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vzdump_core::bandwidth::Pace;
 
-use crate::metadata::{ACCESS_ACL, DEFAULT_ACL, Held, Metadata};
+use crate::metadata::{ACCESS_ACL, DEFAULT_ACL, Held, Metadata, MetadataError};
 
 /// Bytes of a path that the kernel is given at once; longer ones are walked in parts.
 const PATH_PIECE_BYTES: usize = 2048;
@@ -343,7 +343,15 @@ impl Unpacking {
             file.set_len(size).map_err(|error| format!("cannot make it {size} bytes: {error}"))?;
         }
         let metadata = self.metadata(entry);
-        metadata.apply(Held::Open(file.as_fd())).map_err(|error| error.to_string())
+        let applied = metadata.apply(Held::Open(file.as_fd()));
+        self.applied(applied)
+    }
+
+    fn applied(&mut self, applied: Result<bool, MetadataError>) -> Result<(), String> {
+        if !applied.map_err(|error| error.to_string())? {
+            self.leave_out("times that the file system does not have; the nearest ones are set");
+        }
+        Ok(())
     }
 
     fn hard_link(&mut self, target: &[u8], name: &[u8]) -> Result<(), String> {
@@ -401,7 +409,8 @@ impl Unpacking {
         let is_link = matches!(entry.kind, Kind::Symlink(_));
         let metadata = self.metadata(entry);
         let held = if is_link { Held::Link(held.as_fd()) } else { Held::Named(held.as_fd()) };
-        metadata.apply(held).map_err(|error| error.to_string())
+        let applied = metadata.apply(held);
+        self.applied(applied)
     }
 
     fn metadata(&mut self, entry: Entry) -> Metadata {
@@ -415,6 +424,11 @@ impl Unpacking {
                 let what = format!("attributes '{}.*', which are the host's matter", shown(space));
                 self.leave_out(&what);
             }
+        }
+        if entry.is_acl_cut {
+            self.leave_out(
+                "lines of access control lists for ids that the container does not have",
+            );
         }
         xattrs.extend(access_acl.map(|value| (ACCESS_ACL.to_vec(), value)));
         xattrs.extend(default_acl.map(|value| (DEFAULT_ACL.to_vec(), value)));
@@ -456,14 +470,14 @@ impl Unpacking {
         openat(&named, ".", readable(), Mode::empty()).map_err(path_words)
     }
 
-    fn describe_directory(&self, path: &[u8], directory: &Directory) -> Result<(), String> {
+    fn describe_directory(&mut self, path: &[u8], directory: &Directory) -> Result<(), String> {
         let opened = self.open_readable(path)?;
         if directory.was_there {
             let is_late = |name: &[u8]| [ACCESS_ACL, DEFAULT_ACL, CAPABILITY].contains(&name);
             remove_xattrs(&opened, is_late)?;
         }
         let applied = directory.metadata.apply(Held::Open(opened.as_fd()));
-        applied.map_err(|error| error.to_string())
+        self.applied(applied)
     }
 }
 

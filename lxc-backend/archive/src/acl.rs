@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! POSIX access control lists: from the words of an archive to what the kernel takes.
 
-use crate::number::{decimal, id};
+use crate::number::decimal;
 
 const VERSION: u32 = 2;
 const TAG_USER_OBJ: u16 = 0x01;
@@ -11,6 +11,8 @@ const TAG_GROUP: u16 = 0x08;
 const TAG_MASK: u16 = 0x10;
 const TAG_OTHER: u16 = 0x20;
 const NO_ID: u32 = u32::MAX;
+/// Of one line of the value: tag, permissions and id.
+const LINE_BYTES: usize = 8;
 const NOBODY: u32 = 65_534;
 /// The most lines of a list.
 const LINES_MAX: usize = 8192;
@@ -23,13 +25,24 @@ struct Line {
     permissions: u16,
 }
 
-/// The value of the extended attribute for a list such as `user::rwx,user:1000:r--,…`, with commas or line
+/// A list of permissions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct List {
+    /// The value of the extended attribute.
+    pub value: Vec<u8>,
+    /// Whether lines were dropped that are for nobody: the kernel shows ids as [`u32::MAX`] that a container does not
+    /// have, and takes no such line back. Nobody in the container can be whom it meant.
+    pub is_cut: bool,
+}
+
+/// The list for words such as `user::rwx,user:1000:r--,…`, with commas or line
 /// breaks. A name of a user counts only with its number behind it (`user:bin:r--:2`).
 ///
 /// # Errors
 /// In words, to follow what the list is called.
-pub fn from_text(text: &[u8]) -> Result<Vec<u8>, String> {
+pub fn from_text(text: &[u8]) -> Result<List, String> {
     let mut lines = Vec::new();
+    let mut is_cut = false;
     for part in text.split(|byte| matches!(byte, b',' | b'\n')) {
         // What follows is the effect that the mask has.
         let part = part.split(|byte| *byte == b'#').next().unwrap_or_default().trim_ascii();
@@ -40,7 +53,12 @@ pub fn from_text(text: &[u8]) -> Result<Vec<u8>, String> {
             return Err(format!("has more than {LINES_MAX} lines"));
         }
         let line = parse(part);
-        lines.push(line.ok_or_else(|| format!("has the bad line '{}'", crate::shown(part)))?);
+        let line = line.ok_or_else(|| format!("has the bad line '{}'", crate::shown(part)))?;
+        if is_for_nobody(line.tag, line.id) {
+            is_cut = true;
+        } else {
+            lines.push(line);
+        }
     }
     lines.sort_unstable();
     check(&lines)?;
@@ -50,7 +68,36 @@ pub fn from_text(text: &[u8]) -> Result<Vec<u8>, String> {
         value.extend(permissions.to_le_bytes());
         value.extend(id.to_le_bytes());
     }
-    Ok(value)
+    Ok(List { value, is_cut })
+}
+
+fn is_for_nobody(tag: u16, id: u32) -> bool {
+    [TAG_USER, TAG_GROUP].contains(&tag) && id == NO_ID
+}
+
+/// The list for the value of the attribute, whose lines are the kernel's to check.
+///
+/// # Errors
+/// In words, to follow what the list is called.
+pub(crate) fn from_value(mut value: Vec<u8>) -> Result<List, String> {
+    if value.len() % LINE_BYTES != 4 {
+        return Err("is none".to_owned());
+    }
+    let lines = value.split_off(4);
+    let kept = lines.chunks_exact(LINE_BYTES).filter(|line| match line {
+        [t0, t1, _, _, id @ ..] => {
+            let id = id.try_into().map_or(0, u32::from_le_bytes);
+            !is_for_nobody(u16::from_le_bytes([*t0, *t1]), id)
+        }
+        _ => true,
+    });
+    let before = 4 + lines.len();
+    value.extend(kept.flatten());
+    let is_cut = value.len() < before;
+    if value.len() < 4 + 3 * LINE_BYTES {
+        return Err("is none".to_owned());
+    }
+    Ok(List { value, is_cut })
 }
 
 fn parse(line: &[u8]) -> Option<Line> {
@@ -63,12 +110,12 @@ fn parse(line: &[u8]) -> Option<Line> {
     }
     let (qualifier, permissions) = (*fields.get(1)?, permissions(fields.get(2)?)?);
     let number = match (qualifier, fields.get(3)) {
-        (_, Some(number)) => Some(id(decimal(number)?)?),
+        (_, Some(number)) => Some(decimal(number)?.try_into().ok()?),
         // Names that are the same everywhere, so that a program may have written them for numbers.
         (b"root", None) => Some(0),
         (b"nobody" | b"nogroup", None) => Some(NOBODY),
         (b"", None) => None,
-        (number, None) => Some(id(decimal(number)?)?),
+        (number, None) => Some(decimal(number)?.try_into().ok()?),
     };
     let tag = match (name, number) {
         (b"user" | b"u", None) => TAG_USER_OBJ,
@@ -111,7 +158,7 @@ mod tests {
 
     #[test]
     fn lists_become_what_the_kernel_takes() {
-        let value = from_text(
+        let list = from_text(
             b"user::rw-,group::r--,user:bin:r-x:2,user:1000:r--\t#effective:---,mask::rwx,other::---",
         )
         .unwrap();
@@ -129,12 +176,27 @@ mod tests {
             bytes.extend(permissions.to_le_bytes());
             bytes.extend(id.to_le_bytes());
         }
-        assert_eq!(value, bytes);
+        assert_eq!(list, List { value: bytes.clone(), is_cut: false });
+        assert_eq!(from_value(bytes).unwrap(), list);
         let named = from_text(b"u::r,g::r,o::r,m::r,u:nobody:r,g:nogroup:r,u:root:r").unwrap();
         let numbers = from_text(b"u::r,g::r,o::r,m::r,u:65534:r,g:65534:r,u:0:r").unwrap();
         assert_eq!(named, numbers);
         let short = from_text(b"u::rwx\ng::rx\no:r\n").unwrap();
         assert_eq!(short, from_text(b"user::rwx,group::r-x,other::r--").unwrap());
+    }
+
+    #[test]
+    fn a_line_for_nobody_is_dropped_whatever_form_it_has() {
+        let cut = from_text(
+            b"user::rwx,user:4294967295:r--,user:bin:rwx:2,group::r-x,group:4294967295:r--,\
+              group:4294967295:rwx,mask::rwx,other::---",
+        );
+        let cut = cut.unwrap();
+        let whole = from_text(b"user::rwx,user:2:rwx,group::r-x,mask::rwx,other::---").unwrap();
+        assert_eq!((cut.is_cut, &cut.value), (true, &whole.value));
+        let mut value = whole.value.clone();
+        value.extend([8, 0, 5, 0, 255, 255, 255, 255]);
+        assert_eq!(from_value(value).unwrap(), cut);
     }
 
     #[test]
@@ -147,7 +209,6 @@ mod tests {
             "user::rwx,group::r-x,other::r--,mask::r--,user:1:r--,user:1:rw-",
             "user::rwx,group::r-x,other::q--",
             "user::rwx,group::r-x,other::r--,mask::r--,user:somebody:r--",
-            "user::rwx,group::r-x,other::r--,mask::r--,user:4294967295:r--",
             "user::rwx,group::r-x,other::r--,mask:5:r--",
             "user::rwx,group::r-x,other::r--,x",
         ] {

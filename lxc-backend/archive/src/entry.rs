@@ -76,4 +76,6 @@ pub struct Entry {
     pub access_acl: Option<Vec<u8>>,
     /// The value of `system.posix_acl_default`.
     pub default_acl: Option<Vec<u8>>,
+    /// Whether lines of these lists were dropped that are for nobody, see [`crate::acl::List::is_cut`].
+    pub is_acl_cut: bool,
 }

@@ -26,6 +26,7 @@ pub(crate) struct Pax {
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     pub(crate) access_acl: Option<Vec<u8>>,
     pub(crate) default_acl: Option<Vec<u8>>,
+    pub(crate) is_acl_cut: bool,
     access_text: Option<Vec<u8>>,
     default_text: Option<Vec<u8>>,
     pub(crate) sparse: SparseRecords,
@@ -76,16 +77,15 @@ impl Pax {
     /// A list of permissions: as the kernel has it if the archive has it so, too, because the words may have names
     /// of users that nobody here knows.
     fn list(&mut self, text: Option<Vec<u8>>, raw: &[u8]) -> Result<Option<Vec<u8>>, String> {
-        if let Some(at) = self.xattrs.iter().position(|(name, _)| name == raw) {
+        let list = if let Some(at) = self.xattrs.iter().position(|(name, _)| name == raw) {
             let (_, value) = self.xattrs.remove(at);
-            // Its lines are the kernel's to check.
-            if value.len() < 4 + 3 * 8 || value.len() % 8 != 4 {
-                return Err("the list of permissions is none".to_owned());
-            }
-            return Ok(Some(value));
-        }
-        let words = |why| format!("the list of permissions {why}");
-        text.map(|text| acl::from_text(&text).map_err(words)).transpose()
+            Some(acl::from_value(value))
+        } else {
+            text.map(|text| acl::from_text(&text))
+        };
+        let list = list.transpose().map_err(|why| format!("the list of permissions {why}"))?;
+        self.is_acl_cut |= list.as_ref().is_some_and(|list| list.is_cut);
+        Ok(list.map(|list| list.value))
     }
 
     fn take(&mut self, key: &[u8], value: &[u8], regions_max: usize) -> Result<(), String> {

@@ -198,6 +198,7 @@ impl<R: Read> Reader<R> {
             xattrs: pax.xattrs,
             access_acl: pax.access_acl,
             default_acl: pax.default_acl,
+            is_acl_cut: pax.is_acl_cut,
         })
     }
 

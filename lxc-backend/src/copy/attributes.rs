@@ -12,12 +12,10 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::{Buffers, Fault};
+use crate::metadata::SAFE_SECONDS;
 
 /// What a backup keeps of extended attributes; others belong to one file system or one host.
 const KEPT: [&[u8]; 4] = [b"user.", b"trusted.", b"security.capability", b"system.posix_acl_"];
-
-/// Times that every file system has.
-pub(crate) const SAFE_SECONDS: std::ops::Range<i64> = 0..1 << 31;
 
 /// An extended attribute.
 pub(super) type Attribute = (CString, Vec<u8>);
