@@ -3,6 +3,9 @@
 //! nothing that is asked for depends on it.
 
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use provider_api::Call;
 
 use crate::limits::LEFTOVERS_WAIT;
 use crate::storage::Leftover;
@@ -17,7 +20,7 @@ pub(crate) struct Remover {
 impl Remover {
     /// Removes leftovers in a thread of its own, and waits a little for that: mostly it is soon done. What
     /// stays is found again by the next activation, also because another removal is still under way.
-    pub(crate) async fn remove(&self, leftovers: Vec<Leftover>) {
+    pub(crate) async fn remove(&self, leftovers: Vec<Leftover>, call: &Call) {
         if leftovers.is_empty() {
             return;
         }
@@ -31,7 +34,12 @@ impl Remover {
             leftovers.iter().for_each(remove);
         });
         match started {
-            Ok(_) => drop(tokio::time::timeout(LEFTOVERS_WAIT, is_done).await),
+            Ok(_) => {
+                // Whoever is in a hurry gets an answer in time.
+                let left = call.deadline.map(|at| at.saturating_duration_since(Instant::now()) / 2);
+                let wait = left.map_or(LEFTOVERS_WAIT, |left| left.min(LEFTOVERS_WAIT));
+                drop(tokio::time::timeout(wait, is_done).await);
+            }
             Err(error) => tracing::warn!("Cannot remove what unfinished backups left: {error}"),
         }
     }

@@ -167,7 +167,7 @@ impl DirectoryProvider {
             }
             Ok(dead.leftovers)
         });
-        self.remover.remove(leftovers.await?).await;
+        self.remover.remove(leftovers.await?, call).await;
         Ok(())
     }
 
@@ -192,7 +192,7 @@ impl DirectoryProvider {
         };
         let storage = self.storage.clone();
         let (outcome, leftover) = blocking(move || commit::outcome(&storage, id, &lock)).await?;
-        self.remover.remove(leftover.into_iter().collect()).await;
+        self.remover.remove(leftover.into_iter().collect(), call).await;
         Ok(outcome)
     }
 }

@@ -51,7 +51,7 @@ pub(crate) async fn remove(
     // What a dead removal was about to put in its place must not come back later.
     let (lock, dead) = (storage.must_lock(&call, LOCK_WAIT).await?, storage.clone());
     let leftovers = blocking(move || take_dead_runs(&dead, &lock));
-    remover.remove(leftovers.await?).await;
+    remover.remove(leftovers.await?, &call).await;
     // Awaited also when it is cancelled: afterwards it is known whether the archive is there.
     blocking(move || {
         let result = Removal::begin(&storage, &archive, &call).and_then(|removal| removal.run());
