@@ -465,3 +465,49 @@ fn a_restore_that_is_cancelled_while_a_mirror_completes_lets_the_guest_go_on() {
     story.writes();
     story.scene.end(story.written);
 }
+
+/// Whether a file can be written that was open before; not every file system has a way to forbid that.
+fn set_writable(file: &Path, is_writable: bool) -> bool {
+    let mut open = std::fs::File::options().append(true).open(file).ok();
+    let how = if is_writable { "-i" } else { "+i" };
+    let set = std::process::Command::new("chattr").arg(how).arg(file).status();
+    set.is_ok_and(|status| status.success())
+        && open.as_mut().is_none_or(|open| std::io::Write::write_all(open, b" ").is_err())
+}
+
+#[test]
+#[ignore = "boots a guest, waits for its disks, and needs ext4 and root"]
+fn a_mirror_whose_end_cannot_be_journalled_begins_anew() {
+    let mut story = Story::new("raw");
+    let probe = story.scene.dir.path().join("probe");
+    std::fs::write(&probe, "").unwrap();
+    let is_possible = set_writable(&probe, false);
+    set_writable(&probe, true);
+    if !is_possible {
+        println!("not tested: this file system, or user, cannot forbid to write an open file");
+        return;
+    }
+    let restore = story.scene.live("raw", &["--bwlimit", HARDLY_KIB_PER_S], &[]);
+    story.starts();
+    story.writes();
+    story.scene.kill(restore);
+    let stop = [("VZDUMP_TEST_STOP_AT", "live:completing")];
+    let mut resumed = story.scene.resume(FAST_KIB_PER_S, &stop);
+    resumed.process().wait_until_stopped(SOON, &story.scene.lab.stop).unwrap();
+    let journals = story.scene.dir.path().join("state/journal");
+    let journal = journals.read_dir().unwrap().next().unwrap().unwrap().path();
+    assert!(set_writable(&journal, false));
+    resumed.process().signal(Signal::CONT).unwrap();
+    let finished = story.scene.finish(resumed);
+    set_writable(&journal, true);
+    let said = format!("{}{}", finished.stdout, finished.stderr);
+    assert!(!finished.status.success() && said.contains("Cannot write the journal"), "{said}");
+    // The disk must not have been replaced: nobody would know, once QEMU ends.
+    story.resume_killed_at("entry:pivot", false);
+    let text = story.scene.journal();
+    assert!(text.contains("{\"entry\":\"pivot\",\"key\":\"virtio0\""), "{text}");
+    let finished = story.scene.finish(story.scene.resume(FAST_KIB_PER_S, &[]));
+    assert!(finished.status.success(), "{}", finished.stderr);
+    story.writes();
+    story.scene.end(story.written);
+}

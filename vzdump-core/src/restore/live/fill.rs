@@ -394,17 +394,20 @@ impl Restore<'_> {
         if disk.overlay.is_none() {
             return flush(session, &drive_node(key)).await;
         }
-        if filling.pivoted.insert(key.clone()) {
+        if !filling.pivoted.contains(key) {
             let entry = Entry::Pivot { key: key.clone() };
             filling.journal.append(entry).await.map_err(words)?;
+            // Not before: it is asked for again after an error.
+            filling.pivoted.insert(key.clone());
         }
         Ok(())
     }
 
     async fn unpivot(&self, filling: &mut Filling, key: &str) -> Step<()> {
-        if filling.pivoted.remove(key) {
+        if filling.pivoted.contains(key) {
             let entry = Entry::Unpivot { key: key.to_owned() };
             filling.journal.append(entry).await.map_err(words)?;
+            filling.pivoted.remove(key);
         }
         Ok(())
     }
