@@ -79,6 +79,30 @@ fn a_user_who_runs_the_vm_before_the_recovery_keeps_it() {
 }
 
 #[test]
+fn a_user_who_starts_and_stops_the_vm_before_the_recovery_has_it_off() {
+    let site = Site::new(Guest::Writes);
+    site.start();
+    site.backup_killed_at("Acquire", "stop");
+    assert_eq!(site.state(), "prelaunch");
+    site.start();
+    site.vm(&["stop", "100"]);
+    assert_eq!(site.state(), "off");
+    site.doctor();
+    assert_eq!(site.state(), "off", "its backup started it again");
+}
+
+#[test]
+fn a_vm_that_its_backup_shut_down_is_removed_without_a_start() {
+    let site = Site::new(Guest::Writes);
+    site.start();
+    site.backup_killed_at("Acquire", "stop");
+    assert_eq!(site.state(), "prelaunch");
+    // A QEMU whose guest runs would be in the way.
+    site.vm(&["destroy", "100"]);
+    assert!(!site.config_path(100).exists());
+}
+
+#[test]
 fn a_guest_that_switched_off_after_a_kill_is_ended_by_the_next_backup() {
     let site = Site::new(Guest::Writes);
     site.start();
