@@ -77,6 +77,8 @@ impl Selection {
             excluded: list(Self::EXCLUDED)?,
             count: 0,
             stack: Vec::new(),
+            path: PathBuf::new(),
+            taken: Vec::new(),
         };
         walk.run(excludes.root(), watch)?;
         walk.finish()?;
@@ -103,17 +105,34 @@ fn file_systems(tree: &OwnedFd, mounts: &[&Path]) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// A directory that is being walked.
+/// A directory that is being walked. Its path is that of the walk: each of a deep tree has a longer one, and all of them
+/// together could be more than memory has room for.
 struct Frame {
-    path: PathBuf,
     reached: Reached,
     device: u64,
     /// What is still to be looked at, the last one first.
     rest: Vec<(CString, FileType)>,
-    /// What is taken of it, in order.
-    taken: Vec<(Take, PathBuf)>,
+    /// Where it begins in what is taken.
+    from: usize,
     /// Something in it is left out.
     is_broken: bool,
+}
+
+/// What is taken of a directory.
+enum Taken {
+    /// A name of it.
+    Name(Take, CString),
+    /// A directory of it alone, of which the following is taken.
+    Enter(CString),
+    /// That was all of it.
+    Leave,
+}
+
+/// A directory that is the root of the tree or of another file system, and what is taken of it.
+struct Root {
+    path: PathBuf,
+    how: Take,
+    taken: Vec<Taken>,
 }
 
 /// How a name is taken.
@@ -128,21 +147,25 @@ struct Walk {
     own: Vec<PathBuf>,
     selected: BufWriter<File>,
     /// What is taken of other file systems than the root's, which comes last.
-    own_selected: Vec<(Take, PathBuf)>,
+    own_selected: Vec<Root>,
     excluded: BufWriter<File>,
     count: u64,
     stack: Vec<Frame>,
+    /// Of the last one on the stack.
+    path: PathBuf,
+    /// Of those on the stack, in order.
+    taken: Vec<Taken>,
 }
 
 impl Walk {
     fn run(&mut self, root: Reached, watch: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
         if root.is_idle() {
             self.take_below(Path::new(""));
-            return self.select(&[(Take::WithAll, PathBuf::new())]);
+            return self.select(&[Root::whole(PathBuf::new())]);
         }
         let tree = openat(&self.tree, ".", directory_flags(), Mode::empty())?;
-        let frame = Frame::open(&tree, PathBuf::new(), root)?;
-        self.stack.push(frame);
+        let frame = Frame::open(&tree, root)?;
+        self.begin(frame, CString::default());
         while let Some(mut frame) = self.stack.pop() {
             watch()?;
             match frame.rest.pop() {
@@ -154,7 +177,7 @@ impl Walk {
     }
 
     fn visit(&mut self, mut frame: Frame, name: &CString, kind: FileType) -> io::Result<()> {
-        let path = frame.path.join(OsStr::from_bytes(name.to_bytes()));
+        let path = self.path.join(text(name));
         let is_directory = kind == FileType::Directory;
         let Some(reached) = frame.reached.enter(name.to_bytes(), is_directory) else {
             write_name(&mut self.excluded, &path)?;
@@ -164,7 +187,7 @@ impl Walk {
             return Ok(());
         };
         if !is_directory {
-            frame.taken.push((Take::WithAll, path));
+            self.taken.push(Taken::Name(Take::WithAll, name.clone()));
             self.stack.push(frame);
             return Ok(());
         }
@@ -173,20 +196,24 @@ impl Walk {
         let opened = open_directory(&self.tree, &path).and_then(|dir| Ok((fstat(&dir)?, dir)));
         match opened {
             Ok((stat, _)) if stat.st_dev != frame.device && !is_own => {
-                frame.taken.push((Take::Alone, path));
+                self.taken.push(Taken::Name(Take::Alone, name.clone()));
             }
             Ok((_, dir)) if !reached.is_idle() => {
-                if let Ok(below) = Frame::open(&dir, path.clone(), reached) {
+                if let Ok(below) = Frame::open(&dir, reached) {
                     self.stack.push(frame);
-                    self.stack.push(below);
+                    self.begin(below, name.clone());
+                    self.path = path;
                     return Ok(());
                 }
-                frame.taken.push((Take::WithAll, path));
+                self.taken.push(Taken::Name(Take::WithAll, name.clone()));
             }
             _ => {
                 self.take_below(&path);
-                let taken = if is_own { &mut self.own_selected } else { &mut frame.taken };
-                taken.push((Take::WithAll, path));
+                if is_own {
+                    self.own_selected.push(Root::whole(path));
+                } else {
+                    self.taken.push(Taken::Name(Take::WithAll, name.clone()));
+                }
             }
         }
         self.stack.push(frame);
@@ -196,59 +223,107 @@ impl Walk {
     /// What a directory has comes right after it, as in a walk that leaves nothing out: so whoever unpacks that
     /// sets its times when nothing comes any more.
     fn end(&mut self, frame: Frame) -> io::Result<()> {
-        let Frame { path, mut taken, is_broken, .. } = frame;
-        let is_own = self.own.contains(&path);
-        if is_broken {
-            taken.insert(0, (Take::Alone, path));
-        } else {
-            taken = vec![(Take::WithAll, path)];
-        }
-        match self.stack.last_mut() {
-            None => self.select(&taken),
-            // A file system of its own is no part of the walk around it, and so leaves that whole.
-            Some(_) if is_own => {
-                self.own_selected.extend(taken);
-                Ok(())
+        let Frame { from, is_broken, .. } = frame;
+        let is_own = self.own.contains(&self.path);
+        if let Some(above) = self.stack.last_mut().filter(|_| !is_own) {
+            above.is_broken |= is_broken;
+            self.path.pop();
+            if is_broken {
+                self.taken.push(Taken::Leave);
+            } else {
+                self.taken.truncate(from + 1);
+                if let Some(Taken::Enter(name)) = self.taken.pop() {
+                    self.taken.push(Taken::Name(Take::WithAll, name));
+                }
             }
-            Some(above) => {
-                above.is_broken |= is_broken;
-                above.taken.extend(taken);
-                Ok(())
-            }
+            return Ok(());
         }
+        let how = if is_broken { Take::Alone } else { Take::WithAll };
+        // Without the directory itself.
+        let taken = self.taken.drain(from..).skip(1).filter(|_| is_broken).collect();
+        let root = Root { path: self.path.clone(), how, taken };
+        self.path.pop();
+        if self.stack.is_empty() {
+            return self.select(&[root]);
+        }
+        // A file system of its own is no part of the walk around it, and so leaves that whole.
+        self.own_selected.push(root);
+        Ok(())
+    }
+
+    fn begin(&mut self, mut frame: Frame, name: CString) {
+        frame.from = self.taken.len();
+        self.taken.push(Taken::Enter(name));
+        self.stack.push(frame);
     }
 
     /// The file systems below a directory in which nothing is left out.
     fn take_below(&mut self, path: &Path) {
         let below = self.own.iter().filter(|own| *own != path && own.starts_with(path));
-        self.own_selected.extend(below.map(|own| (Take::WithAll, own.clone())));
+        self.own_selected.extend(below.map(|own| Root::whole(own.clone())));
     }
 
     fn finish(&mut self) -> io::Result<()> {
         let mut own = std::mem::take(&mut self.own_selected);
         // One that is mounted in another one comes after it.
-        own.sort_by(|a, b| a.1.cmp(&b.1));
+        own.sort_by(|a, b| a.path.cmp(&b.path));
         self.select(&own)?;
         self.selected.flush()?;
         self.excluded.flush()
     }
 
-    fn select(&mut self, taken: &[(Take, PathBuf)]) -> io::Result<()> {
-        for part in taken.chunk_by(|a, b| a.0 == b.0) {
-            let how = if part[0].0 == Take::Alone { ALONE } else { WITH_ALL };
-            self.selected.write_all(how)?;
-            part.iter().try_for_each(|(_, path)| write_name(&mut self.selected, path))?;
+    fn select(&mut self, roots: &[Root]) -> io::Result<()> {
+        let mut list = List { selected: &mut self.selected, how: None };
+        for root in roots {
+            list.name(root.how, &root.path)?;
+            let mut path = root.path.clone();
+            for taken in &root.taken {
+                match taken {
+                    Taken::Name(how, name) => list.name(*how, &path.join(text(name)))?,
+                    Taken::Enter(name) => {
+                        path.push(text(name));
+                        list.name(Take::Alone, &path)?;
+                    }
+                    Taken::Leave => drop(path.pop()),
+                }
+            }
         }
         Ok(())
     }
 }
 
+/// The list of what is taken.
+struct List<'a> {
+    selected: &'a mut BufWriter<File>,
+    /// How the last name is.
+    how: Option<Take>,
+}
+
+impl List<'_> {
+    fn name(&mut self, how: Take, path: &Path) -> io::Result<()> {
+        if self.how.replace(how) != Some(how) {
+            self.selected.write_all(if how == Take::Alone { ALONE } else { WITH_ALL })?;
+        }
+        write_name(self.selected, path)
+    }
+}
+
+impl Root {
+    fn whole(path: PathBuf) -> Self {
+        Self { path, how: Take::WithAll, taken: Vec::new() }
+    }
+}
+
+fn text(name: &CString) -> &OsStr {
+    OsStr::from_bytes(name.to_bytes())
+}
+
 impl Frame {
-    fn open(dir: &OwnedFd, path: PathBuf, reached: Reached) -> io::Result<Self> {
+    fn open(dir: &OwnedFd, reached: Reached) -> io::Result<Self> {
         let mut rest = names(dir)?;
         rest.sort_by(|a, b| b.0.cmp(&a.0));
         let device = fstat(dir)?.st_dev;
-        Ok(Self { path, reached, device, rest, taken: Vec::new(), is_broken: false })
+        Ok(Self { reached, device, rest, from: 0, is_broken: false })
     }
 }
 

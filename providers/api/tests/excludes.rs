@@ -287,6 +287,31 @@ fn what_is_left_of_a_tree_is_listed() {
     assert_eq!(stored(&tree, &target), expected);
 }
 
+/// The lists have whole paths, but they are not in memory together.
+#[test]
+fn a_deep_tree_is_listed_up_to_what_is_left_out_at_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (tree, target) = (dir.path().join("tree"), dir.path().join("lists"));
+    let deep = tree.join(["d"; 1000].join("/"));
+    fs::create_dir_all(&deep).unwrap();
+    fs::write(deep.join("x.bak"), "").unwrap();
+    fs::write(tree.join("d/after"), "").unwrap();
+    fs::create_dir_all(tree.join("d/whole/in")).unwrap();
+    let excludes = Excludes::parse(&["*.bak"]).unwrap();
+    assert_eq!(Selection::write(&target, &tree, &[], &excludes).unwrap().excluded, 1);
+    let [selected, _] = lists(&target);
+    let (first, rest) = selected.split_at(3);
+    assert_eq!(first, ["--no-recursion", ".", "./d"].map(PathBuf::from));
+    let (after, chain) = rest.split_at(2);
+    assert_eq!(after, ["--recursion", "./d/after"].map(PathBuf::from));
+    assert_eq!(chain.len(), 1 + 999 + 2, "{:?}", chain.last());
+    let end = ["--recursion", "./d/whole"].map(PathBuf::from);
+    assert_eq!(&chain[1000..], &end, "all of it comes right after the directory that it is in");
+    assert!(
+        chain[1..1000].iter().all(|path| path.components().all(|name| name.as_os_str().len() == 1))
+    );
+}
+
 #[test]
 fn a_walk_ends_when_it_is_told_to() {
     let dir = tempfile::tempdir().unwrap();
