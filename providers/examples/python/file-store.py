@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# A backup provider for vzdump in one file, with nothing but Python's standard library: full and incremental
+# A backup provider for vzdump in one file, with nothing but the library of Python 3.11: full and incremental
 # backups of virtual machines, backups of containers as tar archives, all in a directory.
 #
 #     <path>/<archive>/manifest.json          what the archive is; its presence makes it one
@@ -43,7 +43,6 @@ class Failure(Exception):
 
 
 # ---- The protocol: one JSON-RPC message per line -----------------------------------------------------
-
 
 class Host:
     """Reads requests, answers each from a thread of its own, and asks the host back."""
@@ -266,21 +265,13 @@ class Store:
 
     def hold(self, archive):
         """Keeps an archive from being removed as long as the returned file is open."""
-        path = os.path.join(self.place(archive), "manifest.json")
-        try:
-            held = try_lock(path, fcntl.LOCK_SH)
-        except (FileNotFoundError, NotADirectoryError):
-            raise Failure("not_found", f"There is no archive {archive}.") from None
-        if held is None:
+        held = try_lock(os.path.join(self.place(archive), "manifest.json"), fcntl.LOCK_SH)
+        # The lock may be one of what is left of an archive that was removed just before.
+        if held is None or not self.is_held(archive, held):
             raise Failure("in_use", f"The archive {archive} is being removed.")
-        # It may have been removed between both steps, and the lock be one of what is left of it.
-        if not self.is_held(archive, held):
-            held.close()
-            raise Failure("not_found", f"There is no archive {archive} any more.")
         return held
 
     def is_held(self, archive, held):
-        """Whether the archive of this name is the one that the file was opened of."""
         stat = stat_of(os.path.join(self.place(archive), "manifest.json"))
         return stat is not None and os.path.samestat(stat, os.fstat(held.fileno()))
 
@@ -300,10 +291,10 @@ class Store:
             except FileNotFoundError:
                 # Just being made, unless it is old.
                 stat = stat_of(path)
-                alive = True if stat and time.time() - stat.st_mtime > 3600 else None
+                is_old = stat and time.time() - stat.st_mtime > 3600
+                alive = open(os.devnull, "rb") if is_old else None
             if alive is not None:
-                if alive is not True:
-                    alive.close()  # what is open stays, on NFS
+                alive.close()  # on NFS a directory with an open file stays
                 shutil.rmtree(path, ignore_errors=True)
         for name in os.listdir(self.commits):
             path = os.path.join(self.commits, name)
@@ -404,31 +395,21 @@ class Backup:
             raise Failure("invalid", f"There is an archive {self.archive} already.")
         self.path, self.lock = store.temporary(self.archive)
         self.base, self.base_held = None, None
-        self.manifest = {
-            "subtype": params["kind"],
-            "guest_id": params["guest_id"],
-            "time_s": params["start_time_s"],
-            "base": None,
-            "chain": 1,
-            "commit_id": None,
-            "disks": {},
-        }
+        self.manifest = {"subtype": params["kind"], "guest_id": params["guest_id"]}
+        self.manifest["time_s"] = params["start_time_s"]
+        self.manifest.update({"base": None, "chain": 1, "commit_id": None, "disks": {}})
 
-    def plan(self, request, volumes):
+    def plan(self, volumes):
         """Asks for what changed since the guest's last backup here, disk by disk."""
-        mine = [
-            (manifest["time_s"], name, manifest)
-            for name, manifest in self.store.manifests()
-            if (manifest["subtype"], manifest["guest_id"]) == ("qemu", self.manifest["guest_id"])
-        ]
-        last = max(mine, default=None, key=lambda found: (int(found[0]), found[1]))
-        if last and last[2]["chain"] < self.longest_chain:
-            try:
-                self.base_held = self.store.hold(last[1])
-                # Read again: another one of that name may have come before it was held.
-                self.base, manifest = last[1], self.store.manifest(last[1])
-            except Failure as failure:
-                request.log(f"{failure} A full backup is made.")
+        guest = ("qemu", self.manifest["guest_id"])
+        found = self.store.manifests()
+        mine = ((int(m["time_s"]), name) for name, m in found if (m["subtype"], m["guest_id"]) == guest)
+        _, last = max(mine, default=(0, None))
+        if last:
+            self.base_held = self.store.hold(last)
+            # Read once it is held: before, another one of that name may come.
+            manifest = self.store.manifest(last)
+            self.base = last if manifest["chain"] < self.longest_chain else None
         requests = []
         for volume in volumes:
             known = manifest["disks"].get(volume["device"]) if self.base else None
@@ -456,11 +437,9 @@ class Backup:
         is_increment = volume["bitmap_mode"] == "reuse"
         if is_increment and self.base is None:
             raise Failure("invalid", f"The disk {device} is an increment on nothing.")
-        self.manifest["disks"][device] = {
-            "size_bytes": volume["size_bytes"],
-            "generation": volume["generation"],
-            "base": self.base if is_increment else None,
-        }
+        disk = {key: volume[key] for key in ("size_bytes", "generation")}
+        disk["base"] = self.base if is_increment else None
+        self.manifest["disks"][device] = disk
         if is_increment:
             self.manifest["base"] = self.base
             self.manifest["chain"] = self.store.manifest(self.base)["chain"] + 1
@@ -470,13 +449,10 @@ class Backup:
         stem = os.path.join(self.path, device)
         moved = {"total_bytes": 0, "read_bytes": 0, "zero_bytes": 0, "written_bytes": 0}
         try:
-            with open(stem + ".data", "wb") as data, open(stem + ".areas", "wb") as areas:
+            with open(stem + ".data", "wb") as data, open(stem + ".areas", "w+b") as areas:
                 data.truncate(size)
-                areas_hash = hashlib.sha256()
                 for offset, length, is_zero in regions(request, volume["access"]["regions"], size):
-                    line = f"{offset} {length} {'zero' if is_zero else 'data'}\n".encode()
-                    areas.write(line)
-                    areas_hash.update(line)
+                    areas.write(f"{offset} {length} {'zero' if is_zero else 'data'}\n".encode())
                     moved["total_bytes"] += length
                     if is_zero:
                         moved["zero_bytes"] += length
@@ -485,10 +461,11 @@ class Backup:
                         self.copy_area(request, device, source, data, offset, length, moved)
                     zero = moved["zero_bytes"]
                     request.progress(device, moved["total_bytes"], expected, zero)
+                # Without a part of them a restore would take older data for this one's.
+                areas.seek(0)
+                disk["areas_sha256"] = hashlib.file_digest(areas, "sha256").hexdigest()
         finally:
             source.close()
-        # Without a part of them a restore would take older data for this one's.
-        self.manifest["disks"][device]["areas_sha256"] = areas_hash.hexdigest()
         if moved["total_bytes"] != expected:
             text = f"The disk {device} has {moved['total_bytes']} bytes to read, not {expected}."
             raise Failure("corrupt", text)
@@ -538,9 +515,8 @@ class Backup:
         if entries == 0:
             raise Failure("corrupt", "The archive has no entries.")
         size = os.stat(path).st_size
-        numbers = {"entries": entries, "read_bytes": read_bytes, "written_bytes": size}
-        ignored = {"ignored": [], "ignored_count": "0"}
-        return {**{key: str(value) for key, value in numbers.items()}, **ignored}
+        numbers = {"entries": str(entries), "read_bytes": str(read_bytes), "written_bytes": str(size)}
+        return {**numbers, "ignored": [], "ignored_count": "0"}
 
     def commit(self, ident):
         self.store.commit(ident, self)
@@ -632,23 +608,16 @@ class Restore:
         with open(target, "w+b") as disk:
             disk.truncate(int(self.manifest["disks"][device]["size_bytes"]))
             for name in reversed(chain):
-                stem = os.path.join(self.store.place(name), device)
-                self.check_areas(request, stem, self.store.manifest(name)["disks"][device])
-                self.apply(request, stem, disk)
+                digest = self.store.manifest(name)["disks"][device].get("areas_sha256")
+                self.apply(request, os.path.join(self.store.place(name), device), digest, disk)
         return {"kind": "path", "path": target}
 
-    def check_areas(self, request, stem, disk):
-        found = hashlib.sha256()
-        with open(stem + ".areas", "rb") as areas:
-            while piece := areas.read(PIECE_BYTES):
-                request.check()
-                found.update(piece)
-        # Archives of older versions have none.
-        if disk.get("areas_sha256", found.hexdigest()) != found.hexdigest():
-            raise Failure("corrupt", f"{stem}.areas is not what was written.")
-
-    def apply(self, request, stem, disk):
-        with open(stem + ".data", "rb") as data, open(stem + ".areas") as areas:
+    def apply(self, request, stem, digest, disk):
+        with open(stem + ".data", "rb") as data, open(stem + ".areas", "rb") as areas:
+            # Archives of older versions have none.
+            if digest and hashlib.file_digest(areas, "sha256").hexdigest() != digest:
+                raise Failure("corrupt", f"{stem}.areas is not what was written.")
+            areas.seek(0)
             for line in areas:
                 offset, length = (int(word) for word in line.split()[:2])
                 while length > 0:
@@ -663,9 +632,8 @@ class Restore:
 
     def drop(self, device):
         if self.path and NAME.match(device):
-            path = os.path.join(self.path, device)
-            if os.path.exists(path):
-                os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.path, device))
 
     def close(self):
         if self.path:
@@ -688,8 +656,7 @@ class Provider:
         return name
 
     def methods(self):
-        names = (name for name in dir(self) if name.startswith("do_"))
-        return {name[3:]: getattr(self, name) for name in names}
+        return {name[3:]: getattr(self, name) for name in dir(self) if name.startswith("do_")}
 
     def do_initialize(self, _request, params):
         if params["api_version"] < 2:
@@ -698,12 +665,8 @@ class Provider:
         able += ("notes", "protect", "remove", "log")
         path = {"name": "path", "kind": "path", "required": True, "description": "The directory."}
         chain = {"name": "max-chain", "kind": "number", "description": "Full backup every so often."}
-        return {
-            "name": "file store",
-            "api_version": 2,
-            "capabilities": {name: True for name in able},
-            "properties": [path, chain],
-        }
+        hello = {"name": "file store", "api_version": 2, "properties": [path, chain]}
+        return {**hello, "capabilities": {name: True for name in able}}
 
     def do_configure(self, _request, params):
         # Secrets, if there are any, are on descriptor 3; this provider declares none.
@@ -740,18 +703,18 @@ class Provider:
             "notes": notes[:100] or None,
         }
 
-    def do_notes(self, _request, params):
+    def file_of(self, params, name):
         self.store.manifest(params["archive"])
-        return {"notes": read_text(os.path.join(self.store.place(params["archive"]), "notes"))}
+        return os.path.join(self.store.place(params["archive"]), name)
+
+    def do_notes(self, _request, params):
+        return {"notes": read_text(self.file_of(params, "notes"))}
 
     def do_set_notes(self, _request, params):
-        self.store.manifest(params["archive"])
-        path = os.path.join(self.store.place(params["archive"]), "notes")
-        write_durably(path, params["notes"].encode())
+        write_durably(self.file_of(params, "notes"), params["notes"].encode())
 
     def do_set_protected(self, _request, params):
-        self.store.manifest(params["archive"])
-        path = os.path.join(self.store.place(params["archive"]), "protected")
+        path = self.file_of(params, "protected")
         if params["protected"]:
             write_durably(path, b"")
         elif os.path.exists(path):
@@ -759,13 +722,11 @@ class Provider:
             sync_dir(os.path.dirname(path))
 
     def do_keep_log(self, _request, params):
-        self.store.manifest(params["archive"])
         with open(params["log_path"], "rb") as log:
-            write_durably(os.path.join(self.store.place(params["archive"]), "log"), log.read())
+            write_durably(self.file_of(params, "log"), log.read())
 
     def do_kept_log(self, _request, params):
-        self.store.manifest(params["archive"])
-        path = os.path.join(self.store.place(params["archive"]), "log")
+        path = self.file_of(params, "log")
         if os.path.exists(path):
             shutil.copyfile(path, params["log_path"])
 
@@ -790,8 +751,8 @@ class Provider:
         backup = Backup(self.store, params, self.longest_chain)
         return {"guest": self.handle("guest", backup), "archive_name": backup.archive}
 
-    def do_plan_volumes(self, request, params):
-        return {"requests": self.handles[params["guest"]].plan(request, params["volumes"])}
+    def do_plan_volumes(self, _request, params):
+        return {"requests": self.handles[params["guest"]].plan(params["volumes"])}
 
     def do_backup_vm(self, request, params):
         return self.handles[params["guest"]].copy_disks(request, params)
@@ -823,8 +784,7 @@ class Provider:
         self.handles[params["restore"]].drop(params["device"])
 
     def do_restore_container(self, _request, params):
-        restore = Restore(self.store, params["archive"], "lxc")
-        return {"restore": self.handle("restore", restore)}
+        return {"restore": self.handle("restore", Restore(self.store, params["archive"], "lxc"))}
 
     def do_container_data(self, _request, params):
         place = self.store.place(self.handles[params["restore"]].archive)
