@@ -371,6 +371,25 @@ mod tests {
 
     use super::*;
 
+    /// So the journal is kept, from which it is thawed later.
+    #[test]
+    fn a_thaw_is_owed_until_it_succeeds() {
+        let dir = tempfile::tempdir().unwrap();
+        let freezer = Freezer::parse("unified".as_ref(), dir.path().as_os_str());
+        let owed = Owed::default();
+        owed.thaw().unwrap();
+        owed.set(freezer);
+        let file = dir.path().join("cgroup.freeze");
+        std::fs::create_dir(&file).unwrap();
+        for _ in 0..2 {
+            owed.thaw().unwrap_err();
+        }
+        std::fs::remove_dir(&file).unwrap();
+        std::fs::write(&file, "1").unwrap();
+        owed.thaw().unwrap();
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "0");
+    }
+
     /// As `systemctl stop` sends them to the task and the guard.
     #[test]
     fn signals_to_all_of_a_service_do_not_end_the_guard() {

@@ -294,6 +294,30 @@ fn a_directory_that_is_moved_away_and_back_is_whole() {
     place.assert_same();
 }
 
+/// Where the copy is, times may be fewer than in the container.
+#[test]
+fn times_that_the_copy_cannot_have_are_told() {
+    let Some(mut place) = Place::within("/dev/shm") else { return };
+    let late = UNIX_EPOCH + Duration::from_secs(1 << 36);
+    let tree = place.tree();
+    File::create(tree.join("late")).unwrap().set_modified(late).unwrap();
+    let has = |path: &Path| fs::metadata(path).unwrap().modified().unwrap() == late;
+    let elsewhere = tempfile::tempdir_in("/var/tmp").unwrap();
+    let probe = elsewhere.path().join("probe");
+    File::create(&probe).unwrap().set_modified(late).unwrap();
+    if !has(&tree.join("late")) || has(&probe) {
+        eprintln!("skipped: needs two file systems, one of which has less times");
+        return;
+    }
+    let open = |path: &Path| OwnedFd::from(File::open(path).unwrap());
+    let root = place.excludes.root();
+    let mut copy = TreeCopy::new(open(&tree), &open(elsewhere.path()), "c", root).unwrap();
+    let error = copy.first(&Control::default()).unwrap_err().to_string();
+    assert!(error.contains("cannot keep the times of a file ('/late'"), "{error}");
+    place.begin();
+    assert!(has(&place.dir.path().join("copies/c/late")));
+}
+
 /// Nothing runs then: a file system that says so is damaged, and what the first pass has copied is old.
 #[test]
 fn what_vanishes_in_the_second_pass_is_told_and_left_out() {
