@@ -189,4 +189,47 @@ mod tests {
         drop(disk);
         assert_eq!(client.read(&mut [0]).await.unwrap_or(0), 0, "dropped, but not closed");
     }
+
+    const FEW_FILES: &str = "VZDUMP_TEST_FEW_FILES";
+
+    /// Not a test: run with few file descriptors, all of which it uses up for a while.
+    #[tokio::test]
+    async fn few_files_entry() {
+        if std::env::var_os(FEW_FILES).is_none() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let upstream = dir.path().join("nbd");
+        tokio::spawn(answer(UnixListener::bind(&upstream).unwrap()));
+        let disk = Relay::open(dir.path().join("lim0"), upstream, Passing::default()).unwrap();
+        let mut files = Vec::new();
+        while let Ok(file) = std::fs::File::open("/dev/null") {
+            files.push(file);
+        }
+        files.pop();
+        let mut client = UnixStream::connect(disk.socket()).await.unwrap();
+        // It cannot be accepted.
+        tokio::time::sleep(ACCEPT_PAUSE * 2).await;
+        files.clear();
+        client.write_u8(1).await.unwrap();
+        let mut reply = vec![0; 1 << 10];
+        tokio::time::timeout(Duration::from_secs(20), client.read_exact(&mut reply))
+            .await
+            .expect("the way to the disk has ended")
+            .unwrap();
+    }
+
+    #[test]
+    fn a_want_of_file_descriptors_does_not_end_the_way_to_a_disk() {
+        let entry = "vm::backup::relay::tests::few_files_entry";
+        let ended = std::process::Command::new("sh")
+            .args(["-c", "ulimit -n 64; exec \"$0\" --exact \"$1\""])
+            .arg(std::env::current_exe().unwrap())
+            .arg(entry)
+            .env(FEW_FILES, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ended.stdout);
+        assert!(ended.status.success() && said.contains("1 passed"), "{said}");
+    }
 }
