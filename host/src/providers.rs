@@ -26,6 +26,8 @@ const DIRECTORY_KIND: &str = "directory";
 /// What every storage may have, whatever its provider. `shared` says nothing here: each host looks itself.
 const COMMON_PROPERTIES: [&str; 6] =
     ["content", "disable", "nodes", "shared", "prune-backups", "max-protected-backups"];
+/// Where a directory must be, and whether it is made.
+const PLACE_PROPERTIES: [&str; 3] = ["is_mountpoint", "create-base-path", "mkdir"];
 /// What directories of Proxmox VE may have besides, and what has no meaning for archives.
 const IDLE_PROPERTIES: [&str; 4] = ["content-dirs", "create-subdirs", "format", "preallocation"];
 
@@ -212,17 +214,15 @@ fn directory(section: &StorageSection, tools: &Tools) -> Result<Arc<dyn Provider
 /// A typing error must not switch off what it was meant to switch on.
 fn check_names(section: &StorageSection, provider: &DirectoryProvider) -> Result<(), String> {
     let own = provider.properties();
-    let own: Vec<&str> = own.iter().map(|property| property.name.as_str()).collect();
-    let is_known = |name: &str| {
-        own.iter().chain(&COMMON_PROPERTIES).chain(&IDLE_PROPERTIES).any(|known| *known == name)
-    };
+    let own = own.iter().map(|property| property.name.as_str());
+    let known: Vec<&str> = own.chain(PLACE_PROPERTIES).chain(COMMON_PROPERTIES).collect();
+    let is_known = |name: &str| known.contains(&name) || IDLE_PROPERTIES.contains(&name);
     match section.properties.iter().find(|(name, _)| !is_known(name)) {
         None => Ok(()),
         Some((name, _)) => Err(format!(
-            "The storage '{}' has '{name}', which its type '{DIRECTORY_KIND}' does not know; it knows: {}, {}.",
+            "The storage '{}' has '{name}', which its type '{DIRECTORY_KIND}' does not know; it knows: {}.",
             section.id,
-            own.join(", "),
-            COMMON_PROPERTIES.join(", ")
+            known.join(", ")
         )),
     }
 }

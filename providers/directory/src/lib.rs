@@ -275,16 +275,10 @@ impl Provider for DirectoryProvider {
             description: description.to_owned(),
         };
         let path = "The directory of the archives; it is made if needed.";
-        let mounted = "Whether a file system must be mounted there, or the path of its mount point: else the \
-                       storage is not used.";
-        let make = "Whether the directory is made if needed; 1 by default.";
         let format =
             "How containers are stored: 'tar' (compressed, the default) or 'tree' (as files).";
         vec![
             property("path", PropertyKind::Path, true, path),
-            property("is_mountpoint", PropertyKind::Text, false, mounted),
-            property("mkdir", PropertyKind::Text, false, make),
-            property("create-base-path", PropertyKind::Text, false, make),
             property("container-format", PropertyKind::Text, false, format),
         ]
     }
