@@ -97,9 +97,12 @@ impl Lxc {
 
     /// Also of one that is not frozen.
     pub(crate) fn thaw(&self) -> Result<(), CtError> {
-        if let Some(freezer) = self.freezer()? {
-            freezer.thaw().map_err(CtError::at(format!("thaw the container {}", self.name)))?;
-        }
+        let thawed = match self.freezer()? {
+            Some(freezer) => freezer.thaw(),
+            None if self.state()? == State::Stopped => return Ok(()),
+            None => Err("LXC does not know its first process".to_owned()),
+        };
+        thawed.map_err(CtError::at(format!("thaw the container {}", self.name)))?;
         self.tell_thawed();
         Ok(())
     }
