@@ -14,8 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
-use provider_api::IdMapRange;
+use provider_api::{GuestKind, IdMapRange};
 use vzdump_core::config::container::{CtConfig, MountEntry, ROOTFS};
+use vzdump_core::journal::by_hand;
 use vzdump_core::layout::{self, Layout};
 use vzdump_core::lock::FileLock;
 use vzdump_core::storage::{ImageFormat, StorageSet, VolumeId};
@@ -120,13 +121,15 @@ pub fn status(layout: &Layout, id: u32) -> Result<CtStatus, CtError> {
 pub async fn start(layout: &Layout, storages: &StorageSet, id: u32) -> Result<Started, CtError> {
     let path = layout.ct_power_lock_path(id);
     let lock = FileLock::acquire(&path, &format!("CT {id}"), LOCK_WAIT).await?;
-    let (layout, storages) = (layout.clone(), storages.clone());
-    beside(move || {
-        let started = start_now(&layout, &storages, id);
+    let (ours, storages) = (layout.clone(), storages.clone());
+    let started = beside(move || {
+        let started = start_now(&ours, &storages, id);
         drop(lock);
         started
     })
-    .await
+    .await?;
+    by_hand::settled(layout, GuestKind::Lxc, id).await;
+    Ok(started)
 }
 
 /// Stops a container: asks it to shut down, and ends it when the time is over; at once without any. Tells
@@ -138,13 +141,15 @@ pub async fn stop(layout: &Layout, id: u32, wait: Duration) -> Result<bool, CtEr
     read_config(layout, id)?;
     let path = layout.ct_power_lock_path(id);
     let lock = FileLock::acquire(&path, &format!("CT {id}"), LOCK_WAIT).await?;
-    let layout = layout.clone();
-    beside(move || {
-        let stopped = stop_now(&layout, id, wait);
+    let ours = layout.clone();
+    let stopped = beside(move || {
+        let stopped = stop_now(&ours, id, wait);
         drop(lock);
         stopped
     })
-    .await
+    .await?;
+    by_hand::settled(layout, GuestKind::Lxc, id).await;
+    Ok(stopped)
 }
 
 /// Does something that may block beside the tasks.

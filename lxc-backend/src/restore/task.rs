@@ -130,7 +130,8 @@ impl Restore<'_> {
     }
 
     async fn recover(&self) -> Result<(), CtError> {
-        let left = recover::recover_guest(self.ctx, GuestKind::Lxc, self.id, self.sink).await?;
+        let left =
+            recover::recover_guest_down(self.ctx, GuestKind::Lxc, self.id, self.sink).await?;
         match left.into_iter().next() {
             None => Ok(()),
             Some(Leftover { reason, .. }) => Err(CtError::Invalid(format!(
@@ -250,8 +251,10 @@ impl Restore<'_> {
             return Err(CtError::Cancelled);
         }
         let firewall = archived.firewall.clone();
-        if old.is_some() {
+        if let Some(old) = old {
             let (layout, guest) = (&self.ctx.layout, (GuestKind::Lxc, self.id));
+            let unchanged = replace::check_unchanged(layout, guest, old.lines()).await;
+            unchanged.map_err(CtError::Invalid)?;
             let journal = &made.new.journal;
             let switched = replace::switch(layout, guest, config.lines(), firewall, journal).await;
             return switched.map_err(CtError::Invalid);

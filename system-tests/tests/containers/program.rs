@@ -160,12 +160,16 @@ fn a_program_that_is_killed_while_the_container_stops_leaves_it_running() {
     assert_runs(&scene, "the container runs");
     assert_eq!(names(scene.root.join("state/journal")), [""; 0]);
     // What was started since is let alone.
-    let environment = [("VZDUMP_TEST_KILL_AT", "PointInTime")];
-    let killed =
-        scene.vzdump.spawn_with(&["backup", "200", "--mode", "stop"], &environment).unwrap();
-    killed.finish(LIMIT, &system_tests::process::Stop::default()).unwrap();
-    scene.run(&["ct", "start", "200"]);
-    let before = scene.run(&["ct", "status", "200"]);
-    scene.run(&["doctor", "--fix"]);
-    assert_eq!(scene.run(&["ct", "status", "200"]), before);
+    for commands in [&["start"][..], &["start", "stop"]] {
+        let environment = [("VZDUMP_TEST_KILL_AT", "PointInTime")];
+        let killed =
+            scene.vzdump.spawn_with(&["backup", "200", "--mode", "stop"], &environment).unwrap();
+        killed.finish(LIMIT, &system_tests::process::Stop::default()).unwrap();
+        for command in commands {
+            scene.run(&["ct", command, "200"]);
+        }
+        let before = scene.run(&["ct", "status", "200"]);
+        scene.run(&["doctor", "--fix"]);
+        assert_eq!(scene.run(&["ct", "status", "200"]), before, "{commands:?}");
+    }
 }

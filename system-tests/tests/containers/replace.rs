@@ -121,6 +121,19 @@ fn a_restore_that_fails_leaves_the_old_container() {
     assert!(report.error.is_some_and(|error| error.contains("--overcommit")), "{log}");
     assert_eq!(test.state(), before);
     assert_eq!(scene.leftovers(), [""; 0]);
+    // A configuration that is changed meanwhile.
+    let stop = system_tests::process::Stop::default();
+    let environment = [("VZDUMP_TEST_STOP_AT", "restore:filled")];
+    let mut running = scene.vzdump.spawn_with(&test.restore(&["--force"]), &environment).unwrap();
+    running.process().wait_until_stopped(LIMIT, &stop).unwrap();
+    let changed = format!("{}tags: changed\n", before.0);
+    std::fs::write(scene.root.join("etc/lxc/200.conf"), &changed).unwrap();
+    running.process().signal(rustix::process::Signal::CONT).unwrap();
+    let failed = running.finish(LIMIT, &stop).unwrap();
+    let said = format!("{}{}", failed.stdout, failed.stderr);
+    assert!(!failed.status.success() && said.contains("200.conf' was changed"), "{said}");
+    assert_eq!(test.state(), (changed, before.1));
+    wait_for("everything is unmounted", || scene.leftovers().is_empty());
 }
 
 #[test]

@@ -46,6 +46,29 @@ fn staged_files(layout: &Layout, (kind, id): Guest) -> [PathBuf; 2] {
     [staged(&layout.guest_config_path(kind, id)), staged(&layout.firewall_path(id))]
 }
 
+/// Fails if the configuration is not the known one any more: nothing keeps people from changing it while a restore
+/// works for hours, and what replaces it is made of the one that was read at first.
+///
+/// # Errors
+/// In words.
+pub async fn check_unchanged(
+    layout: &Layout,
+    (kind, id): Guest,
+    known: &VmConfig,
+) -> Result<(), String> {
+    let path = layout.guest_config_path(kind, id);
+    let shown = path.display().to_string();
+    let now = blocking::run(move || Ok(VmConfig::read(&path))).await;
+    let now = now.map_err(|error| error.to_string())?.map_err(|error| chain(&error))?;
+    if now.is_some_and(|now| now.to_string() == known.to_string()) {
+        return Ok(());
+    }
+    Err(format!(
+        "'{shown}' was changed while the restore worked, and that change would be lost; restore \
+         again, and leave it alone meanwhile"
+    ))
+}
+
 /// Stages and switches. After an error before the switch the old configuration is in place; what is staged is
 /// removed by [`unstage`].
 ///

@@ -154,6 +154,10 @@ impl Restore<'_> {
         FileLock::try_acquire(&path, &format!("The power state of VM {}", self.id)).map_err(words)
     }
 
+    fn guest(&self) -> (GuestKind, u32) {
+        (GuestKind::Qemu, self.id)
+    }
+
     async fn recover(&self) -> Step<()> {
         let left = recover::recover_guest_down(self.ctx, GuestKind::Qemu, self.id, self.sink);
         if let Some(Leftover { reason, .. }) = left.await.map_err(words)?.first() {
@@ -382,29 +386,14 @@ impl Restore<'_> {
         report.volumes = reported(volumes);
         if let Some(old) = old {
             let stub = made.is_cleared.then(|| old::stub(old, &plan.fates)).transpose()?;
-            self.check_unchanged(stub.as_ref().unwrap_or(old)).await?;
+            let known = stub.as_ref().unwrap_or(old);
+            replace::check_unchanged(&self.ctx.layout, self.guest(), known).await?;
             let journal = &made.new.journal;
             let layout = &self.ctx.layout;
-            let guest = (GuestKind::Qemu, self.id);
+            let guest = self.guest();
             return replace::switch(layout, guest, &config, archived.firewall, journal).await;
         }
         self.write_new(&config, archived.firewall, made).await
-    }
-
-    /// Nothing keeps people from changing a configuration while a restore works for hours, and what replaces it is
-    /// made of the one that was read at first.
-    async fn check_unchanged(&self, known: &VmConfig) -> Step<()> {
-        let path = self.ctx.layout.vm_config_path(self.id);
-        let shown = path.display().to_string();
-        let now = blocking::run(move || Ok(VmConfig::read(&path))).await;
-        let now = now.map_err(|error| error.to_string())?.map_err(words)?;
-        if now.is_some_and(|now| now.to_string() == known.to_string()) {
-            return Ok(());
-        }
-        Err(format!(
-            "'{shown}' was changed while the restore worked, and that change would be lost; restore \
-             again, and leave it alone meanwhile"
-        ))
     }
 
     /// Has all disks offered, before anything is allocated for one of them. Notes for which ones the
@@ -549,7 +538,7 @@ impl Restore<'_> {
             return Err("the restore was cancelled".to_owned());
         }
         let stub = old::stub(old, &plan.fates)?;
-        self.check_unchanged(old).await?;
+        replace::check_unchanged(&self.ctx.layout, self.guest(), old).await?;
         let path = self.ctx.layout.vm_config_path(self.id);
         beside(move || stub.write(&path)).await?;
         made.is_cleared = true;
