@@ -83,7 +83,7 @@ pub struct Limits {
     pub outcome_attempts: u32,
     /// Before the second question; doubled each time, up to a minute.
     pub outcome_delay: Duration,
-    /// For offering a disk of an archive, which may have to be put together first.
+    /// For offering a disk or the files of an archive, which may have to be put together first.
     pub offer: Duration,
     /// For one step of undoing.
     pub undo: Duration,

@@ -312,7 +312,7 @@ impl Restore<'_> {
         mounts: Vec<PathBuf>,
         bounds: Bounds,
     ) -> Result<Unpacked, CtError> {
-        let call = self.call(self.ctx.limits.provider_call);
+        let call = self.call(self.ctx.limits.offer);
         let at = || CtError::at(format!("restore from the archive '{}'", self.archive));
         let mut offer =
             self.provider.restore_container_init(self.archive, &call).await.map_err(at())?;
