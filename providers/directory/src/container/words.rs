@@ -13,9 +13,11 @@ const TAR_PREFIX: &str = "tar: ";
 const SOCKET: &str = ": socket ignored";
 /// What it says of something that it cannot read, when that is no error.
 const UNREADABLE: &str = ": Warning: ";
-/// What it says of a file that it could open, but not read to its end: when the error comes with the first byte that it
-/// asks for, and when it comes later. Files do not really shrink here: nobody writes to what is backed up.
-const READ_IN_PART: [&str; 2] = [": Read error at byte ", ": File shrank by "];
+/// Then, of a file that it could open, but not read to its end, if the error comes with the first byte that it asks for.
+const READ_ERROR: &str = "Read error at byte ";
+/// And if it comes later; a count is between. Files do not really shrink here: nobody writes to what is backed up.
+const SHRANK: &str = ": File shrank by ";
+const PADDED: [&str; 2] = [" byte; padding with zeros", " bytes; padding with zeros"];
 /// Then `Cannot`, a word of the call that failed, if it asked for attributes of a file that is in the archive.
 const CANNOT: &str = "Cannot ";
 const ATTRIBUTE_CALLS: [&str; 3] = ["acl", "xattr", "filecon"];
@@ -74,11 +76,11 @@ impl Words {
         let line = String::from_utf8_lossy(&line);
         let text = line.trim_end_matches('\n');
         let text = text.strip_prefix(TAR_PREFIX).unwrap_or(text);
-        if READ_IN_PART.iter().any(|words| text.contains(words)) {
-            self.in_part.get_or_insert_with(|| text.to_owned());
-        }
+        // Users of the container choose the names, so only the end of a line is what it seems to be.
         if let Some(path) = text.strip_suffix(SOCKET) {
             self.ignore(in_container(path), "a socket");
+        } else if is_padded(text) {
+            self.in_part.get_or_insert_with(|| text.to_owned());
         // The last one: a name may say this, too.
         } else if let Some((path, why)) = text.rsplit_once(UNREADABLE) {
             let call = why.strip_prefix(CANNOT).and_then(|why| why.split_once(':'));
@@ -86,6 +88,9 @@ impl Words {
                 .is_some_and(|(call, _)| ATTRIBUTE_CALLS.iter().any(|part| call.contains(part)));
             if is_attribute && why.ends_with(NO_ATTRIBUTES) {
                 return;
+            }
+            if why.starts_with(READ_ERROR) {
+                self.in_part.get_or_insert_with(|| text.to_owned());
             }
             if why.starts_with(CANNOT) {
                 self.unread.get_or_insert_with(|| text.to_owned());
@@ -133,6 +138,13 @@ impl Words {
     }
 }
 
+/// Whether zeros are stored in the place of what was not read.
+fn is_padded(text: &str) -> bool {
+    let Some((_, rest)) = text.rsplit_once(SHRANK) else { return false };
+    let count = PADDED.iter().find_map(|end| rest.strip_suffix(end));
+    count.is_some_and(|count| !count.is_empty() && count.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 /// A path of the tree as the container has it.
 fn in_container(path: &str) -> &str {
     path.strip_prefix('.').unwrap_or(path)
@@ -169,6 +181,7 @@ mod tests {
         for words in [
             "Warning: Read error at byte 4096, while reading 512 bytes: Input/output error",
             "File shrank by 65536 bytes; padding with zeros",
+            "File shrank by 1 byte; padding with zeros",
         ] {
             let name = "d/".repeat(30_000);
             for name in ["./srv/b", &name] {
@@ -179,6 +192,30 @@ mod tests {
         }
         let (named, count) = said(&before).ignored();
         assert_eq!((named.len(), count), (IGNORED_MAX, 2000));
+    }
+
+    #[test]
+    fn no_name_makes_a_backup_fail() {
+        for name in [
+            "x: File shrank by 1",
+            "x: File shrank by 1 bytes; padding with zeros",
+            "x: Read error at byte 1",
+            "x: Warning: Read error at byte 1",
+        ] {
+            // As the name is, and as `tar` writes it.
+            for name in [name.to_owned(), name.replace(':', r"\:")] {
+                let words = said(&format!("tar: ./{name}: socket ignored\n"));
+                words.check(false).unwrap();
+                assert_eq!(words.ignored().0[0].path, format!("/{name}"));
+                let why = "Cannot open: Permission denied";
+                let words = said(&format!("tar: ./{name}: Warning: {why}\n"));
+                words.check(true).unwrap();
+                assert_eq!(words.ignored().0[0].path, format!("/{name}"));
+                let words =
+                    said(&format!("tar: ./{name}: File shrank by 7 bytes; padding with zeros"));
+                assert!(words.check(true).is_err());
+            }
+        }
     }
 
     #[test]
