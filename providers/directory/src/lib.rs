@@ -162,10 +162,10 @@ impl DirectoryProvider {
             if let Err(error) = commit::drop_old_records(&storage, RECORD_KEEP) {
                 tracing::warn!("Old commit records are kept: {error}");
             }
-            if let Some(error) = dead.unfinished {
-                tracing::warn!("A removal that was interrupted is not finished yet: {error}");
-            }
-            Ok(dead.leftovers)
+            let Some(error) = dead.unfinished else { return Ok(dead.leftovers) };
+            // What it replaces may be among the rest.
+            tracing::warn!("A removal that was interrupted is not finished yet: {error}");
+            Ok(Vec::new())
         });
         self.remover.remove(leftovers.await?, call).await;
         Ok(())

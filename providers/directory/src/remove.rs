@@ -25,7 +25,7 @@ use provider_api::{Call, Error, Kind, Result};
 use tracing::{info, warn};
 
 use crate::attributes;
-use crate::call::{blocking, check, corrupt};
+use crate::call::{blocking, check};
 use crate::commit::take_dead_runs;
 use crate::files;
 use crate::header::Header;
@@ -146,9 +146,9 @@ impl<'a> Removal<'a> {
         Ok(Some(leftover))
     }
 
-    /// An archive whose manifest is wrong or lost is not merged into; if its images build upon this one,
-    /// it can only be repaired as long as this one is there. And while a file cannot be read at all, nobody
-    /// knows what it would say.
+    /// An archive whose manifest is wrong, lost or not to be read is not merged into; if its images build upon
+    /// this one, it can only be repaired as long as this one is there. The images alone tell: while one of them
+    /// cannot be read either, nobody knows what it would say.
     fn check_unreadable(&self, name: &str, error: Error) -> Result<()> {
         let unknown = |error: Error| {
             let text = format!(
@@ -158,18 +158,16 @@ impl<'a> Removal<'a> {
             );
             Error { message: text, ..error }
         };
-        if !matches!(error.kind, Kind::Corrupt | Kind::NotFound) {
-            return Err(unknown(error));
-        }
         let builds_upon = images_build_upon(&self.storage.archive_path(name), self.archive);
         if !builds_upon.map_err(unknown)? {
             return Ok(());
         }
-        Err(corrupt(format!(
+        let text = format!(
             "Archive {} is kept: {name} builds upon it, but its manifest cannot be read. Repair or remove \
-             the directory of {name} first.",
+             the directory of {name} first. {error}",
             self.archive
-        )))
+        );
+        Err(Error { message: text, ..error })
     }
 
     /// Replaces an archive by one that holds what it had of this one.

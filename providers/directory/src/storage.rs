@@ -360,14 +360,19 @@ impl Storage {
             return Ok(());
         }
         // Before and after an exchange both manifests name the archive.
-        let Ok(text) = files::read(&run.path.join(MANIFEST_FILE), MANIFEST_BYTES_MAX) else {
-            return Ok(());
+        let is_replacing = fs::symlink_metadata(run.path.join(REPLACES_FILE)).is_ok();
+        let path = run.path.join(MANIFEST_FILE);
+        let archive = files::read(&path, MANIFEST_BYTES_MAX).and_then(|text| {
+            archive_in(&text).ok_or_else(|| corrupt(format!("{} is damaged.", path.display())))
+        });
+        let archive = match archive {
+            Ok(archive) => archive,
+            // Nothing else may be left of the archive.
+            Err(error) if is_replacing => return Err(error),
+            Err(_) => return Ok(()),
         };
-        let Some(archive) = archive_in(&text) else { return Ok(()) };
         let target = self.archive_path(&archive);
-        if fs::symlink_metadata(run.path.join(REPLACES_FILE)).is_ok()
-            && fs::symlink_metadata(&target).is_err()
-        {
+        if is_replacing && fs::symlink_metadata(&target).is_err() {
             fs::rename(&run.path, &target)
                 .map_err(|e| Error::io(format!("Cannot put archive {archive} back."), e))?;
             files::sync_directory(&self.path)?;

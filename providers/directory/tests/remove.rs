@@ -487,7 +487,7 @@ async fn what_an_unreadable_archive_builds_upon_is_kept() {
 async fn nothing_is_removed_while_nobody_knows_what_builds_upon_it() {
     let guest = Guest::new(13, 2).await;
     let base = &guest.made[0].name;
-    for (manifest, image) in [(None, false), (Some("{"), true)] {
+    for (manifest, image) in [(None, true), (Some("{"), true)] {
         let case = guest.copy();
         let above = case.storage.join(&case.made[1].name);
         let hide = |file: &Path| {
@@ -507,6 +507,70 @@ async fn nothing_is_removed_while_nobody_knows_what_builds_upon_it() {
         assert!(error.message.contains(&case.made[1].name), "{error}");
         assert_eq!(error.kind, Kind::Io, "{error}");
         assert!(case.storage.join(base).exists());
+    }
+}
+
+/// As with a bad sector in its manifest.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_that_cannot_be_read_keeps_only_what_its_images_name() {
+    let guest = Guest::new(15, 3).await;
+    let case = guest.copy();
+    let (base, newest) = (&case.made[1].name, &case.made[2].name);
+    let manifest = case.storage.join(newest).join("manifest.json");
+    std::fs::remove_file(&manifest).unwrap();
+    std::os::unix::fs::symlink("/nonexistent/file", &manifest).unwrap();
+    let error = provider(&case.storage).remove(base, &Call::default()).await.unwrap_err();
+    assert_eq!(error.kind, Kind::Io, "{error}");
+    assert!(error.message.contains(&format!("{newest} builds upon it")), "{error}");
+    assert!(case.storage.join(base).exists());
+    // Another guest's full backup.
+    let base = "vzdump-qemu-999-2026_01_02-03_04_05";
+    for entry in std::fs::read_dir(case.storage.join(&case.made[0].name)).unwrap() {
+        let from = entry.unwrap().path();
+        let to = case.storage.join(base);
+        std::fs::create_dir_all(&to).unwrap();
+        std::fs::copy(&from, to.join(from.file_name().unwrap())).unwrap();
+    }
+    let path = case.storage.join(base).join("manifest.json");
+    let text = std::fs::read_to_string(&path).unwrap().replace(&case.made[0].name, base);
+    std::fs::write(&path, text).unwrap();
+    provider(&case.storage).remove(base, &Call::default()).await.unwrap();
+    assert!(!case.storage.join(base).exists());
+}
+
+/// The archive that a removal was replacing may be among what is left.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_that_is_left_goes_while_a_replacement_is_unfinished() {
+    let guest = Guest::new(16, 2).await;
+    let base = &guest.made[0].name;
+    for step in 1.. {
+        let case = guest.copy();
+        assert!(!removes_until(&case, base, step, false).await, "it was never between two steps");
+        if case.storage.join(&case.made[1].name).exists() {
+            continue;
+        }
+        let begins = |begin: &str| {
+            let left = case.leftovers();
+            left.into_iter()
+                .find(|name| name.starts_with(begin))
+                .map(|name| case.storage.join(name))
+        };
+        let merged = begins(".tmp-merge-").unwrap();
+        let replaced = begins(".tmp-dead-").unwrap();
+        // For a while nobody can tell what it is.
+        let (manifest, elsewhere) = (merged.join("manifest.json"), case.storage.join("elsewhere"));
+        std::fs::rename(&manifest, &elsewhere).unwrap();
+        case.activate().await;
+        assert!(replaced.exists() && merged.exists(), "{:?}", case.leftovers());
+        std::fs::rename(&elsewhere, &manifest).unwrap();
+        // It cannot be removed as a file.
+        std::fs::create_dir(merged.join("committing")).unwrap();
+        case.activate().await;
+        assert!(replaced.join("manifest.json").exists(), "{:?}", case.leftovers());
+        std::fs::remove_dir(case.storage.join(&case.made[1].name).join("committing")).unwrap();
+        case.activate().await;
+        case.check("finished").await;
+        break;
     }
 }
 
