@@ -2,42 +2,80 @@
 //! Programs that write for long and end when we are killed: one that lived on would write into what a
 //! recovery has removed, or has given to somebody else, or onto a block device that is used again.
 
+use std::ffi::{OsStr, OsString};
 use std::io;
-use std::path::Path;
-use std::process::Output;
+use std::process::{Command, ExitStatus, Output};
 use std::sync::mpsc;
 
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 use tokio::sync::oneshot;
+
+/// Starts a program that is to end with the thread that starts it.
+const WRAPPER: &str = "setpriv";
+const PDEATHSIG: [&str; 3] = ["--pdeathsig", "KILL", "--"];
+/// The exit code of that for a program that is not there.
+const NOT_EXECUTED: i32 = 127;
 
 /// A program that was started by [`start`]. Dropping it kills the program.
 #[derive(Debug)]
 pub(crate) struct Bound {
     // Dropped first.
     pub(crate) child: Child,
+    program: OsString,
     _thread: mpsc::Sender<()>,
 }
 
 impl Bound {
     /// Waits for its end; what it said.
     pub(crate) async fn output(self) -> io::Result<Output> {
-        self.child.wait_with_output().await
+        let Self { child, program, _thread } = self;
+        let output = child.wait_with_output().await?;
+        check_executed(&program, output.status)?;
+        Ok(output)
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn wait(&mut self) -> io::Result<ExitStatus> {
+        let status = self.child.wait().await?;
+        check_executed(&self.program, status)?;
+        Ok(status)
     }
 }
 
 /// How `program` is started so that it ends with the thread that starts it; its arguments follow.
-pub(crate) fn command(program: &Path) -> Command {
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(WRAPPER);
+    command.args(PDEATHSIG).arg(program);
     command
+}
+
+/// What it means that what [`command`] made could not be started.
+pub(crate) fn not_started(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => missing(OsStr::new(WRAPPER)),
+        _ => error,
+    }
+}
+
+/// # Errors
+/// The program that [`command`] was given is not there.
+pub(crate) fn check_executed(program: &OsStr, status: ExitStatus) -> io::Result<()> {
+    if status.code() == Some(NOT_EXECUTED) { Err(missing(program)) } else { Ok(()) }
+}
+
+fn missing(program: &OsStr) -> io::Error {
+    let text = format!("the program '{}' is not installed", program.display());
+    io::Error::new(io::ErrorKind::NotFound, text)
 }
 
 /// Starts what [`command`] made, in a thread that lives as long as what is returned: the kernel's signal comes
 /// with the end of the thread that started a program, and threads of the runtime end when they are idle.
 ///
 /// # Errors
-/// No thread, or no `setpriv`. A program that is not there ends with code 127.
-pub(crate) async fn start(mut command: Command) -> io::Result<Bound> {
+/// No thread, or no `setpriv`. Of a program that is not there the end is an error.
+pub(crate) async fn start(command: Command) -> io::Result<Bound> {
+    let program = command.get_args().nth(PDEATHSIG.len()).unwrap_or_default().to_owned();
+    let mut command = tokio::process::Command::from(command);
     command.kill_on_drop(true);
     let runtime = tokio::runtime::Handle::current();
     let (started, start) = oneshot::channel();
@@ -53,8 +91,8 @@ pub(crate) async fn start(mut command: Command) -> io::Result<Bound> {
             let _ = dropped.recv();
         }
     })?;
-    let child = start.await.map_err(io::Error::other)??;
-    Ok(Bound { child, _thread: alive })
+    let child = start.await.map_err(io::Error::other)?.map_err(not_started)?;
+    Ok(Bound { child, program, _thread: alive })
 }
 
 #[cfg(test)]
@@ -73,7 +111,7 @@ mod tests {
     }
 
     async fn sleeper() -> Bound {
-        let mut command = command(Path::new("sleep"));
+        let mut command = command("sleep");
         command.arg("1000").stdin(Stdio::null()).stdout(Stdio::null());
         start(command).await.unwrap()
     }
@@ -86,7 +124,7 @@ mod tests {
             println!("pid {} of", bound.child.id().unwrap());
             std::future::pending::<()>().await;
         }
-        let mut victim = std::process::Command::new(std::env::current_exe().unwrap())
+        let mut victim = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "bound::tests::a_program_ends_when_its_starter_is_killed"])
             .arg("--nocapture")
             .env(VARIABLE, "1")
@@ -106,6 +144,18 @@ mod tests {
         while is_there(pid) {
             assert!(Instant::now() < end, "it lives on");
             tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_missing_is_told() {
+        let started = async || start(command("/nonexistent/program")).await.unwrap();
+        let errors = [
+            started().await.output().await.unwrap_err(),
+            started().await.wait().await.unwrap_err(),
+        ];
+        for error in errors {
+            assert_eq!(error.to_string(), "the program '/nonexistent/program' is not installed");
         }
     }
 

@@ -193,7 +193,7 @@ pub(super) async fn copy(
         let _ = child.wait().await;
         return Err(stalled);
     }
-    let status = child.wait().await.map_err(|error| format!("qemu-img was lost: {error}"))?;
+    let status = bound.wait().await.map_err(|error| format!("qemu-img was lost: {error}"))?;
     if !status.success() {
         let said = said.await.unwrap_or_default();
         return Err(format!("qemu-img could not copy the disk ({status}): {}", clean(&said)));
@@ -314,7 +314,7 @@ mod tests {
     async fn a_copy_that_works_is_not_one_that_stands_still() {
         let stall = Duration::from_millis(200);
         let run = async |script: &str| {
-            let mut command = bound::command(Path::new("sh"));
+            let mut command = bound::command("sh");
             command.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::piped());
             let mut bound = bound::start(command).await.unwrap();
             let (pid, output) = (bound.child.id().unwrap(), bound.child.stdout.take().unwrap());

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The files of one image, wherever a storage keeps them. All of this may block.
 
-use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek as _};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -10,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::{ImageFormat, StorageError};
+use crate::bound;
 use crate::tools::Tools;
 
 /// Making or resizing an empty image takes milliseconds; this covers a slow network file system, and a
@@ -18,8 +18,6 @@ const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 const TOOL_POLL: Duration = Duration::from_millis(5);
 /// How much of what a program says is read.
 const OUTPUT_MAX_BYTES: u64 = 1 << 20;
-/// The exit code of setpriv for a program that is not there.
-const NOT_EXECUTED: i32 = 127;
 /// Largest image: 16 TiB beyond which some file systems refuse, rounded up generously.
 const SIZE_MAX_BYTES: u64 = 1 << 50;
 /// Unit of disk sizes.
@@ -258,8 +256,8 @@ pub(super) fn qemu_img(
 /// already found not to be there. (The signal comes with the end of the thread that started it, and that
 /// waits for it.)
 fn ends_with_us(command: &Command) -> Command {
-    let mut bound = Command::new("setpriv");
-    bound.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    let mut bound = bound::command(command.get_program());
+    bound.args(command.get_args());
     if let Some(dir) = command.get_current_dir() {
         bound.current_dir(dir);
     }
@@ -268,16 +266,12 @@ fn ends_with_us(command: &Command) -> Command {
 
 /// Runs a program that ends soon; what it printed, or why it failed.
 pub(super) fn run(command: Command) -> Result<String, String> {
-    let missing = |program: &OsStr| format!("the program '{}' is not installed", program.display());
     let mut child = ends_with_us(&command)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => missing(OsStr::new("setpriv")),
-            _ => error.to_string(),
-        })?;
+        .map_err(|error| bound::not_started(error).to_string())?;
     // Read beside, so that a program that says much does not wait for us.
     let listen = |pipe: Option<Box<dyn Read + Send>>| {
         std::thread::spawn(move || {
@@ -306,9 +300,7 @@ pub(super) fn run(command: Command) -> Result<String, String> {
     if status.success() {
         return Ok(stdout.join().unwrap_or_default());
     }
-    if status.code() == Some(NOT_EXECUTED) {
-        return Err(missing(command.get_program()));
-    }
+    bound::check_executed(command.get_program(), status).map_err(|error| error.to_string())?;
     let said = stderr.join().unwrap_or_default();
     Err(if said.is_empty() { status.to_string() } else { said })
 }
