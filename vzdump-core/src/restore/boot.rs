@@ -8,7 +8,7 @@
 //! and it is removed by the next such test, or the doctor.
 
 use std::fs;
-use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -21,13 +21,13 @@ use tokio::process::Command;
 use super::config::{self, Merge, NewVolume};
 use super::copy::{Source, nbd_options};
 use super::plan::{self, PlannedDisk};
-use super::task::{Archived, Restore, within};
+use super::task::{Archived, Restore, remove_dir};
 use super::{PlannedVolume, RestoreOptions, screenshot};
 use crate::blocking;
 use crate::config::guest::{VmConfig, split_numbered};
 use crate::config::storage::StorageConfig;
 use crate::job::report::millis;
-use crate::job::{JobContext, call_within, chain};
+use crate::job::{JobContext, chain};
 use crate::layout::{Layout, Monitor, check_socket_path, make_private_dir};
 use crate::lock::FileLock;
 use crate::storage::{DEFAULT_STORAGE, ImageFormat, StorageSet, VolumeId};
@@ -137,33 +137,33 @@ impl Restore<'_> {
         sweep(self.ctx).await;
         let archived = self.open_archive().await?;
         check_sign(options, &archived.config)?;
-        let mut source = self.begin_source().await?;
-        let result = self.boot_source(source.as_mut(), &archived, options, report).await;
-        let limit = self.ctx.limits.undo;
-        let call = call_within(&CancellationToken::new(), limit);
-        let ended = within(limit, "end the restore", async {
-            source.cleanup(&call).await.map_err(|error| chain(&error))
-        });
-        report.warnings.extend(ended.await.err());
-        result
+        let source = self.begin_source().await?;
+        let state = self.ctx.layout.clone();
+        let place = blocking::run(move || Ok(Place::make(&state))).await;
+        match place.map_err(|error| error.to_string()).flatten() {
+            Ok(place) => self.boot_source(source, place, &archived, options, report).await,
+            Err(error) => {
+                report.warnings.extend(self.cleanup(source).await.err());
+                Err(error)
+            }
+        }
     }
 
     async fn boot_source(
         &self,
-        source: &mut dyn VmRestore,
+        mut source: Box<dyn VmRestore>,
+        place: Place,
         archived: &Archived,
         options: &BootOptions,
         report: &mut BootReport,
     ) -> Result<(), String> {
-        let state = self.ctx.layout.clone();
-        let place = blocking::run(move || Ok(Place::make(&state))).await;
-        let place = place.map_err(|error| error.to_string())??;
-        let mut offered = Vec::new();
-        let result = self.boot_in(&place, source, archived, options, &mut offered, report).await;
+        let (from, mut offered) = (source.as_mut(), Vec::new());
+        let result = self.boot_in(&place, from, archived, options, &mut offered, report).await;
         let ended = place.end_vm().await;
         for device in offered.into_iter().rev() {
-            self.withdraw_one(source, &device, &mut report.warnings).await;
+            self.withdraw_one(source.as_mut(), &device, &mut report.warnings).await;
         }
+        report.warnings.extend(self.cleanup(source).await.err());
         let removed = match ended {
             Ok(()) => place.remove().await,
             // The next test ends it.
@@ -190,7 +190,8 @@ impl Restore<'_> {
         for (n, disk) in plan.disks.iter().enumerate() {
             offered.push(disk.device.clone());
             let PlannedVolume { device, size_bytes, .. } = disk.shown();
-            let offer = self.offer_one(source, &device, size_bytes, place.layout.run()).await;
+            let (dir, limit) = (place.layout.run(), self.ctx.limits.offer);
+            let offer = self.offer_one(source, &device, size_bytes, dir, limit).await;
             let offer = offer.map_err(|error| format!("the disk '{device}': {error}"))?;
             let name = format!("vm-{BOOT_ID}-disk-{n}");
             let volume = self.cancellable(self.overlay(disk, &name, offer)).await?;
@@ -416,13 +417,9 @@ impl Place {
     }
 
     async fn remove(self) -> Result<(), String> {
-        let root = self.root.clone();
-        match blocking::run(move || fs::remove_dir_all(root)).await {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(format!("cannot remove '{}': {error}", self.root.display()))
-            }
-            _ => Ok(()),
-        }
+        // First, because what a provider has mounted would be in it: then the lock stays for the next attempt.
+        remove_dir(self.layout.run().to_owned()).await?;
+        remove_dir(self.root).await
     }
 }
 

@@ -18,16 +18,17 @@ use serde::Serialize;
 use tokio::process::Command;
 
 use super::copy::{self, Source};
-use super::task::Restore;
+use super::task::{Restore, remove_dir};
 use super::{RestoreOptions, meter::Meter};
 use crate::blocking;
 use crate::job::report::millis;
-use crate::job::{JobContext, call_within, chain};
+use crate::job::{JobContext, chain};
 use crate::journal::sync_dir;
 use crate::layout::{Layout, check_socket_path, make_private_dir};
 use crate::lock::FileLock;
 use crate::storage::ImageFormat;
 use crate::task_log::{TaskSink, clean, clock, size};
+use crate::temp_tree;
 use crate::vm::backup::short_id;
 
 /// How the directories of these restores begin.
@@ -123,15 +124,22 @@ impl Restore<'_> {
         self.ctx.tools.qemu_img().map_err(|error| chain(&error))?;
         self.activate().await?;
         let mut source = self.begin_source().await?;
-        let result = self.all_to_files(source.as_mut(), disks, report).await;
-        let limit = self.ctx.limits.undo;
-        let call = call_within(&CancellationToken::new(), limit);
-        let ended = super::task::within(limit, "end the restore", async {
-            source.cleanup(&call).await.map_err(|error| chain(&error))
-        });
-        if let Err(error) = ended.await {
-            self.sink.warn(&error);
-            report.warnings.push(error);
+        let layout = self.ctx.layout.clone();
+        let dir = blocking::run(move || Ok(private_dir(&layout))).await;
+        let (result, made) = match dir.map_err(|error| error.to_string()).flatten() {
+            Ok((dir, held)) => {
+                let result = self.all_to_files(source.as_mut(), disks, &dir, report).await;
+                (result, Some((dir, held)))
+            }
+            Err(error) => (Err(error), None),
+        };
+        let mut problems: Vec<String> = self.cleanup(source).await.err().into_iter().collect();
+        if let Some((dir, _held)) = made {
+            problems.extend(remove_dir(dir).await.err());
+        }
+        for problem in problems {
+            self.sink.warn(&problem);
+            report.warnings.push(problem);
         }
         result
     }
@@ -140,6 +148,7 @@ impl Restore<'_> {
         &self,
         source: &mut dyn provider_api::VmRestore,
         disks: &[DiskToFile],
+        dir: &Path,
         report: &mut FileReport,
     ) -> Result<(), String> {
         let mut sized = Vec::new();
@@ -159,20 +168,10 @@ impl Restore<'_> {
             let looked = blocking::run(move || Ok(look(&path, size_bytes, force)));
             self.cancellable(async { looked.await.map_err(|error| error.to_string())? }).await?;
         }
-        let layout = self.ctx.layout.clone();
-        let dir = blocking::run(move || Ok(private_dir(&layout)));
-        let (dir, held) = dir.await.map_err(|error| error.to_string())??;
-        let mut result = Ok(());
         for (disk, size_bytes) in sized {
-            result = self.one_to_file(source, disk, size_bytes, &dir, report).await;
-            if result.is_err() {
-                break;
-            }
+            self.one_to_file(source, disk, size_bytes, dir, report).await?;
         }
-        let removed = blocking::run(move || fs::remove_dir_all(dir)).await;
-        drop(held);
-        report.warnings.extend(removed.err().map(|error| format!("a directory is left: {error}")));
-        result
+        Ok(())
     }
 
     async fn one_to_file(
@@ -184,7 +183,8 @@ impl Restore<'_> {
         report: &mut FileReport,
     ) -> Result<(), String> {
         let DiskToFile { device, path } = disk;
-        let offered = self.offer_one(source, device, size_bytes, dir).await;
+        let limit = self.ctx.limits.offer;
+        let offered = self.offer_one(source, device, size_bytes, dir, limit).await;
         let result = match offered {
             Ok(offered) => self.write(offered, disk, size_bytes).await,
             Err(error) => Err(error),
@@ -394,7 +394,7 @@ fn private_dir(layout: &Layout) -> Result<(PathBuf, FileLock), String> {
         let path = entry.path();
         if is_ours && FileLock::try_acquire(&path.join(LOCK_NAME), "A restore").is_ok() {
             // Only space is lost if it stays.
-            let _ = fs::remove_dir_all(path);
+            let _ = temp_tree::remove(&path);
         }
     }
     let dir = run.join(format!("{DIR_PREFIX}{}", short_id()));

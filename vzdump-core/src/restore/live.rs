@@ -53,6 +53,8 @@ pub(super) struct Filling {
     live: Live,
     /// Where the provider makes its sockets this time.
     private_dir: PathBuf,
+    /// Those of processes before this one, in which something was mounted.
+    old_dirs: Vec<PathBuf>,
     exports: BTreeMap<String, String>,
     pivoted: BTreeSet<String>,
     filled: BTreeSet<String>,
@@ -155,20 +157,22 @@ impl Restore<'_> {
 
     pub(super) async fn run_live(
         &self,
-        source: &mut dyn VmRestore,
+        mut source: Box<dyn VmRestore>,
         archived: &Archived,
         power: FileLock,
         report: &mut RestoreReport,
     ) -> Step<()> {
-        let (plan, space) = self.make_plan(source.devices(), archived, None).await?;
-        if !self.options.overcommit {
-            super::space::check(&space)?;
-        }
-        self.warn(report, plan.warnings.clone());
-        let mut made = self.begin(&plan, None).await?;
+        let begun = self.plan_and_begin(source.devices(), archived, None, report).await;
+        let (plan, mut made) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.end_source(source, report).await;
+                return Err(error);
+            }
+        };
         let mut offered = Vec::new();
-        let begun =
-            self.begin_live(source, &plan, archived, power, &mut made, &mut offered, report).await;
+        let (from, also) = (source.as_mut(), &mut offered);
+        let begun = self.begin_live(from, &plan, archived, power, &mut made, also, report).await;
         let (live, exports, session) = match begun {
             Ok(begun) => begun,
             Err(error) => {
@@ -190,6 +194,7 @@ impl Restore<'_> {
             journal: made.new.journal,
             live,
             private_dir: made.private_dir,
+            old_dirs: Vec::new(),
             exports,
             pivoted: BTreeSet::new(),
             filled: BTreeSet::new(),
@@ -201,13 +206,13 @@ impl Restore<'_> {
     /// Fills the disks of a guest that runs. After an error everything stays for a resume.
     async fn fill_and_complete(
         &self,
-        source: &mut dyn VmRestore,
+        mut source: Box<dyn VmRestore>,
         filling: &mut Filling,
         session: Option<Session>,
         report: &mut RestoreReport,
     ) -> Step<()> {
         let filled = match &session {
-            Some(session) => self.fill_live(source, filling, session, report).await,
+            Some(session) => self.fill_live(source.as_mut(), filling, session, report).await,
             None => Ok(()),
         };
         let offered = std::mem::take(&mut filling.offered);
@@ -219,15 +224,17 @@ impl Restore<'_> {
         done.map_err(|error| format!("{error}. {}", live_advice(self.id)))
     }
 
+    /// Nothing of the provider's is needed any more.
     async fn withdraw_all(
         &self,
-        source: &mut dyn VmRestore,
+        mut source: Box<dyn VmRestore>,
         offered: Vec<String>,
         report: &mut RestoreReport,
     ) {
         for device in offered.into_iter().rev() {
-            self.withdraw_one(source, &device, &mut report.warnings).await;
+            self.withdraw_one(source.as_mut(), &device, &mut report.warnings).await;
         }
+        self.end_source(source, report).await;
     }
 
     /// Everything up to a guest that runs. After an error it does not, and all is to be undone.
@@ -250,7 +257,8 @@ impl Restore<'_> {
         let mut sources = Vec::new();
         for disk in &plan.disks {
             offered.push(disk.device.clone());
-            let offer = self.offer_one(source, &disk.device, disk.size_bytes, &made.private_dir);
+            let (dir, limit) = (&made.private_dir, self.ctx.limits.offer);
+            let offer = self.offer_one(source, &disk.device, disk.size_bytes, dir, limit);
             let offer =
                 offer.await.map_err(|error| format!("the disk '{}': {error}", disk.device))?;
             sources.push((disk, offer));
@@ -445,7 +453,7 @@ impl Restore<'_> {
             .await
             .err()
             .unwrap_or_default();
-        for dir in [&filling.private_dir, &filling.live.dir] {
+        for dir in [&filling.private_dir, &filling.live.dir].into_iter().chain(&filling.old_dirs) {
             problems.extend(remove_dir(dir.clone()).await.err());
         }
         if problems.is_empty() {

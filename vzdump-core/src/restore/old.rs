@@ -27,12 +27,41 @@ pub(super) struct Fates {
     pub(super) unused: BTreeSet<String>,
 }
 
-/// The configuration of the guest that is there already, if it may be replaced or changed.
+/// The configuration of the guest that is there already, if it may be replaced or changed and does not run.
 pub(super) fn find(
     ctx: &JobContext,
     id: u32,
     options: &RestoreOptions,
 ) -> Result<Option<VmConfig>, String> {
+    let Some(config) = read(ctx, id, options)? else { return Ok(None) };
+    if let Some(process) = runner::find_process(&ctx.layout, id).map_err(|error| chain(&error))? {
+        // Stopped, it would still not be complete.
+        return Err(match config.get("lock") {
+            Some(LIVE_LOCK) => live_advice(id),
+            _ => format!("VM {id} is running (process {}); stop it first", process.pid),
+        });
+    }
+    check_keys(id, &config, options)?;
+    Ok(Some(config))
+}
+
+/// The same before the recovery of earlier tasks, which may end what runs, and may remove the guest of a live restore:
+/// of that one nothing is said.
+pub(super) fn check(
+    ctx: &JobContext,
+    id: u32,
+    options: &RestoreOptions,
+) -> Result<Option<VmConfig>, String> {
+    let config = VmConfig::read(&ctx.layout.vm_config_path(id)).map_err(|error| chain(&error))?;
+    if config.is_some_and(|config| config.get("lock") == Some(LIVE_LOCK)) {
+        return Ok(None);
+    }
+    let Some(config) = read(ctx, id, options)? else { return Ok(None) };
+    check_keys(id, &config, options)?;
+    Ok(Some(config))
+}
+
+fn read(ctx: &JobContext, id: u32, options: &RestoreOptions) -> Result<Option<VmConfig>, String> {
     let layout = &ctx.layout;
     if layout.etc().join("lxc").join(format!("{id}.conf")).exists() {
         return Err(format!("there is a container {id} already; choose another number"));
@@ -49,13 +78,10 @@ pub(super) fn find(
             "VM {id} exists already; choose another number, or replace it with --force"
         ));
     }
-    if let Some(process) = runner::find_process(layout, id).map_err(|error| chain(&error))? {
-        // Stopped, it would still not be complete.
-        return Err(match config.get("lock") {
-            Some(LIVE_LOCK) => live_advice(id),
-            _ => format!("VM {id} is running (process {}); stop it first", process.pid),
-        });
-    }
+    Ok(Some(config))
+}
+
+fn check_keys(id: u32, config: &VmConfig, options: &RestoreOptions) -> Result<(), String> {
     match config.get("lock") {
         None => {}
         // Only a restore can bring back what a restore has removed.
@@ -71,7 +97,7 @@ pub(super) fn find(
             "VM {id} is protected; remove the key 'protection' from its configuration first"
         ));
     }
-    Ok(Some(config))
+    Ok(())
 }
 
 /// What becomes of the volumes of `old` when it is replaced by what an archive has.

@@ -131,6 +131,17 @@ pub async fn complete(
     journal: Journal,
     frees: &BTreeSet<VolumeId>,
 ) -> Completed {
+    finish(ctx, guest, journal, frees, Ok(())).await
+}
+
+/// The same after a directory was removed, or was not: then the recovery has to do it.
+pub(super) async fn finish(
+    ctx: &JobContext,
+    guest: Guest,
+    journal: Journal,
+    frees: &BTreeSet<VolumeId>,
+    dir_removed: Result<(), String>,
+) -> Completed {
     let frees: Vec<VolumeId> = frees.iter().cloned().collect();
     let mut problems = match settle(ctx, guest).await {
         Err(problem) => vec![problem],
@@ -142,11 +153,14 @@ pub async fn complete(
         }
     };
     step("restore:finished");
-    if !problems.is_empty() {
-        return Completed { removed: Vec::new(), problems };
+    let is_freed = problems.is_empty();
+    problems.extend(dir_removed.err());
+    if problems.is_empty() {
+        problems.extend(journal.remove().await.err().map(|error| chain(&error)));
     }
-    problems.extend(journal.remove().await.err().map(|error| chain(&error)));
-    Completed { removed: frees.iter().map(ToString::to_string).collect(), problems }
+    let removed =
+        if is_freed { frees.iter().map(ToString::to_string).collect() } else { <_>::default() };
+    Completed { removed, problems }
 }
 
 /// What follows a switch: it is made durable, and the rules follow. Before that a power cut brings the old

@@ -33,6 +33,7 @@ use crate::layout::{check_guest_id, check_socket_path, make_private_dir};
 use crate::lock::FileLock;
 use crate::storage::VolumeId;
 use crate::task_log::{TaskSink, clean, size};
+use crate::temp_tree;
 use crate::vm::backup::short_id;
 use crate::vm::{leftovers, runner};
 
@@ -92,25 +93,45 @@ impl Restore<'_> {
         self.check_request()?;
         let lock_path = backup_lock_path(&self.ctx.layout, GuestKind::Qemu, self.id);
         let _lock = FileLock::try_acquire(&lock_path, &format!("VM {}", self.id)).map_err(words)?;
-        self.cancellable(self.recover()).await?;
-        // Held to the end, so that nobody starts a guest whose disks are being replaced.
-        let power = self.power_lock()?;
-        let old = old::find(self.ctx, self.id, self.options)?;
+        // What is refused must not cost the journal that knows of a guest which has to run again.
+        let known = old::check(self.ctx, self.id, self.options)?;
         let archived = self.open_archive().await?;
-        let mut source = self.begin_source().await?;
+        let source = self.begin_source().await?;
+        let (power, old) = match self.make_ready(source.devices(), &archived, known.as_ref()).await
+        {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.end_source(source, report).await;
+                return Err(error);
+            }
+        };
         if self.options.live {
-            let result = self.run_live(source.as_mut(), &archived, power, report).await;
-            self.end_source(source, report).await;
-            return result;
+            return self.run_live(source, &archived, power, report).await;
         }
-        let result = self.with_source(source.as_mut(), archived, old.as_ref(), report).await;
-        self.end_source(source, report).await;
-        result?;
+        self.with_source(source, archived, old.as_ref(), report).await?;
         drop(power);
         if self.options.start {
             self.start(report).await;
         }
         Ok(())
+    }
+
+    /// Checks what needs no recovery, and then recovers. The power lock is held to the end, so that nobody starts a guest
+    /// whose disks are being replaced.
+    async fn make_ready(
+        &self,
+        devices: &[RestoreDevice],
+        archived: &Archived,
+        known: Option<&VmConfig>,
+    ) -> Step<(FileLock, Option<VmConfig>)> {
+        if known.is_some() {
+            let (id, storages) = (self.id, &self.ctx.storages);
+            plan::plan(id, &archived.config, known, devices, storages, self.options)?;
+        }
+        self.cancellable(self.recover()).await?;
+        let power = self.power_lock()?;
+        let old = old::find(self.ctx, self.id, self.options)?;
+        Ok((power, old))
     }
 
     /// The checks alone.
@@ -120,11 +141,7 @@ impl Restore<'_> {
         let archived = self.open_archive().await?;
         let source = self.begin_source().await?;
         let result = self.show_plan(source.devices(), &archived, old.as_ref()).await;
-        let call = call_within(&CancellationToken::new(), self.ctx.limits.undo);
-        let ended = within(self.ctx.limits.undo, "end the restore", async {
-            source.cleanup(&call).await.map_err(words)
-        });
-        let ended = ended.await;
+        let ended = self.cleanup(source).await;
         let mut plan = result?;
         plan.warnings.extend(ended.err());
         Ok(plan)
@@ -294,24 +311,26 @@ impl Restore<'_> {
 
     async fn with_source(
         &self,
-        source: &mut dyn VmRestore,
+        mut source: Box<dyn VmRestore>,
         archived: Archived,
         old: Option<&VmConfig>,
         report: &mut RestoreReport,
     ) -> Step<()> {
-        let (plan, space) = self.make_plan(source.devices(), &archived, old).await?;
-        if !self.options.overcommit {
-            space::check(&space)?;
-        }
-        self.warn(report, plan.warnings.clone());
-        let mut made = self.begin(&plan, old).await?;
-        let result = self.make(source, &plan, archived, old, &mut made, report).await;
-        // Nothing of the provider's is in there any more.
+        let begun = self.plan_and_begin(source.devices(), &archived, old, report).await;
+        let (plan, mut made) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.end_source(source, report).await;
+                return Err(error);
+            }
+        };
+        let result = self.make(source.as_mut(), &plan, archived, old, &mut made, report).await;
+        // Only then nothing of the provider's is in there any more.
+        self.end_source(source, report).await;
         let dir_removed = remove_dir(made.private_dir.clone()).await;
         match result {
             Ok(()) => {
-                self.warn(report, dir_removed.err());
-                self.complete(made, &plan, report).await;
+                self.complete(made, &plan, dir_removed, report).await;
                 Ok(())
             }
             Err(error) => {
@@ -323,8 +342,25 @@ impl Restore<'_> {
         }
     }
 
+    /// Checks everything, and begins.
+    pub(super) async fn plan_and_begin(
+        &self,
+        devices: &[RestoreDevice],
+        archived: &Archived,
+        old: Option<&VmConfig>,
+        report: &mut RestoreReport,
+    ) -> Step<(Plan, Made)> {
+        let (plan, space) = self.make_plan(devices, archived, old).await?;
+        if !self.options.overcommit {
+            space::check(&space)?;
+        }
+        self.warn(report, plan.warnings.clone());
+        let made = self.begin(&plan, old).await?;
+        Ok((plan, made))
+    }
+
     /// The journal and the private directory.
-    pub(super) async fn begin(&self, plan: &Plan, old: Option<&VmConfig>) -> Step<Made> {
+    async fn begin(&self, plan: &Plan, old: Option<&VmConfig>) -> Step<Made> {
         let storage = &self.options.source_storage;
         let begin = Begin::new(TaskKind::Restore, GuestKind::Qemu, self.id, storage)
             .map_err(|error| format!("cannot read /proc of this process: {error}"))?;
@@ -409,7 +445,8 @@ impl Restore<'_> {
         for PlannedDisk { device, size_bytes, .. } in disks {
             // Its cleanup is due also after it failed.
             offered.push(device.clone());
-            let opened = self.offer_one(source, device, *size_bytes, private_dir).await;
+            let limit = self.ctx.limits.offer;
+            let opened = self.offer_one(source, device, *size_bytes, private_dir, limit).await;
             sources.push(opened.map_err(|error| format!("the disk '{device}': {error}"))?);
         }
         Ok(sources)
@@ -422,8 +459,8 @@ impl Restore<'_> {
         device: &str,
         size_bytes: u64,
         private_dir: &Path,
+        limit: Duration,
     ) -> Step<Source> {
-        let limit = self.ctx.limits.offer;
         let call = call_within(self.cancel, limit);
         let offer = within(limit, "offer the disk", async {
             source.volume_init(device, private_dir, &call).await.map_err(words)
@@ -573,10 +610,16 @@ impl Restore<'_> {
     }
 
     /// From here on the VM exists; what is left can only warn.
-    async fn complete(&self, made: Made, plan: &Plan, report: &mut RestoreReport) {
+    async fn complete(
+        &self,
+        made: Made,
+        plan: &Plan,
+        dir_removed: Step<()>,
+        report: &mut RestoreReport,
+    ) {
         // Of new volumes none is among those that go: those of a restore in place are gone already.
-        let guest = (GuestKind::Qemu, self.id);
-        let done = replace::complete(self.ctx, guest, made.new.journal, &plan.fates.frees).await;
+        let (journal, frees) = (made.new.journal, &plan.fates.frees);
+        let done = replace::finish(self.ctx, self.guest(), journal, frees, dir_removed).await;
         self.warn(report, done.problems);
         report.removed = done.removed;
     }
@@ -605,12 +648,15 @@ impl Restore<'_> {
     }
 
     pub(super) async fn end_source(&self, source: Box<dyn VmRestore>, report: &mut RestoreReport) {
+        let ended = self.cleanup(source).await;
+        self.warn(report, ended.err());
+    }
+
+    /// Ends the provider's restore, whatever became of it.
+    pub(super) async fn cleanup(&self, source: Box<dyn VmRestore>) -> Step<()> {
         let limit = self.ctx.limits.undo;
         let call = call_within(&CancellationToken::new(), limit);
-        let ended =
-            within(limit, "end the restore", async { source.cleanup(&call).await.map_err(words) });
-        let ended = ended.await;
-        self.warn(report, ended.err());
+        within(limit, "end the restore", async { source.cleanup(&call).await.map_err(words) }).await
     }
 
     pub(super) async fn start(&self, report: &mut RestoreReport) {
@@ -686,12 +732,9 @@ async fn within_storage<T>(limit: Duration, step: impl Future<Output = Step<T>>)
     tokio::time::timeout(limit, step).await.unwrap_or_else(|_| Err(late()))
 }
 
+/// Removes a directory that a provider was told of, when its restore has ended: what is mounted in it stays.
 pub(super) async fn remove_dir(dir: PathBuf) -> Step<()> {
     let shown = dir.display().to_string();
-    match blocking::run(move || std::fs::remove_dir_all(dir)).await {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(format!("cannot remove the directory '{shown}': {error}"))
-        }
-        _ => Ok(()),
-    }
+    let removed = blocking::run(move || temp_tree::remove(&dir)).await;
+    removed.map_err(|error| format!("cannot remove the directory '{shown}': {error}"))
 }

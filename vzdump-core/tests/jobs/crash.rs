@@ -10,11 +10,13 @@ use provider_api::GuestKind;
 use vzdump_core::guest::BackupMode;
 use vzdump_core::journal::recover::recover_guest_down;
 use vzdump_core::journal::{Begin, Entry, Journal, Live, ProcessStamp, TaskKind};
+use vzdump_core::restore::{DiskChoice, RestoreOptions, restore_vm};
 use vzdump_core::vm::destroy::destroy;
 use vzdump_core::vm::runner::{LIVE_LOCK, StopOptions, Stopped, stop};
 
 use crate::peer::Reaction;
-use crate::provider::{Commit, Script};
+use crate::provider::{ARCHIVE, Commit, Script};
+use crate::restore::stored;
 use crate::world::{ID, World};
 
 /// Waits for the child without blocking the peer's tasks.
@@ -204,8 +206,63 @@ async fn what_replaces_or_removes_a_guest_does_not_start_it_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vm_is_removed_whose_recovery_locks_its_power_state() {
+async fn a_restore_that_is_refused_leaves_it_to_others_to_start_the_guest() {
+    let force = || RestoreOptions { force: true, ..RestoreOptions::default() };
+    let missing = DiskChoice { device: "scsi7".into(), target: None };
+    let one_disk = RestoreOptions { disks: vec![missing], ..RestoreOptions::default() };
+    for (lines, archive, options, words) in [
+        ("", ARCHIVE, RestoreOptions::default(), "exists already"),
+        ("", ARCHIVE, one_disk, "has no disk 'scsi7'"),
+        ("protection: 1\n", ARCHIVE, force(), "is protected"),
+        ("lock: backup\n", ARCHIVE, force(), "is locked (backup)"),
+        ("", "bad/../name", force(), "name"),
+        ("", "", force(), "configuration"),
+    ] {
+        let mut world = World::with(lines, Script::default());
+        let stored = stored(&world.root.canonicalize().unwrap());
+        {
+            let mut script = world.provider.0.script.lock().unwrap();
+            script.restore = Some(stored);
+            // Which is not there.
+            script.fail = archive.is_empty().then_some("guest_config");
+        }
+        let archive = if archive.is_empty() { ARCHIVE } else { archive };
+        shut_down_and_killed(&mut world).await;
+        let World { ctx, provider, sink, cancel, .. } = &world;
+        let report = restore_vm(ctx, provider, archive, ID, &options, sink, cancel).await;
+        let error = report.error.unwrap();
+        assert!(error.contains(words), "{words}: {error}");
+        assert!(!world.journals().is_empty(), "{words}");
+        assert!(!world.sink.text().contains("is not started again"), "{}", world.sink.text());
+        let left = world.recover().await;
+        assert!(left[0].reason.contains("start VM 100 again"), "{words}: {left:?}");
+        // One that is not refused does not start it.
+        world.provider.0.script.lock().unwrap().fail = None;
+        if words == "exists already" {
+            let World { ctx, provider, sink, cancel, .. } = &world;
+            let report = restore_vm(ctx, provider, ARCHIVE, ID, &force(), sink, cancel).await;
+            assert!(report.is_success(), "{}", world.sink.text());
+            assert!(world.sink.text().contains("is not started again"));
+            assert!(world.journals().is_empty());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_a_live_restore_does_not_keep_its_number() {
     let mut world = World::with(&format!("lock: {LIVE_LOCK}\n"), Script::default());
+    let stored = stored(&world.root.canonicalize().unwrap());
+    world.provider.0.script.lock().unwrap().restore = Some(stored);
+    died_live(&mut world).await;
+    let World { ctx, provider, sink, cancel, .. } = &world;
+    let options = RestoreOptions::default();
+    let report = restore_vm(ctx, provider, ARCHIVE, ID, &options, sink, cancel).await;
+    assert!(report.is_success(), "{}", world.sink.text());
+    assert!(world.journals().is_empty());
+}
+
+/// A live restore died before its guest ran.
+async fn died_live(world: &mut World) {
     world.kill_qemu();
     let layout = &world.ctx.layout;
     let begin = Begin::new(TaskKind::Restore, GuestKind::Qemu, ID, "store").unwrap();
@@ -213,8 +270,14 @@ async fn a_vm_is_removed_whose_recovery_locks_its_power_state() {
     let dir = layout.run().join("live-100");
     let live = Live { dir, limit_bytes_per_s: None, disks: Vec::new() };
     journal.append(Entry::Live(live)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_is_removed_whose_recovery_locks_its_power_state() {
+    let mut world = World::with(&format!("lock: {LIVE_LOCK}\n"), Script::default());
+    died_live(&mut world).await;
     destroy(&world.ctx, ID, &world.sink).await.unwrap();
-    assert!(!layout.vm_config_path(ID).exists());
+    assert!(!world.ctx.layout.vm_config_path(ID).exists());
     world.assert_no_files("removed");
 }
 

@@ -83,6 +83,8 @@ pub struct Script {
     pub on_change: Option<Arc<dyn Fn() + Send + Sync>>,
     /// For restores: configuration, firewall rules and disks with their files.
     pub restore: Option<Stored>,
+    /// A store that a restore mounts in its private directory, until its cleanup.
+    pub store: Option<PathBuf>,
     /// What a verification finds; without it, one never ends, even if it is cancelled.
     pub verify: Option<VerifyReport>,
     /// It commits slowly.
@@ -353,7 +355,7 @@ impl Provider for FakeProvider {
     ) -> BoxFuture<'a, Result<Box<dyn VmRestore>>> {
         let stored = self.0.script.lock().unwrap().restore.clone().unwrap_or_default();
         let restore: Box<dyn VmRestore> =
-            Box::new(FakeRestore { inner: Arc::clone(&self.0), stored });
+            Box::new(FakeRestore { inner: Arc::clone(&self.0), stored, mounted: None });
         ready(self.0.call("restore_vm_init").map(|()| restore))
     }
 }
@@ -512,6 +514,7 @@ impl GuestBackup for FakeBackup {
 struct FakeRestore {
     inner: Arc<Inner>,
     stored: Stored,
+    mounted: Option<PathBuf>,
 }
 
 impl VmRestore for FakeRestore {
@@ -522,9 +525,16 @@ impl VmRestore for FakeRestore {
     fn volume_init<'a>(
         &'a mut self,
         device: &'a str,
-        _private_dir: &'a Path,
+        private_dir: &'a Path,
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<VolumeSource>> {
+        let store = self.inner.script.lock().unwrap().store.clone();
+        if let (Some(store), None) = (store, &self.mounted) {
+            let place = private_dir.join("store");
+            std::fs::create_dir(&place).unwrap();
+            run("mount", &[Path::new("--bind"), &store, &place]);
+            self.mounted = Some(place);
+        }
         let at = self.stored.devices.iter().position(|d| d.device == device).unwrap();
         ready(self.inner.call("volume_init").map(|()| self.stored.sources[at].clone()))
     }
@@ -541,6 +551,15 @@ impl VmRestore for FakeRestore {
     where
         Self: 'a,
     {
-        ready(self.inner.call("cleanup"))
+        let cleaned = self.inner.call("cleanup");
+        if let (Ok(()), Some(place)) = (&cleaned, &self.mounted) {
+            run("umount", &[place]);
+        }
+        ready(cleaned)
     }
+}
+
+pub fn run(program: &str, arguments: &[&Path]) {
+    let status = std::process::Command::new(program).args(arguments).status().unwrap();
+    assert!(status.success(), "{program} {arguments:?}");
 }

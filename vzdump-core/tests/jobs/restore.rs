@@ -10,7 +10,7 @@ use vzdump_core::journal::{Begin, Entry, Journal, TaskKind};
 use vzdump_core::restore::{RestoreOptions, RestoreReport, restore_vm};
 use vzdump_core::storage::ImageFormat;
 
-use crate::provider::{ARCHIVE, Script, Stored};
+use crate::provider::{ARCHIVE, Script, Stored, run};
 use crate::world::World;
 
 pub const NEW_ID: u32 = 200;
@@ -267,5 +267,39 @@ async fn a_restore_that_died_is_removed_unless_its_vm_exists() {
         assert_eq!(world.ctx.layout.firewall_path(NEW_ID).exists(), config.is_some(), "{what}");
         assert!(disk.with_file_name("foreign.raw").exists(), "{what}: not ours to remove");
         assert!(world.journals().is_empty() && !world.ctx.layout.run().join("r-12345678").exists());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_provider_has_mounted_is_not_removed() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: needs root");
+        return;
+    }
+    // Unmounted by the provider at its end, or never.
+    for fail in [None, Some("cleanup")] {
+        let world = world(|_| {}, fail);
+        let store = world.root.join("store");
+        std::fs::create_dir(&store).unwrap();
+        std::fs::write(store.join("archive"), "kept").unwrap();
+        world.provider.0.script.lock().unwrap().store = Some(store.clone());
+        let report = restore(&world, &RestoreOptions::default()).await;
+        assert!(report.is_success(), "{}", world.sink.text());
+        assert_eq!(std::fs::read_to_string(store.join("archive")).unwrap(), "kept", "{fail:?}");
+        assert!(world.ctx.layout.vm_config_path(NEW_ID).exists());
+        if fail.is_some() {
+            let warnings = report.warnings.join("\n");
+            assert!(warnings.contains("something is mounted at 'store'"), "{warnings}");
+            let entry = vzdump_core::journal::read(&world.journals()[0]).unwrap();
+            run("umount", &[&entry.directories[0].join("store")]);
+            let id = (GuestKind::Qemu, NEW_ID);
+            let left = recover_guest(&world.ctx, id.0, id.1, &world.sink).await.unwrap();
+            assert_eq!(left, [], "{}", world.sink.text());
+        }
+        assert!(world.journals().is_empty(), "{fail:?}");
+        let left =
+            std::fs::read_dir(world.ctx.layout.run()).unwrap().map(|e| e.unwrap().file_name());
+        let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with("r-")).collect();
+        assert!(left.is_empty(), "{fail:?}: {left:?}");
     }
 }

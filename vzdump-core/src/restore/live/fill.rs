@@ -102,7 +102,7 @@ impl Restore<'_> {
         };
         let filled = self.fill_all(source, filling, session, &mut watch, report).await;
         if filled.is_err() {
-            let settled = self.settle(session, filling, &mut watch).await;
+            let settled = self.settle(session, filling, &mut watch, report).await;
             self.warn(report, settled.err());
         }
         filled
@@ -156,7 +156,7 @@ impl Restore<'_> {
             if failed.is_some() || status == RunState::IoError {
                 let why = failed.unwrap_or_else(|| "the guest met an I/O error".to_owned());
                 // It can take minutes.
-                self.settle(session, filling, watch).await?;
+                self.settle(session, filling, watch, report).await?;
                 self.revive(source, filling, session, &status, &why, watch, report).await?;
             }
             tokio::time::sleep(if is_ending { LOOK_CLOSELY } else { LOOK }).await;
@@ -285,11 +285,12 @@ impl Restore<'_> {
         session: &Session,
         filling: &mut Filling,
         watch: &mut Watch,
+        report: &mut RestoreReport,
     ) -> Step<()> {
         let mirrors = filling.live.disks.iter().filter(|disk| disk.overlay.is_some());
         let mirrors: Vec<LiveDisk> = mirrors.cloned().collect();
         let until = Instant::now() + SETTLE_WITHIN;
-        let (mut result, mut failed) = (Ok(()), BTreeSet::new());
+        let (mut result, mut failed, mut told) = (Ok(()), BTreeSet::new(), BTreeSet::new());
         loop {
             let jobs = jobs_of(session).await?;
             let is_late = Instant::now() >= until;
@@ -299,9 +300,18 @@ impl Restore<'_> {
                 let Some(job) = job.filter(|job| watch.is_ending(&disk.key, job)) else { continue };
                 is_ending = true;
                 let settled = self.settle_one(session, filling, watch, disk, job, is_late).await;
-                if let Err(error) = settled {
-                    failed.insert(disk.key.clone());
-                    result = result.and(Err(format!("the disk '{}': {error}", disk.device)));
+                match settled {
+                    // That it was cancelled is told, too.
+                    Ok(Some(why)) if told.insert(disk.key.clone()) => {
+                        let device = &disk.device;
+                        let warning = format!("the disk '{device}' has to be copied anew: {why}");
+                        self.warn(report, [warning]);
+                    }
+                    Ok(_) => {}
+                    Err(error) => {
+                        failed.insert(disk.key.clone());
+                        result = result.and(Err(format!("the disk '{}': {error}", disk.device)));
+                    }
                 }
             }
             if !is_ending || is_late {
@@ -311,6 +321,7 @@ impl Restore<'_> {
         }
     }
 
+    /// Why the mirror has failed or was cancelled, if it was.
     async fn settle_one(
         &self,
         session: &Session,
@@ -319,17 +330,19 @@ impl Restore<'_> {
         disk: &LiveDisk,
         job: &JobInfo,
         is_late: bool,
-    ) -> Step<()> {
+    ) -> Step<Option<String>> {
         // Once it is over, nobody waits for it.
         let is_over = job.status == JobStatus::Concluded;
         let why = match self.look(session, filling, disk, Some(job), watch).await {
-            Ok(_) if is_over || !is_late => return Ok(()),
+            Ok(Found::Failed(error)) => return Ok(Some(error)),
+            Ok(_) if is_over || !is_late => return Ok(None),
             Ok(_) => format!("it did not end within {} seconds", SETTLE_WITHIN.as_secs()),
             Err(error) if is_over => return Err(error),
             Err(error) => error,
         };
         let cancelled = self.cancel_mirror(session, filling, watch, &disk.key).await;
-        cancelled.map_err(|error| format!("{why}; the guest may wait for it: {error}"))
+        cancelled.map_err(|error| format!("{why}; the guest may wait for it: {error}"))?;
+        Ok(Some(why))
     }
 
     /// The guest goes on with its overlay.
@@ -459,13 +472,19 @@ impl Restore<'_> {
             Ok(())
         })
         .await?;
+        let began = Instant::now();
         for disk in filling.live.disks.clone() {
             let is_open =
                 !filling.filled.contains(&disk.key) && !filling.pivoted.contains(&disk.key);
             if is_open && !is_served(&filling.live.dir.join(&disk.key)).await {
-                self.offer_again(source, filling, &disk, report).await?;
+                let limit = self.ctx.limits.provider_call;
+                self.offer_again(source, filling, &disk, limit, report).await?;
             }
         }
+        // Meanwhile QEMU could neither try again nor copy anything.
+        let spent = began.elapsed();
+        watch.lost = Some((first + spent, Instant::now()));
+        watch.moved += spent;
         if *status == RunState::IoError {
             session.execute(Cont).await.map_err(lost)?;
         }
@@ -477,6 +496,7 @@ impl Restore<'_> {
         source: &mut dyn VmRestore,
         filling: &mut Filling,
         disk: &LiveDisk,
+        limit: Duration,
         report: &mut RestoreReport,
     ) -> Step<()> {
         let LiveDisk { device, key, size_bytes, .. } = disk;
@@ -485,7 +505,8 @@ impl Restore<'_> {
             self.withdraw_one(source, device, &mut report.warnings).await;
         }
         filling.offered.push(device.clone());
-        let offer = self.offer_one(source, device, *size_bytes, &filling.private_dir).await;
+        let dir = &filling.private_dir;
+        let offer = self.offer_one(source, device, *size_bytes, dir, limit).await;
         let offer = offer.map_err(|error| format!("the disk '{device}': {error}"))?;
         let export = self.link(&filling.live.dir, key, offer).await?;
         if filling.exports.get(key) != Some(&export) {

@@ -108,7 +108,7 @@ fn find(ctx: &JobContext, id: u32) -> Step<Record> {
 
 impl Restore<'_> {
     async fn resume(&self, record: Record, report: &mut RestoreReport) -> Step<()> {
-        let mut filling = self.reopen(record).await?;
+        let mut filling = self.reopen(record, report).await?;
         report.volumes = volumes(&filling.live.disks);
         let process = runner::find_process(&self.ctx.layout, self.id).map_err(words)?;
         let session = match process {
@@ -125,29 +125,26 @@ impl Restore<'_> {
         let is_open = filling.live.disks.iter().any(|disk| !filling.filled.contains(&disk.key));
         if needed.is_empty() && (session.is_some() || !is_open) {
             let was_running = session.is_some();
-            self.fill_and_complete(&mut NoArchive, &mut filling, session, report).await?;
+            self.fill_and_complete(Box::new(NoArchive), &mut filling, session, report).await?;
             if !was_running {
                 self.start(report).await;
             }
             return Ok(());
         }
         self.activate().await?;
-        let mut source = self.begin_source().await?;
-        let result =
-            self.resume_source(source.as_mut(), &mut filling, session, &needed, report).await;
-        self.end_source(source, report).await;
-        result
+        let source = self.begin_source().await?;
+        self.resume_source(source, &mut filling, session, &needed, report).await
     }
 
     async fn resume_source(
         &self,
-        source: &mut dyn VmRestore,
+        mut source: Box<dyn VmRestore>,
         filling: &mut Filling,
         session: Option<Session>,
         needed: &BTreeSet<String>,
         report: &mut RestoreReport,
     ) -> Step<()> {
-        let ready = self.serve_again(source, filling, session, needed, report).await;
+        let ready = self.serve_again(source.as_mut(), filling, session, needed, report).await;
         match ready {
             Ok(session) => {
                 report.started = true;
@@ -174,7 +171,8 @@ impl Restore<'_> {
         for disk in filling.live.disks.clone().iter().filter(|disk| needed.contains(&disk.key)) {
             check_same(disk, &devices)?;
             if session.is_some() {
-                self.offer_again(source, filling, disk, report).await?;
+                let limit = self.ctx.limits.offer;
+                self.offer_again(source, filling, disk, limit, report).await?;
             } else {
                 self.offer_anew(source, filling, disk).await?;
             }
@@ -188,7 +186,7 @@ impl Restore<'_> {
     }
 
     /// The journal, and directories of this process.
-    async fn reopen(&self, record: Record) -> Step<Filling> {
+    async fn reopen(&self, record: Record, report: &mut RestoreReport) -> Step<Filling> {
         let live = record.live.ok_or("the journal says nothing of a live restore")?;
         if live.dir != live_dir(&self.ctx.layout, self.id) {
             return Err(format!("the directory '{}' is not one of ours", live.dir.display()));
@@ -197,9 +195,16 @@ impl Restore<'_> {
         let owner = ProcessStamp::current().map_err(|error| error.to_string())?;
         journal.append(Entry::Resume { owner }).await.map_err(words)?;
         let run = self.ctx.layout.run();
+        let mut old_dirs = Vec::new();
         for dir in record.directories {
-            if dir != live.dir && dir.starts_with(run) && dir != run {
-                remove_dir(dir).await?;
+            if dir != live.dir
+                && dir.starts_with(run)
+                && dir != run
+                && let Err(problem) = remove_dir(dir.clone()).await
+            {
+                // The guest waits; it is tried again at the end.
+                self.warn(report, [problem]);
+                old_dirs.push(dir);
             }
         }
         let private_dir = run.join(format!("r-{}", short_id()));
@@ -213,6 +218,7 @@ impl Restore<'_> {
             journal,
             live,
             private_dir,
+            old_dirs,
             exports: record.exports,
             pivoted: record.pivoted,
             filled: record.filled,
@@ -249,7 +255,8 @@ impl Restore<'_> {
     ) -> Step<()> {
         let LiveDisk { device, key, size_bytes, .. } = disk;
         filling.offered.push(device.clone());
-        let offer = self.offer_one(source, device, *size_bytes, &filling.private_dir).await;
+        let (dir, limit) = (&filling.private_dir, self.ctx.limits.offer);
+        let offer = self.offer_one(source, device, *size_bytes, dir, limit).await;
         let offer = offer.map_err(|error| format!("the disk '{device}': {error}"))?;
         let export = self.link(&filling.live.dir, key, offer).await?;
         if filling.exports.get(key) != Some(&export) {

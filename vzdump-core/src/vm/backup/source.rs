@@ -2,7 +2,7 @@
 //! The frozen disks, offered over NBD on a socket that only the backup's owner can reach, or as files
 //! behind it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use provider_api::{Access, BitmapMode, VmBackup, Volume};
@@ -22,6 +22,7 @@ use crate::blocking;
 use crate::guest::{GuestError, Task};
 use crate::journal::{Entry, FileExport};
 use crate::layout::{check_socket_path, make_private_dir};
+use crate::temp_tree;
 
 /// Name of the socket of QEMU's server.
 const NBD_SOCKET: &str = "nbd";
@@ -145,7 +146,7 @@ impl VmDriver {
         self.tpm.iter_mut().for_each(Tpm::close);
         // The directory stays with a server that stays: its socket tells the recovery whose it is.
         self.stop_server().await?;
-        remove_dir(self.run_dir.take()).await
+        self.remove_run_dir().await
     }
 
     /// Withdraws the disks from the provider, has QEMU forget all old data, and closes the exports, so
@@ -177,9 +178,17 @@ impl VmDriver {
                 .map_err(GuestError::at(format!("close the export '{id}'")))?;
         }
         self.stop_server().await?;
-        remove_dir(self.run_dir.take()).await?;
+        self.remove_run_dir().await?;
         task.sink.info("the provider has read everything; old data is dropped before the commit");
         Ok(())
+    }
+
+    async fn remove_run_dir(&mut self) -> Result<(), GuestError> {
+        let Some(dir) = self.run_dir.take() else {
+            return Ok(());
+        };
+        let doing = format!("remove the directory '{}'", dir.display());
+        blocking::run(move || temp_tree::remove(&dir)).await.map_err(GuestError::at(doing))
     }
 
     async fn stop_server(&mut self) -> Result<(), GuestError> {
@@ -251,20 +260,6 @@ async fn release_all(socket: &Path, disk: &Disk) -> provider_nbd::Result<()> {
     let client = Client::connect_unix(socket, &disk.key, options).await?;
     client.trim(0, disk.size_bytes).await?;
     client.disconnect().await
-}
-
-/// Removes a private directory; one that is not there is no error.
-async fn remove_dir(dir: Option<PathBuf>) -> Result<(), GuestError> {
-    let Some(dir) = dir else {
-        return Ok(());
-    };
-    let doing = format!("remove the directory '{}'", dir.display());
-    match blocking::run(move || std::fs::remove_dir_all(dir)).await {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(GuestError::step(doing, error))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn export_of(disk: &Disk, info: &AccessInfo) -> NbdExportAdd {
