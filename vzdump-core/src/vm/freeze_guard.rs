@@ -46,6 +46,8 @@ const THAW_ATTEMPTS: u32 = 3;
 const STUCK_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// What the guard may take for anything beside the agent's own limits.
 const MARGIN: Duration = Duration::from_secs(10);
+/// For a line that the guard has written already.
+const AT_ONCE: Duration = Duration::from_millis(100);
 /// Begins the guard's lines, so that nothing else on its output is taken for one.
 const PREFIX: &str = "thaw-guard: ";
 
@@ -261,7 +263,14 @@ impl Frozen {
             let _ = stdin.write_all(b"thaw\n").await;
         }
         let limit = self.limits.thaw * THAW_ATTEMPTS + MARGIN;
-        let report = timeout(limit, self.guard.report(Report::parse)).await;
+        let mut report = timeout(limit, self.guard.report(Report::parse)).await;
+        // It may have been said long ago, and the guest be thawed since.
+        while matches!(report, Ok(Some(Report::Stuck { .. }))) {
+            match timeout(AT_ONCE, self.guard.report(Report::parse)).await {
+                Ok(Some(next)) => report = Ok(Some(next)),
+                Ok(None) | Err(_) => break,
+            }
+        }
         let held = || u64::try_from(self.since.elapsed().as_millis()).ok();
         match report {
             Ok(Some(Report::Thawed { cause, held_ms })) => Thawed {
@@ -377,7 +386,7 @@ async fn thaw_once(agent: &Agent) -> Result<(), Error> {
 /// the agent does not answer.
 async fn thaw_at_last(agent: &Agent, patience: u32, pause: Duration) -> Result<(), String> {
     let begin = Instant::now();
-    let mut attempt = 0;
+    let (mut attempt, mut refusals) = (0, 0);
     loop {
         attempt += 1;
         let Err(error) = thaw_once(agent).await else { return Ok(()) };
@@ -386,7 +395,10 @@ async fn thaw_at_last(agent: &Agent, patience: u32, pause: Duration) -> Result<(
             // QEMU has ended.
             Error::Disconnected => true,
             // It answers, and is left to the administrator.
-            Error::Qmp { .. } => attempt >= THAW_ATTEMPTS,
+            Error::Qmp { .. } => {
+                refusals += 1;
+                refusals >= THAW_ATTEMPTS
+            }
             _ => begin.elapsed() >= STUCK_LIMIT,
         };
         if is_over {

@@ -26,6 +26,8 @@ pub enum Does {
     DiesFrozen,
     /// Freezes, and answers to the second thaw only: it was started again.
     ThawsLate,
+    /// Freezes, and answers to the fourth thaw with an error, and to the fifth as it should.
+    ThawsAfterAnError,
 }
 
 /// What [`Does::FreezesLate`] takes: longer than the limits of a test for the freeze and all attempts to
@@ -90,6 +92,7 @@ async fn serve(
             Does::DiesFrozen => *frozen.borrow(),
             // What it is asked after the first thaw is its answer to the second one's sync.
             Does::ThawsLate => *frozen.borrow() && name == "guest-fsfreeze-thaw" && thaws < 2,
+            Does::ThawsAfterAnError => name == "guest-fsfreeze-thaw" && thaws < 4,
             _ => false,
         };
         if is_silent {
@@ -117,6 +120,9 @@ async fn serve(
                 } else {
                     json!({"return": 2})
                 }
+            }
+            "guest-fsfreeze-thaw" if does == Does::ThawsAfterAnError && thaws == 4 => {
+                json!({"error": {"class": "GenericError", "desc": "scripted"}})
             }
             "guest-fsfreeze-thaw" => {
                 frozen.send_replace(false);

@@ -223,6 +223,20 @@ async fn an_agent_that_comes_back_thaws() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_guard_that_was_at_a_loss_goes_on_and_is_asked_what_came_of_it() {
+    let (world, agent) = world(Does::ThawsAfterAnError);
+    let socket = world.ctx.layout.agent_socket(ID);
+    let hold = Duration::from_millis(50);
+    let limits = FreezeLimits { hold, ..world.ctx.limits.freeze };
+    let frozen = freeze(&world.ctx.guard, &socket, limits).await.unwrap();
+    agent.wait_for(false).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let thawed = frozen.thaw(&socket).await;
+    assert!(thawed.is_thawed, "{thawed:?}");
+    assert!(thawed.trouble.unwrap().contains("thawed before the point in time"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_freeze_can_be_switched_off_by_the_job_or_the_guest() {
     for (lines, freeze, why) in [
         ("agent: 1\n", false, "it is disabled"),
