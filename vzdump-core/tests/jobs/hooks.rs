@@ -2,16 +2,20 @@
 //! The hook script: its phases with arguments and environment, and what it lets fail.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use vzdump_core::guest::BackupMode;
 use vzdump_core::job::report::GuestResult;
 use vzdump_core::job::{GuestReport, JobReport};
+use vzdump_core::layout::Monitor;
 
+use crate::modes::make_disks;
 use crate::peer::Reaction;
 use crate::provider::Script;
 use crate::several::Three;
-use crate::world::World;
+use crate::world::{ID, World};
 
 /// Notes every call in the file `calls`; `$phase` of `more` is the phase.
 fn write_script(world: &World, more: &str) -> PathBuf {
@@ -218,4 +222,27 @@ async fn a_script_that_is_not_there_fails_the_job_before_anything_is_begun() {
     let error = report.error.unwrap();
     assert!(error.contains("the hook script '/nonexistent/hook' cannot be used"), "{error}");
     assert!(provider.calls().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_nobody_could_ask_to_shut_down_is_not_waited_for() {
+    let mut world = World::new();
+    make_disks(&world);
+    world.options.mode = BackupMode::Stop;
+    world.options.stop_wait = Duration::from_millis(100);
+    world.options.script = Some(write_script(&world, ""));
+    // The monitor belongs to somebody else, who does not let go.
+    let _busy = UnixListener::bind(world.ctx.layout.qmp_socket(ID, Monitor::Runner)).unwrap();
+    let began = std::time::Instant::now();
+    let report = world.backup().await;
+    let error = report.error.unwrap();
+    assert!(error.contains("ask for a shutdown of the guest"), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(30), "it was waited for");
+    let text = world.sink.text();
+    assert!(!text.contains("still runs"), "{text}");
+    assert_eq!(report.point_in_time.downtime_ms, None);
+    let phases = phases(&world);
+    let at = |phase: &str| phases.iter().position(|name| name == phase).unwrap();
+    assert_eq!((at("pre-restart"), at("post-restart")), (at("pre-stop") + 1, at("pre-stop") + 2));
+    world.assert_clean("busy monitor");
 }

@@ -132,7 +132,7 @@ async fn a_paused_guest_stays_as_it_is_in_every_mode() {
     }
 }
 
-fn make_disks(world: &World) {
+pub fn make_disks(world: &World) {
     let dir = world.root.join("state/storage/images/100");
     std::fs::create_dir_all(&dir).unwrap();
     for name in ["vm-100-disk-0.raw", "vm-100-disk-1.raw", "x.raw"] {

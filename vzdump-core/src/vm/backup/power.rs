@@ -63,6 +63,8 @@ pub(crate) struct Vm<'a> {
 pub(super) struct Power {
     /// Why the guest does not run, and since when.
     held: Option<(Held, Instant)>,
+    /// The guest could not even be asked to shut down, and runs as before.
+    is_unasked: bool,
     /// The hook script was told that the guest goes on, or is being told.
     is_restart_told: bool,
     /// The QEMU that ran when the guest was shut down or paused.
@@ -172,10 +174,13 @@ impl VmDriver {
         task.sink.info("stopping virtual guest");
         self.power.before = Some(process);
         self.power.held = Some((Held::ShutDown, Instant::now()));
-        let is_down = runner::shut_down(&layout, id, limit)
-            .await
-            .map_err(GuestError::at(format!("shut VM {id} down")))?;
-        if !is_down {
+        let is_down = runner::shut_down(&layout, id, limit).await;
+        if let Err(RunnerError::Qmp { .. } | RunnerError::Lock(_)) = is_down {
+            self.power.is_unasked = true;
+            // For a recovery; if it fails, so does the resume, which says why.
+            let _ = task.journal.append(Entry::Resumed).await;
+        }
+        if !is_down.map_err(GuestError::at(format!("shut VM {id} down")))? {
             return Err(GuestError::Refused(format!(
                 "VM {id} did not shut down within {} seconds; it may still do so.",
                 limit.as_secs()
@@ -268,7 +273,11 @@ impl VmDriver {
         // Once: when it fails, the next try must let the guest run.
         let is_told = std::mem::replace(&mut self.power.is_restart_told, true);
         let before = if is_told { Ok(()) } else { task.hooks.pre_restart(task.sink).await };
+        let is_unasked = self.power.is_unasked;
         let again = in_time(self.undo_limit, "let the guest run again", async {
+            if is_unasked {
+                return Ok(Again::AsItIs);
+            }
             let session = self.session_if_alive().await.unwrap_or(None);
             let (mark, before) = (self.power.mark.as_deref(), self.power.before.as_ref());
             run_again(self.vm(), held, mark, before, session.as_ref()).await
@@ -283,7 +292,7 @@ impl VmDriver {
             task.hooks.post_restart(task.sink).await?;
         }
         before?;
-        Ok((again != Again::NotYetDown).then(|| millis(downtime)))
+        Ok((again != Again::NotYetDown && !is_unasked).then(|| millis(downtime)))
     }
 
     pub(super) async fn do_leave_mode(&mut self, task: Task<'_>) -> Result<(), GuestError> {

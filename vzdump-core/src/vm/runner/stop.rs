@@ -35,6 +35,8 @@ const LONG_LOCK_TIMEOUT: Duration = Duration::from_secs(90);
 /// How often a guest that shuts down is looked at.
 const SHUTDOWN_POLL: Duration = Duration::from_millis(500);
 
+/// How long a monitor that is not free is waited for, to ask a guest to shut down. The power lock is held for it.
+const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 /// An agent that works answers at once, but says nothing of a shutdown that begins.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -205,7 +207,7 @@ async fn ask_guest(
             Err(error) => error,
         };
         // Another client may have the monitor for a moment.
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = timeout.min(ASK_TIMEOUT).saturating_sub(begin.elapsed());
         if handle.wait(left.min(SHUTDOWN_POLL)).await? {
             return Ok(Asked::Ended);
         }
@@ -240,7 +242,7 @@ async fn ask_guest(
 /// whether it has; QEMU is not ended under a guest that runs on.
 ///
 /// # Errors
-/// [`RunnerError`].
+/// [`RunnerError`]; with [`RunnerError::Qmp`] and [`RunnerError::Lock`] nobody has asked the guest.
 pub async fn shut_down(layout: &Layout, id: u32, timeout: Duration) -> Result<bool, RunnerError> {
     let _lock = power_lock(layout, id).await?;
     let fault = |source| RunnerError::Io { what: "end the QEMU", id, source };
