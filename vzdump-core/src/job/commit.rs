@@ -89,21 +89,26 @@ impl Run<'_> {
 
     /// Asks on while a slow commit is pending, which may be for hours; not after the job was cancelled.
     async fn ask_on(&mut self) -> Result<CommitOutcome, String> {
+        if self.cancel.is_cancelled() {
+            return Ok(CommitOutcome::Pending);
+        }
         let limits = &self.ctx.limits;
         let hours = limits.slow_commit.as_secs() / 3600;
         self.sink.info(&format!("a slow commit is asked for until it is known, for {hours} hours"));
         let until = Instant::now() + limits.slow_commit;
         let pause = (limits.outcome_delay * 32).min(DELAY_MAX);
         while Instant::now() < until {
-            if self.cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
-                break;
-            }
-            let answer = match ask_once(self.provider, self.commit_id, limits).await {
-                Err(_) => ask_outcome(self.provider, self.commit_id, limits, self.sink).await,
-                answer => answer,
+            let ask = async {
+                tokio::time::sleep(pause).await;
+                match ask_once(self.provider, self.commit_id, limits).await {
+                    Err(_) => ask_outcome(self.provider, self.commit_id, limits, self.sink).await,
+                    answer => answer,
+                }
             };
-            if !matches!(answer, Ok(CommitOutcome::Pending)) {
-                return answer;
+            match self.cancel.run_until_cancelled(ask).await {
+                Some(Ok(CommitOutcome::Pending)) => {}
+                Some(answer) => return answer,
+                None => break,
             }
         }
         Ok(CommitOutcome::Pending)

@@ -393,6 +393,21 @@ async fn a_slow_commit_is_asked_for_until_it_is_known() {
         assert_eq!(report.result, GuestResult::Unknown, "{}", world.sink.text());
         assert!(world.provider.count("commit_outcome") > 3);
     }
+    // It was cancelled before.
+    let script = Script { is_slow: true, commit: Commit::StaysPending, ..Script::default() };
+    let mut world = World::with("", script);
+    world.ctx.limits.outcome_delay = Duration::from_millis(200);
+    let (provider, cancel) = (world.provider.clone(), world.cancel.clone());
+    let watch = async {
+        while provider.count("commit_outcome") < 1 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        cancel.cancel();
+    };
+    let (report, ()) = tokio::join!(world.backup(), watch);
+    assert_eq!(report.result, GuestResult::Unknown, "{}", world.sink.text());
+    assert_eq!(world.provider.count("commit_outcome"), 3);
+    assert!(!world.sink.text().contains("asked for until"), "{}", world.sink.text());
 }
 
 #[tokio::test(flavor = "multi_thread")]
