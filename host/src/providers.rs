@@ -23,13 +23,15 @@ use crate::nodes::why_off;
 /// The type of storages that [`provider_directory`] serves.
 const DIRECTORY_KIND: &str = "directory";
 
-/// What every storage may have, whatever its provider. `shared` says nothing here: each host looks itself.
-const COMMON_PROPERTIES: [&str; 6] =
-    ["content", "disable", "nodes", "shared", "prune-backups", "max-protected-backups"];
+/// What every storage may have, whatever its provider. No provider gets it.
+const COMMON_PROPERTIES: [&str; 5] =
+    ["content", "disable", "nodes", "prune-backups", "max-protected-backups"];
 /// Where a directory must be, and whether it is made.
 const PLACE_PROPERTIES: [&str; 3] = ["is_mountpoint", "create-base-path", "mkdir"];
-/// What directories of Proxmox VE may have besides, and what has no meaning for archives.
-const IDLE_PROPERTIES: [&str; 4] = ["content-dirs", "create-subdirs", "format", "preallocation"];
+/// What directories of Proxmox VE may have besides, and what has no meaning for archives. `shared` has none either:
+/// each host looks itself.
+const IDLE_PROPERTIES: [&str; 5] =
+    ["content-dirs", "create-subdirs", "format", "preallocation", "shared"];
 
 /// What a storage is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
