@@ -32,6 +32,7 @@ import time
 PIECE_BYTES = 1 << 20
 BLOCK_BYTES = 4096
 RECORD_DAYS = 30
+MOVED = ("total_bytes", "read_bytes", "zero_bytes", "written_bytes")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9.+=_:-]{0,199}\Z")
 
 class Failure(Exception):
@@ -76,8 +77,7 @@ class Host:
             elif "id" in message:
                 with self.lock:
                     self.cancelled[message["id"]] = threading.Event()
-                work = threading.Thread(target=self.answer, args=(methods, message), daemon=True)
-                work.start()
+                threading.Thread(target=self.answer, args=(methods, message), daemon=True).start()
         # The host has closed our standard input or died. What is under way is unfinished, and the next
         # activation removes it.
         os._exit(0)
@@ -147,8 +147,7 @@ class Request:
         self.host.send({"method": "progress", "params": params})
 
     def log(self, line):
-        params = {"request": self.ident, "level": "info", "line": line}
-        self.host.send({"method": "log", "params": params})
+        self.host.send({"method": "log", "params": {"request": self.ident, "level": "info", "line": line}})
 
 
 def sync_dir(path):
@@ -395,9 +394,8 @@ class Backup:
             raise Failure("invalid", f"There is an archive {self.archive} already.")
         self.path, self.lock = store.temporary(self.archive)
         self.base, self.base_held = None, None
-        self.manifest = {"subtype": params["kind"], "guest_id": params["guest_id"]}
-        self.manifest["time_s"] = params["start_time_s"]
-        self.manifest.update({"base": None, "chain": 1, "commit_id": None, "disks": {}})
+        self.manifest = {"subtype": params["kind"], "guest_id": params["guest_id"], "base": None, "chain": 1}
+        self.manifest.update({"time_s": params["start_time_s"], "commit_id": None, "disks": {}})
 
     def plan(self, volumes):
         """Asks for what changed since the guest's last backup here, disk by disk."""
@@ -405,30 +403,33 @@ class Backup:
         found = self.store.manifests()
         mine = ((int(m["time_s"]), name) for name, m in found if (m["subtype"], m["guest_id"]) == guest)
         _, last = max(mine, default=(0, None))
-        if last:
-            self.base_held = self.store.hold(last)
+        disks, requests = self.hold_base(last) if last else {}, []
+        for volume in volumes:
+            known = disks.get(volume["device"])
+            is_fit = known and known["generation"] and known["size_bytes"] == volume["size_bytes"]
+            use = {"bitmap": "use", "generation": known["generation"]} if is_fit else None
+            requests.append(use or {"bitmap": "new"})
+        return requests
+
+    def hold_base(self, last):
+        """The disks to build upon; none if the archive is being removed or its chain is long enough."""
+        with contextlib.suppress(Failure, FileNotFoundError):
+            held = self.store.hold(last)
             # Read once it is held: before, another one of that name may come.
             manifest = self.store.manifest(last)
-            self.base = last if manifest["chain"] < self.longest_chain else None
-        requests = []
-        for volume in volumes:
-            known = manifest["disks"].get(volume["device"]) if self.base else None
-            if known and known["generation"] and known["size_bytes"] == volume["size_bytes"]:
-                requests.append({"bitmap": "use", "generation": known["generation"]})
-            else:
-                requests.append({"bitmap": "new"})
-        return requests
+            if manifest["chain"] < self.longest_chain:
+                self.base, self.base_held = last, held
+                return manifest["disks"]
+            held.close()
+        return {}
 
     def keep_config(self, params):
         self.manifest["config"], self.manifest["firewall"] = params["config"], params["firewall"]
 
     def copy_disks(self, request, params):
         self.keep_config(params)
-        moved = {"total_bytes": 0, "read_bytes": 0, "zero_bytes": 0, "written_bytes": 0}
-        for volume in params["volumes"]:
-            for key, value in self.copy_disk(request, volume).items():
-                moved[key] += value
-        return {key: str(value) for key, value in moved.items()}
+        moved = [self.copy_disk(request, volume) for volume in params["volumes"]]
+        return {key: str(sum(disk[key] for disk in moved)) for key in MOVED}
 
     def copy_disk(self, request, volume):
         device, size = volume["device"], int(volume["size_bytes"])
@@ -447,7 +448,7 @@ class Backup:
         expected = int(volume["dirty_bytes"]) if is_increment else size
         source = Snapshot(volume["access"]["path"])
         stem = os.path.join(self.path, device)
-        moved = {"total_bytes": 0, "read_bytes": 0, "zero_bytes": 0, "written_bytes": 0}
+        moved = dict.fromkeys(MOVED, 0)
         try:
             with open(stem + ".data", "wb") as data, open(stem + ".areas", "w+b") as areas:
                 data.truncate(size)
@@ -499,8 +500,7 @@ class Backup:
         open(path, "wb").close()
         argv = ["tar", "--create", "--file=-", "--numeric-owner", "--acls", "--xattrs", "--sparse"]
         argv += ["--directory=" + params["tree"], "--one-file-system", "--null"]
-        argv += ["--no-verbatim-files-from", "--no-unquote"]
-        argv += ["--files-from=" + params["lists"] + "/selected"]
+        argv += ["--no-verbatim-files-from", "--no-unquote", "--files-from=" + params["lists"] + "/selected"]
         command = {"container": params["container"], "argv": argv, "identity": "mapped_root"}
         done = threading.Event()
         watch = threading.Thread(target=watch_file, args=(request, path, done), daemon=True)

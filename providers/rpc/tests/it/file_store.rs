@@ -153,6 +153,28 @@ async fn a_full_backup_and_an_increment_restore_exactly() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_base_that_is_of_no_use_keeps_nothing_from_being_done() {
+    let bench = Bench::with_example(EXAMPLE);
+    let provider = bench.start().await.unwrap();
+    let (first, _) = full(&provider, &bench.dir.path().join("disk"), 1_800_000_000).await;
+    let manifest = bench.archives().join(&first).join("manifest.json");
+    // It is being removed.
+    let removal = std::fs::OpenOptions::new().write(true).read(true).open(&manifest).unwrap();
+    removal.lock().unwrap();
+    let mut backup = start_guest(&provider, GuestKind::Qemu, 1_800_000_100).await;
+    assert_eq!(plan(&mut *backup).await, BitmapRequest::New);
+    backup.abort("seen", &call()).await.unwrap();
+    drop(removal);
+    // Its chain is long enough.
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, text.replace("\"chain\": 1,", "\"chain\": 30,")).unwrap();
+    let mut backup = start_guest(&provider, GuestKind::Qemu, 1_800_000_100).await;
+    assert_eq!(plan(&mut *backup).await, BitmapRequest::New);
+    provider.remove(&first, &call()).await.unwrap();
+    backup.abort("seen", &call()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_backup_in_rust_restores_exactly() {
     let bench = Bench::in_rust();
     let provider = bench.start().await.unwrap();
