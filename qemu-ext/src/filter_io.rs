@@ -19,6 +19,8 @@ const FETCH_WIDTH: usize = 16;
 /// Parts of a snapshot read up to this are looked for in the page cache first. Large ones are
 /// better copied by QEMU's worker threads, beside what this thread does.
 const SMALL_PART_BYTES: usize = 32 << 10;
+/// So much is copied before other work of the thread, a guest's requests perhaps, has its turn.
+const COPY_AT_ONCE_BYTES: usize = 128 << 10;
 
 /// How an I/O comes by the graph lock.
 #[derive(Debug, Clone, Copy)]
@@ -78,23 +80,38 @@ impl<'a> FilterIo<'a> {
     /// Captured granules and what is between them come in many small parts. Each would cost a
     /// request of its own, in this thread more than copying its few pages.
     fn fetch_cached(&self, parts: &[Fetch], buf: &mut IoSlice) -> Vec<Fetch> {
+        let mut left = Vec::new();
         let mut copy = Vec::new();
+        let mut copied_bytes = 0;
         // Where one page is not cached, its neighbours hardly are.
         let mut missed = [false; 2];
-        let mut is_taken = |part: &Fetch| {
+        for part in parts {
             let missed = &mut missed[usize::from(part.device == Device::Log)];
-            let Some(cached) = self.filter.cached(part.device) else { return false };
-            if *missed || part.len > SMALL_PART_BYTES {
-                return false;
-            }
+            let cached = self.filter.cached(part.device).filter(|_| !*missed);
+            let Some(cached) = cached.filter(|_| part.len <= SMALL_PART_BYTES) else {
+                left.push(*part);
+                continue;
+            };
             copy.resize(copy.len().max(part.len), 0);
-            *missed = !cached.read(part.offset, &mut copy[..part.len]);
-            if !*missed {
+            if cached.read(part.offset, &mut copy[..part.len]) {
                 buf.copy_from(part.at, &copy[..part.len]);
+                copied_bytes += part.len;
+            } else {
+                *missed = true;
+                left.push(*part);
             }
-            !*missed
-        };
-        parts.iter().filter(|part| !is_taken(part)).copied().collect()
+            if copied_bytes >= COPY_AT_ONCE_BYTES {
+                copied_bytes = 0;
+                self.give_way();
+            }
+        }
+        left
+    }
+
+    /// Lets other work of this thread go first.
+    fn give_way(&self) {
+        self.unpark(self.current());
+        self.park();
     }
 
     fn fetch_through_qemu(&self, parts: &[Fetch], buf: &IoSlice) -> Result<(), Errno> {
