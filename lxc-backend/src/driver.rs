@@ -27,7 +27,7 @@ use vzdump_core::guest::{
     AccessStats, BackupMode, Containers, GuestDriver, GuestError, GuestSource, PointInTime, Task,
     VolumeReport,
 };
-use vzdump_core::job::{BackupOptions, JobContext, STOP_WAIT};
+use vzdump_core::job::{BackupOptions, JobContext};
 use vzdump_core::journal::volumes::free_within;
 use vzdump_core::journal::{Entry, ProcessStamp, Record};
 use vzdump_core::layout::make_private_dir;
@@ -55,6 +55,8 @@ const NESTED_MAX: usize = 100;
 const LOG_LINES: usize = 1000;
 /// For an operation of somebody else on the container, such as a start, to end.
 const POWER_WAIT: Duration = Duration::from_secs(60);
+/// Between two looks at whether a container has stopped.
+const STATE_LOOK: Duration = Duration::from_millis(200);
 
 /// The containers of this host.
 #[derive(Debug, Clone, Copy, Default)]
@@ -118,25 +120,44 @@ async fn run_again(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) -> Re
     let state = beside(move || asked.state()).await.map_err(|error| error.words())?;
     if record.frozen && state != State::Stopped {
         // The guard has most likely done so long ago.
-        beside(move || lxc.thaw()).await.map_err(|error| error.words())?;
+        let thawed = lxc.clone();
+        beside(move || thawed.thaw()).await.map_err(|error| error.words())?;
         sink.info(&format!("CT {id} is thawed"));
     }
-    // One that was started since is another process. The one that ran may be about to stop: whether it was told so
-    // nobody knows any more.
-    let is_the_old = record.ran.as_ref().is_some_and(ProcessStamp::is_alive);
-    if record.held.is_some() && state != State::Stopped && is_the_old {
-        sink.info(&format!("CT {id} is stopped, as the interrupted backup was to do"));
-        crate::runtime::stop(&ctx.layout, id, STOP_WAIT).await.map_err(|error| error.words())?;
-    } else if state != State::Stopped {
-        return Ok(());
-    }
-    if record.held.is_some() {
+    if record.held.is_some() && stops_soon(&lxc, record, sink).await? {
         crate::runtime::start(&ctx.layout, &ctx.storages, id)
             .await
             .map_err(|error| error.words())?;
         sink.info(&format!("CT {id} runs again"));
     }
     Ok(())
+}
+
+/// Whether the container is down, or soon is. Whether it was told to stop before the backup was interrupted nobody
+/// knows any more.
+async fn stops_soon(lxc: &Lxc, record: &Record, sink: &dyn TaskSink) -> Result<bool, String> {
+    let deadline = Instant::now() + POWER_WAIT;
+    loop {
+        let asked = lxc.clone();
+        let state = beside(move || asked.state()).await.map_err(|error| error.words())?;
+        if state == State::Stopped {
+            return Ok(true);
+        }
+        let is_the_old = record.ran.as_ref().is_some_and(ProcessStamp::is_alive);
+        if state == State::Running && !is_the_old {
+            // Somebody has started it since.
+            return Ok(false);
+        }
+        if Instant::now() >= deadline {
+            let id = record.begin.guest_id;
+            sink.warn(&format!(
+                "CT {id} may have been asked to stop for its backup and still runs; if it does stop, it has to be \
+                 started again"
+            ));
+            return Ok(false);
+        }
+        tokio::time::sleep(STATE_LOOK).await;
+    }
 }
 
 /// The container's first process, by which a later one is told from it. May block.
@@ -619,7 +640,11 @@ impl GuestDriver for CtDriver {
 
     fn resume<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<Option<u64>, GuestError>> {
         Box::pin(async move {
-            self.snapshotting.settle().await;
+            // It may hang with its storage: what it still makes is looked for once more before the release.
+            let settled = tokio::time::timeout(self.ctx.limits.undo, self.snapshotting.settle());
+            if settled.await.is_err() {
+                task.sink.warn("a snapshot is not complete yet, and is not waited for any longer");
+            }
             if let Some(suspension) = &self.suspension {
                 suspension.settle().await;
                 self.power = None;

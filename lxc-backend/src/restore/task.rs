@@ -65,6 +65,8 @@ impl Restore<'_> {
         self.check_request()?;
         let path = backup_lock_path(&self.ctx.layout, GuestKind::Lxc, self.id);
         let _lock = FileLock::try_acquire(&path, &format!("CT {}", self.id))?;
+        // What is refused leaves it to the next recovery to start a container that its backup has stopped.
+        old::find(self.ctx, self.id, self.options.force).await?;
         self.recover().await?;
         // Held to the end, so that nobody starts a container whose volumes are being replaced.
         let path = self.ctx.layout.ct_power_lock_path(self.id);

@@ -173,3 +173,20 @@ fn a_program_that_is_killed_while_the_container_stops_leaves_it_running() {
         assert_eq!(scene.run(&["ct", "status", "200"]), before, "{commands:?}");
     }
 }
+
+/// What is refused changes nothing, so the container still has to be started.
+#[test]
+fn a_refused_restore_leaves_the_start_of_the_container_to_the_next_recovery() {
+    let scene = scene_with(None);
+    scene.run(&["backup", "200"]);
+    let volid = scene.run(&["list"])["archives"][0]["volid"].as_str().unwrap().to_owned();
+    let environment = [("VZDUMP_TEST_KILL_AT", "PointInTime")];
+    let killed =
+        scene.vzdump.spawn_with(&["backup", "200", "--mode", "stop"], &environment).unwrap();
+    killed.finish(LIMIT, &system_tests::process::Stop::default()).unwrap();
+    assert_eq!(scene.state(200), "stopped");
+    let refused = scene.fail(&["restore", &volid, "200"]);
+    assert!(refused.contains("exists already"), "{refused}");
+    scene.run(&["doctor", "--fix"]);
+    assert_runs(&scene, "the container runs");
+}

@@ -352,7 +352,11 @@ async fn recover_container_backup(
     sink: &dyn TaskSink,
 ) -> Result<bool, String> {
     let mut wanted = record.clone();
-    wanted.held = wanted.held.filter(|_| afterwards == Afterwards::Runs);
+    if wanted.held.is_some() && afterwards == Afterwards::StaysDown {
+        wanted.held = None;
+        let id = record.begin.guest_id;
+        sink.warn(&format!("CT {id}, which its backup shut down, is not started again"));
+    }
     let is_wanted = wanted.frozen || wanted.held.is_some();
     let again = if is_wanted { ctx.containers.run_again(ctx, &wanted, sink).await } else { Ok(()) };
     if again.is_ok() && is_wanted {
