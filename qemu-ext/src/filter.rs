@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use fleece::{ByteRange, Device, Discard, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
+use fleece::{ByteRange, Discard, Engine, Errno, Geometry, Group, NeedMap, OnError, Stats};
 
 use crate::fault;
 use crate::filter_io::FilterIo;
@@ -74,9 +74,8 @@ pub struct Filter {
     active: AtomicBool,
     engine: OnceLock<Engine<Waiting, Block>>,
     pool: OnceLock<Pool>,
-    /// The page caches of disk and fleecing image, where they have one.
-    cached_source: OnceLock<CachedFile>,
-    cached_log: OnceLock<CachedFile>,
+    /// The source's page cache, where it has one.
+    cached: OnceLock<CachedFile>,
     /// The two files, if old data is shared.
     shared: OnceLock<SharedFiles>,
     postpone_discards: AtomicBool,
@@ -106,8 +105,7 @@ impl Filter {
             active: AtomicBool::new(false),
             engine: OnceLock::new(),
             pool: OnceLock::new(),
-            cached_source: OnceLock::new(),
-            cached_log: OnceLock::new(),
+            cached: OnceLock::new(),
             shared: OnceLock::new(),
             postpone_discards: AtomicBool::new(false),
             notify: OnceLock::new(),
@@ -144,11 +142,8 @@ impl Filter {
         self.pool.get()
     }
 
-    pub(crate) fn cached(&self, device: Device) -> Option<&CachedFile> {
-        match device {
-            Device::Source => self.cached_source.get(),
-            Device::Log => self.cached_log.get(),
-        }
+    pub(crate) fn cached(&self) -> Option<&CachedFile> {
+        self.cached.get()
     }
 
     pub(crate) fn shared(&self) -> Option<&SharedFiles> {
@@ -396,12 +391,8 @@ pub fn configure(main_loop: MainLoop, node: Bds, settings: Settings) -> Result<(
             .map_err(|error| format!("{NO_REFLINK}: {error}"))?;
         filter.shared.set(shared).map_err(|_| configured())?;
     }
-    for (child, place) in
-        [(filter.source, &filter.cached_source), (filter.target, &filter.cached_log)]
-    {
-        if let Some(cached) = CachedFile::of(main_loop, child.node()) {
-            place.set(cached).map_err(|_| configured())?;
-        }
+    if let Some(cached) = CachedFile::of(main_loop, filter.source.node()) {
+        filter.cached.set(cached).map_err(|_| configured())?;
     }
     filter.pool.set(Pool::new(node, settings.buffer_bytes)).map_err(|_| configured())?;
     filter.engine.set(engine).map_err(|_| configured())?;

@@ -16,11 +16,6 @@ use crate::qemu::memory::Block;
 
 /// So many parts of one snapshot read are read side by side.
 const FETCH_WIDTH: usize = 16;
-/// Parts of a snapshot read up to this are looked for in the page cache first. Large ones are
-/// better copied by QEMU's worker threads, beside what this thread does.
-const SMALL_PART_BYTES: usize = 32 << 10;
-/// So much is copied before other work of the thread, a guest's requests perhaps, has its turn.
-const COPY_AT_ONCE_BYTES: usize = 128 << 10;
 
 /// How an I/O comes by the graph lock.
 #[derive(Debug, Clone, Copy)]
@@ -74,77 +69,6 @@ impl<'a> FilterIo<'a> {
             Graph::NoIo | Graph::Panicked => Err(Errno::EIO),
         }
     }
-
-    /// Takes what it can from the page caches; the parts that are left.
-    ///
-    /// Captured granules and what is between them come in many small parts. Each would cost a
-    /// request of its own, in this thread more than copying its few pages.
-    fn fetch_cached(&self, parts: &[Fetch], buf: &mut IoSlice) -> Vec<Fetch> {
-        let mut left = Vec::new();
-        let mut copy = Vec::new();
-        let mut copied_bytes = 0;
-        // Where one page is not cached, its neighbours hardly are.
-        let mut missed = [false; 2];
-        for part in parts {
-            let missed = &mut missed[usize::from(part.device == Device::Log)];
-            let cached = self.filter.cached(part.device).filter(|_| !*missed);
-            let Some(cached) = cached.filter(|_| part.len <= SMALL_PART_BYTES) else {
-                left.push(*part);
-                continue;
-            };
-            copy.resize(copy.len().max(part.len), 0);
-            if cached.read(part.offset, &mut copy[..part.len]) {
-                buf.copy_from(part.at, &copy[..part.len]);
-                copied_bytes += part.len;
-            } else {
-                *missed = true;
-                left.push(*part);
-            }
-            if copied_bytes >= COPY_AT_ONCE_BYTES {
-                copied_bytes = 0;
-                self.give_way();
-            }
-        }
-        left
-    }
-
-    /// Lets other work of this thread go first.
-    fn give_way(&self) {
-        self.unpark(self.current());
-        self.park();
-    }
-
-    fn fetch_through_qemu(&self, parts: &[Fetch], buf: &IoSlice) -> Result<(), Errno> {
-        self.io(|graph, source, target| {
-            let read = |part: &Fetch| {
-                fault::point("read_part");
-                let child = match part.device {
-                    Device::Source => source,
-                    Device::Log => target,
-                };
-                child.read_into(graph, part.offset, part.len, buf, part.at)
-            };
-            if let [only] = parts {
-                return read(only);
-            }
-            let done = Cell::new(0);
-            let error = Cell::new(None);
-            coroutine::for_each(
-                graph,
-                parts.len(),
-                FETCH_WIDTH,
-                &|index| match read(&parts[index]) {
-                    Ok(()) => done.set(done.get() + 1),
-                    Err(errno) => error.set(error.get().or(Some(errno))),
-                },
-            );
-            match error.get() {
-                Some(errno) => Err(errno),
-                None if done.get() == parts.len() => Ok(()),
-                None => Err(Errno::EIO),
-            }
-        })
-    }
 }
 
 impl Io for FilterIo<'_> {
@@ -195,7 +119,7 @@ impl Io for FilterIo<'_> {
     ) -> Result<(), Errno> {
         fault::point("read_source");
         let part = block.as_mut().get_mut(at..at + len).ok_or(Errno::EIO)?;
-        if self.filter.cached(Device::Source).is_some_and(|cached| cached.read(offset, part)) {
+        if self.filter.cached().is_some_and(|cached| cached.read(offset, part)) {
             return Ok(());
         }
         self.io(|graph, source, _| source.read(graph, offset, block, at, len))
@@ -203,8 +127,36 @@ impl Io for FilterIo<'_> {
 
     fn fetch(&self, parts: &[Fetch], buf: &mut IoSlice) -> Result<(), Errno> {
         fault::point("fetch");
-        let parts = &self.fetch_cached(parts, buf)[..];
-        if parts.is_empty() { Ok(()) } else { self.fetch_through_qemu(parts, buf) }
+        self.io(|graph, source, target| {
+            let buf = &*buf;
+            let read = |part: &Fetch| {
+                fault::point("read_part");
+                let child = match part.device {
+                    Device::Source => source,
+                    Device::Log => target,
+                };
+                child.read_into(graph, part.offset, part.len, buf, part.at)
+            };
+            if let [only] = parts {
+                return read(only);
+            }
+            let done = Cell::new(0);
+            let error = Cell::new(None);
+            coroutine::for_each(
+                graph,
+                parts.len(),
+                FETCH_WIDTH,
+                &|index| match read(&parts[index]) {
+                    Ok(()) => done.set(done.get() + 1),
+                    Err(errno) => error.set(error.get().or(Some(errno))),
+                },
+            );
+            match error.get() {
+                Some(errno) => Err(errno),
+                None if done.get() == parts.len() => Ok(()),
+                None => Err(Errno::EIO),
+            }
+        })
     }
 
     fn source_is_zero(&self, offset: u64, len: u64) -> Result<(u64, bool), Errno> {

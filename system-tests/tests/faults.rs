@@ -308,13 +308,9 @@ async fn a_failed_allocation_breaks_the_snapshot_or_nothing() {
 #[tokio::test]
 async fn a_panic_in_a_helper_of_a_read_fails_that_read() {
     let faults = "panic:read_helper:3,panic:read_part:4";
-    // What is in the page cache is not left to helpers; a throttled image is not read from there.
-    let setup = Setup { faults, iothread: true, slow_fleecing: true };
-    let lab = Lab::start(setup).await;
-    lab.guest_writes("disk0", OLD, 0, DISK_BYTES).await;
+    let lab = start(faults, true).await;
     let graph = lab.graph().await;
-    let change = json!({ "buffer-size": 0, "fleecing": "slow" });
-    let infos = lab.setup("t", json!([device(&change)])).await;
+    let infos = lab.setup("t", json!([device(&json!({ "buffer-size": 0 }))])).await;
     let writes: Vec<String> =
         (0..16).rev().map(|n| format!("write -q -P {NEW:#x} {}k 4k", n * 4)).collect();
     assert_eq!(lab.try_io("disk0", &writes).await, "");

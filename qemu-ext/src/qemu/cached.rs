@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
-//! Data that is in the host's page cache already, read without going through the block layer.
+//! Old data that is in the host's page cache already, read without going through the block layer.
 //!
 //! With cache=writeback a 4 KiB read costs QEMU a trip to a worker thread or an io_uring round,
-//! much more than copying the page. Where it is in a plain file, its pages can be had at once
+//! much more than copying the page. Where the disk is a plain file, its pages can be had at once
 //! from a descriptor of our own: `RWF_NOWAIT` fails instead of waiting for the device, and then the
 //! read goes its usual way. Both see the same page cache, so they see the same data.
 
@@ -35,7 +35,7 @@ impl CachedFile {
         open_again(main_loop, storage, OpenOptions::new().read(true)).map(Self)
     }
 
-    /// Fills `buf` from the page cache; false when not all of it is there, or it is more than 128 KiB.
+    /// Fills `buf` from the page cache; false when not all of it is there.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> bool {
         let len = buf.len();
         len <= MAX_BYTES
