@@ -7,13 +7,13 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use rustix::fs::CWD;
 use rustix::fs::{
-    AtFlags, Gid, Mode, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags, chmod, chownat, fchmod,
-    fsetxattr, fstat, futimens, setxattr, utimensat,
+    AtFlags, Gid, Mode, Stat, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags, chmod, chownat,
+    fchmod, fsetxattr, fstat, futimens, setxattr, utimensat,
 };
 use rustix::io::Errno;
 
 /// Times that every file system has, in seconds.
-pub(crate) const SAFE_SECONDS: std::ops::Range<i64> = 0..1 << 31;
+const SAFE_SECONDS: std::ops::Range<i64> = 0..1 << 31;
 /// The attributes that hold access control lists.
 pub(crate) const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 pub(crate) const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
@@ -109,15 +109,24 @@ impl Metadata {
     }
 
     fn has_times(&self, file: Held<'_>) -> rustix::io::Result<bool> {
-        let seconds = [self.atime, self.mtime].map(|time| time.map(|(seconds, _)| seconds));
-        if seconds.iter().flatten().all(|seconds| SAFE_SECONDS.contains(seconds)) {
-            return Ok(true);
-        }
         let (Held::Open(fd) | Held::Named(fd) | Held::Link(fd)) = file;
-        let stat = fstat(fd)?;
-        let is = |wanted: Option<i64>, has: i64| wanted.is_none_or(|wanted| wanted == has);
-        Ok(is(seconds[0], stat.st_atime) && is(seconds[1], stat.st_mtime))
+        let seconds = [self.atime, self.mtime].map(|time| time.map(|(seconds, _)| seconds));
+        has_seconds(seconds, || fstat(fd))
     }
+}
+
+/// Whether a file has got the times of its last access and its last change, of which a file system that does not have
+/// them makes the nearest ones, without an error. `look` is called only if some file system may do so.
+pub(crate) fn has_seconds(
+    wanted: [Option<i64>; 2],
+    look: impl FnOnce() -> rustix::io::Result<Stat>,
+) -> rustix::io::Result<bool> {
+    if wanted.iter().flatten().all(|seconds| SAFE_SECONDS.contains(seconds)) {
+        return Ok(true);
+    }
+    let stat = look()?;
+    let is = |wanted: Option<i64>, has: i64| wanted.is_none_or(|wanted| wanted == has);
+    Ok(is(wanted[0], stat.st_atime) && is(wanted[1], stat.st_mtime))
 }
 
 fn set_xattr(file: Held<'_>, name: &[u8], value: &[u8]) -> rustix::io::Result<()> {

@@ -5,7 +5,7 @@
 //! What is in it was made by a container's processes: names of any kind, and directories deeper than a path
 //! can be long or a process can have files open. So it is never walked from the top down.
 
-use std::ffi::{CStr, CString, OsStr, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -61,7 +61,7 @@ pub fn remove(path: &Path) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let opened = openat(CWD, around, flags, Mode::empty())
         .map_err(io::Error::from)
-        .and_then(|around| open_here(&around, Path::new(name)));
+        .and_then(|around| open_here(&around, &CString::new(name.as_bytes())?));
     let top = match opened {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other?,
@@ -69,7 +69,7 @@ pub fn remove(path: &Path) -> io::Result<()> {
     let mut moved: u64 = 0;
     let mut waiting = directories_of(&top, &top, &mut moved, true)?;
     while let Some(name) = waiting.pop() {
-        let dir = match open_here(&top, Path::new(OsStr::from_bytes(name.to_bytes()))) {
+        let dir = match open_here(&top, &name) {
             // Somebody else removes it, too.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             other => other?,
@@ -84,17 +84,18 @@ pub fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Opens a directory unless something is mounted there.
-fn open_here(around: &OwnedFd, name: &Path) -> io::Result<OwnedFd> {
+fn open_here(around: &OwnedFd, name: &CStr) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     openat2(around, name, flags, Mode::empty(), resolve).map_err(|errno| mounted(errno, name))
 }
 
 /// The kernel says so in these ways.
-fn mounted(errno: Errno, name: &Path) -> io::Error {
+fn mounted(errno: Errno, name: &CStr) -> io::Error {
     match errno {
         Errno::XDEV | Errno::BUSY => {
-            let text = format!("something is mounted at '{}' in it: unmount that", name.display());
+            let name = name.to_string_lossy();
+            let text = format!("something is mounted at '{name}' in it: unmount that");
             io::Error::new(io::Error::from(errno).kind(), text)
         }
         other => other.into(),
@@ -142,9 +143,7 @@ fn move_to_top(dir: impl AsFd, name: &CStr, top: &OwnedFd, moved: &mut u64) -> i
         *moved += 1;
         match renameat(dir.as_fd(), name, top, new.as_c_str()) {
             Err(Errno::EXIST | Errno::NOTEMPTY) => {}
-            Err(errno) => {
-                return Err(mounted(errno, Path::new(OsStr::from_bytes(name.to_bytes()))));
-            }
+            Err(errno) => return Err(mounted(errno, name)),
             Ok(()) => return Ok(new),
         }
     }
@@ -153,9 +152,7 @@ fn move_to_top(dir: impl AsFd, name: &CStr, top: &OwnedFd, moved: &mut u64) -> i
 fn gone(result: rustix::io::Result<()>, name: &CStr) -> io::Result<()> {
     match result {
         Err(Errno::NOENT) => Ok(()),
-        other => {
-            other.map_err(|errno| mounted(errno, Path::new(OsStr::from_bytes(name.to_bytes()))))
-        }
+        other => other.map_err(|errno| mounted(errno, name)),
     }
 }
 

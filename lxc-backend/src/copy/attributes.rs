@@ -12,7 +12,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::{Buffers, Fault};
-use crate::metadata::SAFE_SECONDS;
+use crate::metadata::has_seconds;
 
 /// What a backup keeps of extended attributes; others belong to one file system or one host.
 const KEPT: [&[u8]; 4] = [b"user.", b"trusted.", b"security.capability", b"system.posix_acl_"];
@@ -139,23 +139,17 @@ pub(super) fn give(target: At<'_>, looks: Looks, attributes: &[Attribute]) -> Re
     set_times(target, looks.times).map_err(|errno| Fault::target("keep the times of a file", errno))
 }
 
-/// Which a file system may not have: then the nearest ones that it has are set, without an error.
+/// An error if the file system does not have these times.
 fn set_times(target: At<'_>, [accessed, changed]: [(i64, u32); 2]) -> rustix::io::Result<()> {
     let time = |(tv_sec, nanos): (i64, u32)| Timespec { tv_sec, tv_nsec: nanos.into() };
     let times = Timestamps { last_access: time(accessed), last_modification: time(changed) };
-    let now = match target {
-        At::Open(fd) => futimens(fd, &times).map(|()| fd),
-        At::Named(dir, name) => {
-            utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).map(|()| dir)
-        }
+    match target {
+        At::Open(fd) => futimens(fd, &times),
+        At::Named(dir, name) => utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW),
     }?;
-    if [accessed.0, changed.0].iter().all(|seconds| SAFE_SECONDS.contains(seconds)) {
-        return Ok(());
-    }
-    let stat = match target {
-        At::Open(_) => fstat(now),
-        At::Named(_, name) => statat(now, name, AtFlags::SYMLINK_NOFOLLOW),
-    }?;
-    let is_kept = (stat.st_atime, stat.st_mtime) == (accessed.0, changed.0);
-    if is_kept { Ok(()) } else { Err(Errno::RANGE) }
+    let has = has_seconds([Some(accessed.0), Some(changed.0)], || match target {
+        At::Open(fd) => fstat(fd),
+        At::Named(dir, name) => statat(dir, name, AtFlags::SYMLINK_NOFOLLOW),
+    })?;
+    if has { Ok(()) } else { Err(Errno::RANGE) }
 }
