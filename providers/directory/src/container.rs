@@ -44,11 +44,10 @@ use durable::Durable;
 use entries::Counter;
 pub(crate) use listing::Witness;
 pub(crate) use restore::DirectoryContainerRestore;
-use words::{Listener, Words};
+use words::{Listener, SOCKET, Words};
 
 /// What `tar` says besides the reason why it failed.
-const NO_REASONS: [&str; 3] =
-    ["Removing leading", "Exiting with failure status", ": socket ignored"];
+const NO_REASONS: [&str; 3] = ["Removing leading", "Exiting with failure status", SOCKET];
 /// How the disk is called in reports of progress.
 const DEVICE: &str = "rootfs";
 /// How a command ends whose output is not taken any more.

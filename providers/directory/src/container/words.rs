@@ -10,7 +10,7 @@ use provider_api::{Error, IGNORED_MAX, IgnoredEntry, Kind, Result, StderrCopy};
 /// What it says first on each line.
 const TAR_PREFIX: &str = "tar: ";
 /// What it says of a file that cannot be in an archive.
-const SOCKET: &str = ": socket ignored";
+pub(super) const SOCKET: &str = ": socket ignored";
 /// What it says of something that it cannot read, when that is no error.
 const UNREADABLE: &str = ": Warning: ";
 /// Then, of a file that it could open, but not read to its end, if the error comes with the first byte that it asks for.
