@@ -4,8 +4,8 @@
 use std::io::{self, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ pub const POLL_EVERY: Duration = Duration::from_millis(20);
 /// What a program may take to clean up when it is asked to end.
 const GRACE: Duration = Duration::from_secs(20);
 /// How much output of one program is kept.
-const OUTPUT_LIMIT_BYTES: u64 = 16 << 20;
+const OUTPUT_LIMIT_BYTES: usize = 16 << 20;
 /// How much of a failed program's output is shown.
 const SHOWN_BYTES: usize = 2000;
 
@@ -179,12 +179,12 @@ impl Finished {
     }
 }
 
-/// A started program whose output is being collected.
+/// A started program whose output is being collected. A test that fails while it runs shows what it said.
 #[derive(Debug)]
 pub struct Collected {
     guarded: Guarded,
-    stdout: JoinHandle<String>,
-    stderr: JoinHandle<String>,
+    stdout: Pipe,
+    stderr: Pipe,
 }
 
 impl Collected {
@@ -195,8 +195,8 @@ impl Collected {
     pub fn spawn(command: &mut Command) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut guarded = Guarded::spawn(command)?;
-        let stdout = collect(guarded.child.stdout.take());
-        let stderr = collect(guarded.child.stderr.take());
+        let stdout = Pipe::collect(guarded.child.stdout.take());
+        let stderr = Pipe::collect(guarded.child.stderr.take());
         Ok(Self { guarded, stdout, stderr })
     }
 
@@ -217,31 +217,67 @@ impl Collected {
             let _ = self.guarded.signal(rustix::process::Signal::TERM);
             let _ = self.guarded.wait(GRACE, &Stop::default());
         }
-        let status = waited?;
+        let status = waited.with_context(|| self.said())?;
         // A grandchild that inherited the pipes must not keep us here.
         let deadline = Instant::now() + Duration::from_secs(5);
-        while !(self.stdout.is_finished() && self.stderr.is_finished()) {
+        while !(self.stdout.thread.is_finished() && self.stderr.thread.is_finished()) {
             if Instant::now() >= deadline {
                 bail!("{} ended but something it started keeps its output open", self.guarded.name);
             }
             std::thread::sleep(POLL_EVERY);
         }
-        let [stdout, stderr] =
-            [self.stdout, self.stderr].map(|thread| thread.join().unwrap_or_default());
-        Ok(Finished { status, stdout, stderr })
+        Ok(Finished { status, stdout: self.stdout.text(), stderr: self.stderr.text() })
+    }
+
+    /// The end of what it has said so far.
+    fn said(&self) -> String {
+        let [stdout, stderr] = [self.stdout.text(), self.stderr.text()];
+        format!("{} said: {}\n{}", self.guarded.name, tail(&stdout), tail(&stderr))
     }
 }
 
-fn collect(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<String> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
-            // Output beyond the limit is read and dropped, so that the program never blocks on it.
-            let _ = pipe.by_ref().take(OUTPUT_LIMIT_BYTES).read_to_end(&mut bytes);
-            let _ = io::copy(&mut pipe, &mut io::sink());
+impl Drop for Collected {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("{}", self.said());
         }
+    }
+}
+
+/// One end of a pipe that is read by a thread of its own.
+#[derive(Debug)]
+struct Pipe {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Pipe {
+    fn collect(pipe: Option<impl Read + Send + 'static>) -> Self {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&bytes);
+        let thread = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            let Some(mut pipe) = pipe else { return };
+            loop {
+                let length = match pipe.read(&mut buffer) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Ok(0) | Err(_) => return,
+                    Ok(length) => length,
+                };
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                // What is beyond the limit is read and dropped, so that the program never blocks on it.
+                let length = length.min(OUTPUT_LIMIT_BYTES.saturating_sub(kept.len()));
+                kept.extend(buffer.iter().take(length));
+            }
+        });
+        Self { bytes, thread }
+    }
+
+    /// What was read so far.
+    fn text(&self) -> String {
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&bytes).into_owned()
-    })
+    }
 }
 
 /// Runs a program to its end and fails unless it succeeds.
