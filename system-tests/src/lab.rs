@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use crate::console::Console;
 use crate::guest::{GuestImage, KERNEL_OPTIONS};
-use crate::process::{Stop, run};
+use crate::process::{Stop, run, tail};
 use crate::qemu::{self, BOOT_WITHIN};
 use crate::records::check::{PairReport, check_pair};
 use crate::records::disk::{Disk, create_pair};
@@ -217,6 +217,18 @@ impl Lab {
         Console::from_start_of(&self.console_log(vm))
     }
 
+    /// Shows what may say why a test failed.
+    fn show_state(&self, vm: u32) {
+        let folder = self.dir.join(format!("run/vm/{vm}"));
+        for name in ["console.log", "qemu.log"] {
+            let bytes = fs::read(folder.join(name)).unwrap_or_default();
+            println!("VM {vm}, {name}: {}", tail(&String::from_utf8_lossy(&bytes)));
+        }
+        let status =
+            self.vzdump.uninterrupted().run(&["vm", "status", &vm.to_string()], STOP_WITHIN);
+        println!("VM {vm}: {status:?}");
+    }
+
     fn console_log(&self, vm: u32) -> PathBuf {
         self.dir.join(format!("run/vm/{vm}/console.log"))
     }
@@ -355,6 +367,9 @@ impl Drop for Lab {
     fn drop(&mut self) {
         let vzdump = self.vzdump.uninterrupted();
         for vm in std::mem::take(&mut self.started) {
+            if std::thread::panicking() {
+                self.show_state(vm);
+            }
             let stopped = vzdump.run(&["vm", "stop", &vm.to_string()], STOP_WITHIN);
             if stopped.is_err() {
                 self.kill_qemu(vm);

@@ -94,7 +94,9 @@ impl DirectGuest {
         let console = Console::from_end_of(&log)?;
         let mut command = Command::new(bin_dir()?.join("qemu-system-x86_64"));
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        command.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "256"]);
+        // One thread, as `vzdump_core::vm::qemu_cmdline::EMULATED` has it.
+        command.args(["-machine", "q35", "-accel", "tcg,thread=single", "-cpu", "max"]);
+        command.args(["-smp", "2", "-m", "256"]);
         command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
         command.arg("-append").arg(format!("{KERNEL_OPTIONS} {options}"));
         command.arg("-serial").arg(format!("file:{}", log.display()));

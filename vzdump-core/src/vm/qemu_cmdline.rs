@@ -299,7 +299,7 @@ fn machine(
     check_word("machine", kind)?;
     let firmware = firmware::add(config, input, chipset, line)?;
     line.option("-machine", format!("{kind}{firmware}"));
-    line.option("-accel", if uses_kvm(config)? { "kvm" } else { "tcg" });
+    line.option("-accel", if uses_kvm(config)? { "kvm" } else { EMULATED });
     if config.is_template() {
         let value = config.get("template").unwrap_or_default();
         return Err(value_error("template", value, "a template cannot be started."));
@@ -307,6 +307,12 @@ fn machine(
     boot(config, line)?;
     Ok(chipset)
 }
+
+/// All emulated processors in one thread. With one thread for each, QEMU 10.0 lets what a processor writes to a device go to
+/// another device while a second one changes the memory map, as it does all the time while a guest starts
+/// (`iotlb_to_section` takes an index of the old map for one of the new map): QEMU aborts (`msix_table_mmio_write`), or
+/// the guest waits for a timer that was never set.
+const EMULATED: &str = "tcg,thread=single";
 
 /// Only on request: the device node can exist and still not work.
 fn uses_kvm(config: &VmConfig) -> Result<bool, CmdlineError> {
