@@ -11,7 +11,6 @@ use provider_directory::{ContainerFormat, DirectoryOptions, DirectoryProvider, T
 use provider_rpc::{RpcOptions, RpcProvider, is_plugin_name};
 use serde::Serialize;
 use tokio::sync::OnceCell;
-use vzdump_core::config::parse_bool;
 use vzdump_core::config::storage::StorageSection;
 use vzdump_core::job::{Providers, chain};
 use vzdump_core::layout::Layout;
@@ -231,23 +230,11 @@ fn check_names(section: &StorageSection, provider: &DirectoryProvider) -> Result
 
 /// Where a file system must be mounted for a storage, and whether its directory may be made.
 fn place(section: &StorageSection, path: &Path) -> Result<(Option<PathBuf>, bool), String> {
-    let id = &section.id;
-    let switch = |name: &str, text: &str| {
-        // Without a value it is on.
-        let value = if text.is_empty() { Some(true) } else { parse_bool(text) };
-        value.ok_or_else(|| format!("'{name} {text}' of the storage '{id}' is neither 0 nor 1."))
-    };
-    let mount_point = match section.get("is_mountpoint") {
-        None => None,
-        Some(text) if Path::new(text).is_absolute() => Some(PathBuf::from(text)),
-        Some(text) => switch("is_mountpoint", text)?.then(|| path.to_owned()),
-    };
+    let fault = |why: String| format!("The storage '{}' {why}", section.id);
     let mut may_make_path = true;
     // The second one is the newer name.
     for name in ["mkdir", "create-base-path"] {
-        if let Some(text) = section.get(name) {
-            may_make_path = switch(name, text)?;
-        }
+        may_make_path = section.switch(name).map_err(fault)?.unwrap_or(may_make_path);
     }
-    Ok((mount_point, may_make_path))
+    Ok((section.mount_point(path).map_err(fault)?, may_make_path))
 }

@@ -60,7 +60,7 @@ async fn a_directory_is_used_only_where_it_is_said_to_be() {
             "has 'is_mountpont', which its type 'directory' does not know",
         ),
         ("limit", "bwlimit 5", "has 'bwlimit'"),
-        ("odd", "mkdir perhaps", "'mkdir perhaps' of the storage 'odd' is neither 0 nor 1"),
+        ("odd", "mkdir perhaps", "The storage 'odd' has 'mkdir perhaps', which is neither 0 nor 1"),
         ("absent", "is_mountpoint yes", "Nothing is mounted at "),
         ("other", "is_mountpoint ROOT/etc", "/etc, where storage.cfg says"),
         ("unmade", "mkdir 0", "does not exist, and storage.cfg says that it is not made"),

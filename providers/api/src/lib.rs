@@ -28,6 +28,7 @@ mod container;
 mod error;
 mod excludes;
 mod guest;
+mod mount;
 mod regions;
 mod restore;
 mod selection;
@@ -44,6 +45,7 @@ pub use guest::{
     Access, BitmapMode, BitmapRequest, Committed, GuestBackup, GuestInfo, GuestKind, Job, JobInfo,
     Progress, Readable, Transferred, VmBackup, Volume, VolumeInfo,
 };
+pub use mount::is_mount_point;
 pub use regions::{DirtyRegions, NextRegions, Region, RegionPage, RegionReader};
 pub use restore::{RestoreDevice, VmRestore, VolumeSource};
 pub use selection::Selection;

@@ -8,8 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use provider_api::{Error, Kind, Result};
-use rustix::fs::{AtFlags, CWD, OFlags, StatxAttributes, StatxFlags, ioctl_ficlone, statx, syncfs};
-use rustix::io::Errno;
+use rustix::fs::{OFlags, ioctl_ficlone, syncfs};
 
 use crate::call::corrupt;
 use crate::deep;
@@ -261,20 +260,5 @@ pub(crate) fn has_directory(path: &Path) -> Result<bool> {
         Ok(meta) => Ok(meta.is_dir()),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io(format!("Cannot look at {}.", path.display()), e)),
-    }
-}
-
-/// Whether `path` is where a file system is mounted; what is not there is not.
-pub(crate) fn is_mount_point(path: &Path) -> Result<bool> {
-    let failed = |e: Errno| {
-        Error::io(format!("Cannot look whether {} is mounted.", path.display()), e.into())
-    };
-    match statx(CWD, path, AtFlags::empty(), StatxFlags::empty()) {
-        Ok(found) if found.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT) => {
-            Ok(found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
-        }
-        Ok(_) => Err(failed(Errno::OPNOTSUPP)),
-        Err(Errno::NOENT) => Ok(false),
-        Err(e) => Err(failed(e)),
     }
 }

@@ -78,7 +78,9 @@ impl Place {
     fn check(&self, storage: &Path) -> Result<()> {
         let missing = |text: String| Err(Error::new(Kind::Io, text));
         if let Some(path) = &self.mount_point
-            && !files::is_mount_point(path)?
+            && !provider_api::is_mount_point(path).map_err(|error| {
+                Error::io(format!("Cannot look whether {} is mounted.", path.display()), error)
+            })?
         {
             return missing(format!(
                 "Nothing is mounted at {}, where storage.cfg says that the file system of the directory \

@@ -12,7 +12,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{ConfigError, parse_bool, raw_lines, read_text, write_atomically};
 
@@ -65,6 +65,28 @@ impl StorageSection {
     pub fn is_disabled(&self) -> bool {
         // A property without a value is a switch that is on.
         self.get("disable").is_some_and(|v| v.is_empty() || parse_bool(v) == Some(true))
+    }
+
+    /// A property that is 0 or 1; one without a value is on.
+    ///
+    /// # Errors
+    /// It is neither; in words that follow the storage's name.
+    pub fn switch(&self, name: &str) -> Result<Option<bool>, String> {
+        let on = |text: &str| if text.is_empty() { Some(true) } else { parse_bool(text) };
+        let Some(text) = self.get(name) else { return Ok(None) };
+        let value = on(text).map(Some);
+        value.ok_or_else(|| format!("has '{name} {text}', which is neither 0 nor 1."))
+    }
+
+    /// Where a file system must be mounted for the storage at `path` (`is_mountpoint`).
+    ///
+    /// # Errors
+    /// It is neither a path nor 0 or 1; in words that follow the storage's name.
+    pub fn mount_point(&self, path: &Path) -> Result<Option<PathBuf>, String> {
+        match self.get("is_mountpoint") {
+            Some(text) if Path::new(text).is_absolute() => Ok(Some(text.into())),
+            _ => Ok(self.switch("is_mountpoint")?.unwrap_or(false).then(|| path.to_owned())),
+        }
     }
 
     /// Whether the storage may hold this kind of content; without `content` it may hold any.

@@ -54,6 +54,12 @@ impl BtrfsStorage {
         Self { plain: DirStorage::new(id, path), nocow }
     }
 
+    /// As [`DirStorage::with_mount_point`].
+    #[must_use]
+    pub fn with_mount_point(self, mount_point: Option<PathBuf>) -> Self {
+        Self { plain: self.plain.with_mount_point(mount_point), ..self }
+    }
+
     fn subvolume(&self, volume: &VolumeId) -> PathBuf {
         self.plain.guest_dir(volume.guest_id()).join(subvolume_name(volume))
     }
@@ -117,6 +123,10 @@ impl Images for BtrfsStorage {
 
     fn storage_id(&self) -> &str {
         self.plain.storage_id()
+    }
+
+    fn check_mounted(&self) -> Result<(), StorageError> {
+        self.plain.check_mounted()
     }
 
     fn files(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {

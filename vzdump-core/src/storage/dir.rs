@@ -9,6 +9,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use provider_api::is_mount_point;
+
 use super::image::{ImageFiles, image_size, qemu_img};
 use super::images::Images;
 use super::volume::parse_guest_id;
@@ -29,13 +31,22 @@ pub(super) const FILES_MAX: usize = 1_000_000;
 pub struct DirStorage {
     id: String,
     path: PathBuf,
+    /// Where a file system must be mounted.
+    mount_point: Option<PathBuf>,
 }
 
 impl DirStorage {
     /// A storage with this name at this absolute path.
     #[must_use]
     pub fn new(id: impl Into<String>, path: impl Into<PathBuf>) -> Self {
-        Self { id: id.into(), path: path.into() }
+        Self { id: id.into(), path: path.into(), mount_point: None }
+    }
+
+    /// The same storage, used only while a file system is mounted there, if that is given: images made without it
+    /// would fill the disk below, and those that are on it would count as gone.
+    #[must_use]
+    pub fn with_mount_point(self, mount_point: Option<PathBuf>) -> Self {
+        Self { mount_point, ..self }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -165,6 +176,23 @@ impl Images for DirStorage {
 
     fn storage_id(&self) -> &str {
         &self.id
+    }
+
+    fn check_mounted(&self) -> Result<(), StorageError> {
+        let Some(path) = &self.mount_point else { return Ok(()) };
+        match is_mount_point(path) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(StorageError::Storage {
+                id: self.id.clone(),
+                why: format!(
+                    "cannot be used: nothing is mounted at '{}' ('is_mountpoint' in storage.cfg).",
+                    path.display()
+                ),
+            }),
+            Err(source) => {
+                Err(StorageError::Io { what: "look at the mount", path: path.clone(), source })
+            }
+        }
     }
 
     fn files(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError> {
@@ -303,6 +331,31 @@ mod tests {
             assert!(matches!(failed, Err(StorageError::Tool(_))), "{failed:?}");
             assert!(!dir.path().join("images/100").exists());
         }
+    }
+
+    #[tokio::test]
+    async fn without_its_disk_nothing_is_made_and_nothing_counts_as_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = |mount_point: &Path| {
+            DirStorage::new("usb", dir.path()).with_mount_point(Some(mount_point.to_owned()))
+        };
+        let tools = Tools::in_dir("/nonexistent");
+        let away = storage(dir.path());
+        let volume = "usb:100/x.raw".parse().unwrap();
+        let faults = [
+            away.allocate(&tools, 100, "x", ImageFormat::Raw, 512).await.map(drop),
+            away.free(&volume).await.map(drop),
+            away.list(None).await.map(drop),
+            away.status().await.map(drop),
+        ];
+        for fault in faults {
+            let fault = fault.unwrap_err().to_string();
+            assert!(fault.contains("'usb' cannot be used: nothing is mounted at"), "{fault}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let there = storage(Path::new("/proc"));
+        there.allocate(&tools, 100, "x", ImageFormat::Raw, 512).await.unwrap();
+        assert!(there.free(&volume).await.unwrap());
     }
 
     #[tokio::test]

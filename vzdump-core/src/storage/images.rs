@@ -20,6 +20,9 @@ pub(super) trait Images: Clone + Debug + Send + Sync + 'static {
 
     fn storage_id(&self) -> &str;
 
+    /// That the disk that the volumes are on is there.
+    fn check_mounted(&self) -> Result<(), StorageError>;
+
     /// The files of a volume, whether they exist or not.
     fn files(&self, volume: &VolumeId) -> Result<ImageFiles, StorageError>;
 
@@ -63,13 +66,26 @@ pub(super) trait Images: Clone + Debug + Send + Sync + 'static {
     fn status_now(&self) -> Result<StorageStatus, StorageError>;
 }
 
-impl<T: Images> Storage for T {
+/// Does something beside the tasks, if the disk that the volumes are on is there.
+async fn on<S: Images, T: Send + 'static>(
+    storage: &S,
+    work: impl FnOnce(S) -> Result<T, StorageError> + Send + 'static,
+) -> Result<T, StorageError> {
+    let storage = storage.clone();
+    beside(move || {
+        storage.check_mounted()?;
+        work(storage)
+    })
+    .await
+}
+
+impl<S: Images> Storage for S {
     fn id(&self) -> &str {
         self.storage_id()
     }
 
     fn kind(&self) -> &'static str {
-        T::KIND
+        S::KIND
     }
 
     fn volume_path(&self, volume: &VolumeId) -> Result<PathBuf, StorageError> {
@@ -88,7 +104,7 @@ impl<T: Images> Storage for T {
         format: ImageFormat,
         size_bytes: u64,
     ) -> BoxFuture<'a, Result<VolumeId, StorageError>> {
-        let (this, tools) = (self.clone(), tools.clone());
+        let tools = tools.clone();
         Box::pin(async move {
             // A subvolume is as large as what is in it.
             if format != ImageFormat::Subvol {
@@ -96,7 +112,7 @@ impl<T: Images> Storage for T {
             }
             let volume = VolumeId::new(self.storage_id(), guest_id, name, format)?;
             let new = volume.clone();
-            beside(move || this.allocate_now(&tools, &new, size_bytes)).await?.keep();
+            on(self, move |this| this.allocate_now(&tools, &new, size_bytes)).await?.keep();
             Ok(volume)
         })
     }
@@ -107,23 +123,22 @@ impl<T: Images> Storage for T {
         volume: &'a VolumeId,
         size_bytes: u64,
     ) -> BoxFuture<'a, Result<(), StorageError>> {
-        let (this, tools, volume) = (self.clone(), tools.clone(), volume.clone());
-        Box::pin(beside(move || {
+        let (tools, volume) = (tools.clone(), volume.clone());
+        Box::pin(on(self, move |this| {
             this.existing(&volume)?.resize(&tools, &volume.to_string(), size_bytes)
         }))
     }
 
     fn free<'a>(&'a self, volume: &'a VolumeId) -> BoxFuture<'a, Result<bool, StorageError>> {
-        let (this, volume) = (self.clone(), volume.clone());
-        Box::pin(beside(move || this.free_now(&volume)))
+        let volume = volume.clone();
+        Box::pin(on(self, move |this| this.free_now(&volume)))
     }
 
     fn list(
         &self,
         guest_id: Option<u32>,
     ) -> BoxFuture<'_, Result<Vec<StoredVolume>, StorageError>> {
-        let this = self.clone();
-        Box::pin(beside(move || this.list_now(guest_id)))
+        Box::pin(on(self, move |this| this.list_now(guest_id)))
     }
 
     fn snapshot<'a>(
@@ -132,9 +147,8 @@ impl<T: Images> Storage for T {
         volume: &'a VolumeId,
         name: &'a str,
     ) -> BoxFuture<'a, Result<(), StorageError>> {
-        let (this, tools) = (self.clone(), tools.clone());
-        let (volume, name) = (volume.clone(), name.to_owned());
-        Box::pin(beside(move || {
+        let (tools, volume, name) = (tools.clone(), volume.clone(), name.to_owned());
+        Box::pin(on(self, move |this| {
             check_snapshot_name(&name)?;
             this.snapshot_now(&tools, &volume, &name)
         }))
@@ -146,9 +160,8 @@ impl<T: Images> Storage for T {
         volume: &'a VolumeId,
         name: &'a str,
     ) -> BoxFuture<'a, Result<bool, StorageError>> {
-        let (this, tools) = (self.clone(), tools.clone());
-        let (volume, name) = (volume.clone(), name.to_owned());
-        Box::pin(beside(move || {
+        let (tools, volume, name) = (tools.clone(), volume.clone(), name.to_owned());
+        Box::pin(on(self, move |this| {
             check_snapshot_name(&name)?;
             this.delete_snapshot_now(&tools, &volume, &name)
         }))
@@ -159,12 +172,11 @@ impl<T: Images> Storage for T {
         tools: &'a Tools,
         volume: &'a VolumeId,
     ) -> BoxFuture<'a, Result<Vec<String>, StorageError>> {
-        let (this, tools, volume) = (self.clone(), tools.clone(), volume.clone());
-        Box::pin(beside(move || this.snapshots_now(&tools, &volume)))
+        let (tools, volume) = (tools.clone(), volume.clone());
+        Box::pin(on(self, move |this| this.snapshots_now(&tools, &volume)))
     }
 
     fn status(&self) -> BoxFuture<'_, Result<StorageStatus, StorageError>> {
-        let this = self.clone();
-        Box::pin(beside(move || this.status_now()))
+        Box::pin(on(self, move |this| this.status_now()))
     }
 }

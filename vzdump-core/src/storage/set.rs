@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{BTRFS_KIND, BtrfsStorage, DIR_KIND, DirStorage, Storage, StorageError, VolumeId};
-use crate::config::parse_bool;
 use crate::config::storage::{StorageConfig, StorageSection};
 use crate::job::chain;
 use crate::layout::Layout;
@@ -21,17 +20,15 @@ type Open = fn(&StorageSection, &Path) -> Result<Arc<dyn Storage>, String>;
 pub const KINDS: [(&str, Open); 2] = [(DIR_KIND, open_dir), (BTRFS_KIND, open_btrfs)];
 
 fn open_dir(section: &StorageSection, path: &Path) -> Result<Arc<dyn Storage>, String> {
-    Ok(Arc::new(DirStorage::new(&section.id, path)))
+    let mount_point = section.mount_point(path)?;
+    Ok(Arc::new(DirStorage::new(&section.id, path).with_mount_point(mount_point)))
 }
 
 fn open_btrfs(section: &StorageSection, path: &Path) -> Result<Arc<dyn Storage>, String> {
-    let nocow = match section.get("nocow") {
-        None => false,
-        Some("") => true,
-        Some(text) => parse_bool(text)
-            .ok_or_else(|| format!("has 'nocow {text}', which is neither 0 nor 1."))?,
-    };
-    Ok(Arc::new(BtrfsStorage::new(&section.id, path, nocow)))
+    let nocow = section.switch("nocow")?.unwrap_or(false);
+    let mount_point = section.mount_point(path)?;
+    let storage = BtrfsStorage::new(&section.id, path, nocow);
+    Ok(Arc::new(storage.with_mount_point(mount_point)))
 }
 
 /// Whether storages of a type hold images.
@@ -167,6 +164,7 @@ mod tests {
     fn only_storages_for_images_hold_images() {
         let text = "dir: isos\n\tpath /i\n\tcontent iso\ndirectory: backups\n\tpath /b\n\
                     dir: off\n\tpath /o\n\tdisable\ndir: rel\n\tpath x\n\
+                    dir: where\n\tpath /w\n\tis_mountpoint mnt\n\
                     btrfs: odd\n\tpath /b\n\tnocow maybe\nbtrfs: tree\n\tpath /t\n\tnocow 1\n\
                     zfspool: tank\n\tpool rpool/data\n";
         let config = StorageConfig::parse(text).unwrap();
@@ -177,6 +175,7 @@ mod tests {
             ("off", "disabled"),
             ("rel", "absolute"),
             ("odd", "nocow maybe"),
+            ("where", "is_mountpoint mnt"),
             ("tank", "'zfspool', which holds no images"),
             ("none", "not in storage.cfg"),
         ] {
