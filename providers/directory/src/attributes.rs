@@ -68,7 +68,12 @@ pub(crate) fn set_protected(
     protected: bool,
     _lock: &StorageLock,
 ) -> Result<()> {
-    storage.manifest(archive)?;
+    if let Err(error) = storage.manifest(archive) {
+        // One that cannot be read any more must not be protected for ever.
+        if protected || storage.look(archive).is_none() {
+            return Err(error);
+        }
+    }
     let directory = storage.archive_path(archive);
     if !protected {
         files::remove_if_exists(&directory.join(PROTECTED_FILE))?;

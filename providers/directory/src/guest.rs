@@ -83,6 +83,17 @@ fn archive_name(guest: &GuestInfo) -> Result<String> {
     Ok(format!("vzdump-{}-{}-{}", guest.kind, guest.id, time.strftime("%Y_%m_%d-%H_%M_%S")))
 }
 
+/// Whose an archive is by its name, if that has the form above: for one that does not say it itself any more.
+#[must_use]
+pub fn guest_in_name(archive: &str) -> Option<(GuestKind, u32)> {
+    let (kind, rest) = archive.strip_prefix("vzdump-")?.split_once('-')?;
+    let kind = [GuestKind::Qemu, GuestKind::Lxc].into_iter().find(|k| k.to_string() == kind)?;
+    let (id, time) = rest.split_once('-')?;
+    let is_number = id.bytes().all(|byte| byte.is_ascii_digit()) && !id.starts_with('0');
+    let is_time = time.starts_with(|first: char| first.is_ascii_digit());
+    if is_number && is_time { Some((kind, id.parse().ok()?)) } else { None }
+}
+
 /// The backup of one guest.
 #[derive(Debug)]
 struct DirectoryBackup {
@@ -369,5 +380,13 @@ mod tests {
             GuestInfo { kind: GuestKind::Qemu, id: 100, name: None, start_time_s: 1_767_322_984 };
         assert_eq!(super::archive_name(&guest).unwrap(), "vzdump-qemu-100-2026_01_02-03_03_04");
         assert!(super::archive_name(&GuestInfo { start_time_s: i64::MAX, ..guest }).is_err());
+        let found = |name| super::guest_in_name(name);
+        assert_eq!(found("vzdump-qemu-100-2026_01_02-03_03_04"), Some((GuestKind::Qemu, 100)));
+        assert_eq!(found("vzdump-lxc-7-2026_01_02-03_03_04-2"), Some((GuestKind::Lxc, 7)));
+        for other in
+            ["vzdump-qemu-100", "vzdump-qemu-x-2026", "vzdump-vm-100-2026", "qemu-100-2026"]
+        {
+            assert_eq!(found(other), None, "{other}");
+        }
     }
 }

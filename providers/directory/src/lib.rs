@@ -83,6 +83,7 @@ use provider_api::{
 use call::{blocking, corrupt, limited};
 use container::DirectoryContainerRestore;
 use guest::DirectoryJob;
+pub use guest::guest_in_name;
 use leftovers::Remover;
 use limits::{CONFIG_BYTES_MAX, LOCK_WAIT, OUTCOME_LOCK_WAIT, RECORD_KEEP, STATUS_WAIT};
 pub use manifest::ContainerFormat;
@@ -233,6 +234,8 @@ fn read_config(storage: &Storage, archive: &str) -> Result<GuestConfig> {
 }
 
 fn read_status(storage: &Storage) -> Result<Status> {
+    // Else it would be the space of the file system below.
+    storage.check_place()?;
     let stat = rustix::fs::statvfs(storage.path()).map_err(|e| {
         Error::io(format!("Cannot ask for the space of {}.", storage.path().display()), e.into())
     })?;

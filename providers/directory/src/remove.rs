@@ -15,6 +15,9 @@
 //! two steps are repeated. So a crash needs no repair: a dead `.tmp-` directory is removed by the next
 //! activation, and the removal may be asked for again. T names S by its name, which stays.
 //!
+//! An archive whose manifest cannot be read is not merged into anything: it is removed if nothing builds upon it, and
+//! if its name says whose it is, so that the guest's locks hold off those who use it.
+//!
 //! The price: B's images are copied, by sharing their blocks on btrfs and XFS, else as bytes, and both
 //! are there at once for a while.
 
@@ -28,6 +31,7 @@ use crate::attributes;
 use crate::call::{blocking, check};
 use crate::commit::take_dead_runs;
 use crate::files;
+use crate::guest::guest_in_name;
 use crate::header::Header;
 use crate::kill_point::step;
 use crate::leftovers::Remover;
@@ -68,14 +72,29 @@ struct Removal<'a> {
     storage: &'a Storage,
     archive: &'a str,
     guest: Guest,
+    /// Whether its manifest can be read.
+    is_readable: bool,
     call: &'a Call,
 }
 
 impl<'a> Removal<'a> {
     fn begin(storage: &'a Storage, archive: &'a str, call: &'a Call) -> Result<Self> {
-        let manifest = storage.manifest(archive)?;
-        let guest = Guest::new(storage, manifest.subtype, manifest.guest_id);
-        Ok(Self { storage, archive, guest, call })
+        let (is_readable, (kind, id)) = match storage.manifest(archive) {
+            Ok(manifest) => (true, (manifest.subtype, manifest.guest_id)),
+            Err(error) if storage.look(archive).is_none() => return Err(error),
+            Err(error) => match guest_in_name(archive) {
+                Some(guest) => (false, guest),
+                None => {
+                    let text = format!(
+                        "Archive {archive} is kept: neither its manifest nor its name says whose it is. Move \
+                         its directory elsewhere. {error}"
+                    );
+                    return Err(Error { message: text, ..error });
+                }
+            },
+        };
+        let guest = Guest::new(storage, kind, id);
+        Ok(Self { storage, archive, guest, is_readable, call })
     }
 
     fn run(&self) -> Result<()> {
@@ -84,7 +103,11 @@ impl<'a> Removal<'a> {
         self.check_removable()?;
         drop(self.guest.exclusive(self.call, USE_WAIT)?);
         for _ in 0..MERGE_ROUNDS {
-            for above in self.dependents()? {
+            let dependents = self.dependents()?;
+            if !self.is_readable && !dependents.is_empty() {
+                return Err(self.cannot_be_merged(dependents));
+            }
+            for above in dependents {
                 self.merge_into(&above)?;
             }
             if let Some(leftover) = self.take_away()? {
@@ -98,21 +121,37 @@ impl<'a> Removal<'a> {
         ))
     }
 
-    fn check_removable(&self) -> Result<Manifest> {
-        let manifest = self.storage.manifest(self.archive)?;
+    fn cannot_be_merged(&self, dependents: Vec<Manifest>) -> Error {
+        let names: Vec<_> = dependents.into_iter().map(|above| above.archive).collect();
+        let text = format!(
+            "Archive {} is kept: its manifest cannot be read, so it cannot be merged into {}, which need it. \
+             Remove those first.",
+            self.archive,
+            names.join(", ")
+        );
+        Error { message: text, ..Error::has_dependents(self.archive, names) }
+    }
+
+    fn check_removable(&self) -> Result<()> {
+        if self.is_readable {
+            self.storage.manifest(self.archive)?;
+        }
         if attributes::is_protected(self.storage, self.archive) {
             return Err(Error::new(
                 Kind::Protected,
                 format!("Archive {} is protected.", self.archive),
             ));
         }
-        Ok(manifest)
+        Ok(())
     }
 
     /// The archives that build upon this one; an error if that cannot be told of one.
     fn dependents(&self) -> Result<Vec<Manifest>> {
         let mut found = Vec::new();
         for (name, manifest) in self.storage.read_manifests()? {
+            if name == self.archive {
+                continue;
+            }
             match manifest {
                 Ok(above) if above.disks.iter().any(|disk| self.is_below(disk)) => {
                     found.push(above);
@@ -164,7 +203,7 @@ impl<'a> Removal<'a> {
         }
         let text = format!(
             "Archive {} is kept: {name} builds upon it, but its manifest cannot be read. Repair or remove \
-             the directory of {name} first. {error}",
+             {name} first. {error}",
             self.archive
         );
         Err(Error { message: text, ..error })
@@ -190,7 +229,8 @@ impl<'a> Removal<'a> {
     }
 
     fn build(&self, above: &Manifest, run: &RunDirectory) -> Result<()> {
-        let below = self.check_removable()?;
+        self.check_removable()?;
+        let below = self.storage.manifest(self.archive)?;
         let from = self.storage.archive_path(&above.archive);
         let link = |file: &str| {
             let check = || check(self.call, "The removal");

@@ -24,11 +24,12 @@
 //! Who removes holds the lock up to the last two names, `lock` and the directory's own. These go when the
 //! lock is closed: an open file that is removed gets another name on NFS, in this directory, which then stays.
 
+use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use provider_api::{Call, Error, Kind, Result, Uuid};
@@ -61,6 +62,8 @@ const REPLACES_FILE: &str = "replaces";
 pub(crate) struct Storage {
     path: PathBuf,
     place: Place,
+    /// Archives that cannot be read, of which that has been told.
+    told: Arc<Mutex<HashSet<String>>>,
 }
 
 /// What must be there before a storage is used.
@@ -137,7 +140,7 @@ pub(crate) enum Claim {
 
 impl Storage {
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path, place: Place::default() }
+        Self { path, place: Place::default(), told: Arc::default() }
     }
 
     /// The same storage, used only when this is there.
@@ -147,6 +150,11 @@ impl Storage {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Refuses a storage whose file system is not there.
+    pub(crate) fn check_place(&self) -> Result<()> {
+        self.place.check(&self.path)
     }
 
     /// Directory of a committed archive; the name must have been checked.
@@ -170,7 +178,7 @@ impl Storage {
 
     /// Makes the directories this provider needs.
     pub(crate) fn prepare(&self) -> Result<()> {
-        self.place.check(&self.path)?;
+        self.check_place()?;
         let is_new = !files::is_directory(&self.commits_path());
         files::ensure_directory(&self.commits_path())?;
         if is_new {
@@ -232,7 +240,7 @@ impl Storage {
     }
 
     pub(crate) fn try_lock(&self) -> Result<Option<StorageLock>> {
-        self.place.check(&self.path)?;
+        self.check_place()?;
         let path = self.path.join(OWN_DIRECTORY).join(LOCK_FILE);
         Ok(try_flock(files::open_lock(&path)?, &path)?.map(|file| StorageLock { _file: file }))
     }
@@ -409,14 +417,17 @@ impl Storage {
     }
 
     /// The manifests of all committed archives. One that cannot be read is left out with a
-    /// warning: it must not hide the others.
+    /// warning, the first time: it must not hide the others.
     pub(crate) fn manifests(&self) -> Result<Vec<Manifest>> {
         let read = self.read_manifests()?.into_iter();
         Ok(read
             .filter_map(|(name, manifest)| match manifest {
                 Ok(manifest) => Some(manifest),
                 Err(error) => {
-                    warn!("Archive {name} is left out: {error}");
+                    if self.told.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone())
+                    {
+                        warn!("Archive {name} is left out: {error}");
+                    }
                     None
                 }
             })
@@ -431,22 +442,22 @@ impl Storage {
 
     /// The manifests of all committed archives, or why one cannot be read.
     pub(crate) fn read_manifests(&self) -> Result<Vec<(String, Result<Manifest>)>> {
-        let mut read = Vec::new();
-        for name in self.entries()? {
-            if check_name(&name).is_err() {
-                continue;
-            }
-            match self.manifest(&name) {
-                Err(error) if error.kind == Kind::NotFound => match self.was_archive(&name) {
-                    Ok(true) => read.push((name, Err(error))),
-                    // Somebody's own file or directory, or an archive removed just now.
-                    Ok(false) => {}
-                    Err(error) => read.push((name, Err(error))),
-                },
-                manifest => read.push((name, manifest)),
-            }
+        let names = self.entries()?.into_iter();
+        Ok(names.filter_map(|name| Some((name.clone(), self.look(&name)?))).collect())
+    }
+
+    /// The manifest of an archive, or why it cannot be read; none for what is no archive.
+    pub(crate) fn look(&self, name: &str) -> Option<Result<Manifest>> {
+        check_name(name).ok()?;
+        match self.manifest(name) {
+            Err(error) if error.kind == Kind::NotFound => match self.was_archive(name) {
+                Ok(true) => Some(Err(error)),
+                // Somebody's own file or directory, or an archive removed just now.
+                Ok(false) => None,
+                Err(error) => Some(Err(error)),
+            },
+            manifest => Some(manifest),
         }
-        Ok(read)
     }
 
     /// Whether a directory without manifest holds what only archives have.
@@ -468,7 +479,7 @@ impl Storage {
     }
 
     fn entries(&self) -> Result<Vec<String>> {
-        self.place.check(&self.path)?;
+        self.check_place()?;
         let failed =
             |e| Error::io(format!("Cannot list the directory storage {}.", self.path.display()), e);
         let mut names = Vec::new();

@@ -538,6 +538,42 @@ async fn a_manifest_that_cannot_be_read_keeps_only_what_its_images_name() {
     assert!(!case.storage.join(base).exists());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_that_cannot_be_read_is_removed_if_nothing_needs_it() {
+    let guest = Guest::new(17, 3).await;
+    let case = guest.copy();
+    let bench = provider(&case.storage);
+    let remove = async |name: &str| bench.remove(name, &Call::default()).await;
+    let [base, middle, newest] = [0, 1, 2].map(|at| case.made[at].name.as_str());
+    std::fs::remove_file(case.storage.join(middle).join("manifest.json")).unwrap();
+    let error = remove(middle).await.unwrap_err();
+    assert_eq!(
+        (error.kind, &error.dependents[..]),
+        (Kind::HasDependents, &[newest.to_owned()][..])
+    );
+    assert!(case.storage.join(middle).exists());
+    // The images alone say so.
+    std::fs::write(case.storage.join(newest).join("manifest.json"), "{").unwrap();
+    let error = remove(middle).await.unwrap_err();
+    assert!(error.message.contains(&format!("{newest} builds upon it")), "{error}");
+    std::fs::write(case.storage.join(newest).join("protected"), "").unwrap();
+    assert_eq!(remove(newest).await.unwrap_err().kind, Kind::Protected);
+    bench.set_protected(newest, false, &Call::default()).await.unwrap();
+    for name in [newest, middle] {
+        remove(name).await.unwrap();
+        assert!(!case.storage.join(name).exists());
+    }
+    case.activate().await;
+    assert!(case.leftovers().is_empty() && case.storage.join(base).exists());
+    // Nothing that is somebody's own, and nothing of which nobody knows whose it is.
+    for (name, file) in [("vzdump-qemu-1-2026_photos", "one.png"), ("mine", "qemu-server.conf")] {
+        std::fs::create_dir(case.storage.join(name)).unwrap();
+        std::fs::write(case.storage.join(name).join(file), "x").unwrap();
+        remove(name).await.unwrap_err();
+        assert!(case.storage.join(name).join(file).exists());
+    }
+}
+
 /// The archive that a removal was replacing may be among what is left.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_is_left_goes_while_a_replacement_is_unfinished() {
