@@ -335,10 +335,10 @@ async fn run_guests(shared: &Shared<'_>, job: &SharedJob, guests: &[u32]) -> Vec
 }
 
 /// Bounds a call of a provider that does not obey its deadline; its error in words.
-async fn in_time(
+async fn in_time<T>(
     limits: &Limits,
-    work: impl Future<Output = provider_api::Result<()>>,
-) -> Result<(), String> {
+    work: impl Future<Output = provider_api::Result<T>>,
+) -> Result<T, String> {
     match tokio::time::timeout(limits.provider_call, work).await {
         Ok(result) => result.map_err(|error| chain(&error)),
         Err(_) => Err("the provider did not answer in time".to_owned()),

@@ -7,10 +7,11 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
-use provider_api::{CancellationToken, LOG_BYTES_MAX, Provider};
+use provider_api::{CancellationToken, GuestKind, LOG_BYTES_MAX, Provider};
 
-use super::{BackupOptions, GuestReport, JobContext, call_within, in_time};
+use super::{BackupOptions, GuestReport, JobContext, call_within, chain, in_time};
 use crate::blocking;
+use crate::config::guest::VmConfig;
 use crate::notes_template::NotesTemplate;
 use crate::prune::{Fate, Pruner, list};
 use crate::task_log::TaskSink;
@@ -118,6 +119,12 @@ impl Aftermath<'_> {
             sink: self.sink,
             cancel: self.cancel,
         };
+        if let Some(other) = self.would_lose_disks(&pruner, report).await? {
+            return Err(format!(
+                "this backup has no disk, and '{other}' has some; if that is meant, `vzdump prune` \
+                 removes it"
+            ));
+        }
         let entries = pruner.prune_guest(report.kind, report.id, Some(archive)).await?;
         for entry in entries {
             match entry.fate {
@@ -133,6 +140,39 @@ impl Aftermath<'_> {
         self.sink.info(&format!("pruned {count} backup(s) not covered by keep-retention policy"));
         Ok(())
     }
+
+    /// After a backup of a VM without disks: an archive with some that would be removed. The disks may have been lost
+    /// by mistake, and then such archives are all that is left of them.
+    async fn would_lose_disks(
+        &self,
+        pruner: &Pruner<'_>,
+        report: &GuestReport,
+    ) -> Result<Option<String>, String> {
+        if report.kind != GuestKind::Qemu || !report.volumes.is_empty() {
+            return Ok(None);
+        }
+        let limits = &self.ctx.limits;
+        for entry in pruner.plan().await? {
+            let is_ours = entry.subtype == report.kind && entry.vmid == report.id;
+            if !is_ours || entry.fate != Fate::Remove {
+                continue;
+            }
+            let call = call_within(self.cancel, limits.provider_call);
+            let config = in_time(limits, self.provider.guest_config(&entry.archive, &call)).await;
+            let has_disks = config.and_then(|config| has_disks(config.config));
+            if has_disks.map_err(|error| format!("'{}': {error}", entry.archive))? {
+                return Ok(Some(entry.archive));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Whether a VM with this configuration has disks that a backup includes.
+fn has_disks(config: Vec<u8>) -> Result<bool, String> {
+    let disks = VmConfig::from_bytes(config).and_then(|config| config.disks());
+    let disks = disks.map_err(|error| chain(&error))?;
+    Ok(disks.iter().any(|disk| disk.backup && !disk.is_cdrom))
 }
 
 /// Reads a log. Of one that is too long the middle is left out, by whole lines, and a line says so.

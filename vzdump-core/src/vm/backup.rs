@@ -183,7 +183,7 @@ impl VmDriver {
     /// Reads the configuration of a VM.
     ///
     /// # Errors
-    /// [`GuestError::Refused`]; the configuration cannot be read.
+    /// [`GuestError::Refused`] for a VM that is not there or locked; the configuration cannot be read.
     pub fn open(
         ctx: &JobContext,
         id: u32,
@@ -191,9 +191,19 @@ impl VmDriver {
         mechanism: Mechanism,
     ) -> Result<Self, GuestError> {
         let layout = &ctx.layout;
-        let config = VmConfig::read(&layout.vm_config_path(id))
+        let path = layout.vm_config_path(id);
+        let config = VmConfig::read(&path)
             .map_err(GuestError::at(format!("read the configuration of VM {id}")))?
             .ok_or_else(|| GuestError::Refused(format!("VM {id} does not exist.")))?;
+        // Its archive would look like a backup, and good ones would be pruned for it.
+        if config.pairs().next().is_none() {
+            return Err(GuestError::Refused(format!(
+                "The configuration of VM {id} is empty ('{}'); `vzdump restore --force` brings back \
+                 that of an archive.",
+                path.display()
+            )));
+        }
+        runner::refuse_locked(&config, id).map_err(|error| GuestError::Refused(chain(&error)))?;
         let firewall = read_optional(&layout.firewall_path(id))
             .map_err(GuestError::at(format!("read the firewall configuration of VM {id}")))?;
         Ok(Self {

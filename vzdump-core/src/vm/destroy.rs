@@ -11,7 +11,7 @@ use provider_api::GuestKind;
 
 use super::backup::free_volume;
 use super::leftovers;
-use super::runner::{self, LIVE_LOCK, RunnerError};
+use super::runner::{self, LIVE_LOCK, RESTORE_LOCK, RunnerError, refuse_locked};
 use crate::blocking;
 use crate::config::parse_bool;
 use crate::guest::GuestError;
@@ -88,9 +88,12 @@ pub async fn destroy(
     let _lock =
         FileLock::try_acquire(&backup_lock_path(layout, GuestKind::Qemu, id), &format!("VM {id}"))?;
     let config = runner::read_config(layout, id)?;
-    if config.get("lock") == Some(LIVE_LOCK) && runner::find_process(layout, id)?.is_some() {
-        // Stopped, it would still not be complete.
-        return Err(RunnerError::Incomplete { id }.into());
+    match config.get("lock") {
+        // To remove what is not complete is one way out.
+        Some("create" | RESTORE_LOCK) => {}
+        Some(LIVE_LOCK) if runner::find_process(layout, id)?.is_none() => {}
+        // Stopped, one that is restored live would still not be complete.
+        _ => refuse_locked(&config, id)?,
     }
     if config.get("protection").and_then(parse_bool) == Some(true) {
         return Err(DestroyError::Protected(id));

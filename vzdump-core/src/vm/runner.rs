@@ -34,7 +34,7 @@ use crate::lock::{FileLock, LockError};
 use crate::storage::{ImageFormat, StorageError, StorageSet, VolumeId, image_size};
 use crate::tools::{MissingTool, Tools};
 
-pub use live::{LIVE_LOCK, check_config, live_advice, start_live};
+pub use live::{LIVE_LOCK, RESTORE_LOCK, check_config, live_advice, start_live};
 pub use stop::{StopOptions, Stopped, end_if, shut_down, stop};
 
 /// Longest start until QMP answers; loading a large firmware on a busy host takes seconds.
@@ -74,7 +74,7 @@ pub enum RunnerError {
         pid: i32,
     },
     /// Its configuration says that something else is being done with it.
-    #[error("The VM {id} is locked ({lock}); remove the key 'lock' if that is left over.")]
+    #[error("The VM {id} is locked ({lock}); {}.", lock_advice(.lock))]
     Locked {
         /// The number.
         id: u32,
@@ -338,11 +338,22 @@ pub fn check_startable(
     Ok(())
 }
 
-fn refuse_locked(config: &VmConfig, id: u32) -> Result<(), RunnerError> {
+/// Refuses a VM of which its configuration says that something else is being done with it.
+pub(super) fn refuse_locked(config: &VmConfig, id: u32) -> Result<(), RunnerError> {
     match config.get("lock") {
         Some(LIVE_LOCK) => Err(RunnerError::Incomplete { id }),
         Some(lock) => Err(RunnerError::Locked { id, lock: lock.to_owned() }),
         None => Ok(()),
+    }
+}
+
+fn lock_advice(lock: &str) -> &'static str {
+    match lock {
+        RESTORE_LOCK => {
+            "a restore that did not end has removed its disks, and another `vzdump restore --force` \
+             brings it back"
+        }
+        _ => "remove the key 'lock' if that is left over",
     }
 }
 

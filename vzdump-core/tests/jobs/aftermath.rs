@@ -7,7 +7,7 @@ use std::sync::Arc;
 use provider_api::{Archive, GuestKind};
 use vzdump_core::job::GuestReport;
 
-use crate::provider::{ARCHIVE, Script};
+use crate::provider::{ARCHIVE, Script, Stored};
 use crate::world::{ID, World};
 
 const DAY_S: i64 = 86_400;
@@ -182,6 +182,30 @@ async fn the_new_archive_stays_even_if_the_others_are_from_the_future() {
     let report = world.backup().await;
     assert_eq!(report.pruned, ["old-1"]);
     assert!(world.sink.text().contains("from the future"), "{}", world.sink.text());
+}
+
+/// They may be all that is left of disks that were lost by mistake.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_without_disks_removes_no_archive_that_has_some() {
+    for (config, is_pruned) in [
+        ("scsi0: local:100/vm-100-disk-0.raw\n", false),
+        ("scsi0: no, disk=\n", false),
+        ("ide2: none,media=cdrom\nscsi0: local:100/x.raw,backup=0\n", true),
+        ("name: web\n", true),
+    ] {
+        let restore = Some(Stored { config: config.to_owned(), ..Stored::default() });
+        let world = world(Script { restore, ..Script::default() });
+        std::fs::write(world.ctx.layout.vm_config_path(ID), "name: web\n").unwrap();
+        let report = world.backup().await;
+        if is_pruned {
+            assert!(report.is_success() && report.warnings.is_empty(), "{report:?}");
+            assert_eq!(report.pruned, ["old-1", "old-2"], "{config}");
+        } else {
+            assert_warned(&report, "older archives are not pruned: ");
+            assert_eq!(world.provider.count("remove"), 0, "{config}");
+        }
+        world.assert_no_files(config);
+    }
 }
 
 /// Scenario 82.

@@ -14,6 +14,7 @@ mod good;
 mod guard;
 mod hooks;
 mod liars;
+mod locked;
 mod modes;
 mod peer;
 mod provider;

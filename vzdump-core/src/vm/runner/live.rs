@@ -14,6 +14,9 @@ use crate::vm::qemu_cmdline::{DiskFile, LiveNode};
 /// What a VM is locked with whose disks are not complete.
 pub const LIVE_LOCK: &str = "live-restore";
 
+/// What a VM is locked with whose disks a restore has removed, as Proxmox VE calls it.
+pub const RESTORE_LOCK: &str = "restore";
+
 /// What to do with such a VM, as a sentence of the message that refuses something else.
 #[must_use]
 pub fn live_advice(id: u32) -> String {
