@@ -43,7 +43,9 @@ use crate::guard::{Frozen, Owed, Target};
 use crate::lxc::{Lxc, State};
 use crate::opening::{Opening, Wanted};
 use crate::runner::Runner;
-use crate::runtime::{Busy, Found, beside, find_volumes, read_config, start_now, stop_now};
+use crate::runtime::{
+    Busy, Found, beside, find_volumes, read_config, refuse_locked, start_now, stop_now,
+};
 use crate::sandbox::{LISTS, TREE};
 use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
 use crate::suspend::{Suspension, warn_of_foreign};
@@ -70,6 +72,7 @@ impl Containers for LxcContainers {
         options: &BackupOptions,
     ) -> Result<Box<dyn GuestDriver>, GuestError> {
         let config = read_config(&ctx.layout, id)?;
+        refuse_locked(&config, id)?;
         Ok(Box::new(CtDriver {
             ids: config.id_map().map_err(CtError::from)?,
             lxc: Lxc::new(&ctx.layout.lxc_path(), id),

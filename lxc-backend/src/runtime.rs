@@ -93,6 +93,14 @@ pub fn read_config(layout: &Layout, id: u32) -> Result<CtConfig, CtError> {
     CtConfig::read(&path)?.ok_or(CtError::NoConfig { id, path })
 }
 
+/// Refuses a container of which its configuration says that something else is being done with it.
+pub(crate) fn refuse_locked(config: &CtConfig, id: u32) -> Result<(), CtError> {
+    let Some(lock) = config.lines().get("lock") else { return Ok(()) };
+    Err(CtError::Invalid(format!(
+        "The container {id} is locked ({lock}); remove the key 'lock' if that is left over."
+    )))
+}
+
 /// Tells what a container is doing. May block.
 ///
 /// # Errors

@@ -11,7 +11,7 @@ use vzdump_core::storage::VolumeId;
 
 use crate::CtError;
 use crate::lxc::{Lxc, State};
-use crate::runtime::beside;
+use crate::runtime::{beside, refuse_locked};
 
 /// What becomes of the volumes of a container that is replaced.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -68,11 +68,7 @@ pub(super) async fn find(
     if state != State::Stopped {
         return refuse(format!("The container {id} is running; stop it first."));
     }
-    if let Some(lock) = config.lines().get("lock") {
-        return refuse(format!(
-            "The container {id} is locked ({lock}); remove the key 'lock' if that is left over."
-        ));
-    }
+    refuse_locked(&config, id)?;
     if config.lines().get("protection").and_then(parse_bool) == Some(true) {
         return refuse(format!(
             "The container {id} is protected; remove the key 'protection' from its configuration \
