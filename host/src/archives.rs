@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use provider_api::{Archive, GuestConfig, GuestKind, Verified, check_archive_name, notes_line};
+use provider_api::{
+    Archive, GuestConfig, GuestKind, Provider, Verified, check_archive_name, notes_line,
+};
 use serde::Serialize;
 use vzdump_core::config::storage::is_storage_id;
 
@@ -77,8 +79,25 @@ pub struct ArchiveInfo {
 pub struct StorageProblem {
     /// The storage.
     pub storage: String,
+    /// The archive, if it is one that cannot be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub volid: Option<String>,
     /// What is wrong.
     pub problem: String,
+}
+
+impl StorageProblem {
+    fn new(storage: &str, problem: String) -> Self {
+        Self { storage: storage.to_owned(), volid: None, problem }
+    }
+
+    fn unreadable(archive: &ArchiveName) -> Self {
+        let problem = format!(
+            "'{archive}' cannot be read; `vzdump verify {archive}` says why, and `vzdump remove {archive}` removes \
+             it if nothing builds upon it."
+        );
+        Self { volid: Some(archive.to_string()), ..Self::new(&archive.storage, problem) }
+    }
 }
 
 /// All archives of one storage or of all.
@@ -103,7 +122,7 @@ impl Host {
         } else {
             for storage in self.providers.backup_ids() {
                 if let Err(error) = self.list_storage(&storage, &mut list).await {
-                    list.problems.push(StorageProblem { storage, problem: crate::chain(&error) });
+                    list.problems.push(StorageProblem::new(&storage, crate::chain(&error)));
                 }
             }
         }
@@ -126,17 +145,38 @@ impl Host {
         let provider = self.providers.get(storage).await.map_err(HostError::Storage)?;
         let mut archives = in_time(provider.list(&call())).await.map_err(fault(storage))?;
         for problem in keep_once(&mut archives) {
-            list.problems.push(StorageProblem { storage: storage.to_owned(), problem });
+            list.problems.push(StorageProblem::new(storage, problem));
         }
         for archive in archives {
             match info(storage, archive) {
                 Ok(info) => list.archives.push(info),
-                Err(problem) => {
-                    list.problems.push(StorageProblem { storage: storage.to_owned(), problem });
-                }
+                Err(problem) => list.problems.push(StorageProblem::new(storage, problem)),
+            }
+        }
+        match self.unreadable(storage, provider.as_ref()).await {
+            Ok(names) => list.problems.extend(names.iter().map(StorageProblem::unreadable)),
+            Err(error) => {
+                list.problems.push(StorageProblem::new(storage, crate::chain(&error)));
             }
         }
         Ok(())
+    }
+
+    /// The archives that a storage does not list because they are too damaged.
+    pub(crate) async fn unreadable(
+        &self,
+        storage: &str,
+        provider: &dyn Provider,
+    ) -> Result<Vec<ArchiveName>, HostError> {
+        if !provider.describe().capabilities.verify {
+            return Ok(Vec::new());
+        }
+        let mut names = in_time(provider.unreadable(&call())).await.map_err(fault(storage))?;
+        // A bad name becomes part of no line and no call.
+        names.retain(|name| check_archive_name(name).is_ok());
+        names.sort();
+        let archive = |name| ArchiveName { storage: storage.to_owned(), name };
+        Ok(names.into_iter().map(archive).collect())
     }
 
     /// The guest's configuration files in an archive.
@@ -159,7 +199,10 @@ impl Host {
             return text.parse().map_err(HostError::Archive);
         }
         let list = self.list(None).await?;
-        let found = list.archives.iter().filter_map(|info| info.volid.parse::<ArchiveName>().ok());
+        // One that cannot be read is verified and removed by its name, too.
+        let unreadable = list.problems.iter().filter_map(|problem| problem.volid.as_deref());
+        let all = list.archives.iter().map(|info| info.volid.as_str()).chain(unreadable);
+        let found = all.filter_map(|volid| volid.parse::<ArchiveName>().ok());
         let mut found: Vec<_> = found.filter(|archive| archive.name == text).collect();
         match (found.pop(), found.is_empty()) {
             (Some(archive), true) => Ok(archive),
@@ -173,7 +216,8 @@ impl Host {
 
 /// That an archive was not found, and where it may be all the same.
 fn not_found(name: &str, problems: &[StorageProblem]) -> String {
-    let mut first_of_storages: Vec<_> = problems.iter().collect();
+    let mut first_of_storages: Vec<_> =
+        problems.iter().filter(|problem| problem.volid.is_none()).collect();
     // A provider may have many, and one is enough to go and look.
     first_of_storages.dedup_by(|later, first| later.storage == first.storage);
     let words = |problem: &&StorageProblem| format!("{}: {}", problem.storage, problem.problem);

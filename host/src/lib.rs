@@ -118,6 +118,9 @@ pub enum HostError {
     /// An archive's name.
     #[error("{0}")]
     Archive(String),
+    /// An archive may not be changed in this way.
+    #[error("{0}")]
+    Denied(String),
     /// A restore would be refused.
     #[error("It would not be restored: {0}")]
     Refused(String),

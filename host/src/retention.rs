@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
 use provider_api::{Archive, Call, Capabilities, GuestKind, Provider, check_notes};
+use provider_directory::guest_in_name;
 use serde::Serialize;
 use vzdump_core::config::backup::BackupSettings;
 use vzdump_core::job::{Limits, target_lock_path};
@@ -244,7 +245,8 @@ impl Host {
     /// Removes an archive. Must be awaited to its end; cancel it by the token.
     ///
     /// # Errors
-    /// [`HostError::Archive`] for one that is not there or is protected, [`HostError::Storage`],
+    /// [`HostError::Archive`] for one that is not there, [`HostError::Denied`] for one that is protected or whose
+    /// guest is not known, [`HostError::Storage`],
     /// [`HostError::Lock`] while its guest is backed up, [`HostError::Provider`].
     pub async fn remove_archive(
         &self,
@@ -253,17 +255,39 @@ impl Host {
     ) -> Result<ArchiveName, HostError> {
         let (name, provider) = self.open_archive(archive, REMOVE).await?;
         activate(provider.as_ref(), &name.storage, cancel).await?;
-        let found = find(provider.as_ref(), &name).await?;
-        if found.protected {
-            return Err(HostError::Archive(format!(
-                "The archive '{name}' is protected; `vzdump unprotect {name}` ends that."
-            )));
-        }
-        let _lock = self.lock_target(found.subtype, found.guest_id, &name.storage).await?;
+        let archives = in_time(provider.list(&call())).await.map_err(fault(&name.storage))?;
+        let (kind, id) = match in_list(&archives, &name) {
+            Ok(found) if found.protected => {
+                return Err(HostError::Denied(format!(
+                    "The archive '{name}' is protected; `vzdump unprotect {name}` ends that."
+                )));
+            }
+            Ok(found) => (found.subtype, found.guest_id),
+            Err(missing) => {
+                self.guest_of_unreadable(&name, provider.as_ref()).await?.ok_or(missing)?
+            }
+        };
+        let _lock = self.lock_target(kind, id, &name.storage).await?;
         let limit = Limits::default().removal;
         let removed = prune::remove(provider.as_ref(), &name.name, limit, cancel).await;
         removed.map_err(fault(&name.storage))?;
         Ok(name)
+    }
+
+    /// The guest of an archive that cannot be read, by its name; none for an archive that is not there.
+    async fn guest_of_unreadable(
+        &self,
+        name: &ArchiveName,
+        provider: &dyn Provider,
+    ) -> Result<Option<(GuestKind, u32)>, HostError> {
+        if !self.unreadable(&name.storage, provider).await?.contains(name) {
+            return Ok(None);
+        }
+        let whose = guest_in_name(&name.name);
+        whose.map(Some).ok_or_else(|| HostError::Denied(format!(
+            "The archive '{name}' cannot be read, and its name does not say whose it is: it is not removed. Remove it \
+             from its storage by hand."
+        )))
     }
 
     /// All notes of an archive.
@@ -289,9 +313,9 @@ impl Host {
     /// Replaces the notes of an archive; empty ones are removed.
     ///
     /// # Errors
-    /// As [`Host::notes`], and [`HostError::Archive`] for text that cannot be notes.
+    /// As [`Host::notes`], and [`HostError::Denied`] for text that cannot be notes.
     pub async fn set_notes(&self, archive: &str, notes: &str) -> Result<ArchiveName, HostError> {
-        check_notes(notes).map_err(HostError::Archive)?;
+        check_notes(notes).map_err(HostError::Denied)?;
         let (name, provider) = self.open_archive(archive, NOTES).await?;
         let set = in_time(provider.set_notes(&name.name, notes, &call())).await;
         set.map_err(fault(&name.storage))?;
@@ -301,7 +325,7 @@ impl Host {
     /// Protects an archive from removal, or no longer.
     ///
     /// # Errors
-    /// As [`Host::notes`], and [`HostError::Archive`] when the storage holds as many protected
+    /// As [`Host::notes`], and [`HostError::Denied`] when the storage holds as many protected
     /// archives of the guest as it may.
     pub async fn set_protected(
         &self,
@@ -317,7 +341,7 @@ impl Host {
                 .filter(|other| other.subtype == found.subtype && other.guest_id == found.guest_id);
             let others = of_guest.filter(|other| other.protected && other.name != name.name);
             if others.count() as u64 >= u64::from(limit) {
-                return Err(HostError::Archive(format!(
+                return Err(HostError::Denied(format!(
                     "The storage '{}' may hold {limit} protected archives of a guest; unprotect \
                      another one of guest {}, or raise '{MAX_PROTECTED_KEY}'.",
                     name.storage, found.guest_id
@@ -369,11 +393,6 @@ pub(crate) async fn activate(
             "The storage '{storage}' did not become ready in time."
         ))),
     }
-}
-
-async fn find(provider: &dyn Provider, name: &ArchiveName) -> Result<Archive, HostError> {
-    let archives = in_time(provider.list(&call())).await.map_err(fault(&name.storage))?;
-    in_list(&archives, name).cloned()
 }
 
 fn in_list<'a>(archives: &'a [Archive], name: &ArchiveName) -> Result<&'a Archive, HostError> {

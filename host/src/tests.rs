@@ -81,6 +81,13 @@ async fn a_directory_is_used_only_where_it_is_said_to_be() {
         } else {
             let error = done.unwrap_err();
             assert!(error.contains(fault), "{line}: {error}");
+            let provider = host.providers.get(id).await;
+            if let Ok(provider) = provider {
+                // What is below an empty mount point has space, too.
+                let error =
+                    provider.status(&call).await.map_err(|error| chain(&error)).unwrap_err();
+                assert!(error.contains(fault), "{line}: {error}");
+            }
             assert!(!dir.path().join(id).exists(), "{line}");
         }
     }
@@ -367,6 +374,44 @@ async fn what_a_verification_found_is_kept_by_the_host_only_if_the_provider_forg
     // This provider remembers: what it says goes before what the host has kept.
     assert_eq!(all().await[0].verified.unwrap().damage_count, 0);
     assert_eq!(host.results::<Verified>()[&archives[0]], found(now, 3));
+}
+
+#[tokio::test]
+async fn an_archive_that_cannot_be_read_is_listed_verified_and_removed() {
+    let (dir, host) = host(STORAGES);
+    let (sink, cancel) = (vzdump_core::task_log::NoLog, CancellationToken::new());
+    let lost = store(&host, 100, &[0]).await.remove(0);
+    let other = store(&host, 101, &[0]).await.remove(0);
+    let (_, name) = lost.split_once(":backup/").unwrap();
+    fs::remove_file(dir.path().join("backups").join(name).join("manifest.json")).unwrap();
+    let list = host.list(None).await.unwrap();
+    assert_eq!(list.archives.len(), 1);
+    assert_eq!(list.problems[0].volid.as_ref(), Some(&lost));
+    let verify = async |guest| {
+        let request = VerifyRequest {
+            archives: Vec::new(),
+            storage: Some("backups".to_owned()),
+            guests: vec![guest],
+            extent: VerifyExtent::All,
+            not_since_days: None,
+        };
+        host.verify(request, &sink, &cancel).await.unwrap()
+    };
+    let found = verify(100).await;
+    assert!(!found.is_success());
+    assert_eq!((&found.archives[0].volid, found.archives[0].vmid), (&lost, Some(100)));
+    let found = verify(101).await;
+    assert!(found.is_success() && found.archives.len() == 1, "{found:?}");
+    // Of this one not even the name says whose it is.
+    let nameless = dir.path().join("backups/copy");
+    fs::create_dir(&nameless).unwrap();
+    fs::write(nameless.join("qemu-server.conf"), "name: a\n").unwrap();
+    assert!(!verify(101).await.is_success());
+    let error = host.remove_archive("copy", &cancel).await.unwrap_err();
+    assert!(error.to_string().contains("does not say whose it is"), "{error}");
+    host.remove_archive(name, &cancel).await.unwrap();
+    let list = host.list(None).await.unwrap();
+    assert_eq!((&list.archives[0].volid, list.problems.len()), (&other, 1));
 }
 
 /// As when the storage has become full.

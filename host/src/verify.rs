@@ -8,6 +8,7 @@ use provider_api::{
     Archive, Damage, GuestKind, Kind, Provider, Uuid, Verified, VerifyExtent, VerifyOptions,
     VerifyReport, check_archive_name,
 };
+use provider_directory::guest_in_name;
 use serde::Serialize;
 use vzdump_core::job::Limits;
 use vzdump_core::prune::sort_by_guest;
@@ -66,9 +67,9 @@ pub enum VerifyResult {
 pub struct VerifiedArchive {
     /// Its volume id.
     pub volid: String,
-    /// Kind of the guest; none for an archive too damaged to tell.
+    /// Kind of the guest; of an archive too damaged to tell by its name, if that tells.
     pub subtype: Option<GuestKind>,
-    /// Number of the guest; none for an archive too damaged to tell.
+    /// Number of the guest; of an archive too damaged to tell by its name, if that tells.
     pub vmid: Option<u32>,
     /// Bytes of its disks that were read.
     pub read_bytes: u64,
@@ -210,11 +211,10 @@ async fn choose(
     }
     if !guests.is_empty() {
         archives.retain(|archive| guests.contains(&archive.guest_id));
-        for name in std::mem::take(&mut unreadable) {
-            sink.warn(&format!(
-                "'{storage}:backup/{name}' is too damaged to say whose it is, and is left out"
-            ));
-        }
+        // Its name says whose it is, or it may be anybody's.
+        let may_be_meant =
+            |name: &str| guest_in_name(name).is_none_or(|(_, id)| guests.contains(&id));
+        unreadable.retain(|name| may_be_meant(name));
     }
     sort_by_guest(&mut archives);
     let known = archives.into_iter().map(|a| Wanted { name: a.name.clone(), known: Some(a) });
@@ -240,10 +240,12 @@ impl Task<'_> {
         let mut options = VerifyOptions { extent: self.request.extent, known_sound: Vec::new() };
         for Wanted { name, known } in wanted {
             let volid = ArchiveName { storage: self.storage.clone(), name: name.clone() };
+            let guest = known.as_ref().map(|known| (known.subtype, known.guest_id));
+            let guest = guest.or_else(|| guest_in_name(&name));
             let mut archive = VerifiedArchive {
                 volid: volid.to_string(),
-                subtype: known.as_ref().map(|known| known.subtype),
-                vmid: known.as_ref().map(|known| known.guest_id),
+                subtype: guest.map(|(kind, _)| kind),
+                vmid: guest.map(|(_, id)| id),
                 read_bytes: 0,
                 blocks: 0,
                 result: VerifyResult::Skipped,
