@@ -12,7 +12,7 @@ use provider_api::{Archive, CancellationToken, GuestKind, Kind, Provider, check_
 use serde::Serialize;
 
 use crate::job::{Limits, call_within, chain};
-use crate::retention::{Mark, Retention, Rule, plan};
+use crate::retention::{Mark, Retention, Rule, by_age, plan};
 use crate::task_log::{TaskSink, clean};
 
 /// What a prune has done with an archive, or would do.
@@ -130,6 +130,10 @@ impl Pruner<'_> {
             }
             entry.fate = self.remove(&entry.archive).await;
         }
+        let is_removed = |entry: &&PruneEntry| entry.fate == Fate::Removed;
+        if let Some(latest_s) = entries.iter().filter(is_removed).map(|entry| entry.time_s).max() {
+            wait_until_after(latest_s).await;
+        }
         Ok(entries)
     }
 
@@ -204,15 +208,21 @@ impl Pruner<'_> {
     }
 }
 
+/// Waits until this second is over, if it is still under way. The guest's next archive cannot get a name then that has
+/// just become free, and among the names of one second would make it look older than it is.
+async fn wait_until_after(second_s: i64) {
+    let now = jiff::Timestamp::now();
+    if now.as_second() == second_s {
+        let left_ns = 1_000_000_000 - now.subsec_nanosecond().unsigned_abs();
+        tokio::time::sleep(Duration::from_nanos(left_ns.into())).await;
+    }
+}
+
 /// Puts archives in order: those of a guest together, the oldest first.
 pub fn sort_by_guest(archives: &mut [Archive]) {
     archives.sort_by(|a, b| {
-        (a.guest_id, a.subtype.to_string(), a.time_s, &a.name).cmp(&(
-            b.guest_id,
-            b.subtype.to_string(),
-            b.time_s,
-            &b.name,
-        ))
+        let guests = (a.guest_id, a.subtype.to_string()).cmp(&(b.guest_id, b.subtype.to_string()));
+        guests.then_with(|| by_age(a, b))
     });
 }
 

@@ -13,6 +13,7 @@
 
 mod parse;
 
+use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::fmt;
 
@@ -160,14 +161,18 @@ pub fn plan(archives: &[Archive], retention: &Retention, zone: &TimeZone) -> Vec
                 Some(time) => group.push(Dated { index, time, archive }),
             }
         }
-        // The name decides between archives of one second.
-        group.sort_by(|a, b| {
-            (b.archive.time_s, &b.archive.name).cmp(&(a.archive.time_s, &a.archive.name))
-        });
+        group.sort_by(|a, b| by_age(b.archive, a.archive));
         plan_group(&group, retention, &mut marks);
     }
     // Only what goes is left.
     marks.into_iter().map(|mark| mark.unwrap_or(Mark::Remove)).collect()
+}
+
+/// Orders archives of a guest, the oldest first. The name decides between those of one second: `…-10` comes after
+/// `…-9`.
+pub(crate) fn by_age(a: &Archive, b: &Archive) -> Ordering {
+    let key = |archive: &Archive| (archive.time_s, archive.name.len());
+    key(a).cmp(&key(b)).then_with(|| a.name.cmp(&b.name))
 }
 
 /// An archive with its local time.

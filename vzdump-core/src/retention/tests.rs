@@ -127,6 +127,8 @@ fn archives_of_one_second_are_two_archives() {
     let archives = [archive("a", 0), archive("a-2", 0)];
     assert_eq!(marks(&archives, "keep-last=2"), ["last", "last"]);
     assert_eq!(marks(&archives, "keep-last=1"), ["remove", "last"]);
+    let archives = [archive("a-10", 0), archive("a-9", 0)];
+    assert_eq!(marks(&archives, "keep-last=1"), ["last", "remove"]);
 }
 
 fn name_of(rule: Rule, archive: &Archive) -> String {
@@ -142,10 +144,14 @@ fn name_of(rule: Rule, archive: &Archive) -> String {
     zoned.strftime(format).to_string()
 }
 
+fn age(archive: &Archive) -> (i64, usize, String) {
+    (archive.time_s, archive.name.len(), archive.name.clone())
+}
+
 /// The documented rules, word by word, for the archives of one guest without protected ones.
 fn reference(archives: &[Archive], counts: &KeepCounts) -> Vec<Mark> {
     let mut order: Vec<usize> = (0..archives.len()).collect();
-    order.sort_by_key(|i| (archives[*i].time_s, archives[*i].name.clone()));
+    order.sort_by_key(|i| age(&archives[*i]));
     order.reverse();
     let mut marks: Vec<Option<Mark>> = vec![None; archives.len()];
     for rule in Rule::COUNTING {
@@ -226,7 +232,7 @@ proptest! {
                 .filter(|(a, _)| of_guest(a)).map(|(_, mark)| *mark).collect();
             prop_assert_eq!(&got, &reference(&own, &counts));
             // Something is kept, the newest first of all.
-            let newest = own.iter().enumerate().max_by_key(|(_, a)| (a.time_s, a.name.clone()));
+            let newest = own.iter().enumerate().max_by_key(|(_, a)| age(a));
             if let Some((newest, _)) = newest {
                 prop_assert!(matches!(got[newest], Mark::Keep(_)));
             }

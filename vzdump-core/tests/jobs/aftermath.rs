@@ -3,6 +3,7 @@
 //! it can fail the backup.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use provider_api::{Archive, GuestKind};
 use vzdump_core::job::GuestReport;
@@ -182,6 +183,23 @@ async fn the_new_archive_stays_even_if_the_others_are_from_the_future() {
     let report = world.backup().await;
     assert_eq!(report.pruned, ["old-1"]);
     assert!(world.sink.text().contains("from the future"), "{}", world.sink.text());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_has_become_free_is_not_given_away_in_the_same_second() {
+    let world = world(Script::default());
+    // At the beginning of a second.
+    let begun = jiff::Timestamp::now().subsec_nanosecond();
+    tokio::time::sleep(Duration::from_nanos(u64::try_from(1_000_000_000 - begun).unwrap())).await;
+    let now_s = jiff::Timestamp::now().as_second();
+    for archive in &mut world.provider.0.script.lock().unwrap().archives {
+        if archive.name.starts_with("old") {
+            archive.time_s = now_s;
+        }
+    }
+    let report = world.backup().await;
+    assert_eq!(report.pruned, ["old-1"]);
+    assert!(jiff::Timestamp::now().as_second() > now_s);
 }
 
 /// They may be all that is left of disks that were lost by mistake.
