@@ -34,6 +34,14 @@ pub enum ArchiveError {
     /// More than the limits allow.
     #[error("the archive has too much: {0}")]
     TooMuch(String),
+    /// More bytes of data than the limit allows.
+    #[error("the archive has too much: more than {limit_bytes} bytes of data with '{path}'")]
+    TooMuchData {
+        /// The file that is too much, as it can be shown.
+        path: String,
+        /// The limit.
+        limit_bytes: u64,
+    },
     /// The caller could not write what was read.
     #[error("cannot write a file of the archive")]
     Write(#[source] io::Error),

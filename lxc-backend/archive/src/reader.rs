@@ -251,8 +251,10 @@ impl<R: Read> Reader<R> {
     fn file(&mut self, header: &Header, raw: &[u8], stored: u64, pax: &mut Pax) -> Result<Kind> {
         self.data_bytes = self.data_bytes.saturating_add(stored);
         if self.data_bytes > self.limits.data_bytes {
-            let why = format!("more than {} bytes of data", self.limits.data_bytes);
-            return Err(ArchiveError::TooMuch(why));
+            return Err(ArchiveError::TooMuchData {
+                path: crate::shown(raw),
+                limit_bytes: self.limits.data_bytes,
+            });
         }
         // First of all, so that nothing that follows forgets it.
         (self.left, self.padding) = (stored, padding(stored));

@@ -19,6 +19,13 @@ use crate::CtError;
 use crate::create::NewMount;
 use crate::runtime::beside;
 
+/// What the unpacking says if the volumes are too small.
+const TOO_LITTLE_ROOM: [&str; 2] = ["bytes of data with", "No space left on device"];
+/// What to do then.
+const WITHOUT_SIZES: &str = "Restore it to a storage of the type btrfs (--storage, --format \
+     subvol), where volumes need no size, or make a container of its files (vzdump ct create \
+     --template --size).";
+
 /// A volume that is to be made.
 #[derive(Debug, Clone)]
 pub(super) struct Planned {
@@ -66,6 +73,20 @@ pub(super) struct Plan {
     pub(super) fates: Fates,
     pub(super) space: Vec<PlannedSpace>,
     pub(super) warnings: Vec<String>,
+}
+
+impl Plan {
+    /// Says what to do, too, if the files do not fit into the volumes.
+    pub(super) fn advise(&self, error: CtError) -> CtError {
+        let said = error.words();
+        let are_too_many = TOO_LITTLE_ROOM.iter().any(|words| said.contains(words));
+        if !are_too_many || self.volumes.iter().all(|one| one.format == ImageFormat::Subvol) {
+            return error;
+        }
+        CtError::Invalid(format!(
+            "{said}. The volumes are as large as the archive's configuration says. {WITHOUT_SIZES}"
+        ))
+    }
 }
 
 /// Plans the volumes, and looks whether they can be made.
@@ -120,8 +141,7 @@ fn plan_volume(
         Some(size) => parse_size(size).map_err(CtError::Invalid)?,
         None => {
             return Err(CtError::Invalid(format!(
-                "'{}' of the archive has no size: restore it to a storage of the type btrfs, with the format \
-                 subvol.",
+                "'{}' of the archive has no size. {WITHOUT_SIZES}",
                 entry.key
             )));
         }

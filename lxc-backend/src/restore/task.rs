@@ -297,7 +297,7 @@ impl Restore<'_> {
         })
         .await;
         place.remove().await?;
-        let unpacked = unpacked?;
+        let unpacked = unpacked.map_err(|error| plan.advise(error))?;
         closed?;
         if unpacked.filled.is_empty() {
             return Err(CtError::Invalid("The archive holds no files.".to_owned()));

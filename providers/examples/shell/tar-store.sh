@@ -89,7 +89,7 @@ backup_container() {
     send "$(printf '%s' "$line" | jq -c --arg id "tar-$number" --arg out "$work/files.tar" '.params |
         {jsonrpc: "2.0", id: $id, method: "container.command", params: {
             container: .container, identity: "mapped_root", stdout: $out,
-            argv: (["tar", "-cf", "-", "--numeric-owner", "--acls", "--xattrs", "-C", .tree,
+            argv: (["tar", "-cf", "-", "--numeric-owner", "--sparse", "--acls", "--xattrs", "-C", .tree,
                 "--one-file-system", "--null", "--no-verbatim-files-from", "--no-unquote",
                 "--files-from=\(.lists)/selected"])}}')"
     # While tar runs other requests may come: they are answered before this one.

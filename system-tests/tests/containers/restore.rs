@@ -122,9 +122,11 @@ fn archives_that_mean_harm_72_are_refused_or_contained() {
     let volumes = tar_of(&scene, "volumes.tar", &[("a", b'M', "", b"the rest of it")]);
     let label = tar_of(&scene, "label.tar", &[("a", b'V', "", b""), ("../b", b'0', "", b"harm")]);
     let bomb = tar_of(&scene, "bomb.tar", &[("./big", b'0', "", &vec![7; 80 << 20])]);
+    // As large as the volume, whose file system takes a part of that.
+    let full = tar_of(&scene, "full.tar", &[("./big", b'0', "", &vec![7; 63 << 20])]);
     let good = scene.template.clone();
     let default = CtRestoreOptions::default();
-    let cases: [(&str, &str, &PathBuf, Option<&str>); 12] = [
+    let cases: [(&str, &str, &PathBuf, Option<&str>); 13] = [
         // Of few files, none of which is a program for the administrator: restored for what it is.
         ("absolute", &unprivileged, &absolute, None),
         ("volumes", &unprivileged, &volumes, Some("continued from another archive")),
@@ -135,7 +137,8 @@ fn archives_that_mean_harm_72_are_refused_or_contained() {
         ("empty", &unprivileged, &empty, Some("holds no files")),
         ("twice", &unprivileged, &twice, Some("there twice")),
         ("hard", &unprivileged, &hard, Some("is not there yet")),
-        ("bomb", &unprivileged, &bomb, Some("bytes of data")),
+        ("bomb", &unprivileged, &bomb, Some("bytes of data with './big'. The volumes")),
+        ("full", &unprivileged, &full, Some("on device (os error 28). The volumes")),
         ("privileged", CONFIG, &good, Some("Use --privileged")),
         ("no-size", "rootfs: local:200/a.raw\nunprivileged: 1\n", &good, Some("has no size")),
     ];

@@ -358,11 +358,14 @@ pub(crate) async fn back_up_container(bench: &Bench) {
     let provider = bench.start().await.unwrap();
     let root = bench.dir.path().join("tree");
     tree(&root);
+    // More than a volume has that it is to be restored to.
+    std::fs::File::create(root.join("etc/sparse")).unwrap().set_len(4 << 30).unwrap();
     let mut backup = start_guest(&provider, GuestKind::Lxc, 1_800_000_000).await;
     let notes = Notes::default();
     let moved = backup.backup_container(container(&root), &notes, &call()).await.unwrap();
-    // The root, etc, hostname and the link; not tmp, nor what editors left.
-    assert_eq!(moved.entries, 4, "{moved:?}");
+    // The root, etc, hostname, the link and the file; not tmp, nor what editors left.
+    assert_eq!(moved.entries, 5, "{moved:?}");
+    assert!(moved.written_bytes < 1 << 20, "{moved:?}");
     let archive = backup.commit(Uuid::new_v4(), &call()).await.unwrap().archive;
     assert_eq!(listed(&provider).await[0].subtype, GuestKind::Lxc);
 
