@@ -10,7 +10,8 @@
 //! that was begun (why the teardown comes first is said in [`crate::job::state`]), also when that one failed or was dropped at an await point. So a driver
 //! notes (and journals) a name before it acquires the thing, and undoing what is not there is no
 //! error. The lower row is never cancelled, nor is `resume`; the job bounds their time. After a failure
-//! between `enter_mode` and `resume`, `resume` is called before the lower row.
+//! between `enter_mode` and `resume`, `resume` is called before the lower row, and for a guest that [`GuestDriver::is_held`]
+//! once more before `leave_mode`.
 
 use provider_api::{
     BitmapRequest, BoxFuture, ContainerBackup, GuestKind, IgnoredEntry, VmBackup, VolumeInfo,
@@ -258,6 +259,12 @@ pub trait GuestDriver: Send {
     /// Lets the guest go on that did not run because of `enter_mode` or `point_in_time`; returns how
     /// long that was, in milliseconds.
     fn resume<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<Option<u64>, GuestError>>;
+
+    /// Whether the guest stays down after a successful `resume`, because its data is read as it is: then `resume` is
+    /// called once more, after `release`.
+    fn is_held(&self) -> bool {
+        false
+    }
 
     /// Offers the frozen disks.
     fn open_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>>;

@@ -155,7 +155,10 @@ impl<'a> Run<'a> {
                 | Action::RecordOutcome
         );
         if !is_undo && self.report.error.is_none() {
-            self.report.error = Some(error);
+            // Only a guest that does not go on.
+            let is_there = self.outcome == Some(Outcome::Committed);
+            let fate = if is_there { "; the archive is complete and stays" } else { "" };
+            self.report.error = Some(format!("{error}{fate}"));
             return;
         }
         tracing::warn!(?action, error, "a step failed");
@@ -173,7 +176,12 @@ impl<'a> Run<'a> {
             Action::PlanVolumes if self.driver.kind() == GuestKind::Lxc => {}
             Action::PlanVolumes => self.plan_volumes().await?,
             Action::PointInTime => self.point_in_time().await?,
-            Action::Resume => self.resume().await?,
+            Action::Resume => {
+                self.resume().await?;
+                if self.driver.is_held() {
+                    return Ok(Event::Held);
+                }
+            }
             Action::Transfer => self.transfer().await?,
             Action::JournalCommit => {
                 let (id, description) = (self.commit_id, self.description()?);

@@ -24,6 +24,8 @@
 //!   requests, and with them all of QEMU, for as long as a storage hangs.
 //! - After `EnterMode` comes `Resume`: after the point in time, and if it was not reached or failed
 //!   then, first of all that is undone, because a guest must not wait for anything that is undone.
+//! - A guest that must stay down until its data has been read (`Held`) is let go on by another `Resume`, after
+//!   `Release` and before `LeaveMode`.
 //! - `DropData` comes only after the provider has read everything, so that it fails costs the guest
 //!   something, and the backup nothing: the commit follows all the same. Which changes count for the
 //!   next increment is decided by the teardown alone.
@@ -99,6 +101,8 @@ pub enum Event {
         /// The guest has disks to back up.
         has_disks: bool,
     },
+    /// [`Action::Resume`] succeeded, but the guest goes on only when its data has been read.
+    Held,
     /// The action failed or was cancelled.
     Failed,
     /// [`Action::AskOutcome`] has an answer.
@@ -185,6 +189,9 @@ impl Machine {
     pub fn on(&mut self, event: Event) -> Action {
         if self.current == Action::Resume && (event != Event::Failed || self.unwinding) {
             self.is_held = false;
+            if event == Event::Held && !self.unwinding {
+                self.resume_later();
+            }
         }
         let next = match (self.current, event) {
             (Action::Finish(verdict), _) => Action::Finish(verdict),
@@ -232,6 +239,12 @@ impl Machine {
             _ => {}
         }
         self.current = action;
+    }
+
+    /// When nothing of the guest's is in use any more.
+    fn resume_later(&mut self) {
+        let leave = self.undo.iter().position(|undo| *undo == Action::LeaveMode);
+        self.undo.insert(leave.map_or(0, |at| at + 1), Action::Resume);
     }
 
     fn decide(&mut self, outcome: Outcome) -> Action {
@@ -350,6 +363,46 @@ mod tests {
                 Finish(Verdict::Committed),
             ]
         );
+    }
+
+    #[test]
+    fn a_guest_that_stays_down_to_be_read_goes_on_before_it_is_left_whatever_fails() {
+        let order = run(&mut Machine::new(false), good);
+        for failing in order.iter().copied().map(Some).chain([None]) {
+            let mut resumes = 0;
+            let seen = run(&mut Machine::new(false), |action| {
+                resumes += u32::from(action == Action::Resume);
+                match action {
+                    Action::Resume if resumes > 1 && failing == Some(action) => Event::Failed,
+                    Action::Resume => Event::Held,
+                    other if failing == Some(other) => Event::Failed,
+                    other => good(other),
+                }
+            });
+            let at = |wanted: Action| seen.iter().rposition(|action| *action == wanted);
+            let is_read = at(Action::OpenSource).is_some();
+            assert_eq!(resumes, if is_read { 2 } else { resumes.min(1) }, "{seen:?}");
+            if is_read {
+                let places = [Action::CloseSource, Action::Release, Action::Resume]
+                    .map(|action| at(action).expect("each is there"));
+                assert!(
+                    places.is_sorted() && at(Action::Resume) < at(Action::LeaveMode),
+                    "{seen:?}"
+                );
+                // What failed there the next step tries again.
+                let keep = matches!(
+                    failing,
+                    Some(
+                        Action::Teardown { .. }
+                            | Action::CloseSource
+                            | Action::Release
+                            | Action::LeaveMode
+                            | Action::Cleanup
+                    )
+                );
+                assert!(at(Action::CloseJournal { keep }).is_some(), "{failing:?}: {seen:?}");
+            }
+        }
     }
 
     #[test]
