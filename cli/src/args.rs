@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use vzdump_host::{
@@ -16,10 +17,11 @@ Exit codes:
   0    done; warnings may have been printed
   1    not done, the reason is printed
   2    the command line makes no sense
+  3    done, but the output could not be written
   255  the backup or restore of a guest failed, or the job as a whole
 
-Signals: SIGINT, SIGTERM, SIGHUP and SIGQUIT end a task in order; further ones change nothing. What was
-begun is undone, each step of that within three minutes; a commit under way gets a minute to end, a hook
+Signals: SIGINT, SIGTERM, SIGHUP and SIGQUIT end a task in order; further ones change nothing. What was \
+begun is undone, each step of that within three minutes; a commit under way gets a minute to end, a hook \
 script a minute. After SIGKILL or a crash the next task of the guest cleans up, or `vzdump doctor --fix`.";
 
 /// Backups of virtual machines through pluggable providers
@@ -479,7 +481,7 @@ pub(crate) struct BackupArgs {
     pub(crate) protected: bool,
     /// What happens to a running guest for the point in time: snapshot lets it run on, suspend pauses
     /// it for a moment, stop shuts it down and starts it again [default: snapshot]
-    #[arg(long, value_name = "MODE")]
+    #[arg(long, value_name = "MODE", value_parser = backup_mode())]
     pub(crate) mode: Option<BackupMode>,
     /// How many minutes a guest may take to shut down in the mode stop [default: 10]
     #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u32).range(1..=i64::from(STOP_WAIT_MAX_MINUTES)))]
@@ -625,7 +627,7 @@ pub(crate) struct RestoreArgs {
     ])]
     pub(crate) give_up: Option<u32>,
     /// Restore this disk only: to the drive of that name, to the drive or volume TARGET of the guest, or to the
-    /// file or block device TARGET (a path with a slash in front, or `./`)
+    /// file or block device TARGET (a path that begins with `/`, `./` or `../`)
     #[arg(long = "disk", value_name = "DISK[=TARGET]")]
     pub(crate) disks: Vec<String>,
     /// Say what would be done, and do nothing
@@ -634,7 +636,7 @@ pub(crate) struct RestoreArgs {
     /// Storage of the disks or volumes; by default where they were
     #[arg(long)]
     pub(crate) storage: Option<String>,
-    /// Format of the disks or volumes; by default what they were
+    /// Format of the disks or volumes; by default what they were, of a file what its ending says (.qcow2), else raw
     #[arg(long, value_enum)]
     pub(crate) format: Option<RestoredFormat>,
     /// Replace the guest of this number; with --disk, remove the volumes that are replaced, overwrite block
@@ -665,6 +667,12 @@ pub(crate) struct RestoreArgs {
     /// Keep settings of the archive that run code or open files of this host, such as `args`
     #[arg(long)]
     pub(crate) allow_raw_config: bool,
+}
+
+/// With its values, for completions.
+fn backup_mode() -> impl TypedValueParser<Value = BackupMode> {
+    let modes = [BackupMode::Snapshot, BackupMode::Suspend, BackupMode::Stop];
+    PossibleValuesParser::new(modes.map(BackupMode::name)).try_map(|name| name.parse())
 }
 
 /// Every console has an empty text at once.

@@ -8,6 +8,7 @@
 //! | 0 | done |
 //! | 1 | not done; the reason is printed |
 //! | 2 | the command line makes no sense |
+//! | 3 | done, but what there was to print could not be written |
 //! | 255 | the backup or restore of a guest failed, or the job as a whole |
 
 #![forbid(unsafe_code)]
@@ -36,6 +37,9 @@ use tracing_subscriber::EnvFilter;
 
 use args::Cli;
 use output::Output;
+
+/// All was done, and standard output does not say so.
+const OUTPUT_INCOMPLETE: u8 = 3;
 
 /// Sets what the program tells about its inner workings, `debug` or the like.
 const LOG_ENV: &str = "VZDUMP_LOG";
@@ -87,7 +91,8 @@ async fn run() -> ExitCode {
         .init();
     let output = Output::new(cli.global.output, commands::is_task(&cli.command));
     match Box::pin(commands::run(cli, &output)).await {
-        Ok(_) if output::is_incomplete() => ExitCode::FAILURE,
+        // What failed besides says more, and what was done need not be done again.
+        Ok(ExitCode::SUCCESS) if output::is_incomplete() => ExitCode::from(OUTPUT_INCOMPLETE),
         Ok(code) => code,
         Err(failure) => {
             output.failure(&failure);

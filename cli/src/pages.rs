@@ -59,6 +59,12 @@ mod tests {
             assert!(text.contains(&written), "{page}: {written} is missing in\n{text}");
             assert!(bash.contains(&format!("--{option}")), "{option}");
         }
+        assert!(bash.contains("snapshot suspend stop"), "the modes are completed");
+        let help = Cli::command().term_width(100).render_help().to_string();
+        let signals = help.lines().skip_while(|line| !line.starts_with("Signals:"));
+        let lines: Vec<_> = signals.collect();
+        let is_full = |line: &&str| line.len() > 80;
+        assert!(lines[..lines.len() - 1].iter().all(is_full), "{lines:#?}");
         let main = std::fs::read_to_string(dir.path().join("vzdump.1")).unwrap();
         assert!(main.contains("Exit codes") && main.contains("255"), "{main}");
     }

@@ -82,6 +82,9 @@ impl Run<'_> {
     }
 }
 
+const NO_GUEST: &str = "the number of the guest is missing, behind the archive; if disks are to go to files, write \
+                        their paths with a slash or `./` in front";
+
 /// Where one disk goes.
 #[derive(Debug)]
 enum Target {
@@ -96,7 +99,7 @@ fn request(args: RestoreArgs, targets: Vec<Target>) -> anyhow::Result<RestoreReq
     });
     Ok(RestoreRequest {
         archive: args.archive.context("the archive is missing")?,
-        id: args.id.context("the number of the guest is missing, behind the archive")?,
+        id: args.id.context(NO_GUEST)?,
         disks: disks.collect(),
         storage: args.storage,
         format: args.format.map(Into::into),

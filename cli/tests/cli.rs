@@ -165,13 +165,22 @@ fn lines_that_nobody_read_in_time_are_told() {
 }
 
 #[test]
-fn what_cannot_be_written_is_a_failure() {
+fn what_was_done_and_cannot_be_told_is_no_failure_of_the_task() {
     let place = Place::new();
-    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let output = place.command(&["list"]).stdout(full).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert!(text.contains("ERROR: cannot write the output: No space left"), "{text}");
+    let run = |arguments: &[&str]| {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = place.command(arguments).stdout(full).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let create = ["vm", "create", "100", "--disk", "1M"];
+    for arguments in [&create[..], &["vm", "status"], &["vm", "status", "--output", "json"]] {
+        let (code, text) = run(arguments);
+        assert_eq!(code, Some(3), "{arguments:?}: {text}");
+        assert!(text.contains("ERROR: cannot write the output: No space left"), "{text}");
+    }
+    assert!(place.path("etc/qemu-server/100.conf").exists());
+    assert_eq!(run(&create).0, Some(1), "that failed besides");
+    assert_eq!(run(&["backup", "102"]).0, Some(255));
 }
 
 #[test]
