@@ -12,6 +12,7 @@ use provider_api::{
 };
 use tracing::{info, warn};
 
+use crate::attributes;
 use crate::call::{blocking, invalid, limited};
 use crate::chain::Chain;
 use crate::commit::{self, Gate};
@@ -259,7 +260,12 @@ fn find_base(
         }
         match Chain::load(storage, manifest, &volume.device) {
             Ok(chain) if chain.links().len() < CHAIN_ARCHIVES_MAX => {
-                return Some((generation.clone(), chain));
+                let damaged = chain.links().iter().find(|link| is_damaged(storage, &link.archive));
+                let Some(link) = damaged else { return Some((generation.clone(), chain)) };
+                warn!(
+                    "Archive {} is not built upon: a verification found damage in {}.",
+                    manifest.archive, link.archive
+                );
             }
             Ok(_) => {
                 info!("Disk {} has a chain of {CHAIN_ARCHIVES_MAX} archives.", volume.device);
@@ -269,6 +275,11 @@ fn find_base(
         }
     }
     None
+}
+
+/// Whether the last verification says so.
+fn is_damaged(storage: &Storage, archive: &str) -> bool {
+    attributes::verified(storage, archive).is_some_and(|verified| verified.damage_count > 0)
 }
 
 fn sum(disks: &[Disk]) -> Transferred {

@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use common::{Bench, GuestDisk, LIMIT, Random, Recorder, provider, run, scribble, text};
 use provider_api::{
-    Archive, Call, DAMAGE_MAX, Kind, Progress, Provider, Result, Uuid, VerifyExtent, VerifyOptions,
-    VerifyReport,
+    Archive, BitmapRequest, Call, DAMAGE_MAX, Kind, Progress, Provider, Result, Uuid, VerifyExtent,
+    VerifyOptions, VerifyReport,
 };
 
 const ALL: VerifyExtent = VerifyExtent::All;
@@ -249,6 +249,39 @@ async fn damage_is_named_and_counted() {
     assert!(first.problem.contains("checksum"), "{}", first.problem);
     let verified = chain.listed(chain.top()).await.verified.unwrap();
     assert_eq!(verified.damage_count, report.damage_count);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_built_upon_what_was_found_damaged() {
+    let bench = Bench::new().await;
+    let disk = GuestDisk::create(bench.path(), "scsi0", (9 << 20) + 512, 65536);
+    scribble(&disk, &mut Random::new(12), 40).await;
+    let (base, _) = bench.back_up(1, &[&disk], "g0").await.unwrap();
+    bench.back_up(1, &[&disk], "g1").await.unwrap();
+    let plan = async || {
+        let mut guest = bench.start(1).await;
+        let request = guest.plan_volumes(&[disk.info()], &bench.call).await.unwrap().remove(0);
+        guest.abort("only planned", &bench.call).await.unwrap();
+        request
+    };
+    let is_known = |request: &BitmapRequest| matches!(request, BitmapRequest::Use { generation, .. } if generation == "g1");
+    assert!(is_known(&plan().await));
+    let image = bench.storage().join(&base).join("scsi0.qcow2");
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    let (_, l2) = tables(&image);
+    let cluster = (0..145).map(|entry| number(&image, l2 + entry * 8) & 0x00ff_ffff_ffff_fe00);
+    let cluster = cluster.into_iter().find(|cluster| *cluster != 0).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, cluster).unwrap();
+    file.write_all_at(&[!byte[0]], cluster).unwrap();
+    // Nobody knows of it yet.
+    assert!(is_known(&plan().await));
+    assert!(!verify(&bench.storage(), &base, ALL).await.unwrap().is_sound());
+    let request = plan().await;
+    assert!(matches!(request, BitmapRequest::New), "{request:?}");
+    file.write_all_at(&byte, cluster).unwrap();
+    assert!(verify(&bench.storage(), &base, ALL).await.unwrap().is_sound());
+    assert!(is_known(&plan().await));
 }
 
 #[tokio::test(flavor = "multi_thread")]
