@@ -37,6 +37,8 @@ const SIZE_BYTES_MAX: u64 = 1 << 20;
 /// The most journals that are looked at.
 const FILES_MAX: usize = 10_000;
 const SUFFIX: &str = ".journal";
+/// How one ends whose first line is not durable yet.
+const UNFINISHED: &str = ".new";
 
 /// A fault of the journal.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +57,10 @@ pub enum JournalError {
         source: io::Error,
     },
     /// A journal makes no sense.
-    #[error("The journal '{path}' is damaged in line {line}: {reason}.")]
+    #[error(
+        "The journal '{path}' is damaged in line {line}: {reason}. What its task has left cannot be known from it: \
+         see to it that the guest runs as it should, and remove the file."
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -380,6 +385,22 @@ pub struct LiveDisk {
     pub overlay: Option<String>,
 }
 
+/// Removes what a process left that was killed while it made a journal of this guest, whose lock the caller holds.
+fn remove_unfinished(dir: &Path, begin: &Begin) {
+    let prefix = format!(".{}-{}-", begin.guest_kind, begin.guest_id);
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten().take(FILES_MAX);
+    for entry in entries {
+        let is_left = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.starts_with(&prefix) && name.ends_with(UNFINISHED));
+        if is_left {
+            // One that stays only costs its name.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// The journal of a running task.
 ///
 /// Dropping it keeps the file, as a crash would.
@@ -405,8 +426,9 @@ impl Journal {
         let stem = format!("{}-{}-{}", begin.guest_kind, begin.guest_id, Uuid::new_v4().simple());
         let path = dir.join(format!("{stem}{SUFFIX}"));
         let fault = |source| JournalError::Io { doing: "create", path: path.clone(), source };
+        remove_unfinished(dir, &begin);
         // Under another name until its first line is durable: a journal always says whose it is.
-        let unfinished = dir.join(format!(".{stem}.new"));
+        let unfinished = dir.join(format!(".{stem}{UNFINISHED}"));
         let mut file = File::options()
             .append(true)
             .create_new(true)

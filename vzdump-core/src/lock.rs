@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 
 use crate::layout::{LayoutError, make_private_dir};
 
@@ -65,6 +65,8 @@ impl FileLock {
             .create(true)
             .truncate(false)
             .mode(0o600)
+            // What is written is for the lock's own file.
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
             .open(path)
             .map_err(fault)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -102,6 +104,18 @@ impl FileLock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_is_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let (other, path) = (dir.path().join("other"), dir.path().join("lock/a.lock"));
+        std::fs::write(&other, "somebody's").unwrap();
+        std::fs::create_dir(dir.path().join("lock")).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        let refused = FileLock::try_acquire(&path, "VM 100");
+        assert!(matches!(refused, Err(LockError::Io { .. })), "{refused:?}");
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "somebody's");
+    }
 
     #[tokio::test]
     async fn a_held_lock_names_its_holder_and_is_free_after_the_drop() {

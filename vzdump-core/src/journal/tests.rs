@@ -107,3 +107,19 @@ fn a_process_is_told_from_its_successor() {
     let earlier = ProcessStamp { boot_id: "other".into(), ..own };
     assert!(!earlier.is_alive() && !earlier.is_of_this_boot());
 }
+
+#[tokio::test]
+async fn what_was_left_without_a_first_line_goes_with_the_guests_next_journal() {
+    let root = tempfile::tempdir().unwrap();
+    let layout = Layout::new(Some(root.path().to_owned()));
+    let dir = layout.journal_dir();
+    make_private_dir(&dir).unwrap();
+    let others = [".qemu-1000-x.new", ".lxc-100-x.new", "qemu-100-x.new", ".qemu-100-x.txt"];
+    for name in others.into_iter().chain([".qemu-100-x.new"]) {
+        fs::write(dir.join(name), "").unwrap();
+    }
+    Journal::create(&layout, begin()).await.unwrap();
+    assert!(others.iter().all(|name| dir.join(name).exists()));
+    assert!(!dir.join(".qemu-100-x.new").exists());
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), others.len() + 1);
+}
