@@ -12,7 +12,7 @@ use provider_api::{CancellationToken, GuestKind};
 
 use crate::blocking;
 use crate::bound;
-use crate::config::guest::{VmConfig, is_disk_key};
+use crate::config::guest::{DiskEntry, VmConfig, is_disk_key};
 use crate::config::{ConfigError, OptionList};
 use crate::job::{JobContext, backup_lock_path, chain};
 use crate::journal::recover::{self, Leftover};
@@ -25,9 +25,12 @@ use crate::task_log::{TaskSink, size_config};
 use crate::tools::{MissingTool, Tools};
 use crate::vm::leftovers;
 use crate::vm::ovmf::{self, EfiOptions, MissingFirmware};
+use crate::vm::qemu_cmdline::{self, CmdlineError, DiskFile, Input};
 use crate::vm::tpm;
 
 const EFI_KEY: &str = "efidisk0";
+/// Options of a disk that follow from its volume.
+const OWN_OPTIONS: [&str; 3] = ["file", "format", "size"];
 
 /// Why a VM was not made.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +78,9 @@ pub enum CreateError {
     /// A disk could not be made.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// A VM of these options could not be started.
+    #[error("The VM could not be started.")]
+    Start(#[source] CmdlineError),
     /// A program is missing.
     #[error(transparent)]
     Tool(#[from] MissingTool),
@@ -178,6 +184,7 @@ pub async fn create(
     for (key, value) in keys {
         config.set(key, value)?;
     }
+    check_startable(layout, id, options, &config)?;
     let begin = Begin::new(TaskKind::Create, GuestKind::Qemu, id, &options.storage)
         .map_err(CreateError::Proc)?;
     let mut new = NewVolumes::new(Journal::create(layout, begin).await?);
@@ -200,6 +207,46 @@ pub async fn create(
             Err(error)
         }
     }
+}
+
+/// Refuses what `vm start` would refuse, before disks are copied for hours.
+fn check_startable(
+    layout: &Layout,
+    id: u32,
+    options: &CreateOptions,
+    config: &VmConfig,
+) -> Result<(), CreateError> {
+    if let Some(text) = &options.disk_options {
+        let list = OptionList::parse(text).map_err(CreateError::Invalid)?;
+        if list.first.is_some() {
+            return Err(CreateError::Invalid(format!("'{text}' names a volume; it gets its own.")));
+        }
+        if let Some(name) = OWN_OPTIONS.iter().find(|name| list.get(name).is_some()) {
+            let why = format!("The option '{name}' of a new disk is set by its volume.");
+            return Err(CreateError::Invalid(why));
+        }
+    }
+    let mut config = config.clone();
+    for number in 0..options.disks.len() {
+        let key = format!("{}{number}", options.bus);
+        if !is_disk_key(&key) {
+            break;
+        }
+        let more = options.disk_options.as_ref().map(|more| format!(",{more}"));
+        let value = format!("{DEFAULT_STORAGE}:{id}/disk.raw{}", more.unwrap_or_default());
+        config.set(&key, &value)?;
+    }
+    let file = DiskFile {
+        path: "/disk.raw".into(),
+        data: None,
+        is_device: false,
+        direct: true,
+        is_aligned: true,
+        size_bytes: None,
+    };
+    let find = |_: &DiskEntry| Ok(file.clone());
+    let input = Input { layout, id, find: &find, paused: false, mark: None, live: &[] };
+    qemu_cmdline::build(&config, &input).map(drop).map_err(CreateError::Start)
 }
 
 /// A container has no lock in common with a VM of its number.
@@ -495,6 +542,11 @@ mod tests {
                 ..CreateOptions::default()
             },
             CreateOptions {
+                disks: vec![DiskContent::Empty(512)],
+                disk_options: Some("discard=on,size=5M".into()),
+                ..CreateOptions::default()
+            },
+            CreateOptions {
                 keys: vec![("name".into(), "a\nargs: -x".into())],
                 ..CreateOptions::default()
             },
@@ -503,6 +555,27 @@ mod tests {
             assert!(!ctx.layout.vm_config_path(100).exists());
             assert!(!images(&ctx, 100).exists());
             assert!(journals(&ctx).is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_started_is_not_made() {
+        let (_dir, ctx) = place(Tools::in_dir("/nonexistent"));
+        for (key, value, disk_options) in [
+            ("cores", "0", None),
+            ("memory", "0", None),
+            ("name", "a", Some("foo=bar")),
+            ("name", "a", Some("discard=maybe")),
+        ] {
+            let options = CreateOptions {
+                keys: vec![(key.to_owned(), value.to_owned())],
+                disks: vec![DiskContent::Empty(512)],
+                disk_options: disk_options.map(str::to_owned),
+                ..CreateOptions::default()
+            };
+            let error = create(&ctx, 100, &options).await.unwrap_err();
+            assert!(matches!(error, CreateError::Start(_)), "{error}");
+            assert!(!images(&ctx, 100).exists());
         }
     }
 
