@@ -164,6 +164,7 @@ impl Restore<'_> {
         }
         // All of them are looked at before the first one is begun.
         for (disk, size_bytes) in &sized {
+            format_of(&disk.path, self.options.format)?;
             let (path, size_bytes, force) = (disk.path.clone(), *size_bytes, self.options.force);
             let looked = blocking::run(move || Ok(look(&path, size_bytes, force)));
             self.cancellable(async { looked.await.map_err(|error| error.to_string())? }).await?;
@@ -206,7 +207,7 @@ impl Restore<'_> {
         let DiskToFile { device, path } = disk;
         let shown = path.display();
         self.sink.info(&format!("restoring '{device}' to '{shown}' ({})", size(size_bytes)));
-        let format = self.options.format.unwrap_or(ImageFormat::Raw);
+        let format = format_of(path, self.options.format)?;
         let (wanted, force) = (path.clone(), self.options.force);
         let claim = blocking::run(move || Ok(claim(&wanted, size_bytes, force)));
         let claim = claim.await.map_err(|error| error.to_string())??;
@@ -277,6 +278,22 @@ impl Restore<'_> {
             return Ok(());
         }
         Err(format!("qemu-img made no image: {}", clean(&String::from_utf8_lossy(&made.stderr))))
+    }
+}
+
+/// The format of a file: what was asked for, else what its ending says, which nobody should have to doubt.
+fn format_of(path: &Path, asked: Option<ImageFormat>) -> Result<ImageFormat, String> {
+    let ending = path.extension().and_then(|ending| match ending.to_str()? {
+        "qcow2" => Some(ImageFormat::Qcow2),
+        "raw" => Some(ImageFormat::Raw),
+        _ => None,
+    });
+    match (asked, ending) {
+        (Some(asked), Some(ending)) if asked != ending => Err(format!(
+            "'{}' does not end as a file of the format '{asked}' does; choose another name or format",
+            path.display()
+        )),
+        _ => Ok(asked.or(ending).unwrap_or(ImageFormat::Raw)),
     }
 }
 
@@ -430,6 +447,21 @@ mod tests {
         fs::write(&other, "theirs").unwrap();
         assert!(late.complete().is_err());
         assert_eq!(fs::read_to_string(other).unwrap(), "theirs");
+    }
+
+    #[test]
+    fn a_file_has_the_format_that_its_name_says() {
+        use ImageFormat::{Qcow2, Raw};
+        for (path, asked, expected) in [
+            ("/a/x.qcow2", None, Some(Qcow2)),
+            ("/a/x.raw", None, Some(Raw)),
+            ("/a/x", None, Some(Raw)),
+            ("/a/x.img", Some(Qcow2), Some(Qcow2)),
+            ("/a/x.qcow2", Some(Raw), None),
+            ("/a/x.raw", Some(Qcow2), None),
+        ] {
+            assert_eq!(format_of(Path::new(path), asked).ok(), expected, "{path} {asked:?}");
+        }
     }
 
     #[test]

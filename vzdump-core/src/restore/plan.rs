@@ -8,10 +8,11 @@ use provider_api::RestoreDevice;
 
 use super::old::{self, Fates};
 use super::{DiskChoice, RestoreOptions};
-use crate::config::guest::{DiskEntry, VmConfig, is_disk_key};
+use crate::config::guest::{DiskEntry, VmConfig, is_disk_key, split_numbered};
 use crate::job::chain;
 use crate::storage::{DEFAULT_STORAGE, ImageFormat, Storage, StorageSet, VolumeId};
 use crate::task_log::clean;
+use crate::vm::ovmf::EfiOptions;
 use crate::vm::tpm;
 
 /// The most disks a VM can have.
@@ -90,7 +91,8 @@ fn plan_guest(
                 disk.key
             ));
         };
-        let (storage, format) = place(&[&disk.volume], storages, options, &mut warnings)?;
+        let (storage, format) =
+            place(&disk.key, &[&disk.volume], storages, options, &mut warnings)?;
         let (device, key) = (disk.key.clone(), disk.key);
         let format = format_of(&key, format);
         disks.push(PlannedDisk { device, key, size_bytes, storage, format });
@@ -129,6 +131,11 @@ fn plan_disks(
         if disks.iter().any(|disk| disk.key == key) {
             return Err(format!("two disks are to be restored to '{key}'"));
         }
+        if disks.iter().any(|disk| disk.device == *device) {
+            return Err(format!(
+                "the disk '{device}' is to be restored twice, which takes two restores"
+            ));
+        }
         let now = drives.iter().find(|drive| drive.key == key);
         if now.is_some_and(|drive| drive.is_cdrom) {
             return Err(format!("'{key}' of VM {id} is a CD-ROM drive"));
@@ -136,8 +143,9 @@ fn plan_disks(
         let was = archived.iter().find(|drive| drive.key == *device);
         let volumes: Vec<&str> =
             [now, was].into_iter().flatten().map(|drive| drive.volume.as_str()).collect();
-        let (storage, format) = place(&volumes, storages, options, &mut warnings)?;
+        let (storage, format) = place(&key, &volumes, storages, options, &mut warnings)?;
         let format = format_of(&key, format);
+        check_special(device, &key, size_bytes, format, now.or(was))?;
         disks.push(PlannedDisk { device: device.clone(), key, size_bytes, storage, format });
     }
     let keys: HashSet<&str> = disks.iter().map(|disk| disk.key.as_str()).collect();
@@ -189,8 +197,34 @@ fn format_of(key: &str, wanted: ImageFormat) -> ImageFormat {
     if key == tpm::KEY { ImageFormat::Raw } else { wanted }
 }
 
+/// What the firmware and the TPM keep can be told from a disk's data, and has a size of its own: a VM could not be
+/// started with anything else in its place.
+fn check_special(
+    device: &str,
+    key: &str,
+    size_bytes: u64,
+    format: ImageFormat,
+    model: Option<&DiskEntry>,
+) -> Result<(), String> {
+    let kind = |key| split_numbered(key).map_or("", |(kind, _)| kind);
+    let wanted = kind(key);
+    if ["efidisk", "tpmstate"].contains(&wanted) && wanted != kind(device) {
+        return Err(format!("'{device}' cannot be restored to '{key}', which is no disk of data"));
+    }
+    let Some(model) = model.filter(|_| wanted == "efidisk") else { return Ok(()) };
+    let vars_bytes = EfiOptions::parse(&model.options)?.kind.vars_bytes();
+    // Of a raw volume QEMU may be shown the beginning only.
+    if size_bytes == vars_bytes || (size_bytes > vars_bytes && format == ImageFormat::Raw) {
+        return Ok(());
+    }
+    Err(format!(
+        "'{device}' has {size_bytes} bytes, and the firmware of '{key}' needs {vars_bytes}: is it of another 'efitype'?"
+    ))
+}
+
 /// Storage and format: as asked for, else as the first volume has them that is one, else the default.
 fn place(
+    key: &str,
     volumes: &[&str],
     storages: &StorageSet,
     options: &RestoreOptions,
@@ -202,12 +236,19 @@ fn place(
     if let Some(id) = &options.storage {
         return Ok((storages.images(id).map_err(words)?, format));
     }
+    if old.is_none() {
+        let was = volumes.first().map_or("nothing is known of it".to_owned(), |volume| {
+            format!("'{}' is no volume of a storage", clean(volume))
+        });
+        warnings.push(format!("using the storage '{DEFAULT_STORAGE}' for '{key}': {was}"));
+    }
     if let Some(old) = &old {
         match storages.images(old.storage()) {
             Ok(storage) => return Ok((storage, format)),
             Err(error) => {
                 let error = chain(&error);
-                warnings.push(format!("using the storage '{DEFAULT_STORAGE}': {error}"));
+                warnings
+                    .push(format!("using the storage '{DEFAULT_STORAGE}' for '{key}': {error}"));
             }
         }
     }
@@ -254,7 +295,8 @@ mod tests {
                 ("scsi2", "local", ImageFormat::Raw),
             ]
         );
-        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[1].contains("for 'scsi2': '/dev/sdx' is no volume"), "{warnings:?}");
         let options = RestoreOptions { storage: Some("none".into()), ..options };
         assert!(plan(200, &config, None, &devices, &storages, &options).is_err());
     }
@@ -308,9 +350,42 @@ mod tests {
             (vec![("scsi0", Some("ide2"))], "CD-ROM"),
             (vec![("scsi0", Some("local:200/other.raw"))], "no drive of VM 200"),
             (vec![("scsi0", None), ("scsi1", Some("scsi0"))], "two disks"),
+            (vec![("scsi0", None), ("scsi0", Some("scsi7"))], "'scsi0' is to be restored twice"),
         ] {
             let error = plan(&bad).unwrap_err();
             assert!(error.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_the_firmware_and_the_tpm_keep_is_not_replaced_by_something_else() {
+        let (_root, storages) = storages();
+        let archived = VmConfig::parse(
+            "virtio0: local:100/a.raw\nefidisk0: local:100/b.raw\ntpmstate0: local:100/c.raw\n",
+        );
+        let devices = [
+            device("virtio0", 10 << 20),
+            device("efidisk0", 128 << 10),
+            device("tpmstate0", tpm::STATE_BYTES),
+        ];
+        let plan = |old: &str, disk: &str, target: &str| {
+            let choice = DiskChoice { device: disk.to_owned(), target: Some(target.to_owned()) };
+            let options = RestoreOptions { disks: vec![choice], ..RestoreOptions::default() };
+            plan(200, &archived, Some(&VmConfig::parse(old)), &devices, &storages, &options)
+        };
+        let large = "efidisk0: local:200/a.raw,efitype=4m\n";
+        for (old, disk, target) in [
+            ("", "virtio0", "efidisk0"),
+            ("", "virtio0", "tpmstate0"),
+            (large, "tpmstate0", "efidisk0"),
+            (large, "efidisk0", "efidisk0"),
+        ] {
+            plan(old, disk, target).unwrap_err();
+        }
+        for (disk, target) in
+            [("efidisk0", "efidisk0"), ("tpmstate0", "tpmstate0"), ("efidisk0", "scsi1")]
+        {
+            plan("", disk, target).unwrap();
         }
     }
 }
