@@ -14,6 +14,7 @@
 
 mod btrfs;
 mod dir;
+mod foreign;
 mod image;
 mod images;
 mod set;
@@ -31,6 +32,7 @@ use crate::tools::{MissingTool, Tools};
 pub(crate) use btrfs::BTRFS_MAGIC;
 pub use btrfs::{BTRFS_KIND, BtrfsStorage, nested_subvolumes};
 pub use dir::{DIR_KIND, DirStorage};
+pub(crate) use foreign::distrust_bitmaps;
 pub use image::image_size;
 pub use set::{DEFAULT_STORAGE, KINDS, StorageSet};
 pub(crate) use volume::fleecing_prefix;

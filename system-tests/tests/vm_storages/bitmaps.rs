@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Disks whose format keeps bitmaps: the chain of a guest's backups goes on after a stop of QEMU.
 
+use std::os::unix::fs::FileExt as _;
 use std::process::Command;
 
 use serde_json::Value;
 use system_tests::loopfs::{Kind, LoopFs};
 use system_tests::qemu;
 
-use crate::place::{MIB, Place, qemu_io, random_file, writes};
+use crate::place::{MIB, Place, SOON, qemu_io, random_file, writes};
 
 fn action(guest: &Value) -> &str {
     guest["volumes"][0]["bitmap_action"].as_str().unwrap()
@@ -60,7 +61,8 @@ async fn chain_goes_on(format: &str) {
     qemu_io(&session, "flush").await;
     drop(session);
     place.kill_qemu();
-    place.start();
+    let started = place.run(&["vm", "start", "100", "--paused"]);
+    assert_eq!(started["notices"], Value::Array(vec![]), "{format}: QEMU's own writes");
     let after_kill = place.good_backup(&[]);
     assert_eq!((action(&after_kill), moved(&after_kill)), ("invalid", 4 * MIB), "{format}");
     assert_eq!(action(&place.good_backup(&[])), "used", "{format}");
@@ -83,6 +85,63 @@ async fn chain_goes_on(format: &str) {
 #[tokio::test]
 async fn vm_power_cycle_32_a_chain_goes_on_for_raw_data_with_bitmaps() {
     chain_goes_on("raw+bitmaps").await;
+}
+
+/// Bytes of the data file are changed, or all of it comes from elsewhere with the times that it had there.
+#[test]
+fn a_disk_that_was_written_while_the_vm_was_off_is_read_as_a_whole() {
+    let place = Place::new("");
+    let source = place.path("source");
+    let mut expected = random_file(&source, 4 * MIB);
+    let from = source.to_str().unwrap();
+    place.create(&["--format", "raw+bitmaps", "--disk-from", from]);
+    let data = place.path("local/images/100/vm-100-disk-0.raw.data");
+    place.good_backup(&[]);
+    let clean = place.good_backup(&[]);
+    assert_eq!((action(&clean), moved(&clean)), ("used", 0));
+    for (is_replaced, by_start) in [(false, false), (false, true), (true, false)] {
+        expected[4096..][..4096].fill(if by_start { 8 } else { 9 });
+        if is_replaced {
+            let old = std::fs::metadata(&data).unwrap().modified().unwrap();
+            let new = place.path("new");
+            std::fs::write(&new, &expected).unwrap();
+            std::fs::File::open(&new).unwrap().set_modified(old).unwrap();
+            std::fs::rename(&new, &data).unwrap();
+        } else {
+            let file = std::fs::File::options().write(true).open(&data).unwrap();
+            file.write_all_at(&expected, 0).unwrap();
+        }
+        let said = if by_start {
+            let started = place.vzdump.finish(&["vm", "start", "100", "--paused"], SOON).unwrap();
+            started.stdout + &started.stderr
+        } else {
+            String::new()
+        };
+        let backup = place.backup(&[]);
+        let said = said + &backup.said;
+        assert!(
+            said.contains("the data of the disk 'scsi0' was changed while its QEMU did not run"),
+            "{said}"
+        );
+        let guest = &backup.guest;
+        assert_eq!((action(guest), moved(guest)), ("missing-recreated", 4 * MIB), "{said}");
+        assert!(place.restored(guest) == expected, "another content was backed up");
+        if by_start {
+            place.stop_vm();
+        }
+        let next = place.backup(&[]);
+        assert!(!next.said.contains("was changed while"), "{}", next.said);
+        assert_eq!((action(&next.guest), moved(&next.guest)), ("used", 0), "{}", next.said);
+    }
+    // Neither is QEMU's own write one of somebody else, nor a copy of both files.
+    let image = place.path("local/images/100/vm-100-disk-0.raw.qcow2");
+    for path in [&data, &image] {
+        let copy = place.path("copy");
+        std::fs::copy(path, &copy).unwrap();
+        std::fs::rename(&copy, path).unwrap();
+    }
+    let copied = place.good_backup(&[]);
+    assert_eq!((action(&copied), moved(&copied)), ("used", 0));
 }
 
 #[tokio::test]

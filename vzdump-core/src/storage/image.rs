@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::foreign::distrust_now;
 use super::{ImageFormat, StorageError};
 use crate::bound;
 use crate::tools::Tools;
@@ -119,6 +120,10 @@ impl ImageFiles {
         let now_bytes = image_size(&self.image, self.format)?;
         if size_bytes < now_bytes {
             return Err(StorageError::Shrink { volume: volume.to_owned(), now_bytes, size_bytes });
+        }
+        if let Some(data) = &self.data {
+            // Afterwards the image is the newer one.
+            distrust_now(tools, &self.image, data)?;
         }
         let mut command = Command::new(tools.qemu_img()?);
         // It takes QEMU's lock, so that the disk of a VM that runs is refused.

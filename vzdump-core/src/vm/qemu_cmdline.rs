@@ -155,6 +155,12 @@ pub struct CommandLine {
 }
 
 impl CommandLine {
+    /// The same with more notices.
+    pub(super) fn with_notices(mut self, notices: &[String]) -> Self {
+        self.notices.extend_from_slice(notices);
+        self
+    }
+
     fn option(&mut self, name: &str, value: impl Into<String>) {
         self.args.push(name.to_owned());
         self.args.push(value.into());

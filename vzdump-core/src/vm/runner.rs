@@ -6,6 +6,7 @@
 //! processes find it. A start is complete only when QEMU answers over QMP; everything that goes
 //! wrong before ends QEMU again and shows what it said.
 
+mod foreign;
 mod live;
 mod stop;
 
@@ -136,6 +137,16 @@ pub enum RunnerError {
         /// Why.
         source: CmdlineError,
     },
+    /// Whether the bitmaps of a disk can be believed is not known.
+    #[error(
+        "It is not known whether a disk of the VM {id} was written while its QEMU did not run."
+    )]
+    Bitmaps {
+        /// The number.
+        id: u32,
+        /// Why.
+        source: StorageError,
+    },
     /// The configuration could not be read.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -262,7 +273,8 @@ pub async fn start(
     let input = Input { layout, id, find: &find, paused: options.paused, mark: None, live: &[] };
     let line = qemu_cmdline::build(&config, &input)
         .map_err(|source| RunnerError::Cmdline { id, source })?;
-    let started = launch(layout, tools, id, line).await?;
+    let written = foreign::distrust_written(tools, storages, id, &config).await?;
+    let started = launch(layout, tools, id, line.with_notices(&written)).await?;
     by_hand::settled(layout, GuestKind::Qemu, id).await;
     Ok(started)
 }
@@ -291,8 +303,9 @@ pub async fn start_for_backup(
     let input =
         Input { layout, id, find: &find, paused: true, mark: Some(options.mark), live: &[] };
     let fault = |source| RunnerError::Cmdline { id, source };
+    let written = foreign::distrust_written(tools, storages, id, &config).await?;
     let error = match qemu_cmdline::build(&config, &input).map_err(fault) {
-        Ok(line) => match launch(layout, tools, id, line).await {
+        Ok(line) => match launch(layout, tools, id, line.with_notices(&written)).await {
             // It does not work on this host, as little as one with a wrong configuration.
             Err(error @ RunnerError::Start { .. }) => error,
             other => return other,
@@ -306,7 +319,7 @@ pub async fn start_for_backup(
     let mut line = qemu_cmdline::build_disks_only(&config, &input, options.disks, is_template)
         .map_err(fault)?;
     line.notices.extend(if is_template { Vec::new() } else { notices_of(&error) });
-    launch(layout, tools, id, line).await
+    launch(layout, tools, id, line.with_notices(&written)).await
 }
 
 /// Why a QEMU has nothing but disks.
