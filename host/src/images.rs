@@ -92,7 +92,10 @@ impl Host {
                 Ok(storage) => {
                     within(async move {
                         let status = storage.status().await.map_err(|error| chain(&error))?;
-                        Ok((status.total_bytes, status.used_bytes, status.available_bytes))
+                        let (used, available) = (status.used_bytes, status.available_bytes);
+                        // As providers tell it: what is reserved for root is counted as not there.
+                        let total = status.total_bytes.min(used.saturating_add(available));
+                        Ok((total, used, available))
                     })
                     .await
                 }

@@ -10,6 +10,7 @@ use provider_directory::guest_in_name;
 use serde::Serialize;
 use vzdump_core::config::backup::BackupSettings;
 use vzdump_core::job::{Limits, target_lock_path};
+use vzdump_core::journal;
 use vzdump_core::lock::FileLock;
 use vzdump_core::prune::{self, Fate, PruneEntry, Pruner};
 use vzdump_core::retention::Retention;
@@ -245,8 +246,8 @@ impl Host {
     /// Removes an archive. Must be awaited to its end; cancel it by the token.
     ///
     /// # Errors
-    /// [`HostError::Archive`] for one that is not there, [`HostError::Denied`] for one that is protected or whose
-    /// guest is not known, [`HostError::Storage`],
+    /// [`HostError::Archive`] for one that is not there, [`HostError::Denied`] for one that is protected or needed, or
+    /// whose guest is not known, [`HostError::Storage`],
     /// [`HostError::Lock`] while its guest is backed up, [`HostError::Provider`].
     pub async fn remove_archive(
         &self,
@@ -254,6 +255,7 @@ impl Host {
         cancel: &CancellationToken,
     ) -> Result<ArchiveName, HostError> {
         let (name, provider) = self.open_archive(archive, REMOVE).await?;
+        self.refuse_needed(&name)?;
         activate(provider.as_ref(), &name.storage, cancel).await?;
         let archives = in_time(provider.list(&call())).await.map_err(fault(&name.storage))?;
         let (kind, id) = match in_list(&archives, &name) {
@@ -272,6 +274,26 @@ impl Host {
         let removed = prune::remove(provider.as_ref(), &name.name, limit, cancel).await;
         removed.map_err(fault(&name.storage))?;
         Ok(name)
+    }
+
+    /// Refuses an archive without which a live restore could not go on.
+    fn refuse_needed(&self, name: &ArchiveName) -> Result<(), HostError> {
+        let journals = journal::list(&self.layout, None)?;
+        let mut records = journals.iter().filter_map(|path| journal::read(path).ok());
+        let needs = records.find(|record| {
+            record.live.is_some()
+                && record.runs
+                && !record.complete
+                && !record.given_up
+                && record.begin.storage == name.storage
+                && record.archive.as_ref() == Some(&name.name)
+        });
+        let Some(record) = needs else { return Ok(()) };
+        let id = record.begin.guest_id;
+        Err(HostError::Denied(format!(
+            "The archive '{name}' is needed by the live restore of VM {id}: `vzdump restore --resume {id}` completes \
+             it, `vzdump restore --give-up {id}` ends it."
+        )))
     }
 
     /// The guest of an archive that cannot be read, by its name; none for an archive that is not there.

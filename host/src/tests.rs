@@ -414,6 +414,27 @@ async fn an_archive_that_cannot_be_read_is_listed_verified_and_removed() {
     assert_eq!((&list.archives[0].volid, list.problems.len()), (&other, 1));
 }
 
+#[tokio::test]
+async fn the_archive_of_an_interrupted_live_restore_is_not_removed() {
+    use vzdump_core::journal::{Begin, Entry, Journal, Live, TaskKind};
+    let (dir, host) = host(STORAGES);
+    let cancel = CancellationToken::new();
+    let archives = store(&host, 100, &[0, 1]).await;
+    let begin = Begin::new(TaskKind::Restore, GuestKind::Qemu, 200, "backups").unwrap();
+    let journal = Journal::create(&host.layout, begin).await.unwrap();
+    let name = archives[0].split_once(":backup/").unwrap().1.to_owned();
+    let dir = dir.path().join("run/l");
+    let live = Live { dir, limit_bytes_per_s: None, disks: Vec::new() };
+    for entry in [Entry::Archive { name }, Entry::Live(live), Entry::Runs] {
+        journal.append(entry).await.unwrap();
+    }
+    let error = host.remove_archive(&archives[0], &cancel).await.unwrap_err().to_string();
+    assert!(error.contains("`vzdump restore --resume 200`"), "{error}");
+    host.remove_archive(&archives[1], &cancel).await.unwrap();
+    journal.append(Entry::Complete).await.unwrap();
+    host.remove_archive(&archives[0], &cancel).await.unwrap();
+}
+
 /// As when the storage has become full.
 #[tokio::test]
 async fn damage_counts_that_the_provider_cannot_remember() {
