@@ -39,6 +39,17 @@ fn edit_config(scene: &Scene, id: u32, edit: impl FnOnce(String) -> String) {
 }
 
 #[test]
+fn a_locked_container_is_not_backed_up() {
+    let scene = Scene::new();
+    scene.create(200, &[]);
+    edit_config(&scene, 200, |text| text + "lock: migrate\n");
+    let provider = provider(&scene, Identity::MappedRoot);
+    let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
+    assert!(report.error.is_some_and(|error| error.contains("is locked (migrate)")), "{log}");
+    assert_eq!(report.archive, None, "{log}");
+}
+
+#[test]
 fn mount_points_65_only_those_with_backup_1_are_in_the_archive() {
     let scene = Scene::new();
     scene.create(200, &["--mount", "/srv:32M"]);

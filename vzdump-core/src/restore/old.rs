@@ -11,8 +11,8 @@ use crate::job::{JobContext, chain};
 use crate::storage::VolumeId;
 use crate::vm::runner::{self, LIVE_LOCK, live_advice};
 
-/// What a guest is locked with whose disks a restore has removed, as Proxmox VE calls it.
-pub(super) const LOCK: &str = "restore";
+/// What a guest is locked with whose disks a restore has removed.
+pub(super) const LOCK: &str = runner::RESTORE_LOCK;
 /// Unused disks a configuration can name.
 const UNUSED_MAX: u32 = 256;
 
