@@ -10,7 +10,7 @@ use crate::Change;
 
 /// Unit of what can be read and released.
 pub(crate) const GRANULE: u64 = 4096;
-/// Granularity of the bitmap.
+/// Granularity of a bitmap, unless a check asks for a finer one.
 pub(crate) const BITMAP_GRANULE: u64 = 64 << 10;
 /// For so many ids a bitmap of failed backups stays valid.
 const GENERATIONS_MAX: usize = 16;
@@ -22,8 +22,10 @@ pub(crate) struct Frozen {
     pub(crate) mode: BitmapMode,
     pub(crate) action: &'static str,
     pub(crate) generation: Option<String>,
-    /// Per [`BITMAP_GRANULE`]; none without a bitmap.
+    /// Per `granule_bytes`; none without a bitmap.
     pub(crate) dirty: Option<Vec<bool>>,
+    /// Granularity of the bitmap.
+    pub(crate) granule_bytes: u64,
     pub(crate) readable: Readable,
 }
 
@@ -46,6 +48,7 @@ struct Pending {
 #[derive(Debug)]
 pub(crate) struct Disk {
     pub(crate) device: String,
+    granule_bytes: u64,
     content: Arc<Vec<u8>>,
     bitmap: Option<Bitmap>,
     pending: Option<Pending>,
@@ -53,7 +56,18 @@ pub(crate) struct Disk {
 
 impl Disk {
     pub(crate) fn new(device: &str, content: Vec<u8>) -> Self {
-        Self { device: device.to_owned(), content: Arc::new(content), bitmap: None, pending: None }
+        Self {
+            device: device.to_owned(),
+            granule_bytes: BITMAP_GRANULE,
+            content: Arc::new(content),
+            bitmap: None,
+            pending: None,
+        }
+    }
+
+    /// Another granularity, before there is a bitmap; a multiple of [`GRANULE`].
+    pub(crate) fn set_granule(&mut self, granule_bytes: u64) {
+        self.granule_bytes = granule_bytes;
     }
 
     pub(crate) fn size_bytes(&self) -> u64 {
@@ -61,7 +75,7 @@ impl Disk {
     }
 
     fn granules(&self) -> usize {
-        self.content.len().div_ceil(BITMAP_GRANULE as usize)
+        self.content.len().div_ceil(self.granule_bytes as usize)
     }
 
     pub(crate) fn apply(&mut self, change: &Change) {
@@ -70,8 +84,8 @@ impl Disk {
         if let Some(bitmap) = &mut self.bitmap
             && length > 0
         {
-            let first = (offset / BITMAP_GRANULE) as usize;
-            let last = ((offset + length - 1) / BITMAP_GRANULE) as usize;
+            let first = (offset / self.granule_bytes) as usize;
+            let last = ((offset + length - 1) / self.granule_bytes) as usize;
             bitmap.dirty[first..=last].fill(true);
         }
     }
@@ -91,6 +105,7 @@ impl Disk {
             action: "new",
             generation: None,
             dirty: None,
+            granule_bytes: self.granule_bytes,
             readable: Readable::All,
         };
         let before = match request {
@@ -154,13 +169,13 @@ impl Disk {
     }
 }
 
-/// Bytes that a bitmap marks on a disk of this size.
-pub(crate) fn marked_bytes(dirty: &[bool], size_bytes: u64) -> u64 {
+/// Bytes that a bitmap of this granularity marks on a disk of this size.
+pub(crate) fn marked_bytes(dirty: &[bool], granule_bytes: u64, size_bytes: u64) -> u64 {
     let granules = dirty.iter().enumerate().filter(|(_, dirty)| **dirty);
     granules
         .map(|(n, _)| {
-            let begin = n as u64 * BITMAP_GRANULE;
-            BITMAP_GRANULE.min(size_bytes - begin)
+            let begin = n as u64 * granule_bytes;
+            granule_bytes.min(size_bytes - begin)
         })
         .sum()
 }
@@ -183,7 +198,8 @@ mod tests {
         let mut disk = Disk::new("scsi0", vec![0; 200 << 10]);
         let first = disk.freeze(&BitmapRequest::New);
         assert_eq!((first.mode, first.action), (BitmapMode::New, "new"));
-        assert_eq!(marked_bytes(&first.dirty.unwrap(), 200 << 10), 200 << 10);
+        let marked = marked_bytes(&first.dirty.unwrap(), BITMAP_GRANULE, 200 << 10);
+        assert_eq!(marked, 200 << 10);
         disk.apply(&write(70 << 10));
         disk.thaw(true);
         // Failed: what it held is kept, and the id that was handed out is good, too.

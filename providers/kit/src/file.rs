@@ -15,7 +15,7 @@ use provider_api::{
 };
 use tokio::process::{Child, Command};
 
-use crate::disk::{BITMAP_GRANULE, Frozen, GRANULE};
+use crate::disk::{Frozen, GRANULE};
 
 /// How long the daemon may take until its files are there.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -34,7 +34,7 @@ impl Regions {
             let offset = n as u64 * GRANULE;
             let is_wanted = match (&frozen.dirty, frozen.mode) {
                 (Some(dirty), provider_api::BitmapMode::Reuse) => {
-                    dirty[(offset / BITMAP_GRANULE) as usize]
+                    dirty[(offset / frozen.granule_bytes) as usize]
                 }
                 _ => true,
             };

@@ -161,6 +161,11 @@ impl SimMachine {
         self.disks.iter_mut().for_each(Disk::invalidate);
     }
 
+    /// Bitmaps of this granularity, before the first backup.
+    pub(crate) fn set_granule(&mut self, granule_bytes: u64) {
+        self.disks.iter_mut().for_each(|disk| disk.set_granule(granule_bytes));
+    }
+
     /// Takes the disks away from the provider; what counts for the next increment is not decided by that.
     pub(crate) async fn withdraw(&mut self) {
         if let Some(files) = self.files.take() {
@@ -193,7 +198,9 @@ impl SimMachine {
         let mut snapshots = Vec::new();
         for (disk, request) in self.disks.iter_mut().zip(requests) {
             let frozen = disk.freeze(request);
-            let dirty = frozen.dirty.as_ref().map(|dirty| marked_bytes(dirty, disk.size_bytes()));
+            let marked =
+                |dirty: &Vec<bool>| marked_bytes(dirty, frozen.granule_bytes, disk.size_bytes());
+            let dirty = frozen.dirty.as_ref().map(marked);
             let lie = |lie: Option<i64>, truth: u64| truth.saturating_add_signed(lie.unwrap_or(0));
             volumes.push(Volume {
                 device: disk.device.clone(),

@@ -12,7 +12,7 @@ use provider_nbd::server::{Export, ExportFuture, Refusal};
 use provider_nbd::wire::{BlockSizes, DEFAULT_MAX_BLOCK, flag};
 use provider_nbd::{Errno, context};
 
-use crate::disk::{BITMAP_GRANULE, Frozen, GRANULE};
+use crate::disk::{Frozen, GRANULE};
 
 /// Name of the bitmap in the exports.
 pub(crate) const BITMAP: &str = "kit0";
@@ -111,7 +111,9 @@ pub(crate) struct Snapshot {
 impl Snapshot {
     pub(crate) fn new(device: &str, frozen: Frozen, shared: Arc<Shared>, is_file: bool) -> Self {
         let is_readable = |n: usize| match (&frozen.dirty, frozen.readable) {
-            (Some(dirty), Readable::Dirty) => dirty[n * GRANULE as usize / BITMAP_GRANULE as usize],
+            (Some(dirty), Readable::Dirty) => {
+                dirty[(n as u64 * GRANULE / frozen.granule_bytes) as usize]
+            }
             _ => true,
         };
         let granules = frozen.content.chunks(GRANULE as usize);
@@ -193,7 +195,7 @@ impl Snapshot {
     fn dirty(&self, offset: u64, len: u64) -> Vec<(u64, u64)> {
         let dirty = self.frozen.dirty.as_deref().unwrap_or_default();
         let flags = |n: usize| u64::from(dirty.get(n).copied().unwrap_or_default());
-        runs(offset, len, BITMAP_GRANULE, flags)
+        runs(offset, len, self.frozen.granule_bytes, flags)
     }
 }
 
@@ -301,6 +303,7 @@ mod tests {
     use provider_api::BitmapMode;
 
     use super::*;
+    use crate::disk::BITMAP_GRANULE;
 
     /// Four bitmap granules, of which the second and the odd last one are dirty.
     fn snapshot(readable: Readable) -> (Snapshot, Arc<Shared>) {
@@ -312,6 +315,7 @@ mod tests {
             action: "used",
             generation: None,
             dirty: Some(vec![false, true, false, true]),
+            granule_bytes: BITMAP_GRANULE,
             readable,
         };
         let shared = Shared::new(Trouble::default());

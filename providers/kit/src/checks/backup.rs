@@ -7,9 +7,12 @@ use provider_api::{BitmapMode, BitmapRequest, Provider};
 
 use super::Verdict;
 use crate::bench::{Ctx, Made};
-use crate::disk::BITMAP_GRANULE;
+use crate::disk::{BITMAP_GRANULE, GRANULE};
 use crate::fault::{Checked, Fault, ensure};
-use crate::machine::{Vm, fresh_content};
+use crate::machine::{Change, Vm, fresh_content};
+
+/// Small changes between two backups.
+const FINE_CHANGES: usize = 12;
 
 /// Checks that a backup was asked for, and made, as an increment on `base`.
 fn must_build_upon(made: &Made, base: &Made) -> Checked {
@@ -99,6 +102,49 @@ pub(super) async fn incremental(ctx: &Ctx) -> Checked<Verdict> {
     let size: u64 = full.truth.iter().map(|(_, content)| content.len() as u64).sum();
     if first.transferred.written_bytes > size {
         ctx.remark("An increment writes more than the disks have.");
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Small changes on each disk, most of them within data, none at the beginning of a larger unit.
+async fn prick(vm: &mut Vm) -> Checked {
+    let disks: Vec<_> =
+        vm.truth.iter().map(|(name, content)| (name.clone(), content.len() as u64)).collect();
+    for (device, size_bytes) in disks {
+        for n in 0..FINE_CHANGES {
+            let unit = vm.random.below(size_bytes / BITMAP_GRANULE);
+            let granule = 1 + vm.random.below(BITMAP_GRANULE / GRANULE - 2);
+            let offset = unit * BITMAP_GRANULE + granule * GRANULE;
+            let change = match n % 4 {
+                0 => Change::Zero { offset, length: GRANULE },
+                _ => Change::Write { offset: offset + 512, data: vm.random.bytes(512) },
+            };
+            vm.change(&device, &change).await?;
+        }
+    }
+    Ok(())
+}
+
+/// A host may have finer bitmaps: what changed is less than any unit of the provider's.
+pub(super) async fn fine_increment(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let mut vm = ctx.usual_vm().await?;
+    vm.sim()?.set_granule(GRANULE);
+    vm.is_busy = false;
+    let mut all = vec![ctx.back_up(provider.as_ref(), &mut vm).await?];
+    for _ in 0..2 {
+        prick(&mut vm).await?;
+        let made = ctx.back_up(provider.as_ref(), &mut vm).await?;
+        ensure(made.is_incremental(), || "The increment became a full backup.".to_owned())?;
+        all.push(made);
+    }
+    for made in &all {
+        ctx.check_restore(provider.as_ref(), made).await.map_err(|fault| {
+            fault.advise(
+                "A bitmap may mark as little as 4 KiB: what it does not mark is as in the archive \
+                 before, also within one block or chunk of yours.",
+            )
+        })?;
     }
     Ok(Verdict::Passed)
 }

@@ -91,6 +91,13 @@ pub(crate) static CHECKS: &[Check] = &[
         backup::empty_increment
     ),
     check!(
+        "fine-increment",
+        "increments of areas of 4 KiB",
+        &[&VM, &RESTORE, &INCREMENTAL],
+        false,
+        backup::fine_increment
+    ),
+    check!(
         "late-full",
         "wants an increment, has to make a full backup",
         &[&VM, &RESTORE, &INCREMENTAL],

@@ -22,6 +22,7 @@ const CAUGHT_BY: &[(Fault, &str)] = &[
     (Fault::AsksForOldGeneration, "incremental"),
     (Fault::BaseIsUnlisted, "full"),
     (Fault::BlindVerify, "damage"),
+    (Fault::ChunkRestZeroed, "fine-increment"),
     (Fault::CommitsAnyway, "commit-outcome"),
     (Fault::ConfigIsText, "hostile-configs"),
     (Fault::ContainerErrorsIgnored, "container-abort"),

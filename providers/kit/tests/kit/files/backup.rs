@@ -216,6 +216,9 @@ impl FileBackup {
             let length = PIECE_BYTES.min(volume.size_bytes);
             let _ = self.read(&source, 0, length).await;
         }
+        if self.has(Fault::ChunkRestZeroed) && is_increment {
+            zero_chunks(&areas, &mut content);
+        }
         let mut done = 0;
         for area in &areas {
             self.store_area(&source, area, &mut content, moved).await?;
@@ -319,6 +322,17 @@ impl FileBackup {
             at += length;
         }
         Ok(())
+    }
+}
+
+/// Begins each chunk that has something to store as zeroes, and not as what it was.
+fn zero_chunks(areas: &[Area], content: &mut [u8]) {
+    const CHUNK_BYTES: usize = 64 << 10;
+    for area in areas {
+        let begin = usize::try_from(area.offset).unwrap() / CHUNK_BYTES * CHUNK_BYTES;
+        let end = usize::try_from(area.offset + area.length).unwrap();
+        let end = end.next_multiple_of(CHUNK_BYTES).min(content.len());
+        content[begin..end].fill(0);
     }
 }
 

@@ -36,6 +36,7 @@ pub(crate) enum Fault {
     AsksForOldGeneration,
     BaseIsUnlisted,
     BlindVerify,
+    ChunkRestZeroed,
     CommitsAnyway,
     ConfigIsText,
     ContainerErrorsIgnored,
