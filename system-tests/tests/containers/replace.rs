@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use lxc_backend::restore::CtRestoreOptions;
 use provider_api::Identity;
 
+use system_tests::loopfs::{Kind, LoopFs};
+
 use crate::backup::provider;
 use crate::restore::{restore, tar_of};
 use crate::scene::{LIMIT, Scene, wait_for};
@@ -182,6 +184,35 @@ fn a_restore_that_is_killed_leaves_the_old_container_or_the_new_one() {
     std::fs::write(scene.root.join("etc/lxc/200.conf"), without_net).unwrap();
     scene.run(&["ct", "start", "200"]);
     wait_for("the restored container is up", || scene.inside(200, "/srv/b").exists());
+}
+
+/// As systemd makes them by itself; read-only ones as a user's snapshots.
+#[test]
+fn a_container_with_subvolumes_in_it_is_replaced_and_backed_up_again() {
+    let disk = LoopFs::new(Kind::Btrfs).unwrap();
+    let scene = Scene::with_archives();
+    scene.add_storage("btrfs", "fast", &disk.path());
+    scene.create(200, &["--storage", "fast", "--format", "subvol"]);
+    let root = disk.path().join("images/200/subvol-200-disk-0.subvol");
+    let btrfs = |arguments: &[&str]| {
+        let mut command = std::process::Command::new("btrfs");
+        assert!(command.args(arguments).current_dir(&root).status().unwrap().success());
+    };
+    for path in ["var/machines", "srv/a b", "srv/a b/inner", "srv/a b/inner/deep"] {
+        btrfs(&["-q", "subvolume", "create", path]);
+    }
+    btrfs(&["-q", "subvolume", "snapshot", "-r", ".", "srv/a b/old"]);
+    for path in ["srv/a b/inner", "srv/a b", "."] {
+        btrfs(&["property", "set", "-t", "subvol", path, "ro", "true"]);
+    }
+    scene.run(&["backup", "200"]);
+    let volid = scene.run(&["list"])["archives"][0]["volid"].as_str().unwrap().to_owned();
+    let report = scene.run(&["restore", &volid, "200", "--force"]);
+    assert_eq!(report["removed"][0], "fast:200/subvol-200-disk-0.subvol", "{report}");
+    assert!(!root.exists());
+    scene.run(&["doctor"]);
+    let report = scene.run(&["backup", "200"]);
+    assert_eq!(report["guests"][0]["result"], "committed", "{report}");
 }
 
 /// A pattern left the volume out, so nothing of it comes back: not even where an archive says that it is in it.

@@ -12,11 +12,15 @@
 //! Images are copied on write and have checksums unless the storage says `nocow 1`
 //! (`docs/design/0017-images-on-btrfs.md`).
 
+mod nested;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use nested::delete_whole;
 
 use super::dir::{in_guest_dir, names_in, stored};
 use super::image::{ImageFiles, run};
@@ -188,7 +192,7 @@ impl Images for BtrfsStorage {
         })?;
         let undo = path.clone();
         let unfinished = Unfinished::new(move || {
-            let _ = delete_subvolume(&undo);
+            let _ = delete_whole(&undo);
             let _ = fs::remove_dir(guest_dir);
         });
         if volume.format() == ImageFormat::Subvol {
@@ -215,9 +219,9 @@ impl Images for BtrfsStorage {
         let is_ours = is_there(&path)? && (is_there(&files.image)? || is_empty(&path)?);
         if is_ours {
             for name in self.snapshot_names(volume)? {
-                delete_subvolume(&self.snapshot_path(volume, &name))?;
+                delete_whole(&self.snapshot_path(volume, &name))?;
             }
-            delete_subvolume(&path)?;
+            delete_whole(&path)?;
         }
         // Fails as long as there are other volumes, which is right.
         let _ = fs::remove_dir(self.plain.guest_dir(volume.guest_id()));
@@ -294,7 +298,7 @@ impl Images for BtrfsStorage {
         if is_plain(volume) || !path.exists() {
             return Ok(false);
         }
-        delete_subvolume(&path).map(|()| true)
+        delete_whole(&path).map(|()| true)
     }
 
     fn snapshots_now(&self, _: &Tools, volume: &VolumeId) -> Result<Vec<String>, StorageError> {
@@ -337,13 +341,6 @@ fn create_subvolume(path: &Path, volume: &VolumeId) -> Result<(), StorageError> 
         }
         other => other,
     })
-}
-
-/// Returns when the removal is durable.
-fn delete_subvolume(path: &Path) -> Result<(), StorageError> {
-    let mut command = Command::new(BTRFS);
-    command.args(["subvolume", "delete", "--commit-after", "--"]).arg(path);
-    btrfs(command, "subvolume delete", path)
 }
 
 /// The subvolumes directly below one, relative to it: in a snapshot there is an empty directory in the place of each.
