@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::json;
-use vzdump_host::{CtCreateOptions, CtStatus, ImageFormat, NewMount};
+use vzdump_host::{CtCreateOptions, CtStatus, CtStopped, ImageFormat, NewMount};
 
 use crate::args::{CtCommand, CtCreateArgs, CtFormat};
 use crate::commands::{CommandResult, Run};
@@ -53,9 +53,16 @@ impl Run<'_> {
 
     async fn ct_stop(&self, id: u32, timeout: Duration) -> CommandResult {
         let work = self.host.ct_stop(id, timeout);
-        let ran = self.or_left(work, "the container may have been told to shut down.").await??;
-        self.output.result(&json!({ "id": id, "ran": ran }), || {
-            format!("CT {id} {}\n", if ran { "has stopped" } else { "was not running" })
+        let how = self.or_left(work, "the container may have been told to shut down.").await??;
+        let (ran, killed) = (how != CtStopped::DidNotRun, how == CtStopped::Killed);
+        self.output.result(&json!({ "id": id, "ran": ran, "killed": killed }), || match how {
+            CtStopped::DidNotRun => format!("CT {id} was not running\n"),
+            CtStopped::ShutDown => format!("CT {id} has stopped\n"),
+            CtStopped::Killed if timeout.is_zero() => format!("CT {id} was killed\n"),
+            CtStopped::Killed => format!(
+                "CT {id} was killed, because it did not shut down within {} seconds\n",
+                timeout.as_secs()
+            ),
         });
         Ok(ExitCode::SUCCESS)
     }

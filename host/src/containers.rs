@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use lxc_backend::create::{self, CtCreateOptions, CtCreated};
-use lxc_backend::runtime::{self, CtStatus, Started};
+use lxc_backend::runtime::{self, CtStatus, Started, Stopped};
 
 use crate::{CancellationToken, Host, HostError, TaskSink};
 
@@ -45,11 +45,11 @@ impl Host {
         Ok(runtime::start(&self.layout, &self.storages, id).await?)
     }
 
-    /// Stops a container; tells whether it ran.
+    /// Stops a container: asks it to shut down, and ends it when the time is over.
     ///
     /// # Errors
     /// [`HostError::Container`].
-    pub async fn ct_stop(&self, id: u32, wait: Duration) -> Result<bool, HostError> {
+    pub async fn ct_stop(&self, id: u32, wait: Duration) -> Result<Stopped, HostError> {
         Ok(runtime::stop(&self.layout, id, wait).await?)
     }
 

@@ -55,7 +55,9 @@ pub use doctor::{Check, DoctorReport, Pending};
 pub use images::{ImageInfo, ImageUse, StorageState};
 pub use kit::{KitRequest, OpenHost, check_provider};
 pub use lxc_backend::create::{CtCreateOptions, CtCreated, NewMount};
-pub use lxc_backend::runtime::{CtStatus, Started as CtStarted, State as CtState};
+pub use lxc_backend::runtime::{
+    CtStatus, Started as CtStarted, State as CtState, Stopped as CtStopped,
+};
 pub use plan::{BackupPlan, BackupRequest};
 pub use provider_api::{Damage, GuestKind, Verified, VerifyExtent};
 pub use provider_kit::{

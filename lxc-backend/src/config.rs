@@ -130,6 +130,16 @@ pub fn translate(config: &CtConfig, rootfs: &Path, cgroups: Cgroups) -> Result<L
     Ok(out)
 }
 
+/// The bridges of the host that a container is to be connected to, with their keys.
+pub(crate) fn bridges(config: &CtConfig) -> Vec<(String, String)> {
+    let networks = config.lines().pairs().filter(|(key, _)| is_numbered(key, "net"));
+    let bridge = |(key, value): (&str, &str)| {
+        let list = OptionList::parse(value).ok()?;
+        Some((key.to_owned(), list.get("bridge")?.to_owned()))
+    };
+    networks.filter_map(bridge).collect()
+}
+
 fn is_numbered(key: &str, prefix: &str) -> bool {
     matches!(split_numbered(key), Some((p, _)) if p == prefix)
 }

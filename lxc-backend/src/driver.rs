@@ -14,7 +14,7 @@ use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use provider_api::{
     BitmapRequest, BoxFuture, ContainerBackup, ContainerMount, GuestKind, IdMapRange, IgnoredEntry,
@@ -35,16 +35,16 @@ use vzdump_core::lock::FileLock;
 use vzdump_core::storage::{ImageFormat, nested_subvolumes};
 use vzdump_core::task_log::TaskSink;
 use vzdump_core::temp_tree;
-use vzdump_core::vm::process::VmProcess;
 
 use crate::CtError;
 use crate::attach::{nearest_above, open_place};
 use crate::guard::{Frozen, Owed, Target};
 use crate::lxc::{Lxc, State};
 use crate::opening::{Opening, Wanted};
+use crate::power::{POWER_WAIT, first_process, start_again};
 use crate::runner::Runner;
 use crate::runtime::{
-    Busy, Found, beside, find_volumes, read_config, refuse_locked, start_now, stop_now,
+    Busy, Found, beside, check_startable, find_volumes, read_config, refuse_locked, shut_down_now,
 };
 use crate::sandbox::{LISTS, TREE};
 use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
@@ -55,10 +55,6 @@ use crate::view::{Origin, Part, ViewOptions, wait_until_unmounted};
 const NESTED_MAX: usize = 100;
 /// Lines of commands that wait for the log.
 const LOG_LINES: usize = 1000;
-/// For an operation of somebody else on the container, such as a start, to end.
-const POWER_WAIT: Duration = Duration::from_secs(60);
-/// Between two looks at whether a container has stopped.
-const STATE_LOOK: Duration = Duration::from_millis(200);
 
 /// The containers of this host.
 #[derive(Debug, Clone, Copy, Default)]
@@ -85,7 +81,10 @@ impl Containers for LxcContainers {
             no_snapshot: None,
             way: Way::Direct,
             ran: false,
+            before: None,
             down_since: None,
+            is_unread: false,
+            is_stop_told: false,
             stopping: Busy::default(),
             snapshotting: Busy::default(),
             owed: Owed::default(),
@@ -108,67 +107,10 @@ impl Containers for LxcContainers {
         record: &'a Record,
         sink: &'a dyn TaskSink,
     ) -> BoxFuture<'a, Result<(), String>> {
-        Box::pin(run_again(ctx, record, sink))
+        Box::pin(async move {
+            crate::power::run_again(ctx, record, sink).await.map_err(|error| error.words())
+        })
     }
-}
-
-/// After a start of the host it is the host's matter which containers run.
-async fn run_again(ctx: &JobContext, record: &Record, sink: &dyn TaskSink) -> Result<(), String> {
-    let id = record.begin.guest_id;
-    if !record.begin.owner.is_of_this_boot() {
-        return Ok(());
-    }
-    let lxc = Lxc::new(&ctx.layout.lxc_path(), id);
-    let asked = lxc.clone();
-    let state = beside(move || asked.state()).await.map_err(|error| error.words())?;
-    if record.frozen && state != State::Stopped {
-        // The guard has most likely done so long ago.
-        let thawed = lxc.clone();
-        beside(move || thawed.thaw()).await.map_err(|error| error.words())?;
-        sink.info(&format!("CT {id} is thawed"));
-    }
-    if record.held.is_some() && stops_soon(&lxc, record, sink).await? {
-        crate::runtime::start(&ctx.layout, &ctx.storages, id)
-            .await
-            .map_err(|error| error.words())?;
-        sink.info(&format!("CT {id} runs again"));
-    }
-    Ok(())
-}
-
-/// Whether the container is down, or soon is. Whether it was told to stop before the backup was interrupted nobody
-/// knows any more.
-async fn stops_soon(lxc: &Lxc, record: &Record, sink: &dyn TaskSink) -> Result<bool, String> {
-    let deadline = Instant::now() + POWER_WAIT;
-    loop {
-        let asked = lxc.clone();
-        let state = beside(move || asked.state()).await.map_err(|error| error.words())?;
-        if state == State::Stopped {
-            return Ok(true);
-        }
-        let is_the_old = record.ran.as_ref().is_some_and(ProcessStamp::is_alive);
-        if state == State::Running && !is_the_old {
-            // Somebody has started it since.
-            return Ok(false);
-        }
-        if Instant::now() >= deadline {
-            let id = record.begin.guest_id;
-            sink.warn(&format!(
-                "CT {id} may have been asked to stop for its backup and still runs; if it does stop, it has to be \
-                 started again"
-            ));
-            return Ok(false);
-        }
-        tokio::time::sleep(STATE_LOOK).await;
-    }
-}
-
-/// The container's first process, by which a later one is told from it. May block.
-fn first_process(lxc: &Lxc) -> Result<Option<ProcessStamp>, CtError> {
-    let Some(pid) = lxc.init_pid()? else { return Ok(None) };
-    let process =
-        VmProcess::of_pid(pid).and_then(|process| process.map(ProcessStamp::of).transpose());
-    process.map_err(CtError::at("read /proc of the container's first process"))
 }
 
 /// What the archive is made from.
@@ -231,14 +173,20 @@ struct CtDriver {
     way: Way,
     /// It ran when the backup began.
     ran: bool,
+    /// Its first process when it was stopped.
+    before: Option<ProcessStamp>,
     /// It was stopped for the backup and does not run again yet.
     down_since: Option<Instant>,
+    /// Its volumes are yet to be read as they are, so it stays down.
+    is_unread: bool,
     /// While it is being stopped, which goes on when the task is cancelled.
     stopping: Busy,
     /// While it is frozen and snapshots are taken; that, too.
     snapshotting: Busy,
     owed: Owed,
-    /// The hook script knows that it is about to be started.
+    /// The hook script knows that it is about to be frozen for the second copy.
+    is_stop_told: bool,
+    /// The hook script knows that it is about to go on.
     is_restart_told: bool,
     /// Held while volumes are read that could change.
     power: Option<FileLock>,
@@ -359,16 +307,7 @@ impl CtDriver {
         let lxc = self.lxc.clone();
         self.ran = beside(move || Ok(lxc.state()? != State::Stopped)).await?;
         if self.ran && self.options.mode == BackupMode::Stop {
-            task.hooks.pre_stop(task.sink).await?;
-            let lxc = self.lxc.clone();
-            if let Some(process) = beside(move || first_process(&lxc)).await? {
-                task.journal.append(Entry::Qemu { process }).await?;
-            }
-            task.journal.append(Entry::ShutDown).await?;
-            self.down_since = Some(Instant::now());
-            task.sink.info("stopping the container");
-            let (layout, id, wait) = (self.ctx.layout.clone(), self.id, self.options.stop_wait);
-            self.stopping.beside(move || stop_now(&layout, id, wait)).await?;
+            self.shut_down(task).await?;
         }
         self.choose_way(task);
         if self.way == Way::Copies {
@@ -382,6 +321,30 @@ impl CtDriver {
             volume_id: Some(volume.entry.volume.clone()),
         });
         Ok(infos.collect())
+    }
+
+    async fn shut_down(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        let (layout, storages, id) = (self.ctx.layout.clone(), self.ctx.storages.clone(), self.id);
+        beside(move || check_startable(&layout, &storages, id)).await.map_err(GuestError::at(
+            format!("shut CT {id} down, because it could not be started again"),
+        ))?;
+        task.hooks.pre_stop(task.sink).await?;
+        let lxc = self.lxc.clone();
+        self.before = beside(move || first_process(&lxc)).await?;
+        if let Some(process) = self.before.clone() {
+            task.journal.append(Entry::Qemu { process }).await?;
+        }
+        task.journal.append(Entry::ShutDown).await?;
+        self.down_since = Some(Instant::now());
+        task.sink.info("stopping the container");
+        let (lxc, wait) = (self.lxc.clone(), self.options.stop_wait);
+        if self.stopping.beside(move || shut_down_now(&lxc, wait)).await? {
+            return Ok(());
+        }
+        Err(GuestError::Refused(format!(
+            "CT {id} did not shut down within {} seconds; it may still do so.",
+            wait.as_secs().max(1)
+        )))
     }
 
     async fn snapshot_all(&mut self, task: Task<'_>) -> Result<(), GuestError> {
@@ -445,8 +408,15 @@ impl CtDriver {
     async fn point_in_time_now(&mut self, task: Task<'_>) -> Result<PointInTime, GuestError> {
         let started = Instant::now();
         if let Some(suspension) = &self.suspension {
-            self.frozen_ms =
-                Some(suspension.second(&self.ctx, &self.options, &self.lxc, task).await?);
+            task.hooks.pre_stop(task.sink).await?;
+            self.is_stop_told = true;
+            let is_told = &mut self.is_restart_told;
+            let goes_on = async {
+                *is_told = true;
+                task.hooks.pre_restart(task.sink).await
+            };
+            let frozen = suspension.second(&self.ctx, &self.options, &self.lxc, goes_on, task);
+            self.frozen_ms = Some(frozen.await?);
         } else if self.way == Way::Snapshots {
             self.snapshot_all(task).await?;
             task.sink.info(&format!(
@@ -455,7 +425,19 @@ impl CtDriver {
                 started.elapsed().as_millis()
             ));
         }
+        self.is_unread = self.way == Way::Direct;
         Ok(PointInTime::default())
+    }
+
+    /// Tells the hook script that the container, which was frozen for the second copy, goes on.
+    async fn tell_goes_on(&mut self, task: Task<'_>) -> Result<(), GuestError> {
+        if !std::mem::take(&mut self.is_stop_told) {
+            return Ok(());
+        }
+        let is_told = std::mem::replace(&mut self.is_restart_told, true);
+        let before = if is_told { Ok(()) } else { task.hooks.pre_restart(task.sink).await };
+        let after = task.hooks.post_restart(task.sink).await;
+        before.and(after)
     }
 
     /// Starts the container again that was stopped for the backup.
@@ -466,17 +448,13 @@ impl CtDriver {
         let before = if is_told { Ok(()) } else { task.hooks.pre_restart(task.sink).await };
         // A task that was cancelled has not ended the stop, and what runs still is no container that runs on.
         self.stopping.settle().await;
-        let (layout, storages, id) = (self.ctx.layout.clone(), self.ctx.storages.clone(), self.id);
-        let lxc = self.lxc.clone();
-        beside(move || {
-            if lxc.state()? == State::Stopped {
-                start_now(&layout, &storages, id)?;
-            }
-            Ok(())
-        })
-        .await?;
+        let of = (&self.lxc, self.id);
+        let is_started = start_again(&self.ctx, of, self.before.as_ref(), task.sink).await?;
         self.down_since = None;
         task.journal.append(Entry::Resumed).await?;
+        if !is_started {
+            return before.map(|()| None);
+        }
         let after = task.hooks.post_restart(task.sink).await;
         let down_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
         task.sink.info(&format!("the container runs again after {down_ms} ms"));
@@ -521,6 +499,7 @@ impl CtDriver {
             lists: Some(lists),
             program: self.ctx.guard.program.clone(),
             log,
+            share: self.options.bandwidth.as_ref().map(|budget| budget.guest().disk()),
         }));
         Ok(())
     }
@@ -651,9 +630,10 @@ impl GuestDriver for CtDriver {
             if let Some(suspension) = &self.suspension {
                 suspension.settle().await;
                 self.power = None;
+                self.tell_goes_on(task).await?;
                 return Ok(self.frozen_ms);
             }
-            if self.way == Way::Direct {
+            if std::mem::take(&mut self.is_unread) {
                 // Its volumes are read as they are: it runs again when that is over.
                 return Ok(None);
             }
@@ -661,6 +641,10 @@ impl GuestDriver for CtDriver {
             self.power = None;
             Ok(down_ms)
         })
+    }
+
+    fn is_held(&self) -> bool {
+        self.way == Way::Direct && self.down_since.is_some()
     }
 
     fn open_source<'a>(&'a mut self, task: Task<'a>) -> BoxFuture<'a, Result<(), GuestError>> {

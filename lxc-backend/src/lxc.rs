@@ -2,7 +2,7 @@
 //! LXC's programs. All of this may block; each call has a limit.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::CtError;
 use crate::freezer::Freezer;
@@ -85,10 +85,18 @@ impl Lxc {
         Ok(text.parse().ok())
     }
 
-    /// Asks the container to shut down, and ends it when the time is over.
-    pub(crate) fn stop(&self, wait: Duration) -> Result<(), CtError> {
-        let seconds = wait.as_secs().max(1).to_string();
-        self.run("lxc-stop", &["-t", &seconds], wait + KILL_LIMIT).map(drop)
+    /// Asks the container to shut down; tells whether it did in time. If not it may still do so.
+    pub(crate) fn shut_down(&self, wait: Duration) -> Result<bool, CtError> {
+        let wait = Duration::from_secs(wait.as_secs().max(1));
+        let seconds = wait.as_secs().to_string();
+        let asked = Instant::now();
+        let said = self.run("lxc-stop", &["--nokill", "-t", &seconds], wait + ANSWER_LIMIT);
+        let Err(error) = said else { return Ok(true) };
+        if self.state()? == State::Stopped {
+            return Ok(true);
+        }
+        // It says nothing of a container that goes on.
+        if asked.elapsed() >= wait { Ok(false) } else { Err(error) }
     }
 
     pub(crate) fn kill(&self) -> Result<(), CtError> {

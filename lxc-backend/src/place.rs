@@ -67,7 +67,10 @@ impl Place {
         let view = beside(move || View::open(&dir, &parts, &ids, options)).await?;
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();
-        Ok((Arc::new(Runner { view: Arc::new(view), lists: None, program, log }), lines))
+        Ok((
+            Arc::new(Runner { view: Arc::new(view), lists: None, program, log, share: None }),
+            lines,
+        ))
     }
 
     /// Shows a directory, read-only, to commands that see nothing else.
@@ -84,7 +87,10 @@ impl Place {
         let view = beside(move || View::open(&dir, &[part], &[], options)).await?;
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();
-        Ok((Arc::new(Runner { view: Arc::new(view), lists: None, program, log }), lines))
+        Ok((
+            Arc::new(Runner { view: Arc::new(view), lists: None, program, log, share: None }),
+            lines,
+        ))
     }
 
     pub(crate) async fn remove(self) -> Result<(), CtError> {

@@ -16,8 +16,11 @@ use provider_api::{
     BoxFuture, Call, CommandEnd, ContainerCommand, ContainerRunner, Error, Kind, Result,
     STDERR_TAIL_BYTES, StderrCopy,
 };
+use tokio::runtime::Handle;
 use tokio::sync::mpsc::Sender;
+use vzdump_core::bandwidth::DiskShare;
 
+use crate::pace::Passing;
 use crate::sandbox::{NOT_BEGUN, NOT_BEGUN_PREFIX, Role, SUBCOMMAND, Spec, TREE, Work};
 use crate::tool::{Pauses, command as program, ends_with_us};
 use crate::unpack::UnpackSpec;
@@ -46,6 +49,8 @@ pub(crate) struct Runner {
     pub(crate) lists: Option<PathBuf>,
     pub(crate) program: PathBuf,
     pub(crate) log: Sender<String>,
+    /// What the output of commands waits for.
+    pub(crate) share: Option<DiskShare>,
 }
 
 /// What is done in a sandbox, and with what.
@@ -94,8 +99,10 @@ impl Runner {
     async fn run(&self, task: Task, call: &Call) -> Result<CommandEnd> {
         let view = Arc::clone(&self.view);
         let (program, log, lists) = (self.program.clone(), self.log.clone(), self.lists.clone());
-        let started =
-            vzdump_core::blocking::run(move || Running::start((&view, lists), program, task, &log));
+        let pace = self.share.clone().map(|share| (share, Handle::current()));
+        let started = vzdump_core::blocking::run(move || {
+            Running::start((&view, lists), program, (task, pace), &log)
+        });
         let mut running = started.await.map_err(|error| fault(&error))?;
         let status = tokio::select! {
             biased;
@@ -135,17 +142,27 @@ struct Running {
     root: PathBuf,
     tail: Arc<Mutex<VecDeque<u8>>>,
     threads: Vec<std::thread::JoinHandle<()>>,
+    /// What it writes goes this way, if that is limited.
+    passing: Option<Passing>,
 }
 
 impl Running {
     fn start(
         (view, lists): (&Arc<View>, Option<PathBuf>),
         own_program: PathBuf,
-        task: Task,
+        (mut task, pace): (Task, Option<(DiskShare, Handle)>),
         log: &Sender<String>,
     ) -> io::Result<Self> {
         for path in &task.paths {
             crate::sandbox::check_declared(path)?;
+        }
+        let mut passing = None;
+        if let Some((share, runtime)) = pace
+            && let Some(to) = task.stdout.take()
+        {
+            let (writer, started) = Passing::start(to, share, runtime)?;
+            task.stdout = Some(writer.into());
+            passing = Some(started);
         }
         let number = uuid::Uuid::new_v4().simple().to_string();
         // Beside the directory of the view, which nobody but the holder sees into.
@@ -185,6 +202,7 @@ impl Running {
             root,
             tail: Arc::default(),
             threads: Vec::new(),
+            passing,
         };
         if let Some(stderr) = running.child.stderr.take() {
             running.threads.push(listen(
@@ -203,7 +221,9 @@ impl Running {
     async fn wait(&mut self, deadline: Option<Instant>) -> Result<ExitStatus> {
         let mut pauses = Pauses::new();
         loop {
-            if let Some(status) = self.child.try_wait().map_err(|error| fault(&error))? {
+            if let Some(status) = self.child.try_wait().map_err(|error| fault(&error))?
+                && self.passing.as_ref().is_none_or(Passing::is_over)
+            {
                 return Ok(status);
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -222,6 +242,10 @@ impl Running {
             Ok(())
         });
         ended.await.map_err(|error| fault(&error))?;
+        if let Some(passing) = self.passing.take() {
+            let doing = "Cannot pass on what a command writes.";
+            passing.result().map_err(|error| Error::io(doing, error))?;
+        }
         let bytes: Vec<u8> =
             self.tail.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
         let stderr_tail = String::from_utf8_lossy(&bytes).into_owned();

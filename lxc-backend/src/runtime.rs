@@ -22,7 +22,7 @@ use vzdump_core::lock::FileLock;
 use vzdump_core::storage::{ImageFormat, StorageSet, VolumeId};
 
 use crate::attach::{attach, detached, nearest_above, open_below, open_or_make_below, open_place};
-use crate::config::{Cgroups, translate};
+use crate::config::{Cgroups, LxcConfig, bridges, translate};
 use crate::holder::Holder;
 use crate::lxc::Lxc;
 pub use crate::lxc::State;
@@ -33,6 +33,8 @@ use crate::{CtError, tool};
 /// A directory of the LXC package. In the container's namespace it is covered, because an unprivileged
 /// container must be able to reach its files through all of the directories above them.
 pub(crate) const COVERED: &str = "/var/lib/lxc";
+/// Where the kernel lists the networks of the host.
+const HOST_NETWORKS: &str = "/sys/class/net";
 /// For LXC's monitor to say that the container runs.
 const START_LIMIT: Duration = Duration::from_secs(120);
 /// How long an operation of another task on the same container is waited for.
@@ -48,6 +50,17 @@ pub struct Started {
     pub pid: Option<i32>,
     /// What is odd.
     pub notices: Vec<String>,
+}
+
+/// How a container was stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopped {
+    /// It did not run.
+    DidNotRun,
+    /// It shut down.
+    ShutDown,
+    /// It was ended by force.
+    Killed,
 }
 
 /// What a container is doing.
@@ -131,6 +144,8 @@ pub async fn start(layout: &Layout, storages: &StorageSet, id: u32) -> Result<St
     let lock = FileLock::acquire(&path, &format!("CT {id}"), LOCK_WAIT).await?;
     let (ours, storages) = (layout.clone(), storages.clone());
     let started = beside(move || {
+        let config = read_config(&ours, id)?;
+        refuse_locked(&config, id)?;
         let started = start_now(&ours, &storages, id);
         drop(lock);
         started
@@ -140,12 +155,11 @@ pub async fn start(layout: &Layout, storages: &StorageSet, id: u32) -> Result<St
     Ok(started)
 }
 
-/// Stops a container: asks it to shut down, and ends it when the time is over; at once without any. Tells
-/// whether it ran. May block.
+/// Stops a container: asks it to shut down, and ends it when the time is over; at once without any. May block.
 ///
 /// # Errors
 /// [`CtError`].
-pub async fn stop(layout: &Layout, id: u32, wait: Duration) -> Result<bool, CtError> {
+pub async fn stop(layout: &Layout, id: u32, wait: Duration) -> Result<Stopped, CtError> {
     read_config(layout, id)?;
     let path = layout.ct_power_lock_path(id);
     let lock = FileLock::acquire(&path, &format!("CT {id}"), LOCK_WAIT).await?;
@@ -198,24 +212,78 @@ impl Busy {
     }
 }
 
-pub(crate) fn stop_now(layout: &Layout, id: u32, wait: Duration) -> Result<bool, CtError> {
+fn stop_now(layout: &Layout, id: u32, wait: Duration) -> Result<Stopped, CtError> {
     let lxc = Lxc::new(&layout.lxc_path(), id);
     if lxc.state()? == State::Stopped {
-        return Ok(false);
+        return Ok(Stopped::DidNotRun);
     }
-    if wait.is_zero() {
-        lxc.kill()?;
-    } else {
-        lxc.stop(wait)?;
+    if !wait.is_zero() && shut_down_now(&lxc, wait)? {
+        return Ok(Stopped::ShutDown);
     }
+    lxc.kill()?;
+    wait_until_gone(&lxc)?;
+    Ok(Stopped::Killed)
+}
+
+/// Asks a container to shut down, and does not kill it; tells whether it is down. If not it may still shut down.
+pub(crate) fn shut_down_now(lxc: &Lxc, wait: Duration) -> Result<bool, CtError> {
+    let is_down = lxc.shut_down(wait)?;
+    if is_down {
+        wait_until_gone(lxc)?;
+    }
+    Ok(is_down)
+}
+
+fn wait_until_gone(lxc: &Lxc) -> Result<(), CtError> {
     let deadline = Instant::now() + GONE_LIMIT;
     while lxc.state()? != State::Stopped {
         if Instant::now() >= deadline {
-            return Err(CtError::Invalid(format!("The container {id} does not stop.")));
+            return Err(CtError::Invalid(format!("The container {} does not stop.", lxc.name)));
         }
         std::thread::sleep(POLL);
     }
-    Ok(true)
+    Ok(())
+}
+
+/// What a start needs.
+struct Needs {
+    ids: Vec<IdMapRange>,
+    rootfs: PathBuf,
+    translated: LxcConfig,
+    volumes: Vec<Found>,
+}
+
+/// Looks whether a container can be started as it is configured now, as far as that can be told without doing it. May
+/// block.
+pub(crate) fn check_startable(
+    layout: &Layout,
+    storages: &StorageSet,
+    id: u32,
+) -> Result<(), CtError> {
+    let config = read_config(layout, id)?;
+    refuse_locked(&config, id)?;
+    needs_of(&config, storages, id).map(drop)
+}
+
+fn needs_of(config: &CtConfig, storages: &StorageSet, id: u32) -> Result<Needs, CtError> {
+    let ids = config.id_map()?;
+    check_subordinate_ids(&ids)?;
+    let rootfs = Path::new(COVERED).join(id.to_string()).join("rootfs");
+    let translated = translate(config, &rootfs, Cgroups::of_host())?;
+    if !translated.unknown.is_empty() {
+        return Err(CtError::Invalid(format!(
+            "The configuration of the container {id} has keys that are not known: {}.",
+            translated.unknown.join(", ")
+        )));
+    }
+    let missing = |(_, bridge): &(String, String)| !Path::new(HOST_NETWORKS).join(bridge).exists();
+    if let Some((key, bridge)) = bridges(config).into_iter().find(missing) {
+        return Err(CtError::Invalid(format!(
+            "The bridge '{bridge}' of the container {id} ({key}) does not exist on this host."
+        )));
+    }
+    let volumes = find_volumes(config, storages)?;
+    Ok(Needs { ids, rootfs, translated, volumes })
 }
 
 pub(crate) fn start_now(
@@ -228,17 +296,7 @@ pub(crate) fn start_now(
     if lxc.state()? != State::Stopped {
         return Err(CtError::Running { id });
     }
-    let ids = config.id_map()?;
-    check_subordinate_ids(&ids)?;
-    let rootfs = Path::new(COVERED).join(&lxc.name).join("rootfs");
-    let translated = translate(&config, &rootfs, Cgroups::of_host())?;
-    if !translated.unknown.is_empty() {
-        return Err(CtError::Invalid(format!(
-            "The configuration of the container {id} has keys that are not known: {}.",
-            translated.unknown.join(", ")
-        )));
-    }
-    let volumes = find_volumes(&config, storages)?;
+    let Needs { ids, rootfs, translated, volumes } = needs_of(&config, storages, id)?;
     let config_path = lxc.config_path();
     write_lxc_config(&lxc, &translated.text)
         .map_err(CtError::at(format!("write LXC's configuration '{}'", config_path.display())))?;

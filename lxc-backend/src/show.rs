@@ -55,7 +55,9 @@ impl ShownDirectory {
         let (log, mut lines) = mpsc::channel(LOG_LINES);
         // Ends with the runner.
         tokio::spawn(async move { while lines.recv().await.is_some() {} });
-        Ok(Self { runner: Arc::new(Runner { view, lists: Some(lists), program, log }) })
+        Ok(Self {
+            runner: Arc::new(Runner { view, lists: Some(lists), program, log, share: None }),
+        })
     }
 
     /// Where commands find it.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use provider_api::{Excludes, IdMapRange, IgnoredEntry, Reached};
 use rustix::fs::fstatvfs;
 use vzdump_core::config::container::MountEntry;
-use vzdump_core::guest::Task;
+use vzdump_core::guest::{GuestError, Task};
 use vzdump_core::job::{BackupOptions, JobContext};
 use vzdump_core::journal::Entry;
 use vzdump_core::layout::make_private_dir;
@@ -155,15 +155,16 @@ impl Suspension {
         Ok(())
     }
 
-    /// Freezes the container, copies what has changed, and lets it go on. Tells for how many milliseconds it
-    /// was frozen.
+    /// Freezes the container, copies what has changed, and lets it go on, after `goes_on`. Tells for how many milliseconds
+    /// it was frozen.
     pub(crate) async fn second(
         &self,
         ctx: &JobContext,
         options: &BackupOptions,
         lxc: &Lxc,
+        goes_on: impl Future<Output = Result<(), GuestError>>,
         task: Task<'_>,
-    ) -> Result<u64, CtError> {
+    ) -> Result<u64, GuestError> {
         let skips_unreadable = options.skip_unreadable;
         let limits = &ctx.limits;
         let hold = hold_of(ctx);
@@ -174,6 +175,9 @@ impl Suspension {
         let (program, freeze) = (ctx.guard.program.clone(), limits.freeze.freeze);
         let (dir, trees) = (self.dir.clone(), Arc::clone(&self.trees));
         task.journal.append(Entry::Freeze).await?;
+        let (is_copied, copied) = tokio::sync::oneshot::channel();
+        // Nothing is sent: it goes on when this is dropped, also by a task that is given up.
+        let (held, holding) = std::sync::mpsc::channel::<()>();
         let work = self.busy.beside(move || {
             let trees = std::mem::take(&mut *trees.lock().unwrap_or_else(PoisonError::into_inner));
             let started = Instant::now();
@@ -185,6 +189,8 @@ impl Suspension {
             let copy_ms = begun.elapsed().as_millis();
             #[cfg(debug_assertions)]
             vzdump_core::job::kill_point::at("copied");
+            let _ = is_copied.send(());
+            let _ = holding.recv_timeout(deadline.saturating_duration_since(Instant::now()));
             let thawed = frozen.thaw();
             let frozen_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
             let (trees, report) = copied.map_err(|error| words(error, &dir))?;
@@ -194,9 +200,16 @@ impl Suspension {
             }
             Ok((report, copy_ms, frozen_ms))
         });
-        let (report, copy_ms, frozen_ms) = work.await?;
+        let tell = async {
+            let told = if copied.await.is_ok() { goes_on.await } else { Ok(()) };
+            drop(held);
+            told
+        };
+        let (told, done) = tokio::join!(tell, work);
+        let (report, copy_ms, frozen_ms) = done?;
         drop(cancel);
         task.journal.append(Entry::Thawed).await?;
+        told?;
         task.sink.info(&format!(
             "second copy: {} of {} files, {}, {} removed, in {copy_ms} ms; the container was frozen for {frozen_ms} ms",
             report.copied,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use provider_api::{GuestKind, Identity};
 use system_tests::loopfs::{Kind, LoopFs};
 use tokio_util::sync::CancellationToken;
+use vzdump_core::bandwidth::Budget;
 use vzdump_core::guest::BackupMode;
 use vzdump_core::job::report::{GuestReport, GuestResult};
 use vzdump_core::job::{BackupOptions, run_backup};
@@ -131,6 +132,7 @@ fn storage_without_snapshots_62_falls_back_to_suspend_with_a_warning() {
     let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
     assert_committed(&report, &log);
     assert_eq!(scene.state(200), "running", "{log}");
+    assert!(report.point_in_time.downtime_ms.is_some(), "{log}");
     assert_one_point_in_time(&provider.tar(&report.archive.unwrap()));
     scene.run(&["ct", "stop", "200", "--now"]);
     wait_for("nothing is left", || scene.leftovers().is_empty());
@@ -148,6 +150,28 @@ fn stop_mode_64_a_failing_provider_does_not_keep_the_container_down() {
     assert!(report.error.unwrap().contains("exit code 3: what went wrong"), "{log}");
     assert!(log.contains("what went wrong"), "commands' lines are in the log: {log}");
     assert_eq!(scene.state(200), "running");
+}
+
+/// What passes is counted where it comes out of the command, so the provider cannot be faster.
+#[test]
+fn a_bandwidth_limit_holds_for_what_a_command_writes() {
+    const RATE: u64 = 1 << 20;
+    let scene = Scene::new();
+    scene.create(200, &[]);
+    for identity in [Identity::MappedRoot, Identity::Reader] {
+        let provider = provider(&scene, identity);
+        let (report, log) = back_up_with(&scene, 200, &provider, |options| {
+            options.bandwidth = Some(Budget::new(RATE));
+        });
+        assert_committed(&report, &log);
+        let tar = provider.tar(&report.archive.unwrap());
+        let bytes = std::fs::metadata(&tar).unwrap().len();
+        assert!(bytes > RATE, "{bytes}");
+        // A tenth of a second may be saved up.
+        let least_ms = bytes * 1000 / RATE - 150;
+        assert!(report.transfer_ms >= least_ms, "{} of {least_ms} ms", report.transfer_ms);
+        assert_eq!(member(&tar, "./etc/inittab").lines().count(), 2);
+    }
 }
 
 /// The stop cannot be called off, so the container is started when it has ended.

@@ -9,6 +9,7 @@ mod cgroups;
 mod debian;
 mod fidelity;
 mod freezing;
+mod power;
 mod program;
 mod provider;
 mod read_errors;
