@@ -21,8 +21,9 @@ use crate::unpack::{Bounds, Codec, Unpacked};
 
 /// For a provider to open its end of a FIFO.
 const OPEN_LIMIT: Duration = Duration::from_secs(120);
-/// How a command ends whose output is not taken any more.
+/// How a command ends whose output is not taken any more, and how `tar` says that of its archive, if it lives on.
 const ENDED_BY_SIGPIPE: i32 = 128 + 13;
+const NOT_TAKEN: &str = "tar: -: ";
 
 pub(super) fn codec_of(compression: Compression) -> Codec {
     match compression {
@@ -110,9 +111,10 @@ pub(super) async fn copy_directory(
         Err(_) if cancel.is_cancelled() => return Err(CtError::Cancelled),
         other => other.map_err(CtError::at("read the directory"))?,
     };
-    let was_not_read =
-        packed.exit_code == ENDED_BY_SIGPIPE || packed.stderr_tail.contains("roken pipe");
-    if packed.exit_code != 0 && !(was_not_read && unpacked.is_err()) {
+    // The names of files do not begin so.
+    let was_not_taken = packed.exit_code == ENDED_BY_SIGPIPE
+        || packed.stderr_tail.lines().any(|line| line.starts_with(NOT_TAKEN));
+    if packed.exit_code != 0 && !(was_not_taken && unpacked.is_err()) {
         return Err(CtError::at("read the directory")(packed.stderr_tail.trim().to_owned()));
     }
     unpacked

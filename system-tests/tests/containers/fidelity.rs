@@ -107,9 +107,14 @@ fn a_directory_comes_back_as_it_was_and_links_in_it_lead_nowhere() {
     let (kind, mode) = (rustix::fs::FileType::BlockDevice, rustix::fs::Mode::from_raw_mode(0o666));
     rustix::fs::mknodat(rustix::fs::CWD, device.join("disk"), kind, mode, numbers).unwrap();
     provider.plant_tree("empty", config);
-    for (archive, why) in
-        [("link", "is no directory"), ("device", "must not have"), ("empty", "holds no files")]
-    {
+    // What is packed is not taken any more when it does not fit.
+    std::fs::write(provider.plant_tree("large", config).join("file"), vec![7; 100 << 20]).unwrap();
+    for (archive, why) in [
+        ("link", "is no directory"),
+        ("device", "must not have"),
+        ("empty", "holds no files"),
+        ("large", "bytes of data with './file'"),
+    ] {
         let (report, log) = restore(&scene, &provider, archive, 301, &default);
         assert!(report.error.is_some_and(|error| error.contains(why)), "{archive}: {log}");
         assert!(!scene.root.join("etc/lxc/301.conf").exists(), "{archive}");
