@@ -15,6 +15,7 @@ mod durable;
 mod entries;
 mod listing;
 mod restore;
+mod times;
 mod tree;
 mod words;
 
@@ -47,11 +48,13 @@ pub(crate) use restore::DirectoryContainerRestore;
 use words::{Listener, SOCKET, Words};
 
 /// What `tar` says besides the reason why it failed.
-const NO_REASONS: [&str; 3] = ["Removing leading", "Exiting with failure status", SOCKET];
+const NO_REASONS: [&str; 4] =
+    ["Removing leading", "Exiting with failure status", "Error is not recoverable", SOCKET];
 /// How the disk is called in reports of progress.
 const DEVICE: &str = "rootfs";
-/// How a command ends whose output is not taken any more.
+/// How a command ends whose output is not taken any more, and how `tar` says that of its archive, if it lives on.
 const ENDED_BY_SIGPIPE: i32 = 128 + 13;
+const NOT_TAKEN: &str = "tar: -: ";
 
 /// Stores a container's tree in `directory`.
 pub(crate) async fn store(
@@ -151,7 +154,7 @@ async fn pack(
         None => wait_for_rest(storing.as_mut()).await?,
     };
     // The command's words first: they say why its output is of no use. Unless it is the other way round.
-    if end.exit_code != ENDED_BY_SIGPIPE || stored.is_ok() {
+    if stored.is_ok() || !was_not_taken(&end) {
         check_end(&end)?;
     }
     Ok((stored?, listener.finish()))
@@ -162,6 +165,12 @@ async fn wait_for_rest<T>(storing: impl Future<Output = Result<T>>) -> Result<Re
     rest.map_err(|_| {
         Error::new(Kind::Io, "The storage did not take the rest of a container's files in time.")
     })
+}
+
+/// Whether it ended because of what became of its output. The names of files do not begin so.
+fn was_not_taken(end: &CommandEnd) -> bool {
+    let says_so = || end.stderr_tail.lines().any(|line| line.starts_with(NOT_TAKEN));
+    end.exit_code == ENDED_BY_SIGPIPE || says_so()
 }
 
 fn check_end(end: &CommandEnd) -> Result<()> {

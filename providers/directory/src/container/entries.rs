@@ -2,19 +2,24 @@
 //! Looks at a tar archive as it passes: how many entries it has, how much data, and whether it is whole.
 //! Pure; keeps one block and the begin of one record.
 
+use super::times::{Time, Times};
+
 /// Unit of a tar archive.
 const BLOCK_BYTES: usize = 512;
 /// Where a header has its fields.
 const NAME: std::ops::Range<usize> = 0..100;
 const SIZE: std::ops::Range<usize> = 124..136;
+const CHANGED: std::ops::Range<usize> = 136..148;
 const CHECKSUM: std::ops::Range<usize> = 148..156;
 const TYPE: usize = 156;
 /// The record of an extended header that says how long the next entry's data is: with 8 GiB and more its own header cannot.
 const SIZE_RECORD: &[u8] = b"size=";
 /// The record that says that the data begins with a map of a sparse file: in its first line, how many pieces there are.
 const MAP_RECORD: &[u8] = b"GNU.sparse.major=1\n";
+/// The record that says when a file was changed, if its own header cannot, or not to the nanosecond.
+const TIME_RECORD: &[u8] = b"mtime=";
 /// Enough for these records with any number.
-const RECORD_BYTES: usize = 32;
+const RECORD_BYTES: usize = 48;
 /// What `tar` puts into the name of a sparse file.
 const SPARSE_NAME: &str = "GNUSparseFile.";
 /// Those with paths, which are not restored if they are longer; an extended header and a sparse file that are not. What
@@ -43,6 +48,8 @@ pub(super) struct Counter {
     data_bytes: u64,
     /// The begin of the last entry's name.
     name: [u8; NAME.end],
+    /// Those that what is stored can have; all of them without.
+    times: Option<Times>,
 }
 
 impl Default for Counter {
@@ -58,11 +65,17 @@ impl Default for Counter {
             entries: 0,
             data_bytes: 0,
             name: [0; NAME.end],
+            times: None,
         }
     }
 }
 
 impl Counter {
+    /// One that refuses entries with other times than these.
+    pub(super) fn with_times(times: Times) -> Self {
+        Self { times: Some(times), ..Self::default() }
+    }
+
     /// Takes the next bytes.
     pub(super) fn take(&mut self, mut bytes: &[u8]) -> Result<(), String> {
         while !bytes.is_empty() {
@@ -127,8 +140,34 @@ impl Counter {
             self.entries += 1;
             self.name.copy_from_slice(&self.header[NAME]);
             self.data_bytes = self.data_bytes.saturating_add(size_bytes);
+            self.check_time()?;
         }
         Ok(())
+    }
+
+    fn check_time(&mut self) -> Result<(), String> {
+        let said = self.records.changed.take();
+        let Some(times) = self.times else { return Ok(()) };
+        let own = || Some((i64::try_from(number(&self.header[CHANGED])?).ok()?, 0));
+        let (secs, nanos) = said
+            .or_else(own)
+            .ok_or("The tar archive of the container has an entry without a time.")?;
+        if times.include((secs, nanos)) {
+            return Ok(());
+        }
+        Err(format!(
+            "The time of a file cannot be stored as it is: {} was changed {secs} s and {nanos} ns after 1970, the \
+             storage's file system has times {}. Change it (touch), or use 'container-format tar'.",
+            self.shown_name(),
+            times.shown()
+        ))
+    }
+
+    /// The last entry's name as far as it is there.
+    fn shown_name(&self) -> String {
+        let name = shown(&self.name);
+        let parts: Vec<_> = name.split('/').filter(|part| !part.starts_with(SPARSE_NAME)).collect();
+        parts.join("/")
     }
 
     /// Reads the first line of a map that the data begins with.
@@ -140,14 +179,10 @@ impl Counter {
                 _ => None,
             };
             if self.pieces.is_some_and(|pieces| pieces > PIECES_MAX) {
-                let name = shown(&self.name);
                 return Err(format!(
                     "A sparse file has more pieces of data than can be restored: {}. Exclude it, or fill its holes \
                      (cp --sparse=never).",
-                    name.split('/')
-                        .filter(|part| !part.starts_with(SPARSE_NAME))
-                        .collect::<Vec<_>>()
-                        .join("/")
+                    self.shown_name()
                 ));
             }
         }
@@ -183,7 +218,16 @@ impl Counter {
     }
 }
 
-/// Looks for the size, and for a map, among the records of an extended header: `26 size=12345678901234\n`, one after the
+#[derive(Debug)]
+struct Text([u8; RECORD_BYTES]);
+
+impl Default for Text {
+    fn default() -> Self {
+        Self([0; RECORD_BYTES])
+    }
+}
+
+/// Looks for the size, the time, and for a map, among the records of an extended header: `26 size=12345678901234\n`, one after the
 /// other.
 #[derive(Debug, Default)]
 struct Records {
@@ -193,10 +237,11 @@ struct Records {
     /// What it has behind that, once its length is known, and what is left of it.
     bytes: u64,
     left: Option<u64>,
-    text: [u8; RECORD_BYTES],
+    text: Text,
     filled: usize,
     /// What the entry behind the header is said to have.
     size_bytes: Option<u64>,
+    changed: Option<Time>,
     has_map: bool,
 }
 
@@ -223,7 +268,7 @@ impl Records {
             };
             let count = left.min(bytes.len() as u64) as usize;
             let kept = count.min(RECORD_BYTES - self.filled);
-            self.text[self.filled..self.filled + kept].copy_from_slice(&bytes[..kept]);
+            self.text.0[self.filled..self.filled + kept].copy_from_slice(&bytes[..kept]);
             self.filled += kept;
             bytes = &bytes[count..];
             self.left = Some(left - count as u64);
@@ -236,7 +281,7 @@ impl Records {
     }
 
     fn check_path(&self) -> Result<(), String> {
-        let text = &self.text[..self.filled];
+        let text = &self.text.0[..self.filled];
         let Some(key) = PATH_RECORDS.into_iter().find(|key| text.starts_with(key)) else {
             return Ok(());
         };
@@ -250,15 +295,20 @@ impl Records {
         ))
     }
 
-    /// Takes what the record says; nothing if a size is no number.
+    /// Takes what the record says; nothing if a size or a time is no number.
     fn end_record(&mut self) -> Option<()> {
-        let text = &self.text[..self.filled];
+        let text = &self.text.0[..self.filled];
         if let Some(value) = text.strip_prefix(SIZE_RECORD) {
             let value = std::str::from_utf8(value.strip_suffix(b"\n")?).ok()?;
             self.size_bytes = Some(value.parse().ok()?);
         }
+        if let Some(value) = text.strip_prefix(TIME_RECORD) {
+            let value = std::str::from_utf8(value.strip_suffix(b"\n")?).ok()?;
+            self.changed = Some(time(value)?);
+        }
         let has_map = self.has_map || text == MAP_RECORD;
-        *self = Self { size_bytes: self.size_bytes, has_map, ..Self::default() };
+        let Self { size_bytes, changed, .. } = *self;
+        *self = Self { size_bytes, changed, has_map, ..Self::default() };
         Some(())
     }
 }
@@ -267,6 +317,17 @@ impl Records {
 fn shown(field: &[u8]) -> String {
     let name = field.split(|byte| *byte == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name).escape_debug().to_string()
+}
+
+/// A time in decimal digits: `1700000000.25`, or `-0.5` for half a second before 1970.
+fn time(text: &str) -> Option<Time> {
+    let (whole, part) = text.split_once('.').unwrap_or((text, ""));
+    let nanos: u32 = format!("{part:0<9}").parse().ok().filter(|_| part.len() <= 9)?;
+    let secs: i64 = whole.parse().ok()?;
+    if nanos > 0 && whole.starts_with('-') {
+        return Some((secs.checked_sub(1)?, 1_000_000_000 - nanos));
+    }
+    Some((secs, nanos))
 }
 
 /// A number in octal digits, or in binary with the first bit set.
@@ -407,6 +468,18 @@ mod tests {
         {
             let archive = [header(b'x', bad.len()), padded(bad.as_bytes()), vec![0; 1024]].concat();
             assert!(count(&archive, 512).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn times_have_parts_of_a_second_also_before_1970() {
+        assert_eq!(time("1700000000.25"), Some((1_700_000_000, 250_000_000)));
+        assert_eq!(time("-5.25"), Some((-6, 750_000_000)));
+        assert_eq!(time("-0.5"), Some((-1, 500_000_000)));
+        assert_eq!(time("-7"), Some((-7, 0)));
+        assert_eq!(time("9223372036854775807.000000001"), Some((i64::MAX, 1)));
+        for bad in ["", "x", "1.x", "1.0000000001", "9223372036854775808", "1.-5"] {
+            assert_eq!(time(bad), None, "{bad}");
         }
     }
 

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use provider_api::{Error, Kind, Result};
 
 use super::entries::Counter;
+use super::times::Times;
 use super::{Passing, Stored, listing};
 use crate::call::corrupt;
 use crate::files;
@@ -43,6 +44,12 @@ const EXTRACT: [&str; 13] = [
     // Files may well be from the future.
     "--warning=no-timestamp",
 ];
+
+/// What it says, at the end of a line, if there is no more room; and of a piece that had room only in part.
+const NO_ROOM: [&str; 2] = ["No space left on device", "Disk quota exceeded"];
+const WRITTEN_IN_PART: &str = ": Wrote only ";
+/// With less than this a storage is full: a few of the pieces that are written at once.
+const FULL_BYTES: u64 = 1 << 20;
 
 /// Takes all that comes out of the pipe into a new tree of files. `walks` is how many volumes are walked: a
 /// directory in which another one is mounted is there twice.
@@ -119,13 +126,15 @@ fn extract(
     passing: &Passing,
     is_stopped: &AtomicBool,
 ) -> Result<Counter> {
+    // It sets other times than it is told, and does not notice.
+    let counter = Counter::with_times(Times::of(tree)?);
     let mut process = start(tree)?;
     let (Some(input), Some(output)) = (process.0.stdin.take(), process.0.stderr.take()) else {
         return Err(Error::new(Kind::Other, "tar was started without its pipes."));
     };
     std::thread::scope(|scope| {
         let said = scope.spawn(move || listen(output));
-        let passed = pass(pipe, input, passing, is_stopped);
+        let passed = pass(pipe, input, counter, (passing, is_stopped));
         if passed.is_err() {
             // What it has not made yet is not wanted any more.
             let _ = process.0.kill();
@@ -133,7 +142,7 @@ fn extract(
         let status = process.0.wait().map_err(|e| Error::io("Cannot wait for tar.", e))?;
         let said = said.join().unwrap_or_default();
         let counter = passed?;
-        check_end(status, &said)?;
+        check_end(status, &said, tree)?;
         // It goes on to the end of the input, so whatever was not passed on is its end, too.
         counter.ok_or_else(|| {
             Error::new(Kind::Io, "tar did not take all of the container's files from its input.")
@@ -145,10 +154,9 @@ fn extract(
 fn pass(
     mut pipe: PipeReader,
     mut input: ChildStdin,
-    passing: &Passing,
-    is_stopped: &AtomicBool,
+    mut counter: Counter,
+    (passing, is_stopped): (&Passing, &AtomicBool),
 ) -> Result<Option<Counter>> {
-    let mut counter = Counter::default();
     let mut buffer = vec![0; PIPE_BYTES];
     loop {
         let count = pipe
@@ -179,25 +187,43 @@ fn listen(output: ChildStderr) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-fn check_end(status: ExitStatus, said: &str) -> Result<()> {
-    let Some(first) = said.lines().find(|line| !line.trim().is_empty()) else {
+fn check_end(status: ExitStatus, said: &str, tree: &Path) -> Result<()> {
+    let mut lines = said.lines().map(|line| line.trim().trim_end_matches('.'));
+    let Some(first) = lines.clone().find(|line| !line.is_empty()) else {
         if status.success() {
             return Ok(());
         }
         let text = format!("tar ended ({status}) while it stored a container's files.");
         return Err(Error::new(Kind::Io, text));
     };
-    let is_full = ["No space left on device", "Disk quota exceeded"];
-    let kind =
-        if is_full.iter().any(|words| said.contains(words)) { Kind::NoSpace } else { Kind::Io };
+    let full = lines.find(|line| tells_of_no_room(line)).map(str::to_owned);
+    // Of a piece that is written in part it does not say why the rest was not.
+    let full = full.or_else(|| {
+        let is_in_part = said.contains(WRITTEN_IN_PART) && is_full(tree);
+        is_in_part.then(|| format!("{first}: {}", NO_ROOM[0]))
+    });
+    if let Some(why) = full {
+        let text = format!("Cannot write the container's files to {}: {why}.", tree.display());
+        return Err(Error::new(Kind::NoSpace, text));
+    }
     Err(Error::new(
-        kind,
+        Kind::Io,
         format!(
-            "A file of the container cannot be stored as it is: {}. With 'container-format tar' the storage \
-             needs no owners, attributes and long paths of its own.",
-            first.trim_end_matches('.')
+            "A file of the container cannot be stored as it is: {first}. With 'container-format tar' the storage \
+             needs no owners, attributes and long paths of its own."
         ),
     ))
+}
+
+/// Whether nothing more fits into the storage. For an attribute there may be no room in an empty one either.
+fn tells_of_no_room(line: &str) -> bool {
+    let call = line.rsplit_once(": Cannot ").map_or("", |(_, call)| call);
+    NO_ROOM.iter().any(|words| line.ends_with(words)) && !call.starts_with("set")
+}
+
+fn is_full(tree: &Path) -> bool {
+    rustix::fs::statvfs(tree)
+        .is_ok_and(|stat| stat.f_bfree.saturating_mul(stat.f_frsize) < FULL_BYTES)
 }
 
 #[cfg(test)]
@@ -208,12 +234,20 @@ mod tests {
 
     #[test]
     fn whatever_tar_says_is_a_failure() {
+        let tree = Path::new("/proc");
         let (good, bad) = (ExitStatus::from_raw(0), ExitStatus::from_raw(2 << 8));
-        check_end(good, "").unwrap();
-        assert!(check_end(bad, "").unwrap_err().message.contains("exit status: 2"));
+        check_end(good, "", tree).unwrap();
+        assert!(check_end(bad, "", tree).unwrap_err().message.contains("exit status: 2"));
         let warning = "tar: ./a: Warning: Cannot setxattr: Operation not supported\n";
-        assert!(check_end(good, warning).unwrap_err().message.contains("Cannot setxattr"));
-        let full = "tar: ./a: Wrote only 512 of 10240 bytes\ntar: ./a: No space left on device\n";
-        assert_eq!(check_end(bad, full).unwrap_err().kind, Kind::NoSpace);
+        assert!(check_end(good, warning, tree).unwrap_err().message.contains("Cannot setxattr"));
+        let full = "tar: ./a: Wrote only 512 of 10240 bytes\ntar: ./b: Cannot open: No space left on device\n";
+        let full = check_end(bad, full, tree).unwrap_err();
+        assert!(
+            full.kind == Kind::NoSpace
+                && full.message.contains("to /proc: tar: ./b: Cannot open: No space")
+        );
+        let large = "tar: setxattrat: Cannot set 'user.a' extended attribute for file './a': No space left on device";
+        let large = check_end(good, large, tree).unwrap_err();
+        assert!(large.kind == Kind::Io && large.message.contains("container-format tar"));
     }
 }

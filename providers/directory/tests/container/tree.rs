@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
 use std::time::Instant;
 
@@ -221,6 +222,91 @@ async fn what_is_no_whole_tree_of_files_fails_the_backup() {
         assert_eq!(place.leftovers(), Vec::<OsString>::new(), "{script}");
     }
     assert!(!Path::new("/var/tmp/planted-by-a-test").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_that_the_storage_s_file_system_does_not_have_fails_the_backup() {
+    // The year 2500, and half of the last second that ext4 has.
+    for (millis, script) in [
+        (
+            16_725_225_600_000,
+            "cd $(mktemp -d) && touch x && tar -c --format=posix --mtime=@16725225600 x; rm -r $PWD",
+        ),
+        (
+            15_032_385_535_500,
+            "cd $(mktemp -d) && touch x && tar -c --format=posix --mtime=@15032385535.5 x; rm -r $PWD",
+        ),
+    ] {
+        let place = Place::with(Some(script), ContainerFormat::Tree).await;
+        let time = std::time::UNIX_EPOCH + Duration::from_millis(millis);
+        let store = fs::File::open(place.dir.path().join("store")).unwrap();
+        store.set_modified(time).unwrap();
+        if store.metadata().unwrap().modified().unwrap() == time {
+            eprintln!("skipped: needs a file system without this time");
+            continue;
+        }
+        let mut guest = place.begin().await;
+        let backup = place.backup(&["/"], &[]);
+        let error = guest.backup_container(backup, &Reports::default(), &place.call).await;
+        let error = error.unwrap_err();
+        assert!(error.message.contains("cannot be stored as it is: x was changed 1"), "{error}");
+        guest.abort("it failed", &place.call).await.unwrap();
+        // In a tar archive it has any time.
+        Place::with(Some(script), ContainerFormat::Tar)
+            .await
+            .store(place.backup(&["/"], &[]))
+            .await;
+    }
+}
+
+/// A file system in memory.
+struct Memory(PathBuf);
+
+impl Memory {
+    fn new(at: PathBuf, size: &str) -> Self {
+        let mut mount = Command::new("mount");
+        let options = format!("size={size}");
+        mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&at);
+        assert!(mount.status().unwrap().success(), "{}", at.display());
+        Self(at)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_storage_without_room_is_told_as_that() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can mount");
+        return;
+    }
+    // It dies of the pipe that nobody reads, or says so.
+    let says = "trap '' PIPE; cd $(mktemp -d) && head -c 9M /dev/urandom >large && tar -c .; code=$?; rm -r $PWD; exit $code";
+    for format in [ContainerFormat::Tar, ContainerFormat::Tree] {
+        for instead in [None, Some(says)] {
+            let place = Place::with(instead, format).await;
+            let _full = Memory::new(place.dir.path().join("store"), "4m");
+            place.provider.activate(&place.call).await.unwrap();
+            let mut noise = fs::File::open("/dev/urandom").unwrap().take(9 << 20);
+            let mut large = fs::File::create(place.tree().join("large")).unwrap();
+            std::io::copy(&mut noise, &mut large).unwrap();
+            let mut guest = place.begin().await;
+            let backup = place.backup(&["/"], &[]);
+            let error = guest.backup_container(backup, &Reports::default(), &place.call).await;
+            let error = error.unwrap_err();
+            let why = error.source.as_ref().map_or(String::new(), ToString::to_string);
+            let said = format!("{}: {why}", error.message);
+            assert_eq!(error.kind, Kind::NoSpace, "{format:?} {instead:?}: {said}");
+            for words in ["/store/.tmp", "No space left on device"] {
+                assert!(said.contains(words), "{format:?} {instead:?}: {said}");
+            }
+            guest.abort("it failed", &place.call).await.unwrap();
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
