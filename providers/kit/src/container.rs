@@ -5,11 +5,13 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use provider_api::{
@@ -21,6 +23,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 
 use crate::fault::{Checked, Fault, clean, ensure};
+use crate::random::Random;
 
 /// Where programs are looked for.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
@@ -32,6 +35,18 @@ const TREE_BYTES_MAX: u64 = 64 << 20;
 const WATCH_STEP: Duration = Duration::from_millis(100);
 /// Time stamps of the tree lie in the past, where nothing else sets them.
 const OLD: Duration = Duration::from_secs(1_500_000_000);
+
+/// How much of the output of a command comes that is killed.
+const OUTPUT_PART_BYTES: u64 = 64 << 10;
+/// What is more than that, so that something is missing; it does not become less by compression.
+const BULK_BYTES: usize = 1 << 20;
+/// The signal's number.
+const SIGKILL: i32 = 9;
+
+/// Adds a file that is larger than what comes of a command that is killed.
+pub(crate) fn make_bulk(root: &Path) -> std::io::Result<()> {
+    fs::write(root.join("var/bulk"), Random::new(1).bytes(BULK_BYTES))
+}
 
 /// Makes the tree in an empty directory.
 pub(crate) fn make_tree(root: &Path) -> std::io::Result<()> {
@@ -267,6 +282,25 @@ pub(crate) struct PlainTree {
     pub(crate) lists: PathBuf,
     /// How long commands wait before they begin.
     pub(crate) pause: Duration,
+    /// How they end.
+    pub(crate) ending: Ending,
+}
+
+/// How commands end, and how many there were.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Ending {
+    /// Why they fail; none if they end as they do.
+    pub(crate) failure: Option<Failure>,
+    pub(crate) commands: Arc<AtomicUsize>,
+}
+
+/// How a command fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// All of its output comes, and then it says that there was an error.
+    ExitCode,
+    /// It is killed in the middle of its output.
+    Killed,
 }
 
 impl PlainTree {
@@ -274,7 +308,7 @@ impl PlainTree {
     pub(crate) fn new(root: &Path, place: &Path, excludes: &Excludes) -> std::io::Result<Self> {
         let lists = place.join("lists");
         Selection::write(&lists, root, &[], excludes)?;
-        Ok(Self { root: root.to_owned(), lists, pause: Duration::ZERO })
+        Ok(Self { root: root.to_owned(), lists, pause: Duration::ZERO, ending: Ending::default() })
     }
 }
 
@@ -296,7 +330,7 @@ impl ShownTree for PlainTree {
     }
 
     fn runner(&self) -> Arc<dyn ContainerRunner> {
-        Arc::new(PlainRunner(self.pause))
+        Arc::new(PlainRunner { pause: self.pause, ending: self.ending.clone() })
     }
 
     fn close(self: Box<Self>) -> BoxFuture<'static, std::result::Result<(), String>> {
@@ -306,7 +340,10 @@ impl ShownTree for PlainTree {
 
 /// Runs commands as they are, after a while: the tree is an ordinary directory here, and nobody is locked in.
 #[derive(Debug)]
-struct PlainRunner(Duration);
+struct PlainRunner {
+    pause: Duration,
+    ending: Ending,
+}
 
 impl ContainerRunner for PlainRunner {
     fn command<'a>(
@@ -315,10 +352,39 @@ impl ContainerRunner for PlainRunner {
         call: &'a Call,
     ) -> BoxFuture<'a, Result<CommandEnd>> {
         Box::pin(async move {
-            tokio::time::sleep(self.0).await;
-            run(command, call).await
+            tokio::time::sleep(self.pause).await;
+            self.ending.commands.fetch_add(1, Ordering::Relaxed);
+            match self.ending.failure {
+                None => run(command, call).await,
+                Some(Failure::ExitCode) => {
+                    let end = run(command, call).await?;
+                    let why = "tar: ./etc/hostname: Read error: Input/output error\n";
+                    Ok(CommandEnd { exit_code: 2, stderr_tail: end.stderr_tail + why })
+                }
+                Some(Failure::Killed) => {
+                    run_in_part(command, call).await?;
+                    Ok(CommandEnd { exit_code: 128 + SIGKILL, stderr_tail: String::new() })
+                }
+            }
         })
     }
+}
+
+/// Runs a command, of whose output only the beginning comes.
+async fn run_in_part(mut command: ContainerCommand, call: &Call) -> Result<()> {
+    let Some(output) = command.stdout.take() else {
+        return run(command, call).await.map(|_| ());
+    };
+    let failed = |error| Error::io("The kit cannot make a pipe.", error);
+    let (reader, writer) = std::io::pipe().map_err(failed)?;
+    command.stdout = Some(writer.into());
+    let copying = tokio::task::spawn_blocking(move || {
+        // A provider that stops to read it is no fault of the kit.
+        let _ = std::io::copy(&mut reader.take(OUTPUT_PART_BYTES), &mut fs::File::from(output));
+    });
+    // It ends when nobody reads its output any more.
+    run(command, call).await?;
+    copying.await.map_err(|error| Error::new(Kind::Other, format!("The kit: {error}.")))
 }
 
 async fn run(command: ContainerCommand, call: &Call) -> Result<CommandEnd> {

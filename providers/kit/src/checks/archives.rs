@@ -7,13 +7,14 @@ use std::time::SystemTime;
 
 use futures_util::future::join_all;
 use provider_api::{
-    BitmapRequest, Error, Kind, LOG_BYTES_MAX, NOTES_BYTES_MAX, Provider, VerifyExtent,
+    BitmapRequest, Error, Kind, LOG_BYTES_MAX, NOTES_BYTES_MAX, Provider, Uuid, VerifyExtent,
     VerifyOptions, VerifyReport, notes_line,
 };
 
 use super::Verdict;
 use crate::bench::{Ctx, Made};
 use crate::fault::{Checked, Fault, clean, ensure, words};
+use crate::machine::Vm;
 
 /// Files of a storage that are looked at for one to be damaged.
 const FILES_MAX: usize = 100_000;
@@ -352,6 +353,75 @@ pub(super) async fn remove(ctx: &Ctx) -> Checked<Verdict> {
     }
     remove_restored(ctx).await?;
     Ok(Verdict::Passed)
+}
+
+/// Another process removes archives while a backup has stored its data and is not committed yet: one of another
+/// guest with much the same disks, then the oldest of the guest itself.
+pub(super) async fn remove_meanwhile(ctx: &Ctx) -> Checked<Verdict> {
+    let (provider, other) = (ctx.provider().await?, ctx.provider().await?);
+    let (provider, other) = (provider.as_ref(), other.as_ref());
+    let mut vm = ctx.usual_vm().await?;
+    let mut twin = ctx.usual_vm().await?;
+    let truth = vm.truth.clone();
+    twin.sim()?.replace_disks(&[]);
+    twin.sim()?.replace_disks(&truth);
+    twin.truth = truth;
+    let victim = ctx.back_up(provider, &mut twin).await?;
+    // Something of its own, too.
+    vm.scribble(2).await?;
+    let mut all = Vec::new();
+    let full = back_up_during_removal(ctx, (provider, other), &mut vm, &victim).await;
+    all.push(full.map_err(|fault| fault.at("A full backup, an archive of another guest"))?.0);
+    for _ in 0..2 {
+        vm.scribble(4).await?;
+        all.push(ctx.back_up(provider, &mut vm).await?);
+    }
+    vm.scribble(4).await?;
+    let victim = all[0].clone();
+    let next = back_up_during_removal(ctx, (provider, other), &mut vm, &victim).await;
+    let (next, is_gone) =
+        next.map_err(|fault| fault.at("An increment, the oldest archive of its guest"))?;
+    all.push(next);
+    for made in all.iter().skip(usize::from(is_gone)) {
+        ctx.check_restore(provider, made).await.map_err(of_the_sweep)?;
+    }
+    Ok(Verdict::Passed)
+}
+
+fn of_the_sweep(fault: Fault) -> Fault {
+    fault.advise(
+        "A removal must leave alone what a backup under way has stored, or found to be there already.",
+    )
+}
+
+/// One backup, and the removal of `victim` before its commit. Says whether that is gone.
+async fn back_up_during_removal(
+    ctx: &Ctx,
+    (provider, other): (&dyn Provider, &dyn Provider),
+    vm: &mut Vm,
+    victim: &Made,
+) -> Checked<(Made, bool)> {
+    let mut begun = ctx.begin(provider, vm).await?;
+    let requests = ctx.plan(begun.backup.as_mut(), vm).await?;
+    let copied = ctx.copy(begun.backup.as_mut(), vm, &requests).await?;
+    let moved = ctx.expect("backup_vm", async { copied.result }).await?;
+    let call = ctx.call();
+    let removed = ctx.answer("remove", other.remove(&victim.archive, &call)).await?;
+    if let Err(error) = &removed {
+        ensure(matches!(error.kind, Kind::InUse | Kind::HasDependents), || {
+            format!("remove during a backup fails: {}", words(error))
+        })?;
+    }
+    let (archive, commit_id) = (begun.archive.clone(), Uuid::new_v4());
+    let committed = ctx.commit(begun, commit_id).await?;
+    vm.machine.as_dyn().thaw(committed.is_ok()).await.map_err(Fault::new)?;
+    ctx.expect("commit, after another archive was removed,", async { committed })
+        .await
+        .map_err(of_the_sweep)?;
+    let volumes = (copied.truth, copied.volumes.as_slice());
+    let made = Made::new(archive, commit_id, requests, volumes, moved);
+    ctx.check_restore(ctx.provider().await?.as_ref(), &made).await.map_err(of_the_sweep)?;
+    Ok((made, removed.is_ok()))
 }
 
 /// Another process wants an archive gone that is being restored: it is refused, or the restore is right

@@ -2,6 +2,7 @@
 //! Containers: a tree of odd files, backed up and compared with what a restore gives.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -17,7 +18,8 @@ use super::guests::ask_until;
 use super::trouble::Silent;
 use crate::bench::Ctx;
 use crate::container::{
-    EXCLUDED, LEFT_OUT, PlainTree, ShownTree, Tree, change_tree, make_excluded, make_tree, unpack,
+    EXCLUDED, Ending, Failure, LEFT_OUT, PlainTree, ShownTree, Tree, change_tree, make_bulk,
+    make_excluded, make_tree, unpack,
 };
 use crate::fault::{Checked, Fault, ensure, words};
 
@@ -312,6 +314,48 @@ pub(super) async fn load(ctx: &Ctx) -> Checked<Verdict> {
     let copied = copied?;
     ctx.expect("backup_container", async { copied }).await?;
     asked.map_err(|fault| fault.at("During the backup of a container"))?;
+    Ok(Verdict::Passed)
+}
+
+/// All commands that a backup runs fail: it must never become an archive.
+pub(super) async fn failing_commands(ctx: &Ctx) -> Checked<Verdict> {
+    let provider = ctx.provider().await?;
+    let root = ctx.bench.private_dir()?;
+    make_tree(&root)
+        .and_then(|()| make_bulk(&root))
+        .map_err(|e| Fault::new(format!("The kit cannot make its tree: {e}.")))?;
+    let ct = Ct::new(ctx.bench.guest_id());
+    for (failure, how) in [
+        (Failure::ExitCode, "ends with the exit code 2"),
+        (Failure::Killed, "is killed in the middle"),
+    ] {
+        let ending = Ending { failure: Some(failure), ..Ending::default() };
+        let commands = Arc::clone(&ending.commands);
+        let mut shown = plain(&root, &ctx.bench.private_dir()?, &Excludes::default())?;
+        shown.ending = ending;
+        let mut begun = begin(ctx, provider.as_ref(), &ct).await?;
+        let copied =
+            copy_shown(ctx, (begun.backup.as_mut(), &ct), Box::new(shown), WHOLE.0).await?;
+        let call = ctx.call();
+        ctx.expect("abort", begun.backup.abort("the kit gives it up", &call)).await?;
+        finish(ctx, begun.job).await?;
+        if commands.load(Ordering::Relaxed) == 0 {
+            ctx.remark("It runs no command to read a container, so that none can fail.");
+            break;
+        }
+        ensure(copied.is_err(), || {
+            format!("The backup of a container succeeds though the command that reads it {how}.")
+        })
+        .map_err(|fault| {
+            fault.advise("Any exit code but 0 fails the backup, unless you know what it means.")
+        })?;
+        ensure(!ctx.list(provider.as_ref()).await?.contains_key(&begun.archive), || {
+            format!("Archive {} is listed though its backup failed.", begun.archive)
+        })?;
+    }
+    let tree = Tree::read(&root)?;
+    let archive = back_up(ctx, provider.as_ref(), ct.id, &root, (&tree, &[])).await?;
+    restore(ctx, provider.as_ref(), &archive, &tree).await?;
     Ok(Verdict::Passed)
 }
 

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use provider_api::{CommitOutcome, Provider, Transferred, Uuid};
 
+use futures_util::future::join;
+
 use super::Verdict;
 use crate::bench::{Ctx, Made};
 use crate::fault::{Checked, Fault, ensure};
@@ -12,6 +14,9 @@ use crate::machine::Vm;
 
 /// A commit is left alone after so long.
 const PATIENCE_MS: [u64; 7] = [0, 1, 2, 5, 10, 25, 100];
+
+/// A commit that goes on is asked for so long after it began.
+const ASKED_AFTER_MS: [u64; 3] = [0, 2, 10];
 
 pub(super) async fn crash(ctx: &Ctx) -> Checked<Verdict> {
     let mut vm = ctx.usual_vm().await?;
@@ -97,6 +102,19 @@ pub(super) async fn outcome(ctx: &Ctx) -> Checked<Verdict> {
             sound.push(made);
         }
     }
+    for delay_ms in [None].into_iter().chain(ASKED_AFTER_MS.map(Some)) {
+        let when = delay_ms.map_or_else(
+            || "A commit after it was asked for".to_owned(),
+            |ms| format!("A commit that is asked for after {ms} ms"),
+        );
+        let at = |fault: Fault| fault.at(&when);
+        vm.scribble(3).await?;
+        let asked = ask_and_commit(ctx, &mut vm, delay_ms.map(Duration::from_millis)).await;
+        let is_committed = matches!(asked, Ok((_, CommitOutcome::Committed { .. })));
+        vm.machine.as_dyn().thaw(is_committed).await.map_err(Fault::new)?;
+        let (made, _) = asked.map_err(at)?;
+        sound.extend(is_committed.then_some(made));
+    }
     let provider = ctx.provider().await?;
     vm.scribble(3).await?;
     sound.push(ctx.back_up(provider.as_ref(), &mut vm).await?);
@@ -127,6 +145,59 @@ async fn leave_commit(ctx: &Ctx, vm: &mut Vm, patience: Duration) -> Checked<(Ma
         Transferred::default(),
     );
     Ok((made, was_committed))
+}
+
+/// A process that lives has a backup open and commits it, and another one asks what became of that: before, or
+/// so long after the commit began.
+async fn ask_and_commit(
+    ctx: &Ctx,
+    vm: &mut Vm,
+    delay: Option<Duration>,
+) -> Checked<(Made, CommitOutcome)> {
+    let (provider, other) = (ctx.provider().await?, ctx.bare_provider().await?);
+    let mut begun = ctx.begin(provider.as_ref(), vm).await?;
+    let requests = ctx.plan(begun.backup.as_mut(), vm).await?;
+    let copied = ctx.copy(begun.backup.as_mut(), vm, &requests).await?;
+    ctx.expect("backup_vm", async { copied.result }).await?;
+    let (archive, commit_id) = (begun.archive.clone(), Uuid::new_v4());
+    let (said, committed) = match delay {
+        None => {
+            let said = ctx.outcome(other.as_ref(), commit_id).await?;
+            ensure(said == CommitOutcome::NotCommitted, || {
+                format!("commit_outcome says {said:?} of an id that it has never seen.")
+            })?;
+            (said, ctx.commit(begun, commit_id).await?)
+        }
+        Some(delay) => {
+            let asking = async {
+                tokio::time::sleep(delay).await;
+                ctx.outcome(other.as_ref(), commit_id).await
+            };
+            let (said, committed) = join(asking, ctx.commit(begun, commit_id)).await;
+            (said?, committed?)
+        }
+    };
+    let was_committed = committed.is_ok();
+    if said == CommitOutcome::NotCommitted {
+        ensure(!was_committed, || {
+            "commit works after commit_outcome said not_committed in another process.".to_owned()
+        })
+        .map_err(|fault| {
+            fault.advise(
+                "Keep in the storage that an id was answered with not_committed, and look for that in \
+                 the step that makes the archive one.",
+            )
+        })?;
+    }
+    let made = Made::new(
+        archive,
+        commit_id,
+        requests,
+        (copied.truth, &copied.volumes),
+        Transferred::default(),
+    );
+    let outcome = judge(ctx, &made, was_committed).await?;
+    Ok((made, outcome))
 }
 
 /// What new processes say must agree with each other, with the list and with the data.

@@ -190,6 +190,13 @@ pub(crate) static CHECKS: &[Check] = &[
         archives::remove
     ),
     check!(
+        "remove-meanwhile",
+        "removals leave a backup under way as it is",
+        &[&VM, &RESTORE, &REMOVE],
+        false,
+        archives::remove_meanwhile
+    ),
+    check!(
         "prune",
         "pruning keeps chains whole",
         &[&VM, &RESTORE, &REMOVE],
@@ -210,6 +217,13 @@ pub(crate) static CHECKS: &[Check] = &[
         &[&CONTAINER, &CONTAINER_RESTORE],
         true,
         containers::abort
+    ),
+    check!(
+        "container-command",
+        "a command that reads a container fails",
+        &[&CONTAINER, &CONTAINER_RESTORE],
+        false,
+        containers::failing_commands
     ),
     check!(
         "container-exclude",

@@ -68,7 +68,9 @@ pub(crate) async fn store(
     if store.setup.has(Fault::ContainerErrorsIgnored) {
         return Ok(ContainerTransferred { entries: 1, ..ContainerTransferred::default() });
     }
-    if end.exit_code != 0 {
+    let is_ignored = store.setup.has(Fault::ExitCodesIgnored)
+        || store.setup.has(Fault::KilledIsNoError) && end.exit_code > 128;
+    if end.exit_code != 0 && !is_ignored {
         return Err(other(format!("tar failed: {}", end.stderr_tail)));
     }
     // The tree itself is the first entry, and line breaks in names are quoted.

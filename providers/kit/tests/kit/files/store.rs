@@ -198,7 +198,25 @@ impl Store {
                 return Err(Error::has_dependents(archive, Vec::new()));
             }
         }
-        fs::remove_dir_all(path).map_err(io("Removing"))
+        fs::remove_dir_all(path).map_err(io("Removing"))?;
+        if self.setup.has(Fault::SweepTakesUnderWay) {
+            self.sweep()?;
+        }
+        Ok(())
+    }
+
+    /// Takes what no archive has.
+    fn sweep(&self) -> Result<()> {
+        let tmp = self.setup.dir.join("tmp");
+        for dir in Self::names(&tmp).iter().map(|name| tmp.join(name)) {
+            for file in Self::names(&dir).into_iter().filter(|name| name.ends_with(".raw")) {
+                let path = dir.join(file);
+                let size_bytes = fs::metadata(&path).map_err(io("Sweeping"))?.len();
+                let file = fs::File::create(path).map_err(io("Sweeping"))?;
+                file.set_len(size_bytes).map_err(io("Sweeping"))?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn verify(&self, archive: &str, options: &VerifyOptions) -> Result<VerifyReport> {
@@ -247,7 +265,9 @@ impl Store {
             return Ok(CommitOutcome::Committed { archive });
         }
         // From now on it never may be.
-        fs::write(self.refusal(id), b"").map_err(io("Refusing a commit"))?;
+        if !self.setup.has(Fault::NoTombstone) {
+            fs::write(self.refusal(id), b"").map_err(io("Refusing a commit"))?;
+        }
         Ok(CommitOutcome::NotCommitted)
     }
 
