@@ -110,23 +110,26 @@ impl Metadata {
 
     fn has_times(&self, file: Held<'_>) -> rustix::io::Result<bool> {
         let (Held::Open(fd) | Held::Named(fd) | Held::Link(fd)) = file;
-        let seconds = [self.atime, self.mtime].map(|time| time.map(|(seconds, _)| seconds));
-        has_seconds(seconds, || fstat(fd))
+        has_times([self.atime, self.mtime], || fstat(fd))
     }
 }
 
 /// Whether a file has got the times of its last access and its last change, of which a file system that does not have
 /// them makes the nearest ones, without an error. `look` is called only if some file system may do so.
-pub(crate) fn has_seconds(
-    wanted: [Option<i64>; 2],
+pub(crate) fn has_times(
+    wanted: [Option<(i64, u32)>; 2],
     look: impl FnOnce() -> rustix::io::Result<Stat>,
 ) -> rustix::io::Result<bool> {
-    if wanted.iter().flatten().all(|seconds| SAFE_SECONDS.contains(seconds)) {
+    if wanted.iter().flatten().all(|(seconds, _)| SAFE_SECONDS.contains(seconds)) {
         return Ok(true);
     }
     let stat = look()?;
-    let is = |wanted: Option<i64>, has: i64| wanted.is_none_or(|wanted| wanted == has);
-    Ok(is(wanted[0], stat.st_atime) && is(wanted[1], stat.st_mtime))
+    // With its parts: the first and the last second that a file system has are whole ones.
+    let has = [(stat.st_atime, stat.st_atime_nsec), (stat.st_mtime, stat.st_mtime_nsec)];
+    let is = |(wanted, has): (Option<(i64, u32)>, (i64, u64))| {
+        wanted.is_none_or(|(seconds, nanos)| (seconds, u64::from(nanos)) == has)
+    };
+    Ok(wanted.into_iter().zip(has).all(is))
 }
 
 fn set_xattr(file: Held<'_>, name: &[u8], value: &[u8]) -> rustix::io::Result<()> {
@@ -178,6 +181,12 @@ mod tests {
         // No file system of Linux has it.
         let late = Metadata { mtime: Some((i64::MAX, 0)), xattrs: Vec::new(), ..metadata };
         assert!(!late.apply(Held::Open(file.as_fd())).unwrap());
+        // The last second that it has has no parts.
+        let last = fs::metadata(&path).unwrap().mtime();
+        for (nanos, is_there) in [(0, true), (5, false)] {
+            let late = Metadata { mtime: Some((last, nanos)), xattrs: Vec::new(), ..metadata };
+            assert_eq!(late.apply(Held::Open(file.as_fd())).unwrap(), is_there);
+        }
         metadata.apply(Held::Open(file.as_fd())).unwrap();
         let other = Metadata { mode: 0, mtime: Some((9, 0)), atime: None, ..metadata };
         other.apply(Held::Link(held.as_fd())).unwrap();

@@ -12,7 +12,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::{Buffers, Fault};
-use crate::metadata::has_seconds;
+use crate::metadata::has_times;
 
 /// What a backup keeps of extended attributes; others belong to one file system or one host.
 const KEPT: [&[u8]; 4] = [b"user.", b"trusted.", b"security.capability", b"system.posix_acl_"];
@@ -147,7 +147,7 @@ fn set_times(target: At<'_>, [accessed, changed]: [(i64, u32); 2]) -> rustix::io
         At::Open(fd) => futimens(fd, &times),
         At::Named(dir, name) => utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW),
     }?;
-    let has = has_seconds([Some(accessed.0), Some(changed.0)], || match target {
+    let has = has_times([Some(accessed), Some(changed)], || match target {
         At::Open(fd) => fstat(fd),
         At::Named(dir, name) => statat(dir, name, AtFlags::SYMLINK_NOFOLLOW),
     })?;
