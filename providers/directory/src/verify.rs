@@ -162,7 +162,15 @@ struct Eye<'a> {
     call: &'a Call,
     findings: &'a mut Findings,
     done_bytes: u64,
+    /// What there probably is: holes are not read, and parts of blocks are not known.
     total_bytes: u64,
+}
+
+impl Eye<'_> {
+    fn report(&self, total_bytes: u64) {
+        let (device, done_bytes) = (TREE_DIRECTORY.to_owned(), self.done_bytes);
+        self.findings.tell(News::Report { device, done_bytes, total_bytes });
+    }
 }
 
 impl Witness for Eye<'_> {
@@ -172,11 +180,7 @@ impl Witness for Eye<'_> {
             self.findings.report.read_bytes += bytes;
             self.findings.report.blocks += 1;
             self.done_bytes += bytes;
-            self.findings.tell(News::Report {
-                device: TREE_DIRECTORY.to_owned(),
-                done_bytes: self.done_bytes,
-                total_bytes: self.total_bytes.max(self.done_bytes),
-            });
+            self.report(self.total_bytes.max(self.done_bytes));
         }
         Ok(())
     }
@@ -270,7 +274,11 @@ impl Verification {
 
     /// Reads the files of a container, always all of them: they have one hash, or one list.
     fn check_tree(&mut self, tree: &Tree) -> Result<()> {
-        let total_bytes = tree.size_bytes();
+        let total_bytes = tree.file_size_bytes;
+        if tree.format == ContainerFormat::Tree {
+            let (device, total_bytes) = (TREE_DIRECTORY.to_owned(), tree.data_bytes);
+            self.findings.tell(News::Report { device, done_bytes: 0, total_bytes });
+        }
         let directory = self.storage.archive_path(&self.archive);
         let path = directory.join(tree.file());
         let (mut done_bytes, mut blocks) = (0_u64, 0);
@@ -292,8 +300,11 @@ impl Verification {
         }
         let (archive, call) = (self.archive.as_str(), &self.call);
         let findings = &mut self.findings;
-        let mut eye = Eye { archive, call, findings, done_bytes, total_bytes };
+        let mut eye = Eye { archive, call, findings, done_bytes: 0, total_bytes: tree.data_bytes };
         let compared = container::check_files(&directory, &mut eye);
+        if compared.is_ok() {
+            eye.report(eye.done_bytes);
+        }
         compared.or_else(|error| self.findings.fault(&self.archive, None, None, error))
     }
 

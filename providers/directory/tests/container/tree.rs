@@ -59,11 +59,27 @@ fn listed_raw(dir: &Path) -> Vec<String> {
     text.split_terminator('\0').map(|line| line[2..].to_owned()).collect()
 }
 
+/// What was reported last of each part.
+#[derive(Default)]
+struct Parts(Mutex<BTreeMap<String, (u64, u64)>>);
+
+impl Progress for Parts {
+    fn report(&self, device: &str, done_bytes: u64, total_bytes: u64, _zero_bytes: u64) {
+        self.0.lock().unwrap().insert(device.to_owned(), (done_bytes, total_bytes));
+    }
+    fn log(&self, _line: &str) {}
+}
+
 async fn verified(place: &Place, archive: &str) -> Vec<String> {
     let options = VerifyOptions { extent: VerifyExtent::All, known_sound: Vec::new() };
-    let report =
-        place.provider.verify(archive, &options, &Reports::default(), &place.call).await.unwrap();
+    let parts = Parts::default();
+    let report = place.provider.verify(archive, &options, &parts, &place.call).await.unwrap();
     assert_eq!(report.damage.len() as u64, report.damage_count);
+    let parts = parts.0.into_inner().unwrap();
+    if report.is_sound() {
+        assert_eq!(parts.keys().collect::<Vec<_>>(), ["tree", "tree.blake3"]);
+        assert!(parts.values().all(|(done, total)| done == total), "{parts:?}");
+    }
     report.damage.into_iter().map(|damage| damage.problem).collect()
 }
 
