@@ -21,9 +21,10 @@ use provider_api::GuestKind;
 use qmp_client::commands::{Cont, QueryStatus, RunState, SystemReset};
 use qmp_client::{Options as QmpOptions, Session};
 use rustix::fs::{Mode, OFlags};
+use rustix::process::Signal;
 use tokio::process::{Child, Command};
 
-use super::process::VmProcess;
+use super::process::{ProcessHandle, VmProcess};
 use super::qemu_cmdline::{self, CmdlineError, CommandLine, DiskFile, Input};
 use super::tpm::{self, TpmError};
 use crate::config::ConfigError;
@@ -585,9 +586,14 @@ impl Starting {
     /// Ends QEMU and waits for its end.
     async fn end(mut self) {
         if let Some(mut child) = self.child.take() {
-            // Fails only for a process that has already ended.
-            let _ = child.start_kill();
-            let _ = tokio::time::timeout(KILL_TIMEOUT, child.wait()).await;
+            if let Some(handle) = open(&child) {
+                let _ = handle.signal(Signal::TERM);
+            }
+            if tokio::time::timeout(KILL_TIMEOUT, child.wait()).await.is_err() {
+                // Fails only for a process that has already ended.
+                let _ = child.start_kill();
+                let _ = tokio::time::timeout(KILL_TIMEOUT, child.wait()).await;
+            }
         }
         self.remove_sockets();
     }
@@ -601,11 +607,30 @@ impl Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.start_kill();
+        if let Some(child) = self.child.take() {
+            end_gently(&child);
             self.remove_sockets();
         }
     }
+}
+
+fn open(child: &Child) -> Option<ProcessHandle> {
+    let pid = child.id().and_then(|pid| i32::try_from(pid).ok())?;
+    VmProcess::of_pid(pid).ok()??.open().ok()?
+}
+
+/// Asks a QEMU to end, and sees to it that it does. A QEMU that is killed while it has its images open leaves
+/// their bitmaps unusable, and the next backup would be a full one.
+fn end_gently(child: &Child) {
+    let Some(handle) = open(child) else { return };
+    let _ = handle.signal(Signal::TERM);
+    std::thread::spawn(move || {
+        let deadline = Instant::now() + KILL_TIMEOUT;
+        while Instant::now() < deadline && handle.has_ended().is_ok_and(|ended| !ended) {
+            std::thread::sleep(START_POLL);
+        }
+        let _ = handle.signal(Signal::KILL);
+    });
 }
 
 fn exit_text(status: ExitStatus) -> String {
