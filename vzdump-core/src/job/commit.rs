@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use provider_api::{CancellationToken, CommitOutcome, Provider, Uuid};
+use provider_api::{CancellationToken, CommitOutcome, Kind, Provider, Uuid};
 
 use super::run::{Run, StepResult};
 use super::state::Outcome;
@@ -35,7 +35,7 @@ impl Run<'_> {
         };
         self.report.archive_size_bytes = committed.size_bytes;
         self.check_archive(&committed.archive);
-        Ok(())
+        self.check_stored().await
     }
 
     /// Compares the archive's name, which is untrusted, with the one announced. Another name could be
@@ -47,6 +47,21 @@ impl Run<'_> {
                  the name it began with is used",
                 clean(name)
             ));
+        }
+    }
+
+    /// A provider that does not know an archive that it has just committed has not stored it.
+    async fn check_stored(&mut self) -> StepResult<()> {
+        let Some(archive) = &self.report.archive else { return Ok(()) };
+        // Also after the job was cancelled: it says what became of the backup.
+        let call = call_within(&CancellationToken::new(), self.ctx.limits.provider_call);
+        let asked = self.provider.guest_config(archive, &call);
+        match tokio::time::timeout(self.ctx.limits.provider_call, asked).await {
+            Ok(Err(error)) if error.kind == Kind::NotFound => {
+                Err(format!("the provider says that it committed, but has no archive '{archive}'"))
+            }
+            // Whatever else is wrong does not say that it is not there.
+            _ => Ok(()),
         }
     }
 
@@ -67,6 +82,10 @@ impl Run<'_> {
         match outcome {
             Ok(CommitOutcome::Committed { archive }) => {
                 self.check_archive(&archive);
+                if let Err(missing) = self.check_stored().await {
+                    self.warn(missing);
+                    return Outcome::Unknown;
+                }
                 self.warn(format!("the backup is committed all the same ({why})"));
                 self.report.error = None;
                 Outcome::Committed

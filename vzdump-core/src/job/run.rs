@@ -333,6 +333,9 @@ impl<'a> Run<'a> {
         drop(lost);
         self.report.transfer_ms = millis(meter.elapsed());
         let moved = result?;
+        if let Moved::Disks(moved) = &moved {
+            check_looked_at(moved.total_bytes, &self.driver.volumes())?;
+        }
         meter.end();
         self.report.transferred = moved.transferred();
         self.report.reused_bytes = not_looked_at(
@@ -490,6 +493,18 @@ fn reused_bytes(volumes: &[VolumeReport]) -> u64 {
         let dirty = volume.dirty_bytes.unwrap_or(volume.size_bytes);
         sum.saturating_add(volume.size_bytes.saturating_sub(dirty))
     })
+}
+
+/// A provider that has looked at less than there was has left something out.
+fn check_looked_at(looked_at_bytes: u64, volumes: &[VolumeReport]) -> Result<(), String> {
+    let all_bytes = volumes.iter().fold(0, |sum: u64, one| sum.saturating_add(one.size_bytes));
+    let wanted_bytes = all_bytes.saturating_sub(reused_bytes(volumes));
+    if looked_at_bytes >= wanted_bytes {
+        return Ok(());
+    }
+    Err(format!(
+        "the provider says that it looked at {looked_at_bytes} bytes of the disks, but there were {wanted_bytes}"
+    ))
 }
 
 /// What was reused in the end: a provider that may read everything may have made a full backup after all.

@@ -78,6 +78,7 @@ async fn notes_protection_and_pruning_come_after_the_teardown_in_this_order() {
     assert_eq!(
         calls_after_commit(&world),
         [
+            "guest_config",
             "set_notes",
             &notes,
             "set_protected",

@@ -55,6 +55,7 @@ async fn a_backup_has_the_documented_order_and_leaves_nothing() {
             "backup_vm",
             "volumes [\"scsi0 New Some(\\\"gen-next\\\")\", \"virtio1 New Some(\\\"gen-next\\\")\"]",
             "commit",
+            "guest_config",
             "keep_log",
             "vzdump-qemu-100-2026_01_02-03_04_05: log",
             "finish",

@@ -26,6 +26,22 @@ async fn claims_about_a_backup_do_no_harm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_is_less_than_it_says_fails() {
+    let cases = [
+        (Lie::HardlyAny, GuestResult::Failed, "looked at 1 bytes of the disks"),
+        (Lie::NoArchive, GuestResult::Unknown, "but has no archive"),
+    ];
+    for (lie, result, fault) in cases {
+        let world = World::with("", Script { lie: Some(lie), ..Script::default() });
+        let report = world.backup().await;
+        assert_eq!(report.result, result, "{lie:?}");
+        let said = format!("{:?} {:?}", report.error, report.warnings);
+        assert!(said.contains(fault) && !report.is_success(), "{lie:?}: {said}");
+        world.assert_truthful(&format!("{lie:?}"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn requests_that_make_no_sense_are_refused() {
     let used = |generation: String| BitmapRequest::Use { generation, readable: Readable::Dirty };
     let cases = [

@@ -44,6 +44,10 @@ pub enum Commit {
 pub enum Lie {
     /// The commit was of somebody else's archive.
     OtherArchive,
+    /// It looked at one byte, and was done.
+    HardlyAny,
+    /// The commit stores nothing, and says that it did.
+    NoArchive,
     /// All numbers are as large as can be.
     HugeNumbers,
     /// Disks that nobody has, without end.
@@ -196,7 +200,7 @@ fn tell(lie: Lie, progress: &dyn Progress) {
             let line = "\u{1b}[2J\n\u{7}".repeat(1000);
             (0..20_000).for_each(|_| progress.log(&line));
         }
-        Lie::OtherArchive | Lie::NoStart | Lie::NoPlan => {}
+        Lie::OtherArchive | Lie::NoStart | Lie::NoPlan | Lie::HardlyAny | Lie::NoArchive => {}
     }
 }
 
@@ -306,6 +310,9 @@ impl Provider for FakeProvider {
         _archive: &'a str,
         _call: &'a Call,
     ) -> BoxFuture<'a, Result<GuestConfig>> {
+        if self.0.lies(Lie::NoArchive) {
+            return ready(Err(Error::new(Kind::NotFound, "There is no such archive.")));
+        }
         ready(self.0.call("guest_config").map(|()| {
             let script = self.0.script.lock().unwrap();
             let stored = script.restore.clone().unwrap_or_default();
@@ -462,6 +469,9 @@ impl GuestBackup for FakeBackup {
                     zero_bytes: huge,
                     written_bytes: huge,
                 });
+            }
+            if self.0.lies(Lie::HardlyAny) {
+                return Ok(Transferred { total_bytes: 1, ..Transferred::default() });
             }
             let looked_at = |volume: &provider_api::Volume| match volume.bitmap_mode {
                 provider_api::BitmapMode::Reuse => volume.dirty_bytes.unwrap(),
