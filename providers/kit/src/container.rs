@@ -22,6 +22,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 
+use crate::attributes::{self, Attributes};
 use crate::fault::{Checked, Fault, clean, ensure};
 use crate::random::Random;
 
@@ -143,6 +144,9 @@ struct Entry {
     /// Names of the same file, this one included.
     names: u64,
     content: Vec<u8>,
+    attributes: Attributes,
+    /// Whether it takes less room than its content.
+    has_holes: bool,
 }
 
 /// A tree as it was at some time.
@@ -197,6 +201,10 @@ impl Tree {
                 (entry.time_s != expected.time_s, "has another time"),
                 (has_owners && entry.owner != expected.owner, "has another owner"),
             ];
+            let differs = attributes::difference(&expected.attributes, &entry.attributes);
+            if let Some(what) = differs {
+                return Err(Fault::new(format!("'{shown}' {what}.")));
+            }
             if let Some((_, what)) = faults.iter().find(|(is_wrong, _)| *is_wrong) {
                 return Err(Fault::new(format!("'{shown}' {what}.")));
             }
@@ -207,6 +215,15 @@ impl Tree {
             }
             None => Ok(()),
         }
+    }
+
+    /// A file that has lost its holes; its content is the same.
+    pub(crate) fn without_holes(&self, found: &Self) -> Option<String> {
+        let is_filled = |(name, _): &(&OsString, &Entry)| {
+            found.0.get(*name).is_some_and(|entry| !entry.has_holes)
+        };
+        let (name, _) = self.0.iter().filter(|(_, entry)| entry.has_holes).find(is_filled)?;
+        Some(clean(&name.to_string_lossy()))
     }
 }
 
@@ -236,6 +253,8 @@ fn read_entry(path: &Path) -> std::io::Result<Entry> {
         time_s: if has_time { meta.mtime() } else { 0 },
         names: if kind == "directory" { 1 } else { meta.nlink() },
         content,
+        attributes: attributes::read(path)?,
+        has_holes: kind == "file" && meta.blocks() * 512 < meta.len(),
     })
 }
 
@@ -497,7 +516,9 @@ async fn untar(path: &Path, compression: Compression, room: &Path) -> Checked<Pa
         .map_err(|e| Fault::new(format!("Cannot make {}: {e}.", target.display())))?;
     let mut argv: Vec<OsString> =
         vec!["tar".into(), "-xpf".into(), path.into(), "-C".into(), (&target).into()];
-    argv.push("--numeric-owner".into());
+    argv.extend(["--numeric-owner", "--acls", "--xattrs"].map(Into::into));
+    argv.push("--xattrs-include=user.*".into());
+    argv.push("--xattrs-include=security.capability".into());
     match compression {
         Compression::None => {}
         Compression::Gz => argv.push("--gzip".into()),

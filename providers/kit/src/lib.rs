@@ -25,6 +25,7 @@
 
 #![forbid(unsafe_code)]
 
+mod attributes;
 mod bench;
 mod checks;
 mod container;

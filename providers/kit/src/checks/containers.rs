@@ -16,6 +16,7 @@ use provider_api::{
 use super::Verdict;
 use super::guests::ask_until;
 use super::trouble::Silent;
+use crate::attributes;
 use crate::bench::Ctx;
 use crate::container::{
     EXCLUDED, Ending, Failure, LEFT_OUT, PlainTree, ShownTree, Tree, change_tree, make_bulk,
@@ -255,7 +256,14 @@ async fn compare(
         Ok(root) => root?,
         Err(_) => return Err(Fault::new("The restored files come to no end.")),
     };
-    tree.compare(&Tree::read(&root)?, has_owners)
+    let found = Tree::read(&root)?;
+    tree.compare(&found, has_owners)?;
+    if let Some(name) = tree.without_holes(&found) {
+        ctx.remark(format!(
+            "'{name}' has lost its holes: a restore takes more room than the container."
+        ));
+    }
+    Ok(())
 }
 
 pub(super) async fn container(ctx: &Ctx) -> Checked<Verdict> {
@@ -263,6 +271,10 @@ pub(super) async fn container(ctx: &Ctx) -> Checked<Verdict> {
     let root = ctx.bench.private_dir()?;
     let made = |e: std::io::Error| Fault::new(format!("The kit cannot make its tree: {e}."));
     make_tree(&root).map_err(made)?;
+    let lacking = attributes::decorate(&root).map_err(made)?;
+    if !lacking.is_empty() {
+        ctx.remark(format!("Not tested, because the kit cannot set them: {}.", lacking.join(", ")));
+    }
     let first = Tree::read(&root)?;
     let id = ctx.bench.guest_id();
     let one = back_up(ctx, provider.as_ref(), id, &root, (&first, &[])).await?;

@@ -130,6 +130,7 @@ async fn a_provider_without_faults_is_complete() {
             && !text.contains("too fast")
             && !text.contains("qemu-storage-daemon")
             && !text.contains("notices the damage")
+            && !text.starts_with("Not tested")
     };
     let remarks = remarks.filter(is_blame);
     assert_eq!(remarks.collect::<Vec<_>>(), [""; 0]);
@@ -144,6 +145,30 @@ async fn a_provider_may_ask_for_all_of_a_disk() {
     let options = KitOptions { size_bytes: 1 << 20, chain_steps: 4, only, ..KitOptions::default() };
     let report = check(setup.factory(), options, &NoObserver, &Default::default()).await;
     assert_eq!(report.counts().passed, 3, "{}", shown(&report));
+}
+
+/// What of a file depends on who the kit is and where its tree lies.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_owners_attributes_lists_and_holes_are_noticed() {
+    let is_root = rustix::process::geteuid().is_root();
+    for (fault, kind, word) in [
+        (Fault::OwnersLost, "owners", "owner"),
+        (Fault::AclsLost, "access control lists", "access control list"),
+        (Fault::AttributesLost, "extended attributes", "attributes"),
+        (Fault::HolesLost, "holes", "lost its holes"),
+    ] {
+        let dir = tempfile::Builder::new().prefix("kit-fault").tempdir().unwrap();
+        let report = run(Setup::new(dir.path().to_owned(), Some(fault)), "container").await;
+        let text = match &report.checks[0].outcome {
+            Outcome::Passed { remarks } => remarks.join(" "),
+            Outcome::Failed { why, .. } => why.clone(),
+            _ => String::new(),
+        };
+        let is_told = text.contains("Not tested") && text.contains(kind);
+        assert!(text.contains(word) || is_told, "{fault:?}: {}", shown(&report));
+        let must_fail = fault == Fault::OwnersLost && is_root;
+        assert!(!must_fail || failed(&report) == ["container"], "{}", shown(&report));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

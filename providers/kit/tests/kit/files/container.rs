@@ -32,7 +32,15 @@ pub(crate) async fn store(
     let archive = directory.join("files.tar");
     let output = File::create(&archive).map_err(failed)?;
     let list = directory.join("list");
-    let mut argv = vec!["tar", "--create", "--sparse", "--numeric-owner", "--verbose"];
+    let mut argv = vec!["tar", "--create", "--numeric-owner", "--verbose"];
+    let words: &[&str] = match store.setup.fault {
+        Some(Fault::OwnersLost) => &["--owner=0", "--group=0", "--sparse", "--acls", "--xattrs"],
+        Some(Fault::AclsLost) => &["--sparse", "--xattrs"],
+        Some(Fault::AttributesLost) => &["--sparse", "--acls"],
+        Some(Fault::HolesLost) => &["--acls", "--xattrs"],
+        _ => &["--sparse", "--acls", "--xattrs"],
+    };
+    argv.extend(words);
     if store.setup.has(Fault::HardLinksLost) {
         argv.push("--hard-dereference");
     }

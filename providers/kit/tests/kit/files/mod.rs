@@ -31,9 +31,11 @@ use store::Store;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     AbortLeavesArchive,
+    AclsLost,
     ActivateTakesAll,
     ActivatesOnce,
     AsksForOldGeneration,
+    AttributesLost,
     BaseIsUnlisted,
     BlindVerify,
     ChunkRestZeroed,
@@ -54,6 +56,7 @@ pub(crate) enum Fault {
     FirewallLost,
     ForgetsCommits,
     HardLinksLost,
+    HolesLost,
     HugeFile,
     HugeGeneration,
     IgnoresBitmap,
@@ -71,6 +74,7 @@ pub(crate) enum Fault {
     NoTombstone,
     NotesCut,
     OneTemporaryPlace,
+    OwnersLost,
     Panics,
     PathForRandomRead,
     PendingForEver,
