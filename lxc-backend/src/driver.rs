@@ -22,7 +22,7 @@ use provider_api::{
 };
 use tokio::sync::mpsc;
 use vzdump_core::bandwidth::Budget;
-use vzdump_core::config::container::{CtConfig, MountEntry};
+use vzdump_core::config::container::{CtConfig, MountEntry, ROOTFS};
 use vzdump_core::guest::{
     AccessStats, BackupMode, Containers, GuestDriver, GuestError, GuestSource, PointInTime, Task,
     VolumeReport,
@@ -38,6 +38,7 @@ use vzdump_core::temp_tree;
 
 use crate::CtError;
 use crate::attach::{nearest_above, open_place};
+use crate::devices::Devices;
 use crate::guard::{Frozen, Owed, Target};
 use crate::lxc::{Lxc, State};
 use crate::opening::{Opening, Wanted};
@@ -47,7 +48,7 @@ use crate::runtime::{
     Busy, Found, beside, check_startable, find_volumes, read_config, refuse_locked, shut_down_now,
 };
 use crate::sandbox::{LISTS, TREE};
-use crate::snapshot::{Snapshot, can_snapshot, monitored_mount};
+use crate::snapshot::{Snapshot, can_snapshot, is_subvolume, monitored_mount};
 use crate::suspend::{Suspension, warn_of_foreign};
 use crate::view::{Origin, Part, ViewOptions, wait_until_unmounted};
 
@@ -225,13 +226,27 @@ impl CtDriver {
         }
         self.volumes = found.into_iter().filter(|volume| self.why_not(volume).is_none()).collect();
         self.archived = archived_config(&self.config, &self.volumes)?;
+        self.check_root()?;
         let (volumes, lxc) = (self.volumes.clone(), self.lxc.clone());
+        let storages = self.ctx.storages.clone();
         self.no_snapshot = beside(move || {
             check_places(&volumes, &lxc)?;
-            Ok(volumes.iter().find_map(|v| can_snapshot(v).err()))
+            Ok(volumes.iter().find_map(|v| can_snapshot(v, &storages).err()))
         })
         .await?;
         Ok(true)
+    }
+
+    /// A tree without its root is none.
+    fn check_root(&self) -> Result<(), CtError> {
+        if self.volumes.iter().any(|volume| volume.entry.key == ROOTFS) {
+            return Ok(());
+        }
+        Err(CtError::Invalid(format!(
+            "The root file system of the container {} is not in the backup, as the log says; without it there is \
+             nothing to back up. A directory of the host can be moved into a volume.",
+            self.id
+        )))
     }
 
     /// Why a volume is not in the backup, if so.
@@ -267,7 +282,9 @@ impl CtDriver {
         let (volumes, exclude) = (self.volumes.clone(), self.options.exclude.clone());
         let found = beside(move || {
             let mut found = Vec::new();
-            for volume in volumes.iter().filter(|v| v.format == Some(ImageFormat::Subvol)) {
+            let is_nesting =
+                |v: &&Found| v.format == Some(ImageFormat::Subvol) && is_subvolume(&v.path);
+            for volume in volumes.iter().filter(is_nesting) {
                 let nested = nested_subvolumes(&volume.path)?;
                 found.extend(nested.iter().map(|path| volume.entry.mount_point.join(path)));
             }
@@ -488,7 +505,9 @@ impl CtDriver {
             options: ViewOptions { writable: false, origin: self.origin, is_plain: false },
             excludes: self.options.exclude.clone(),
         };
-        let (view, selection) = self.opening.open(wanted, self.ctx.limits.provider_call).await?;
+        let opened = self.opening.open(wanted, self.ctx.limits.provider_call).await?;
+        let (view, selection, devices) = opened;
+        warn_of_devices(&devices, task);
         let copied = self.suspension.as_ref().map_or(0, Suspension::excluded);
         let excluded = selection.excluded.max(copied);
         task.sink.info(&format!("{excluded} files and directories are left out by patterns"));
@@ -577,6 +596,20 @@ fn open_now(volume: &Found, lxc: &Lxc) -> Option<File> {
         _ => volume.path.clone(),
     };
     File::open(path).ok()
+}
+
+fn warn_of_devices(devices: &Devices, task: Task<'_>) {
+    for path in &devices.named {
+        task.sink.warn(&format!(
+            "'{}' is a device file, which an unprivileged container must not have: with it the archive cannot be \
+             restored (--exclude-path leaves it out)",
+            path.display()
+        ));
+    }
+    let rest = devices.count.saturating_sub(devices.named.len() as u64);
+    if rest > 0 {
+        task.sink.warn(&format!("{rest} more device files are in the archive"));
+    }
 }
 
 fn size_bytes(volume: &Found) -> u64 {

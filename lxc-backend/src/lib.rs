@@ -21,6 +21,7 @@ mod attach;
 pub mod config;
 mod copy;
 pub mod create;
+mod devices;
 pub mod driver;
 mod error;
 mod freezer;

@@ -12,6 +12,7 @@ use provider_api::{Excludes, IdMapRange, Selection};
 use vzdump_core::layout::make_private_dir;
 
 use crate::CtError;
+use crate::devices::Devices;
 use crate::runtime::{Busy, beside};
 use crate::view::{Part, View, ViewOptions};
 
@@ -64,12 +65,12 @@ impl Opening {
         &self,
         wanted: Wanted,
         stall: Duration,
-    ) -> Result<(View, Selection), CtError> {
+    ) -> Result<(View, Selection, Devices), CtError> {
         let (view, walk) = (Arc::clone(&self.view), Arc::clone(&self.walk));
         let work = self.busy.beside(move || open_and_list(&wanted, &view, &walk));
-        let selection = self.watched(work, stall).await?;
+        let (selection, devices) = self.watched(work, stall).await?;
         let view = held(&self.view).take().ok_or(CtError::Cancelled)?;
-        Ok((view, selection))
+        Ok((view, selection, devices))
     }
 
     async fn watched<T>(
@@ -115,7 +116,7 @@ fn open_and_list(
     wanted: &Wanted,
     place: &Mutex<Option<View>>,
     walk: &Walk,
-) -> Result<Selection, CtError> {
+) -> Result<(Selection, Devices), CtError> {
     if walk.is_cancelled.load(Ordering::Relaxed) {
         return Err(CtError::Cancelled);
     }
@@ -127,8 +128,16 @@ fn open_and_list(
     // Before the walk, during which it may have to be closed.
     *held(place) = Some(view);
     let mounts: Vec<_> = parts.iter().map(|part| part.mount_point.as_path()).collect();
-    Selection::write_watched(lists, &tree, &mounts, excludes, &mut || walk.pass())
-        .map_err(CtError::at("list the container's files"))
+    let fault = || CtError::at("list the container's files");
+    let selection = Selection::write_watched(lists, &tree, &mounts, excludes, &mut || walk.pass())
+        .map_err(fault())?;
+    let mut devices = Devices::default();
+    // A privileged container may have any.
+    for mount in mounts.iter().filter(|_| !ids.is_empty()) {
+        let root = tree.join(mount.strip_prefix("/").unwrap_or(mount));
+        devices.look(&root, mount, excludes, &mut || walk.pass()).map_err(fault())?;
+    }
+    Ok((selection, devices))
 }
 
 #[cfg(test)]
@@ -181,7 +190,7 @@ mod tests {
         let stall = Duration::from_secs(60);
         runtime().block_on(async {
             let opening = Opening::default();
-            let (view, _) = opening.open(wanted("whole"), stall).await.unwrap();
+            let (view, ..) = opening.open(wanted("whole"), stall).await.unwrap();
             assert!(view.host_tree().join("a/b").is_dir());
             view.close().unwrap();
             let opening = Opening::default();

@@ -4,17 +4,22 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ioctl_ficlone};
 use vzdump_core::job::JobContext;
 use vzdump_core::journal::Entry;
-use vzdump_core::storage::{BTRFS_KIND, ImageFormat, VolumeId};
+use vzdump_core::storage::{BTRFS_KIND, ImageFormat, StorageSet, VolumeId};
 
 use crate::lxc::Lxc;
 use crate::runtime::{COVERED, Found};
 use crate::{CtError, runtime::beside};
+
+/// `BTRFS_SUPER_MAGIC` of the kernel.
+const BTRFS_SUPER_MAGIC: u64 = 0x9123_683e;
+/// The number of the directory that each subvolume begins with.
+const SUBVOLUME_INO: u64 = 256;
 
 /// The snapshot of one volume, planned or taken.
 #[derive(Debug, Clone)]
@@ -96,10 +101,27 @@ fn snapshot_path(volume: &Path, format: ImageFormat, name: &str) -> PathBuf {
     }
 }
 
+/// Whether a directory is a subvolume of a btrfs, and not just a directory. May block.
+pub(crate) fn is_subvolume(path: &Path) -> bool {
+    let is_on_btrfs = rustix::fs::statfs(path)
+        .is_ok_and(|stat| stat.f_type as u64 & 0xffff_ffff == BTRFS_SUPER_MAGIC);
+    is_on_btrfs && fs::metadata(path).is_ok_and(|meta| meta.ino() == SUBVOLUME_INO)
+}
+
 /// Whether a volume can be snapshotted while it is in use; else why not. May block.
-pub(crate) fn can_snapshot(found: &Found) -> Result<(), String> {
+pub(crate) fn can_snapshot(found: &Found, storages: &StorageSet) -> Result<(), String> {
     if found.format == Some(ImageFormat::Subvol) {
-        return Ok(());
+        let volume = found.entry.volume.parse::<VolumeId>();
+        let is_of_btrfs = volume.is_ok_and(|volume| {
+            storages.images(volume.storage()).is_ok_and(|storage| storage.kind() == BTRFS_KIND)
+        });
+        if is_of_btrfs && is_subvolume(&found.path) {
+            return Ok(());
+        }
+        return Err(format!(
+            "'{}' ({}) cannot be snapshotted: it is a directory, and no subvolume of a storage of the type btrfs",
+            found.entry.volume, found.entry.key
+        ));
     }
     let try_it = || -> io::Result<()> {
         let source = File::open(&found.path)?;

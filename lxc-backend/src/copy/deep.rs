@@ -18,7 +18,7 @@ pub(super) const PATH_BYTES_MAX: usize = 64 << 10;
 const NAMES_MAX: usize = 16 << 20;
 
 /// Opens a directory below `root`, through no link and into no other mount.
-pub(super) fn open_directory(root: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open_directory(root: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
     let mut rest = path.as_os_str().as_bytes();
     let mut at = open_piece(root, rest_or_dot(cut(&mut rest)))?;
     while !rest.is_empty() {
@@ -53,7 +53,7 @@ fn cut<'a>(rest: &mut &'a [u8]) -> &'a [u8] {
 }
 
 /// A path and one name more.
-pub(super) fn join(path: &Path, name: &CStr) -> PathBuf {
+pub(crate) fn join(path: &Path, name: &CStr) -> PathBuf {
     path.join(OsStr::from_bytes(name.to_bytes()))
 }
 

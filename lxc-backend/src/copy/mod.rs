@@ -13,7 +13,7 @@
 //! the second pass, because in the first one it may just have gone.
 
 mod attributes;
-mod deep;
+pub(crate) mod deep;
 mod entry;
 mod links;
 mod paths;

@@ -138,14 +138,17 @@ fn plan_volume(
     let format = format_of(options.format, old.format(), storage.as_ref())?;
     let size_bytes = match entry.options.get("size") {
         _ if format == ImageFormat::Subvol => 0,
-        Some(size) => parse_size(size).map_err(CtError::Invalid)?,
-        None => {
-            return Err(CtError::Invalid(format!(
-                "'{}' of the archive has no size. {WITHOUT_SIZES}",
-                entry.key
-            )));
-        }
+        Some(size) => parse_size(size)
+            .map_err(|why| CtError::Invalid(format!("'{}' of the archive: {why}", entry.key)))?,
+        None => 0,
     };
+    // A directory is written down with the size 0 by Proxmox VE.
+    if size_bytes == 0 && format != ImageFormat::Subvol {
+        return Err(CtError::Invalid(format!(
+            "'{}' of the archive has no size. {WITHOUT_SIZES}",
+            entry.key
+        )));
+    }
     let mount = NewMount {
         key: entry.key.clone(),
         mount_point: entry.mount_point.clone(),

@@ -84,7 +84,7 @@ pub(crate) fn member(tar: &Path, name: &str) -> String {
 }
 
 /// The writer counts in one volume first: the other is never ahead, and at most one behind.
-fn assert_one_point_in_time(tar: &Path) {
+pub(crate) fn assert_one_point_in_time(tar: &Path) {
     let number = |name| member(tar, name).trim().parse::<u64>().unwrap();
     let (first, second) = (number("./root/a"), number("./srv/b"));
     assert!(second <= first && first <= second + 1, "a {first}, b {second}");
@@ -150,6 +150,30 @@ fn stop_mode_64_a_failing_provider_does_not_keep_the_container_down() {
     assert!(report.error.unwrap().contains("exit code 3: what went wrong"), "{log}");
     assert!(log.contains("what went wrong"), "commands' lines are in the log: {log}");
     assert_eq!(scene.state(200), "running");
+}
+
+/// A restore refuses it, so the backup tells of it.
+#[test]
+fn a_device_file_of_an_unprivileged_container_is_told() {
+    let scene = Scene::new();
+    scene.create(200, &[]);
+    let image = scene.root.join("state/storage/images/200/vm-200-disk-0.raw");
+    let mounted = Mounted::of(&image, &scene.root.join("mounted"));
+    for name in ["dev/tty9", "srv/null"] {
+        let made = Command::new("mknod").arg(mounted.0.join(name)).args(["c", "1", "3"]).status();
+        assert!(made.unwrap().success());
+    }
+    mounted.end();
+    let provider = provider(&scene, Identity::MappedRoot);
+    let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
+    assert_eq!(report.result, GuestResult::Committed, "{log}");
+    assert!(log.contains("'/srv/null' is a device file"), "{log}");
+    assert!(!log.contains("tty9"), "{log}");
+    let (report, log) = back_up_with(&scene, 200, &provider, |options| {
+        options.exclude = provider_api::Excludes::parse(&["/srv/null"]).unwrap();
+    });
+    assert_committed(&report, &log);
+    assert!(!log.contains("is a device file"), "{log}");
 }
 
 /// What passes is counted where it comes out of the command, so the provider cannot be faster.

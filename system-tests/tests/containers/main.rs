@@ -7,6 +7,7 @@
 mod backup;
 mod cgroups;
 mod debian;
+mod directories;
 mod fidelity;
 mod freezing;
 mod power;
