@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is done with archives: restores, notes, protection, verification, removal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -14,7 +14,7 @@ use provider_api::{
 use super::Verdict;
 use crate::bench::{Ctx, Made};
 use crate::fault::{Checked, Fault, clean, ensure, words};
-use crate::machine::Vm;
+use crate::machine::{Truth, Vm};
 
 /// Files of a storage that are looked at for one to be damaged.
 const FILES_MAX: usize = 100_000;
@@ -86,14 +86,24 @@ pub(super) async fn notes(ctx: &Ctx) -> Checked<Verdict> {
         let shown = list.get(name).and_then(|archive| archive.notes.clone());
         ensure(shown == notes_line(text), || {
             format!(
-                "list shows the notes {:?}, not {:?}.",
-                shown.as_deref().map(clean),
-                notes_line(text).as_deref().map(clean)
+                "list shows {} as the notes, not {}.",
+                quoted(shown.as_deref()),
+                quoted(notes_line(text).as_deref())
             )
         })
-        .map_err(|fault| fault.advise("Use `notes_line`."))?;
+        .map_err(|fault| {
+            fault.advise(
+                "A list shows the first line of the notes that is not blank, without white space at its \
+                 ends, at most 512 bytes of it, and none (null) without such a line. (In Rust: `notes_line`.)",
+            )
+        })?;
     }
     Ok(Verdict::Passed)
+}
+
+/// An optional text in words of no language.
+fn quoted(text: Option<&str>) -> String {
+    text.map_or_else(|| "none (null)".to_owned(), |text| format!("{:?}", clean(text)))
 }
 
 pub(super) async fn log(ctx: &Ctx) -> Checked<Verdict> {
@@ -200,7 +210,7 @@ pub(super) async fn verify(ctx: &Ctx) -> Checked<Verdict> {
     Ok(Verdict::Passed)
 }
 
-/// Flips one bit of a file that belongs to an archive of the kit.
+/// Flips one bit of files that belong to an archive of the kit: of each disk, if they say whose they are.
 pub(super) async fn damage(ctx: &Ctx) -> Checked<Verdict> {
     let Some(dir) = ctx.bench.options.data_dir.clone() else {
         let why = "the kit does not know where the storage keeps its data (--data-dir)";
@@ -209,27 +219,46 @@ pub(super) async fn damage(ctx: &Ctx) -> Checked<Verdict> {
     let provider = ctx.provider().await?;
     let before = files(&dir);
     let all = some(ctx, provider.as_ref(), 1).await?;
-    let name = &all[0].archive;
-    let after = files(&dir);
+    let made = &all[0];
+    let name = &made.archive;
+    let own = own_files(&dir, name, &before, &files(&dir));
     let max_bytes = DAMAGED_PER_DISK_BYTE.saturating_mul(ctx.bench.options.size_bytes);
-    let Some(file) =
-        largest_own(&dir, name, &before, &after).filter(|(_, size)| *size <= max_bytes)
-    else {
+    let chosen = to_be_damaged(&dir, &own, &made.truth, max_bytes);
+    if chosen.is_empty() {
         let why = format!(
             "below {} a backup of {name} makes no file of at most {max_bytes} bytes that is certainly its \
              own, by a name that begins with the archive's",
             dir.display()
         );
         return Ok(Verdict::NotTested(why));
-    };
-    let (file, _) = file;
-    let shown = file.strip_prefix(&dir).unwrap_or(&file).display().to_string();
-    let flipped =
-        flip_bit(&file).map_err(|e| Fault::new(format!("Cannot damage {shown}: {e}.")))?;
-    let report = verify_one(ctx, provider.as_ref(), name, VerifyExtent::All).await;
-    let restored = ctx.restore(provider.as_ref(), name, &all[0].truth).await;
+    }
+    let own_bytes: u64 = own.iter().map(|(_, size)| size).sum();
+    if own_bytes < least_data_bytes(&made.truth) {
+        ctx.remark(format!(
+            "Data not tested: with {own_bytes} bytes the files that are certainly the archive's own have not \
+             the data of its disks. What may be other archives', too, is not damaged."
+        ));
+    }
+    for file in chosen {
+        let shown = file.strip_prefix(&dir).unwrap_or(&file).display().to_string();
+        damage_one(ctx, provider.as_ref(), made, (&file, &clean(&shown))).await?;
+    }
+    Ok(Verdict::Passed)
+}
+
+async fn damage_one(
+    ctx: &Ctx,
+    provider: &dyn Provider,
+    made: &Made,
+    (file, shown): (&Path, &str),
+) -> Checked {
+    let name = &made.archive;
+    let flipped = flip_bit(file).map_err(|e| Fault::new(format!("Cannot damage {shown}: {e}.")))?;
+    let report = verify_one(ctx, provider, name, VerifyExtent::All).await;
+    let restored = ctx.restore(provider, name, &made.truth).await;
     // As it was, so that the archive can be removed as a sound one.
-    flip_bit_at(&file, flipped).map_err(|e| Fault::new(format!("Cannot mend {shown}: {e}.")))?;
+    flip_bit_at(file, flipped).map_err(|e| Fault::new(format!("Cannot mend {shown}: {e}.")))?;
+    ctx.remark(format!("Bit 0 of byte {flipped} of {shown} was flipped."));
     let report = report?;
     if report.is_sound() && report.damage.is_empty() {
         let fault = Fault::new(format!(
@@ -243,7 +272,7 @@ pub(super) async fn damage(ctx: &Ctx) -> Checked<Verdict> {
     if restored.is_err() {
         ctx.remark("A restore notices the damage, too.");
     }
-    Ok(Verdict::Passed)
+    Ok(())
 }
 
 type Files = BTreeMap<PathBuf, (u64, Option<SystemTime>)>;
@@ -266,13 +295,45 @@ fn files(dir: &Path) -> Files {
     found
 }
 
-/// The largest file of an archive that was not there before, with its size: data rather than an index. Others
-/// may make archives in the same directory meanwhile, and those are theirs.
-fn largest_own(dir: &Path, archive: &str, before: &Files, after: &Files) -> Option<(PathBuf, u64)> {
+/// The files of an archive that were not there before, with their sizes, the largest first: data before an
+/// index. Others may make archives in the same directory meanwhile, and those are theirs.
+fn own_files(dir: &Path, archive: &str, before: &Files, after: &Files) -> Vec<(PathBuf, u64)> {
     let own = after.iter().filter(|(path, (size, _))| {
         *size > 0 && !before.contains_key(*path) && is_named_after(dir, path, archive)
     });
-    own.max_by_key(|(_, (size, _))| *size).map(|(path, (size, _))| (path.clone(), *size))
+    let mut own: Vec<_> = own.map(|(path, (size, _))| (path.clone(), *size)).collect();
+    own.sort_by_key(|(_, size)| std::cmp::Reverse(*size));
+    own
+}
+
+/// The largest file of each disk, where the paths name the disks; else the largest of all.
+fn to_be_damaged(
+    dir: &Path,
+    own: &[(PathBuf, u64)],
+    truth: &Truth,
+    max_bytes: u64,
+) -> BTreeSet<PathBuf> {
+    let fits = || own.iter().filter(|(_, size)| *size <= max_bytes).map(|(path, _)| path);
+    let of_disk = |device: &str| {
+        fits().find(|path| {
+            let below = path.strip_prefix(dir).unwrap_or(path);
+            below.to_str().is_some_and(|below| below.contains(device))
+        })
+    };
+    let of_disks = truth.iter().filter_map(|(device, _)| of_disk(device).cloned());
+    let mut chosen: BTreeSet<PathBuf> = of_disks.collect();
+    if chosen.is_empty() {
+        chosen.extend(fits().next().cloned());
+    }
+    chosen
+}
+
+/// What the disks take at least in a storage, however well it compresses: half of what does not repeat.
+fn least_data_bytes(truth: &Truth) -> u64 {
+    const PIECE_BYTES: usize = 4096;
+    let pieces = truth.iter().flat_map(|(_, content)| content.chunks(PIECE_BYTES));
+    let varied = pieces.filter(|piece| piece.iter().any(|byte| *byte != piece[0]));
+    varied.map(|piece| piece.len() as u64).sum::<u64>() / 2
 }
 
 /// Whether a part of a path below `dir` is an archive's name, alone or with an ending.
@@ -533,21 +594,40 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, vec![1; size]).unwrap();
         };
-        let find = |before: &Files| {
-            let found = largest_own(dir.path(), "a-1", before, &files(dir.path()));
-            found.map(|(path, size)| (path.strip_prefix(dir.path()).unwrap().to_owned(), size))
-        };
+        let own = |before: &Files| own_files(dir.path(), "a-1", before, &files(dir.path()));
+        let at = |path: &str| dir.path().join(path);
         let before = files(dir.path());
         for other in ["a-10/image", "b-a-1/image", "x/a-1-2.img", "image"] {
             put(other, 100);
         }
-        assert_eq!(find(&before), None);
+        assert_eq!(own(&before), []);
         put("a-1/image", 10);
         put("a-1/index", 5);
-        assert_eq!(find(&before), Some((PathBuf::from("a-1/image"), 10)));
-        assert_eq!(find(&files(dir.path())), None, "what was there before");
+        assert_eq!(own(&before), [(at("a-1/image"), 10), (at("a-1/index"), 5)]);
+        assert_eq!(own(&files(dir.path())), [], "what was there before");
         put("deep/a-1.img", 20);
-        assert_eq!(find(&before), Some((PathBuf::from("deep/a-1.img"), 20)));
+        assert_eq!(own(&before)[0], (at("deep/a-1.img"), 20));
+        // Of each disk one, where that can be told.
+        let disk = |name: &str| (name.to_owned(), std::sync::Arc::new(vec![0; 512]));
+        let truth = vec![disk("scsi0"), disk("scsi1")];
+        let chosen = |max: u64| to_be_damaged(dir.path(), &own(&before), &truth, max);
+        assert_eq!(chosen(100), BTreeSet::from([at("deep/a-1.img")]));
+        assert_eq!(chosen(10), BTreeSet::from([at("a-1/image")]));
+        for (name, size) in [("scsi0.img", 9), ("scsi0.index", 2), ("scsi1.img", 8)] {
+            put(&format!("a-1/{name}"), size);
+        }
+        let both = BTreeSet::from([at("a-1/scsi0.img"), at("a-1/scsi1.img")]);
+        assert_eq!(chosen(100), both);
+    }
+
+    #[test]
+    fn what_is_less_than_the_data_is_an_index() {
+        let mut random = crate::random::Random::new(1);
+        let mut content = vec![0; 1 << 20];
+        content[..1 << 18].fill(7);
+        content[1 << 19..].copy_from_slice(&random.bytes(1 << 19));
+        let truth = vec![("scsi0".to_owned(), std::sync::Arc::new(content))];
+        assert_eq!(least_data_bytes(&truth), 1 << 18);
     }
 
     #[test]

@@ -78,6 +78,7 @@ const CAUGHT_BY: &[(Fault, &str)] = &[
     (Fault::TooFewRequests, "full"),
     (Fault::UnknownIsIo, "unknown"),
     (Fault::UsedAboveTotal, "status"),
+    (Fault::VerifiesFirstDisk, "damage"),
     (Fault::WrongKind, "full"),
     (Fault::WrongPropertyName, "describe"),
     (Fault::WrongTime, "full"),
@@ -129,7 +130,7 @@ async fn a_provider_without_faults_is_complete() {
         !text.is_empty()
             && !text.contains("too fast")
             && !text.contains("qemu-storage-daemon")
-            && !text.contains("notices the damage")
+            && !text.contains("was flipped")
             && !text.starts_with("Not tested")
     };
     let remarks = remarks.filter(is_blame);

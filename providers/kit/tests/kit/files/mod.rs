@@ -101,6 +101,7 @@ pub(crate) enum Fault {
     TooFewRequests,
     UnknownIsIo,
     UsedAboveTotal,
+    VerifiesFirstDisk,
     WrongKind,
     WrongPropertyName,
     WrongTime,
