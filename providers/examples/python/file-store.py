@@ -34,6 +34,10 @@ BLOCK_BYTES = 4096
 RECORD_DAYS = 30
 MOVED = ("total_bytes", "read_bytes", "zero_bytes", "written_bytes")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9.+=_:-]{0,199}\Z")
+# What tar says, at the end of a line. The last 16 KiB of it are told: with less it is all there is.
+IN_PART = re.compile(r": File shrank by \d+ bytes?; padding with zeros$|: Warning: Read error at byte \d+, [^:]*: [^:]*$")
+LEFT_OUT = re.compile(r"tar: \.?(.*): (?:Warning: (Cannot .*(?<!Operation not supported))|socket ignored)$")
+WORDS_BYTES = 15000
 
 class Failure(Exception):
     """An error of the contract: a kind for decisions, a sentence for people."""
@@ -41,7 +45,6 @@ class Failure(Exception):
     def __init__(self, kind, message, dependents=()):
         super().__init__(message)
         self.kind, self.dependents = kind, list(dependents)
-
 
 # ---- The protocol: one JSON-RPC message per line -----------------------------------------------------
 
@@ -118,11 +121,9 @@ class Host:
             raise Failure(kind, box[0]["error"]["message"])
         return box[0]["result"]
 
-
 def error(kind, message, dependents=()):
     data = {"kind": kind, "dependents": list(dependents)}
     return {"error": {"code": -32000, "message": message, "data": data}}
-
 
 class Request:
     """A request of the host that is being worked on."""
@@ -149,14 +150,12 @@ class Request:
     def log(self, line):
         self.host.send({"method": "log", "params": {"request": self.ident, "level": "info", "line": line}})
 
-
 def sync_dir(path):
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
 
 def write_durably(path, data):
     """Replaces a file in one step that a crash cannot split."""
@@ -168,14 +167,12 @@ def write_durably(path, data):
     os.rename(temporary, path)
     sync_dir(os.path.dirname(path))
 
-
 def read_text(path):
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except FileNotFoundError:
         return ""
-
 
 def try_lock(path, how, mode=None):
     """An open file with the lock, or none if somebody else has it."""
@@ -187,7 +184,6 @@ def try_lock(path, how, mode=None):
     except BlockingIOError:
         file.close()
         return None
-
 
 class Snapshot:
     """A disk at its point in time, offered as a file: read past the page cache, released by holes."""
@@ -228,7 +224,6 @@ class Snapshot:
         big = ctypes.c_longlong
         if self.libc.fallocate(self.fd, punch_and_keep_size, big(offset), big(length)) != 0:
             self.can_release = False
-
 
 # ---- The store ---------------------------------------------------------------------------------------
 
@@ -367,18 +362,15 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.commits, manifest["commit_id"]))
 
-
 def stat_of(path):
     """None for what has vanished meanwhile: other processes remove things, too."""
     with contextlib.suppress(FileNotFoundError):
         return os.lstat(path)
     return None
 
-
 def size_of(path):
     paths = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
     return sum(stat.st_blocks * 512 for stat in map(stat_of, paths) if stat)
-
 
 # ---- Backups -----------------------------------------------------------------------------------------
 
@@ -499,24 +491,25 @@ class Backup:
         path = os.path.join(self.path, "files.tar")
         open(path, "wb").close()
         argv = ["tar", "--create", "--file=-", "--numeric-owner", "--acls", "--xattrs", "--sparse"]
-        argv += ["--directory=" + params["tree"], "--one-file-system", "--null"]
+        skips = params.get("skip_unreadable", False)
+        argv += ["--directory=" + params["tree"], "--one-file-system", "--null", *["--ignore-failed-read"] * skips]
         argv += ["--no-verbatim-files-from", "--no-unquote", "--files-from=" + params["lists"] + "/selected"]
         command = {"container": params["container"], "argv": argv, "identity": "mapped_root"}
         done = threading.Event()
-        watch = threading.Thread(target=watch_file, args=(request, path, done), daemon=True)
-        watch.start()
+        threading.Thread(target=watch_file, args=(request, path, done), daemon=True).start()
         try:
             end = request.ask("container.command", {**command, "stdout": path})
         finally:
             done.set()
         if end["exit_code"] != 0:
             raise Failure("io", f"tar ended with {end['exit_code']}: {end['stderr_tail'][-500:]}")
+        ignored = left_out(end["stderr_tail"], skips)
         entries, read_bytes = count_entries(request, path)
         if entries == 0:
             raise Failure("corrupt", "The archive has no entries.")
         size = os.stat(path).st_size
         numbers = {"entries": str(entries), "read_bytes": str(read_bytes), "written_bytes": str(size)}
-        return {**numbers, "ignored": [], "ignored_count": "0"}
+        return {**numbers, "ignored": ignored, "ignored_count": str(len(ignored))}
 
     def commit(self, ident):
         self.store.commit(ident, self)
@@ -533,7 +526,6 @@ class Backup:
         self.lock.close()
         if self.base_held:
             self.base_held.close()
-
 
 def regions(request, handle, size):
     """All areas to read, page by page; an end is only one if the sum is right."""
@@ -554,12 +546,23 @@ def regions(request, handle, size):
             raise Failure("corrupt", "The pages of areas go round in circles.")
         offset = int(page["offset"])
 
-
 def watch_file(request, path, done):
     while not done.wait(0.5):
         size = os.stat(path).st_size
         request.progress("files", size, size, 0)
 
+def left_out(words, skips):
+    """What tar says is not in the archive; it has zeros in the place of what it could not read of a file."""
+    if skips and len(words.encode()) > WORDS_BYTES:
+        raise Failure("io", "More cannot be read than this store can tell apart from what is read in part.")
+    found = []
+    for line in words.splitlines():
+        entry = LEFT_OUT.match(line)
+        if IN_PART.search(line) or entry and entry[2] and not skips:
+            raise Failure("io", f"Something cannot be read, or only in part: {line}")
+        if entry:
+            found.append({"path": entry[1], "why": entry[2] or "a socket"})
+    return found
 
 def count_entries(request, path):
     entries, read_bytes = 0, 0
@@ -570,7 +573,6 @@ def count_entries(request, path):
             if entries % 1000 == 0:
                 request.check()
     return entries, read_bytes
-
 
 # ---- Restores ----------------------------------------------------------------------------------------
 
@@ -641,7 +643,6 @@ class Restore:
             shutil.rmtree(self.path, ignore_errors=True)
         for held in self.held:
             held.close()
-
 
 # ---- The methods -------------------------------------------------------------------------------------
 
@@ -794,7 +795,6 @@ class Provider:
         restore = self.handles.pop(params["restore"], None)
         if restore:
             restore.close()
-
 
 if __name__ == "__main__":
     Host().serve(Provider().methods())

@@ -81,6 +81,20 @@ start_guest() {
     answer "{\"guest\": \"$name\", \"archive_name\": \"$name\"}"
 }
 
+# What tar says in $words is not in the archive; fails if that is more than may be, or has zeros in its place. The
+# last 16 KiB are told: with less it is all there is.
+left_out() {
+    printf '%s' "$words" | jq -ceRs --argjson skips "$skips" '
+        (($skips and utf8bytelength > 15000) or
+            test(": File shrank by [0-9]+ bytes?; padding with zeros(\n|$)") or
+            test(": Warning: Read error at byte [0-9]+, [^:\n]*: [^:\n]*(\n|$)")) as $bad |
+        [split("\n")[] | capture(
+            "^tar: [.]?(?<path>.*): (Warning: (?<why>Cannot .*(?<!Operation not supported))|socket ignored)$")] |
+        if $bad or (any(.why) and ($skips | not)) then empty
+        else {ignored: map({path, why: (.why // "a socket")}), ignored_count: "\(length)"} end' |
+        sed 's/^{//; s/}$//' | grep .
+}
+
 backup_container() {
     work=$mine/$(get .params.guest) number=$((number + 1))
     get .params.config >"$work/config"
@@ -91,7 +105,9 @@ backup_container() {
             container: .container, identity: "mapped_root", stdout: $out,
             argv: (["tar", "-cf", "-", "--numeric-owner", "--sparse", "--acls", "--xattrs", "-C", .tree,
                 "--one-file-system", "--null", "--no-verbatim-files-from", "--no-unquote",
-                "--files-from=\(.lists)/selected"])}}')"
+                "--files-from=\(.lists)/selected"] +
+                if .skip_unreadable then ["--ignore-failed-read"] else [] end)}}')"
+    skips=$(get '.params.skip_unreadable // false')
     # While tar runs other requests may come: they are answered before this one.
     job=$id waits="\"tar-$number\"" cancelled='' told=$line
     while IFS= read -r line; do
@@ -116,10 +132,11 @@ backup_container() {
     [ -z "$cancelled" ] || { fail cancelled "The backup was cancelled."; return; }
     code=$(get '.result.exit_code // 255') words=$(get '.error.message // .result.stderr_tail // ""')
     [ "$code" = 0 ] || { fail io "tar ended with $code: $words"; return; }
+    ignored=$(left_out) || { fail io "Something cannot be read, or only in part: $words"; return; }
     entries=$(tar -tf "$work/files.tar" | wc -l) bytes=$(stat -c %s "$work/files.tar")
     [ "$entries" -gt 0 ] || { fail corrupt "The archive has no entries."; return; }
     line=$told
-    answer "{\"entries\": \"$entries\", \"read_bytes\": \"$bytes\", \"written_bytes\": \"$bytes\"}"
+    answer "{\"entries\": \"$entries\", \"read_bytes\": \"$bytes\", \"written_bytes\": \"$bytes\", $ignored}"
 }
 
 commit() {

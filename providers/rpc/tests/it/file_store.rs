@@ -300,9 +300,9 @@ async fn what_an_aborted_or_killed_backup_left_goes_away() {
     }
 }
 
-/// Runs a command as it is.
+/// Runs a command as it is, and lets it say something more.
 #[derive(Debug)]
-struct Plain;
+struct Plain(&'static str);
 
 impl ContainerRunner for Plain {
     fn command<'a>(
@@ -317,7 +317,7 @@ impl ContainerRunner for Plain {
             let output = child.stderr(std::process::Stdio::piped()).kill_on_drop(true).spawn();
             let output = output.unwrap().wait_with_output().await;
             let output = output.map_err(|error| Error::io("tar", error))?;
-            let stderr_tail = String::from_utf8_lossy(&output.stderr).into_owned();
+            let stderr_tail = format!("{}{}", String::from_utf8_lossy(&output.stderr), self.0);
             Ok(CommandEnd { exit_code: output.status.code().unwrap_or(137), stderr_tail })
         })
     }
@@ -339,7 +339,7 @@ pub(crate) fn container(tree: &Path) -> ContainerBackup {
         skip_unreadable: false,
         expected_bytes: None,
         bandwidth_limit: None,
-        runner: Arc::new(Plain),
+        runner: Arc::new(Plain("")),
     }
 }
 
@@ -396,6 +396,37 @@ async fn a_container_is_read_through_the_runner() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_read_is_left_out_if_it_may_be_and_never_replaced_by_zeros() {
+    let in_part = "tar: ./etc/a: File shrank by 512 bytes; padding with zeros\n";
+    for example in [EXAMPLE, IN_SHELL] {
+        let bench = Bench::with_example(example);
+        let provider = bench.start().await.unwrap();
+        let root = bench.dir.path().join("tree");
+        tree(&root);
+        for (skip_unreadable, says, is_stored) in
+            [(false, "", false), (true, in_part, false), (true, "", true)]
+        {
+            let runner = Arc::new(Plain(says));
+            let backup = ContainerBackup { skip_unreadable, runner, ..container(&root) };
+            // Listed, but it cannot be opened.
+            let list = backup.host_lists.join(Selection::SELECTED);
+            let names = [std::fs::read(&list).unwrap(), b"./etc/gone\0".to_vec()].concat();
+            std::fs::write(&list, names).unwrap();
+            let mut guest = start_guest(&provider, GuestKind::Lxc, 1_800_000_000).await;
+            let stored = guest.backup_container(backup, &Notes::default(), &call()).await;
+            assert_eq!(stored.is_ok(), is_stored, "{example} {skip_unreadable} {says}: {stored:?}");
+            if let Ok(moved) = stored {
+                let ignored = &moved.ignored[0];
+                let why = "Cannot stat: No such file or directory";
+                assert_eq!((ignored.path.as_str(), ignored.why.as_str()), ("/etc/gone", why));
+                assert_eq!((moved.entries, moved.ignored_count), (4, 1));
+            }
+            guest.abort("it was a test", &call()).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_read_in_rust_is_not_taken_for_missing() {
     let bench = Bench::in_rust();
     let provider = bench.start().await.unwrap();
@@ -428,7 +459,7 @@ impl ContainerRunner for Held {
         Box::pin(async move {
             self.asked.notify_one();
             self.may_run.notified().await;
-            Plain.command(command, call).await
+            Plain("").command(command, call).await
         })
     }
 }
