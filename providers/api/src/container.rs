@@ -79,7 +79,7 @@ pub struct ContainerBackup {
     /// How many bytes there are to be read, if that is known; only for progress.
     pub expected_bytes: Option<u64>,
     /// What the provider may read, in bytes per second; none without a limit. A command's output is
-    /// limited by the host.
+    /// limited by the host; one that sends its data elsewhere has to be told the limit.
     pub bandwidth_limit: Option<u64>,
     /// Runs commands that read the tree.
     pub runner: Arc<dyn ContainerRunner>,

@@ -161,7 +161,8 @@ pub struct Volume {
     pub bitmap_action: String,
     /// Generation of this backup once it is committed: store it, and ask for it next time.
     pub generation: Option<String>,
-    /// Bytes the bitmap marks; the provider must find exactly that many.
+    /// Bytes the bitmap marks; the provider must find exactly that many. It marks areas of a power of two
+    /// from 4 KiB to 4 MiB, by default 64 KiB: perhaps less than a block of the provider's.
     pub dirty_bytes: Option<u64>,
 }
 
@@ -188,13 +189,14 @@ pub trait Progress: Send + Sync {
 /// What one guest's backup moved.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transferred {
-    /// Bytes that had to be looked at: the disks' sizes, or what the bitmaps mark.
+    /// Bytes that had to be looked at: the disks' sizes, or what the bitmaps mark. The host refuses a
+    /// backup that looked at less.
     pub total_bytes: u64,
-    /// Bytes read from the disks.
+    /// Bytes read from the disks; not what was known to be zero without that.
     pub read_bytes: u64,
     /// Bytes among `total_bytes` that were zero or holes.
     pub zero_bytes: u64,
-    /// Bytes written to the storage.
+    /// Bytes written to the storage, after compression, and without what was there already.
     pub written_bytes: u64,
 }
 
@@ -203,7 +205,7 @@ pub struct Transferred {
 pub struct Committed {
     /// Name of the archive.
     pub archive: String,
-    /// Bytes it takes in the storage.
+    /// Bytes it takes in the storage, as [`crate::Archive::size_bytes`].
     pub size_bytes: u64,
 }
 
@@ -246,7 +248,9 @@ pub trait GuestBackup: Send {
     }
 
     /// Makes the backup durable under the host's id, and only then returns. The next
-    /// [`crate::Provider::commit_outcome`] of that id, from any process, must agree.
+    /// [`crate::Provider::commit_outcome`] of that id, from any process, must agree. No `abort` follows, also
+    /// not after an error: what a failed commit stored is removed by the commit itself, or by the next
+    /// [`crate::Provider::activate`].
     fn commit<'a>(self: Box<Self>, id: Uuid, call: &'a Call) -> BoxFuture<'a, Result<Committed>>
     where
         Self: 'a;

@@ -210,9 +210,10 @@ pub struct Archive {
     pub subtype: GuestKind,
     /// Number of the guest.
     pub guest_id: u32,
-    /// Start of the backup, seconds since the epoch.
+    /// Start of the backup, [`GuestInfo::start_time_s`], seconds since the epoch.
     pub time_s: i64,
-    /// Bytes this archive takes in the storage (without the archives it builds upon).
+    /// Bytes this archive takes in the storage, without the archives it builds upon and what it shares
+    /// with others, as well as that can be told.
     pub size_bytes: u64,
     /// Name of the archive it builds upon, if it is incremental.
     pub base: Option<String>,

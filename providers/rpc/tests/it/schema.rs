@@ -130,5 +130,11 @@ fn the_schema_finds_faults() {
         *bad.pointer_mut(place).unwrap() = value;
         assert!(!schema.message.is_valid(&bad), "{bad}");
     }
+    for (name, is_good) in
+        [("a/b..c", true), ("...", true), ("a/../b", false), ("a/", false), (".", false)]
+    {
+        let result = json!({"archives": [name]});
+        assert_eq!(schema.results["unreadable"].is_valid(&result), is_good, "{name}");
+    }
     assert!(!schema.results["status"].is_valid(&json!({"total_bytes": 1, "used_bytes": "1"})));
 }
