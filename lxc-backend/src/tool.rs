@@ -42,12 +42,19 @@ pub(crate) fn run(command: &Command, limit: Duration) -> Result<String, String> 
         return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    let last = said.lines().last().unwrap_or_default();
     let program = command.get_program().display();
-    Err(match last {
+    Err(match last_message(&said).as_str() {
         "" => format!("'{program}' failed ({})", output.status),
         text => format!("'{program}': {text}"),
     })
+}
+
+/// The last line, with the one before it that it goes on from if it is indented.
+fn last_message(said: &str) -> String {
+    let lines: Vec<&str> = said.lines().collect();
+    let is_begin = |line: &&str| !line.starts_with(char::is_whitespace);
+    let from = lines.iter().rposition(is_begin).unwrap_or(0);
+    lines[from..].iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
 }
 
 /// The same, with what it printed and how it ended.
@@ -159,6 +166,9 @@ mod tests {
         let limit = Duration::from_secs(20);
         let failing = command("sh", ["-c", "echo first >&2; echo why >&2; exit 3"]);
         assert_eq!(run(&failing, limit).unwrap_err(), "'sh': why");
+        let words = "echo first; echo 'no room for'; printf '\\tit, make\\n  more'";
+        let indented = command("sh", ["-c", &format!("({words}) >&2; exit 1")]);
+        assert_eq!(run(&indented, limit).unwrap_err(), "'sh': no room for it, make more");
         assert_eq!(run(&command("echo", ["a"]), limit).unwrap(), "a");
         let hanging = command("sleep", ["60"]);
         let error = run(&hanging, Duration::from_millis(50)).unwrap_err();

@@ -133,7 +133,14 @@ pub(super) fn give(target: At<'_>, looks: Looks, attributes: &[Attribute]) -> Re
         target.set(name, value).map_err(|errno| {
             let what =
                 format!("keep the extended attribute '{}' of a file", name.to_string_lossy());
-            Fault::target(what, errno)
+            match errno {
+                // For a large one also in a file system that is not full.
+                Errno::NOSPC => {
+                    let error = std::io::Error::other("there is no room for it in one file");
+                    Fault::Target { doing: what, error }
+                }
+                errno => Fault::target(what, errno),
+            }
         })?;
     }
     set_times(target, looks.times).map_err(|errno| Fault::target("keep the times of a file", errno))
