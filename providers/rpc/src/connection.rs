@@ -134,6 +134,11 @@ impl Connection {
         !self.shared.broken.is_cancelled()
     }
 
+    /// The error of an answer that cannot be used.
+    pub(crate) fn fault(&self, what: &str) -> Error {
+        self.shared.error(Kind::Other, what)
+    }
+
     pub(crate) fn served(&self) -> &Served {
         &self.shared.served
     }
@@ -177,7 +182,8 @@ impl Shared {
     }
 
     fn error(&self, kind: Kind, what: &str) -> Error {
-        Error::new(kind, format!("The provider {} {what}.", self.name))
+        // What is quoted may be a sentence, too.
+        Error::new(kind, format!("The provider {} {}.", self.name, what.trim_end_matches('.')))
     }
 
     /// The error of everybody who needs a process that is gone.
@@ -223,8 +229,10 @@ impl Shared {
                 Kind::Cancelled, &format!("did not answer '{method}' in time"))),
         };
         let shown = || format!("answers '{method}' with something that makes no sense");
-        serde_json::from_value(value).map_err(|error| {
-            let why = shorten(&error.to_string(), QUOTE_BYTES);
+        serde_path_to_error::deserialize(value).map_err(|error| {
+            let member = error.path().to_string();
+            let place = if member == "." { String::new() } else { format!("'{member}': ") };
+            let why = shorten(&format!("{place}{}", error.inner()), QUOTE_BYTES);
             self.error(Kind::Other, &format!("{}: {why}", shown()))
         })
     }
@@ -618,7 +626,7 @@ async fn run(shared: Arc<Shared>, mut process: Process, stdout: ChildStdout, std
     let why = match fault {
         Some(fault) => fault,
         None if shared.closing.is_cancelled() => "is ending".to_owned(),
-        None => end_in_words(&shared, &mut process, &mut words).await,
+        None => end_in_words(&shared, &mut process, &mut words, stdout.rest()).await,
     };
     shared.fail(why);
     shared.closing.cancel();
@@ -655,12 +663,16 @@ async fn end_in_words(
     shared: &Shared,
     process: &mut Process,
     words: &mut tokio::task::JoinHandle<()>,
+    rest: &[u8],
 ) -> String {
     let status = tokio::time::timeout(LAST_WORDS_WAIT, process.wait()).await;
     let mut why = match status {
         Ok(Ok(status)) => format!("has ended ({status})"),
         _ => "has closed its standard output".to_owned(),
     };
+    if !rest.trim_ascii().is_empty() {
+        why.push_str(&format!(" in the middle of the line '{}'", shorten_bytes(rest, QUOTE_BYTES)));
+    }
     let _ = tokio::time::timeout(LAST_WORDS_WAIT, words).await;
     let state = shared.state();
     if !state.last_words.is_empty() {
@@ -674,7 +686,12 @@ async fn end_in_words(
 async fn read_stderr(shared: Arc<Shared>, stderr: ChildStderr) {
     let mut lines = LineReader::new(BufReader::new(stderr), STDERR_LINE_BYTES_MAX, true);
     let mut count = 0_u64;
-    while let Ok(Some(Line::Whole(line) | Line::TooLong(line))) = lines.next().await {
+    loop {
+        let line = match lines.next().await {
+            Ok(Some(Line::Whole(line) | Line::TooLong(line))) => line,
+            Ok(None) if !lines.rest().is_empty() => lines.take_rest(),
+            Ok(None) | Err(_) => return,
+        };
         let line = shorten_bytes(&line, STDERR_LINE_BYTES_MAX);
         let (level, text) = split_level(&line);
         shared.remember_words(text);

@@ -26,6 +26,7 @@ pub(crate) struct RpcJob {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireGuest {
     guest: String,
     archive_name: String,
@@ -77,12 +78,13 @@ struct RpcGuest {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WirePlan {
     requests: Vec<WireBitmap>,
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "snake_case", tag = "bitmap")]
+#[serde(rename_all = "snake_case", tag = "bitmap", expecting = "an object")]
 enum WireBitmap {
     None,
     New,
@@ -104,6 +106,7 @@ impl From<WireBitmap> for BitmapRequest {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireTransferred {
     total_bytes: Dec<u64>,
     read_bytes: Dec<u64>,
@@ -112,6 +115,7 @@ struct WireTransferred {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireContainerTransferred {
     entries: Dec<u64>,
     read_bytes: Dec<u64>,
@@ -123,6 +127,7 @@ struct WireContainerTransferred {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireCommitted {
     archive: String,
     size_bytes: Dec<u64>,

@@ -82,6 +82,7 @@ struct Running {
 
 /// What a plugin says about itself.
 #[derive(Debug, Clone, Deserialize)]
+#[serde(expecting = "an object")]
 struct Declared {
     name: String,
     api_version: u32,
@@ -125,10 +126,15 @@ fn start_call(call: &Call) -> Call {
     Call { cancel: call.cancel.clone(), deadline }
 }
 
+/// The provider in error messages.
+fn name_of(options: &RpcOptions) -> String {
+    let file = options.program.file_name().unwrap_or_default().to_string_lossy();
+    format!("'{}' of the storage '{}'", file, options.storage)
+}
+
 /// Starts a process and brings it to where it takes requests.
 async fn connect(options: &RpcOptions, call: &Call) -> Result<(Connection, Declared)> {
-    let file = options.program.file_name().unwrap_or_default().to_string_lossy();
-    let name = format!("'{}' of the storage '{}'", file, options.storage);
+    let name = name_of(options);
     let (connection, secrets) =
         Connection::start(&options.program, name.clone(), options.tap.clone())?;
     let hello = json!({
@@ -138,7 +144,10 @@ async fn connect(options: &RpcOptions, call: &Call) -> Result<(Connection, Decla
         "storage": options.storage,
     });
     let mut declared: Declared = connection.request("initialize", hello, call).await?;
-    let fault = |why: String| Error::new(Kind::Invalid, format!("The provider {name} {why}."));
+    let fault = |why: String| {
+        let why = why.trim_end_matches('.');
+        Error::new(Kind::Invalid, format!("The provider {name} {why}."))
+    };
     declared.name = shorten(&declared.name, 100);
     check_api_version(declared.api_version)
         .map_err(|why| fault(format!("cannot be used: {why}")))?;
@@ -175,7 +184,7 @@ impl Core {
                 format!(
                     "The provider {} has ended {STARTS_MAX} times within a minute; it is not started \
                      again for now.",
-                    self.options.program.display()
+                    name_of(&self.options)
                 ),
             ));
         }
@@ -184,7 +193,7 @@ impl Core {
         if declared.api_version != self.declared.api_version {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("The provider {} was replaced meanwhile.", self.options.program.display()),
+                format!("The provider {} was replaced meanwhile.", name_of(&self.options)),
             ));
         }
         running.connection = Arc::new(connection);
@@ -197,12 +206,14 @@ fn cancelled() -> Error {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireStatus {
     total_bytes: Dec<u64>,
     used_bytes: Dec<u64>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireArchive {
     name: String,
     subtype: GuestKind,
@@ -230,6 +241,7 @@ impl WireArchive {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireVerified {
     time_s: Dec<i64>,
     #[serde(flatten)]
@@ -260,6 +272,7 @@ impl From<WireArchive> for Archive {
 
 /// A part of a list.
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireList<T> {
     archives: Vec<T>,
     /// What to ask for next; none at the end.
@@ -276,10 +289,7 @@ impl RpcProvider {
         call: &Call,
     ) -> Result<Vec<T>> {
         let connection = self.core.connection(call).await?;
-        let fault = |why: &str| {
-            let who = self.core.options.program.display();
-            Error::new(Kind::Other, format!("The provider {who} answers '{method}' {why}."))
-        };
+        let fault = |why: &str| connection.fault(&format!("answers '{method}' {why}"));
         let (mut all, mut cursor, mut seen) = (Vec::new(), None::<String>, HashSet::new());
         let mut bytes: usize = 0;
         for _ in 0..PAGES_MAX {
@@ -304,11 +314,13 @@ impl RpcProvider {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireNotes {
     notes: String,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireConfig {
     config: Base64,
     #[serde(default)]
@@ -316,6 +328,7 @@ struct WireConfig {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireReport {
     read_bytes: Dec<u64>,
     blocks: Dec<u64>,
@@ -324,6 +337,7 @@ struct WireReport {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireDamage {
     archive: String,
     #[serde(default)]
@@ -334,6 +348,7 @@ struct WireDamage {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireArea {
     offset: Dec<u64>,
     length_bytes: Dec<u64>,
@@ -370,6 +385,7 @@ fn verify_params(archive: &str, options: &VerifyOptions) -> Value {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireJob {
     job: String,
 }

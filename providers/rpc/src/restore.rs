@@ -16,31 +16,34 @@ use crate::connection::Connection;
 use crate::wire::Dec;
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireVm {
     restore: String,
     devices: Vec<WireDevice>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireDevice {
     device: String,
     size_bytes: Dec<u64>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct WireContainer {
     restore: String,
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "snake_case", tag = "kind")]
+#[serde(rename_all = "snake_case", tag = "kind", expecting = "an object")]
 enum WireSource {
     Path { path: PathBuf },
     NbdUnix { socket: PathBuf, export: String },
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "snake_case", tag = "kind")]
+#[serde(rename_all = "snake_case", tag = "kind", expecting = "an object")]
 enum WireData {
     Directory { path: PathBuf },
     Tar { path: PathBuf, compression: Compression },

@@ -178,12 +178,14 @@ fn refusal(code: i64, why: String) -> Refusal {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct RegionsParams {
     regions: String,
     offset: Dec<u64>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct CommandParams {
     container: String,
     argv: Vec<String>,

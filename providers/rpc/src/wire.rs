@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Lines and messages: what is read from an untrusted program, with a bound on everything.
 
-use std::borrow::Cow;
 use std::fmt::Display;
 use std::str::FromStr;
 
@@ -29,21 +28,24 @@ pub(crate) struct LineReader<R> {
     max_bytes: usize,
     /// Whether the rest of a long line is skipped; else it is reported as soon as it is too long.
     skip_rest: bool,
+    /// The beginning of a line that never ended.
+    rest: Vec<u8>,
 }
 
 impl<R: AsyncBufRead + Unpin> LineReader<R> {
     pub(crate) fn new(inner: R, max_bytes: usize, skip_rest: bool) -> Self {
-        Self { inner, max_bytes, skip_rest }
+        Self { inner, max_bytes, skip_rest, rest: Vec::new() }
     }
 
     /// The next line; none at the end. A last line without its line break is none: whoever wrote it
-    /// died over it.
+    /// died over it. It is what [`Self::rest`] gives.
     pub(crate) async fn next(&mut self) -> std::io::Result<Option<Line>> {
         let mut line = Vec::new();
         let mut is_cut = false;
         loop {
             let chunk = self.inner.fill_buf().await?;
             if chunk.is_empty() {
+                self.rest = line;
                 return Ok(None);
             }
             let end = chunk.iter().position(|byte| *byte == b'\n');
@@ -60,6 +62,16 @@ impl<R: AsyncBufRead + Unpin> LineReader<R> {
                 return Ok(Some(Line::Whole(line)));
             }
         }
+    }
+
+    /// What there was of a line at the end, without its line break.
+    pub(crate) fn rest(&self) -> &[u8] {
+        &self.rest
+    }
+
+    /// The same, once.
+    pub(crate) fn take_rest(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.rest)
     }
 
     /// Reads and forgets everything to the end.
@@ -132,7 +144,7 @@ impl<T: Display> Serialize for Dec<T> {
 
 impl<'de, T: FromStr> Deserialize<'de> for Dec<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = Cow::<'de, str>::deserialize(deserializer)?;
+        let text = deserializer.deserialize_str(Text("a text of decimal digits"))?;
         let is_plain = text.bytes().all(|b| b.is_ascii_digit() || b == b'-');
         match text.parse() {
             Ok(number) if is_plain => Ok(Self(number)),
@@ -141,6 +153,21 @@ impl<'de, T: FromStr> Deserialize<'de> for Dec<T> {
                 shorten(&text, 40)
             ))),
         }
+    }
+}
+
+/// A text, and what it has to be in words.
+struct Text(&'static str);
+
+impl serde::de::Visitor<'_> for Text {
+    type Value = String;
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(self.0)
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<String, E> {
+        Ok(text.to_owned())
     }
 }
 
@@ -156,8 +183,9 @@ impl Serialize for Base64 {
 
 impl<'de> Deserialize<'de> for Base64 {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = Cow::<'de, str>::deserialize(deserializer)?;
-        STANDARD.decode(text.as_bytes()).map(Self).map_err(serde::de::Error::custom)
+        let text = deserializer.deserialize_str(Text("a text of Base64"))?;
+        let fault = |error| serde::de::Error::custom(format!("the text is no Base64: {error}"));
+        STANDARD.decode(text.as_bytes()).map(Self).map_err(fault)
     }
 }
 
@@ -208,6 +236,9 @@ mod tests {
         let long = || Line::TooLong(b"six66".to_vec());
         let all = lines(text, true).await;
         assert_eq!(all, [whole(""), whole("one"), whole("fives"), long(), whole("end")]);
+        let mut reader = LineReader::new(&text[text.len() - 4..], 5, true);
+        assert_eq!(reader.next().await.unwrap(), None);
+        assert_eq!(reader.rest(), b"half");
         assert_eq!(lines(text, false).await, [whole(""), whole("one"), whole("fives"), long()]);
     }
 

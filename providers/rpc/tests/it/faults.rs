@@ -189,6 +189,11 @@ async fn what_is_no_answer_ends_the_process_with_an_error_that_quotes_it() {
         ),
         ("os.close(1); time.sleep(9)", "has closed its standard output"),
         ("os._exit(3)", "has ended (exit status: 3)"),
+        (
+            "os.write(1, b'{\"jsonrpc\": '); os._exit(3)",
+            "(exit status: 3) in the middle of the line '{\"jsonrpc\":",
+        ),
+        ("os.write(2, b'half a word'); os._exit(3)", "said: half a word"),
         // What it started has its standard output.
         ("os.fork() and os._exit(3) or time.sleep(99)", "has ended (exit status: 3)"),
         ("sys.exit('error: the disk is on fire')", "said: the disk is on fire"),
@@ -213,15 +218,25 @@ async fn a_second_answer_ends_the_process() {
 async fn answers_that_make_no_sense_name_the_method() {
     for (result, fault) in [
         ("{}", "missing field `total_bytes`"),
-        ("{'total_bytes': 10, 'used_bytes': 4}", "invalid type: integer"),
+        (
+            "{'total_bytes': 10, 'used_bytes': 4}",
+            "'total_bytes': invalid type: integer `10`, expected a text of decimal digits",
+        ),
         ("{'total_bytes': '-1', 'used_bytes': '4'}", "no decimal number of 64 bits"),
-        ("None", "invalid type: null"),
+        ("None", "invalid type: null, expected an object"),
     ] {
         let handle = format!("    if name == 'status': return reply(request, {result})");
         let error = status_error(&handle).await.to_string();
         let named = "answers 'status' with something that makes no sense";
         assert!(error.contains(named) && error.contains(fault), "{error}");
     }
+    let (_bench, provider) = started(
+        "    if name == 'guest_config': return reply(request, {'config': '!', 'firewall': None})",
+    )
+    .await;
+    let error = provider.guest_config("a", &call()).await.unwrap_err().to_string();
+    assert!(error.contains("'config': the text is no Base64"), "{error}");
+    assert!(error.ends_with(", offset 0."), "one full stop: {error}");
 }
 
 #[tokio::test]
@@ -373,6 +388,7 @@ async fn lists_that_never_end_are_cut() {
     assert!(error.contains("more than 67108864 bytes"), "{error}");
     let error = provider.list(&call()).await.unwrap_err().to_string();
     assert!(error.contains("pages that go round in circles"), "{error}");
+    assert!(error.contains("of the storage '"), "{error}");
     let error = provider.unreadable(&call()).await.unwrap_err().to_string();
     assert!(error.contains("more than 100000 archives"), "{error}");
 }
