@@ -12,8 +12,8 @@
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use provider_api::{
@@ -519,6 +519,7 @@ impl CtDriver {
             program: self.ctx.guard.program.clone(),
             log,
             share: self.options.bandwidth.as_ref().map(|budget| budget.guest().disk()),
+            killed: OnceLock::new(),
         }));
         Ok(())
     }
@@ -757,6 +758,10 @@ impl GuestDriver for CtDriver {
 
     fn stats(&self) -> Option<AccessStats> {
         None
+    }
+
+    fn cut_short(&self) -> Option<String> {
+        self.runner.as_ref()?.killed.get().cloned()
     }
 
     fn unreadable(&self) -> (u64, Vec<IgnoredEntry>) {

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, PipeReader, Read as _};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use provider_api::{Call, CancellationToken, IdMapRange};
@@ -68,7 +68,14 @@ impl Place {
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();
         Ok((
-            Arc::new(Runner { view: Arc::new(view), lists: None, program, log, share: None }),
+            Arc::new(Runner {
+                view: Arc::new(view),
+                lists: None,
+                program,
+                log,
+                share: None,
+                killed: OnceLock::new(),
+            }),
             lines,
         ))
     }
@@ -88,7 +95,14 @@ impl Place {
         let (log, lines) = mpsc::channel(LOG_LINES);
         let program = ctx.guard.program.clone();
         Ok((
-            Arc::new(Runner { view: Arc::new(view), lists: None, program, log, share: None }),
+            Arc::new(Runner {
+                view: Arc::new(view),
+                lists: None,
+                program,
+                log,
+                share: None,
+                killed: OnceLock::new(),
+            }),
             lines,
         ))
     }

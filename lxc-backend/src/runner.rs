@@ -4,12 +4,13 @@
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
 use std::io::{self, BufRead as _, BufReader, Read};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use provider_api::{
@@ -28,6 +29,8 @@ use crate::view::View;
 
 /// Longest line of a command's output that is taken as one.
 const LINE_BYTES_MAX: u64 = 4 << 10;
+/// Exit codes that stand for a death by signal.
+const SIGNALLED: RangeInclusive<i32> = 129..=192;
 /// Packs with all that a restore brings back.
 const PACK: [&str; 9] = [
     "tar",
@@ -51,6 +54,8 @@ pub(crate) struct Runner {
     pub(crate) log: Sender<String>,
     /// What the output of commands waits for.
     pub(crate) share: Option<DiskShare>,
+    /// How the first command ended that a signal has ended.
+    pub(crate) killed: OnceLock<String>,
 }
 
 /// What is done in a sandbox, and with what.
@@ -110,7 +115,16 @@ impl Runner {
                 return Err(Error::new(Kind::Cancelled, "The command was ended.")),
             status = running.wait(call.deadline) => status?,
         };
-        running.end(status).await
+        let end = running.end(status).await?;
+        if SIGNALLED.contains(&end.exit_code) {
+            let text = format!(
+                "a command that read the container was ended by signal {}",
+                end.exit_code - 128
+            );
+            // Only the first one is told.
+            let _ = self.killed.set(text);
+        }
+        Ok(end)
     }
 }
 

@@ -3,7 +3,7 @@
 //! runner of commands: for checks of providers.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use provider_api::{ContainerRunner, Excludes, Selection};
 use tokio::sync::mpsc;
@@ -56,7 +56,14 @@ impl ShownDirectory {
         // Ends with the runner.
         tokio::spawn(async move { while lines.recv().await.is_some() {} });
         Ok(Self {
-            runner: Arc::new(Runner { view, lists: Some(lists), program, log, share: None }),
+            runner: Arc::new(Runner {
+                view,
+                lists: Some(lists),
+                program,
+                log,
+                share: None,
+                killed: OnceLock::new(),
+            }),
         })
     }
 

@@ -305,6 +305,11 @@ pub trait GuestDriver: Send {
     /// What the backup cost the guest, once it is torn down.
     fn stats(&self) -> Option<AccessStats>;
 
+    /// Why what a provider has read of a container is not all there is, whatever it says itself.
+    fn cut_short(&self) -> Option<String> {
+        None
+    }
+
     /// How many files of a container the host itself could not read and left out as it may, and the first of them. They
     /// have been told in the log, and the provider does not know of them.
     fn unreadable(&self) -> (u64, Vec<IgnoredEntry>) {

@@ -41,6 +41,7 @@ pub(crate) fn provider(scene: &Scene, identity: Identity) -> TarProvider {
         dir: scene.root.join("archives"),
         identity,
         script: None,
+        ignores_exit_codes: false,
         keeps: false,
         kept: Arc::default(),
         ends: Arc::default(),
@@ -150,6 +151,23 @@ fn stop_mode_64_a_failing_provider_does_not_keep_the_container_down() {
     assert!(report.error.unwrap().contains("exit code 3: what went wrong"), "{log}");
     assert!(log.contains("what went wrong"), "commands' lines are in the log: {log}");
     assert_eq!(scene.state(200), "running");
+}
+
+/// Whatever the provider makes of the exit code.
+#[test]
+fn a_reader_that_is_killed_makes_no_archive() {
+    let scene = Scene::new();
+    scene.create(200, &[]);
+    let mut provider = provider(&scene, Identity::MappedRoot);
+    provider.script = Some("sh -c 'echo a part; kill -KILL $$'; exit $?".to_owned());
+    provider.ignores_exit_codes = true;
+    let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
+    assert_eq!(report.result, GuestResult::Failed, "{log}");
+    let error = report.error.unwrap();
+    assert!(error.contains("was ended by signal 9"), "{error}");
+    provider.script = Some("echo all; exit 3".to_owned());
+    let (report, log) = back_up(&scene, 200, BackupMode::Stop, &provider);
+    assert_eq!(report.result, GuestResult::Committed, "{log}");
 }
 
 /// A restore refuses it, so the backup tells of it.

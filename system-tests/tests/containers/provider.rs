@@ -21,6 +21,8 @@ pub(crate) struct TarProvider {
     pub(crate) identity: Identity,
     /// A shell command instead of `tar`, for a look at what commands see.
     pub(crate) script: Option<String>,
+    /// Whether it takes what was written for all there is.
+    pub(crate) ignores_exit_codes: bool,
     /// Whether it keeps hold of the container's files.
     pub(crate) keeps: bool,
     pub(crate) kept: Arc<Mutex<Vec<Arc<dyn ContainerRunner>>>>,
@@ -233,7 +235,7 @@ impl GuestBackup for TarBackup {
                 stderr: None,
             };
             let end = backup.runner.command(command, call).await?;
-            if end.exit_code != 0 {
+            if end.exit_code != 0 && !provider.ignores_exit_codes {
                 let text = format!("exit code {}: {}", end.exit_code, end.stderr_tail);
                 return Err(Error::new(Kind::Other, text));
             }

@@ -365,6 +365,9 @@ impl<'a> Run<'a> {
         moved.ignored_count = moved.ignored_count.saturating_add(count);
         moved.ignored.splice(0..0, unreadable.iter().map(cleaned));
         moved.ignored.truncate(IGNORED_MAX);
+        if let Some(why) = self.driver.cut_short() {
+            return Err(format!("the archive cannot be complete: {why}"));
+        }
         // A tree has at least its root: such an archive would be a backup only by name.
         if moved.entries == 0 {
             return Err("the provider's archive has no entries, but the container has".to_owned());
