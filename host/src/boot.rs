@@ -56,8 +56,7 @@ impl Host {
         let ctx = self.context()?;
         let mut reports = Vec::new();
         for archive in archives {
-            let provider =
-                self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
+            let provider = self.providers.get_for_task(&archive.storage, cancel).await?;
             let volid = archive.to_string();
             let options = BootOptions {
                 timeout: request.timeout,

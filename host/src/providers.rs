@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use provider_api::{BoxFuture, Provider};
+use provider_api::{BoxFuture, CancellationToken, Provider};
 use provider_directory::{ContainerFormat, DirectoryOptions, DirectoryProvider, ToolPaths};
 use provider_rpc::{RpcOptions, RpcProvider, is_plugin_name};
 use serde::Serialize;
@@ -17,6 +17,7 @@ use vzdump_core::layout::Layout;
 use vzdump_core::storage::StorageSet;
 use vzdump_core::tools::Tools;
 
+use crate::HostError;
 use crate::nodes::why_off;
 
 /// The type of storages that [`provider_directory`] serves.
@@ -168,6 +169,20 @@ impl StorageProviders {
                 self.names()
             ),
         })
+    }
+
+    /// The same for a task, which may be cancelled while a plugin hangs in its start.
+    pub(crate) async fn get_for_task(
+        &self,
+        storage: &str,
+        cancel: &CancellationToken,
+    ) -> Result<Arc<dyn Provider>, HostError> {
+        let Some(got) = cancel.run_until_cancelled(self.get(storage)).await else {
+            return Err(HostError::Storage(format!(
+                "Interrupted while the provider of the storage '{storage}' was started; nothing had been begun."
+            )));
+        };
+        got.map_err(HostError::Storage)
     }
 
     fn names(&self) -> String {

@@ -158,7 +158,7 @@ impl Host {
                 None => self.default_backup_storage()?,
             },
         };
-        let provider = self.providers.get(&storage).await.map_err(HostError::Storage)?;
+        let provider = self.providers.get_for_task(&storage, cancel).await?;
         let retention = self.retention(&storage, request.retention)?.ok_or_else(|| {
             HostError::Storage(format!(
                 "Nothing says what to keep in the storage '{storage}': use --keep-last and the like, \

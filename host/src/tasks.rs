@@ -149,7 +149,7 @@ impl Host {
         cancel: &CancellationToken,
     ) -> Result<JobReport, HostError> {
         let BackupPlan { ids, notices, options, ionice, .. } = plan;
-        let provider = self.providers.get(&options.storage).await.map_err(HostError::Storage)?;
+        let provider = self.providers.get_for_task(&options.storage, cancel).await?;
         let ctx = self.context()?;
         notices.iter().for_each(|notice| sink.warn(notice));
         if let Err(why) = ionice::set(*ionice).await {
@@ -172,7 +172,7 @@ impl Host {
         cancel: &CancellationToken,
     ) -> Result<RestoreReport, HostError> {
         let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
-        let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
+        let provider = self.providers.get_for_task(&archive.storage, cancel).await?;
         if self.is_container(&archive, provider.as_ref()).await? {
             let options = request.container_options(archive.storage)?;
             let ctx = self.context()?;
@@ -244,7 +244,7 @@ impl Host {
         cancel: &CancellationToken,
     ) -> Result<RestorePlan, HostError> {
         let (archive, id) = (self.resolve_archive(&request.archive).await?, request.id);
-        let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
+        let provider = self.providers.get_for_task(&archive.storage, cancel).await?;
         if self.is_container(&archive, provider.as_ref()).await? {
             let options = request.container_options(archive.storage)?;
             let ctx = self.context()?;
@@ -270,7 +270,7 @@ impl Host {
         cancel: &CancellationToken,
     ) -> Result<FileReport, HostError> {
         let archive = self.resolve_archive(&request.archive).await?;
-        let provider = self.providers.get(&archive.storage).await.map_err(HostError::Storage)?;
+        let provider = self.providers.get_for_task(&archive.storage, cancel).await?;
         refuse_subvolume(request.format)?;
         if request.format == Some(ImageFormat::RawBitmaps) {
             let why = "'raw+bitmaps' is two files; restore to a file as raw or qcow2.";

@@ -93,6 +93,28 @@ async fn a_directory_is_used_only_where_it_is_said_to_be() {
     }
 }
 
+#[tokio::test]
+async fn a_task_is_cancelled_also_while_a_plugin_hangs_in_its_start() {
+    use std::os::unix::fs::PermissionsExt;
+    let (dir, _) = host("");
+    let program = dir.path().join("lib/providers/hangs");
+    fs::create_dir_all(program.parent().unwrap()).unwrap();
+    fs::write(&program, "#!/bin/sh\ntouch \"$0.begun\"\nexec sleep 60\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(dir.path().join("etc/storage.cfg"), "hangs: store\n").unwrap();
+    let host = Host::open(Some(dir.path().into()), &Overrides::default()).unwrap();
+    let cancel = CancellationToken::new();
+    let stop = async {
+        while !program.with_extension("begun").exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        cancel.cancel();
+    };
+    let (got, ()) = tokio::join!(host.providers.get_for_task("store", &cancel), stop);
+    let error = got.err().unwrap().to_string();
+    assert!(error.contains("Interrupted while the provider of the storage 'store'"), "{error}");
+}
+
 /// The example in Python, as an administrator would install it.
 const PLUGIN: &[u8] = include_bytes!("../../providers/examples/python/file-store.py");
 
