@@ -184,7 +184,11 @@ fn prune_text(report: &PruneReport) -> String {
         ]
     });
     let mut text = table(&["VOLID", "SUBTYPE", "VMID", "TIME", "RESULT"], rows.collect());
-    let goes = |archive: &&PrunedArchive| matches!(archive.fate, Fate::Remove | Fate::Removed);
+    let goes = |archive: &&PrunedArchive| match archive.fate {
+        Fate::Removed => true,
+        Fate::Remove => report.dry_run,
+        _ => false,
+    };
     let gone = report.archives.iter().filter(goes).count();
     let (storage, rules) = (&report.storage, &report.retention);
     let verb = if report.dry_run { "would be removed" } else { "removed" };
@@ -199,7 +203,7 @@ fn mark(archive: &PrunedArchive, dry_run: bool) -> String {
         Fate::Undated => "keep (its time is impossible)".to_owned(),
         Fate::New => "keep (new)".to_owned(),
         Fate::Remove if dry_run => "remove".to_owned(),
-        Fate::Remove => "to be removed".to_owned(),
+        Fate::Remove => "not removed".to_owned(),
         Fate::Removed => "removed".to_owned(),
         Fate::Needed { by } => format!("keep (needed by {})", printable(&by.join(", "))),
         Fate::Failed { error } => format!("FAILED: {}", printable(error)),

@@ -187,10 +187,10 @@ fn pending(path: PathBuf) -> Option<Pending> {
             problem: None,
         }),
         Err(error) => Some(Pending {
-            journal: path,
-            guest_id: None,
+            guest_id: journal::guest_in_name(&path),
             alive: false,
             problem: Some(chain(&error)),
+            journal: path,
         }),
     }
 }

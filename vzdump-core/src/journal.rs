@@ -771,5 +771,11 @@ pub fn list(
     Ok(paths)
 }
 
+/// The number of the guest, by the name of its journal.
+#[must_use]
+pub fn guest_in_name(path: &Path) -> Option<u32> {
+    path.file_name()?.to_str()?.split('-').nth(1)?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests;

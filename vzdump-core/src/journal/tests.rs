@@ -123,3 +123,12 @@ async fn what_was_left_without_a_first_line_goes_with_the_guests_next_journal() 
     assert!(!dir.join(".qemu-100-x.new").exists());
     assert_eq!(fs::read_dir(&dir).unwrap().count(), others.len() + 1);
 }
+
+#[tokio::test]
+async fn a_journals_name_says_whose_it_is() {
+    let root = tempfile::tempdir().unwrap();
+    let layout = Layout::new(Some(root.path().to_owned()));
+    let journal = Journal::create(&layout, begin()).await.unwrap();
+    assert_eq!(guest_in_name(journal.path()), Some(100));
+    assert_eq!(guest_in_name(Path::new("/j/other.journal")), None);
+}

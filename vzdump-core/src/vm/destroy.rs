@@ -22,6 +22,7 @@ use crate::layout::{self, LayoutError};
 use crate::lock::{FileLock, LockError};
 use crate::storage::VolumeId;
 use crate::task_log::TaskSink;
+use crate::temp_tree;
 
 /// Why a VM was not removed.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +127,9 @@ pub async fn destroy(
     for path in [layout.firewall_path(id), layout.vm_config_path(id)] {
         remove_file(path).await?;
     }
+    // Logs of its last run; what stays is begun anew by another VM of this number.
+    let logs = layout.vm_run_dir(id);
+    let _ = blocking::run(move || temp_tree::remove(&logs)).await;
     Ok(Destroyed { id, volumes })
 }
 
