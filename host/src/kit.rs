@@ -51,7 +51,7 @@ pub async fn check_provider(
     let storage = request.storage.clone();
     check_wanted(&request.only, request.is_real)?;
     // A storage that is not there is no fault of a provider.
-    let provider = host.providers.provider(&storage).await.map_err(HostError::Storage)?;
+    let provider = host.providers.get_for_task(&storage, cancel).await?;
     let can = provider.describe().capabilities;
     drop(provider);
     let mut options = KitOptions {

@@ -177,18 +177,21 @@ impl StorageProviders {
         storage: &str,
         cancel: &CancellationToken,
     ) -> Result<Arc<dyn Provider>, HostError> {
-        let Some(got) = cancel.run_until_cancelled(self.get(storage)).await else {
-            return Err(HostError::Storage(format!(
-                "Interrupted while the provider of the storage '{storage}' was started; nothing had been begun."
-            )));
-        };
-        got.map_err(HostError::Storage)
+        let got = cancel.run_until_cancelled(self.get(storage)).await;
+        got.ok_or_else(|| interrupted(storage))?.map_err(HostError::Storage)
     }
 
     fn names(&self) -> String {
         let ids = self.backup_ids();
         if ids.is_empty() { "none".to_owned() } else { ids.join(", ") }
     }
+}
+
+/// The error of a task that was cancelled while its plugin hung in its start.
+pub(crate) fn interrupted(storage: &str) -> HostError {
+    HostError::Storage(format!(
+        "Interrupted while the provider of the storage '{storage}' was started; nothing had been begun."
+    ))
 }
 
 impl Providers for StorageProviders {

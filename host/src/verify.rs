@@ -16,6 +16,7 @@ use vzdump_core::verify::verify;
 
 use crate::archives::keep_once;
 use crate::provider_call::{call, fault, in_time};
+use crate::providers::interrupted;
 use crate::results::last_verified;
 use crate::retention::{Ability, activate};
 use crate::{ArchiveName, CancellationToken, Host, HostError, TaskSink, chain, clean, size};
@@ -136,7 +137,8 @@ impl Host {
         let mut work = Vec::new();
         // All that may be wrong with the request, before hours of reading.
         for storage in storages {
-            let provider = self.able_provider(&storage, VERIFY).await?;
+            let provider = cancel.run_until_cancelled(self.able_provider(&storage, VERIFY)).await;
+            let provider = provider.ok_or_else(|| interrupted(&storage))??;
             activate(provider.as_ref(), &storage, cancel).await?;
             let of_storage = names.iter().filter(|name| name.storage == storage);
             let of_storage: Vec<_> = of_storage.map(|name| name.name.as_str()).collect();
