@@ -51,12 +51,14 @@ impl Host {
     ) -> Result<Vec<BootReport>, HostError> {
         let mut archives = Vec::new();
         for text in &request.archives {
-            archives.push(self.resolve_archive(text).await?);
+            let archive = self.resolve_archive(text).await?;
+            // Before anything is begun, also for the last one.
+            let provider = self.providers.get_for_task(&archive.storage, cancel).await?;
+            archives.push((archive, provider));
         }
         let ctx = self.context()?;
         let mut reports = Vec::new();
-        for archive in archives {
-            let provider = self.providers.get_for_task(&archive.storage, cancel).await?;
+        for (archive, provider) in archives {
             let volid = archive.to_string();
             let options = BootOptions {
                 timeout: request.timeout,

@@ -110,7 +110,8 @@ async fn a_task_is_cancelled_also_while_a_plugin_hangs_in_its_start() {
         }
         cancel.cancel();
     };
-    let (got, ()) = tokio::join!(host.providers.get_for_task("store", &cancel), stop);
+    let both = async { tokio::join!(host.providers.get_for_task("store", &cancel), stop) };
+    let (got, ()) = tokio::time::timeout(std::time::Duration::from_secs(60), both).await.unwrap();
     let error = got.err().unwrap().to_string();
     assert!(error.contains("Interrupted while the provider of the storage 'store'"), "{error}");
 }

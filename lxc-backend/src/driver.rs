@@ -48,7 +48,7 @@ use crate::runtime::{
     Busy, Found, beside, check_startable, find_volumes, read_config, refuse_locked, shut_down_now,
 };
 use crate::sandbox::{LISTS, TREE};
-use crate::snapshot::{Snapshot, can_snapshot, is_subvolume, monitored_mount};
+use crate::snapshot::{Snapshot, can_snapshot, is_on_btrfs, is_subvolume, monitored_mount};
 use crate::suspend::{Suspension, warn_of_foreign};
 use crate::view::{Origin, Part, ViewOptions, wait_until_unmounted};
 
@@ -281,17 +281,29 @@ impl CtDriver {
     async fn look_for_nested(&self, task: Task<'_>) -> Result<(), CtError> {
         let (volumes, exclude) = (self.volumes.clone(), self.options.exclude.clone());
         let found = beside(move || {
-            let mut found = Vec::new();
+            let (mut found, mut unknown) = (Vec::new(), Vec::new());
             let is_nesting =
-                |v: &&Found| v.format == Some(ImageFormat::Subvol) && is_subvolume(&v.path);
+                |v: &&Found| v.format == Some(ImageFormat::Subvol) && is_on_btrfs(&v.path);
             for volume in volumes.iter().filter(is_nesting) {
-                let nested = nested_subvolumes(&volume.path)?;
-                found.extend(nested.iter().map(|path| volume.entry.mount_point.join(path)));
+                match nested_subvolumes(&volume.path) {
+                    Ok(nested) => {
+                        found.extend(nested.iter().map(|path| volume.entry.mount_point.join(path)));
+                    }
+                    // Not every version looks below what is no subvolume itself.
+                    Err(_) if !is_subvolume(&volume.path) => unknown.push(volume.entry.key.clone()),
+                    Err(error) => return Err(error.into()),
+                }
             }
             found.retain(|path| exclude.directory(path).is_some());
-            Ok(found)
+            Ok((found, unknown))
         })
         .await?;
+        let (found, unknown) = found;
+        for key in unknown {
+            task.sink.warn(&format!(
+                "whether '{key}' has subvolumes within it is not known: they would be empty in the backup"
+            ));
+        }
         found.iter().take(NESTED_MAX).for_each(|path| warn_of_foreign(path, task));
         if found.len() > NESTED_MAX {
             let rest = found.len() - NESTED_MAX;
@@ -329,6 +341,9 @@ impl CtDriver {
         self.choose_way(task);
         if self.way == Way::Copies {
             self.copy_running(task).await?;
+            // Here, where it has time.
+            task.hooks.pre_stop(task.sink).await?;
+            self.is_stop_told = true;
         } else {
             self.look_for_nested(task).await?;
         }
@@ -425,8 +440,6 @@ impl CtDriver {
     async fn point_in_time_now(&mut self, task: Task<'_>) -> Result<PointInTime, GuestError> {
         let started = Instant::now();
         if let Some(suspension) = &self.suspension {
-            task.hooks.pre_stop(task.sink).await?;
-            self.is_stop_told = true;
             let is_told = &mut self.is_restart_told;
             let goes_on = async {
                 *is_told = true;

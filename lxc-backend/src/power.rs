@@ -96,11 +96,12 @@ async fn fall(lxc: &Lxc, before: Option<&ProcessStamp>, wait: Duration) -> Resul
     let deadline = Instant::now() + wait;
     loop {
         let asked = lxc.clone();
-        let state = beside(move || asked.state()).await?;
+        let (state, now) = beside(move || Ok((asked.state()?, first_process(&asked)?))).await?;
         if state == State::Stopped {
             return Ok(Fall::Down);
         }
-        if state == State::Running && !before.is_some_and(ProcessStamp::is_alive) {
+        // One that has just ended may still be said to run.
+        if state == State::Running && now.is_some() && now.as_ref() != before {
             return Ok(Fall::RunsAnew);
         }
         if Instant::now() >= deadline {

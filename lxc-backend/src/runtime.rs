@@ -217,10 +217,14 @@ fn stop_now(layout: &Layout, id: u32, wait: Duration) -> Result<Stopped, CtError
     if lxc.state()? == State::Stopped {
         return Ok(Stopped::DidNotRun);
     }
-    if !wait.is_zero() && shut_down_now(&lxc, wait)? {
+    // What cannot be asked is killed, too.
+    if !wait.is_zero() && shut_down_now(&lxc, wait).unwrap_or(false) {
         return Ok(Stopped::ShutDown);
     }
-    lxc.kill()?;
+    if let Err(error) = lxc.kill() {
+        // It may have shut down a moment ago.
+        return if lxc.state()? == State::Stopped { Ok(Stopped::ShutDown) } else { Err(error) };
+    }
     wait_until_gone(&lxc)?;
     Ok(Stopped::Killed)
 }

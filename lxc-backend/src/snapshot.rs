@@ -103,9 +103,13 @@ fn snapshot_path(volume: &Path, format: ImageFormat, name: &str) -> PathBuf {
 
 /// Whether a directory is a subvolume of a btrfs, and not just a directory. May block.
 pub(crate) fn is_subvolume(path: &Path) -> bool {
-    let is_on_btrfs = rustix::fs::statfs(path)
-        .is_ok_and(|stat| stat.f_type as u64 & 0xffff_ffff == BTRFS_SUPER_MAGIC);
-    is_on_btrfs && fs::metadata(path).is_ok_and(|meta| meta.ino() == SUBVOLUME_INO)
+    is_on_btrfs(path) && fs::metadata(path).is_ok_and(|meta| meta.ino() == SUBVOLUME_INO)
+}
+
+/// Whether a directory is on a btrfs. May block.
+pub(crate) fn is_on_btrfs(path: &Path) -> bool {
+    let stat = rustix::fs::statfs(path);
+    stat.is_ok_and(|stat| stat.f_type as u64 & 0xffff_ffff == BTRFS_SUPER_MAGIC)
 }
 
 /// Whether a volume can be snapshotted while it is in use; else why not. May block.

@@ -143,7 +143,9 @@ pub struct CommandEnd {
 /// Runs commands beside a container's tree.
 pub trait ContainerRunner: Send + Sync + std::fmt::Debug {
     /// Runs a command to its end. It is killed, with all it started, when the call is cancelled, the
-    /// future is dropped or the host dies. That it failed is in [`CommandEnd`], not an error.
+    /// future is dropped or the host dies. That it failed is in [`CommandEnd`], not an error. One that a signal has
+    /// ended, or that ends with 129 to 192 as a shell says so, fails the guest's backup whatever comes after it: what
+    /// it has written is not all there is.
     fn command<'a>(
         &'a self,
         command: ContainerCommand,

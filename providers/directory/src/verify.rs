@@ -375,11 +375,17 @@ impl Verification {
     /// Remembers the verification. What it found is true without that, too.
     fn remember(&self) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let verified = Verified {
+        let mut verified = Verified {
             time_s: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
             extent: self.options.extent,
             damage_count: self.findings.report.damage_count,
         };
+        // What a sample does not come across is damaged all the same.
+        if verified.extent != VerifyExtent::All
+            && let Some(known) = attributes::verified(&self.storage, &self.archive)
+        {
+            verified.damage_count = verified.damage_count.max(known.damage_count);
+        }
         let set = self.storage.must_lock_blocking(&self.call, LOCK_WAIT).and_then(|lock| {
             attributes::set_verified(&self.storage, &self.archive, &verified, &lock)
         });

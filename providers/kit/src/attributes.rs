@@ -31,7 +31,14 @@ pub(crate) fn decorate(root: &Path) -> io::Result<Vec<&'static str>> {
     let mut lacking = Vec::new();
     if rustix::process::geteuid().is_root() {
         for name in ["etc/empty", "etc/dangling", "var/lib/empty", "var/fifo"] {
-            lchown(root.join(name), Some(OWNER.0), Some(OWNER.1))?;
+            match lchown(root.join(name), Some(OWNER.0), Some(OWNER.1)) {
+                // Without this number in its user namespace, or on NFS, root cannot.
+                Err(error) if is_impossible(&error) => {
+                    lacking.push("owners");
+                    break;
+                }
+                other => other?,
+            }
         }
         // A change of the owner takes such a bit away.
         fs::set_permissions(root.join("etc/empty"), fs::Permissions::from_mode(0o4711))?;
@@ -61,16 +68,23 @@ fn set(
     lacking: &mut Vec<&'static str>,
     what: &'static str,
 ) -> io::Result<()> {
-    match lsetxattr(root.join(name), attribute, value, XattrFlags::empty()) {
+    let set = lsetxattr(root.join(name), attribute, value, XattrFlags::empty());
+    match set.map_err(io::Error::from) {
         Ok(()) => Ok(()),
-        Err(Errno::OPNOTSUPP | Errno::PERM) => {
+        Err(error) if is_impossible(&error) => {
             if !lacking.contains(&what) {
                 lacking.push(what);
             }
             Ok(())
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     }
+}
+
+/// Whether this cannot be done here at all.
+fn is_impossible(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    errno.is_some_and(|errno| [Errno::OPNOTSUPP, Errno::PERM, Errno::INVAL].contains(&errno))
 }
 
 /// A list in the kernel's form: beside owner, group and others one more user may read.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A restore in the place of a container that is there: the old one or the new one, wherever it ends.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lxc_backend::restore::CtRestoreOptions;
 use provider_api::Identity;
@@ -202,6 +202,16 @@ fn a_container_with_subvolumes_in_it_is_replaced_and_backed_up_again() {
         btrfs(&["-q", "subvolume", "create", path]);
     }
     btrfs(&["-q", "subvolume", "snapshot", "-r", ".", "srv/a b/old"]);
+    // A name that looks like a line about a subvolume of somebody else.
+    let other = disk.path().join("others");
+    btrfs(&["-q", "subvolume", "create", other.to_str().unwrap()]);
+    let number = |path: &Path| {
+        let mut command = std::process::Command::new("btrfs");
+        let output = command.args(["inspect-internal", "rootid"]).arg(path).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    let line = format!("x\nID {} gen 7 top level {} path y", number(&other), number(&root));
+    btrfs(&["-q", "subvolume", "create", &line]);
     for path in ["srv/a b/inner", "srv/a b", "."] {
         btrfs(&["property", "set", "-t", "subvol", path, "ro", "true"]);
     }
@@ -209,7 +219,7 @@ fn a_container_with_subvolumes_in_it_is_replaced_and_backed_up_again() {
     let volid = scene.run(&["list"])["archives"][0]["volid"].as_str().unwrap().to_owned();
     let report = scene.run(&["restore", &volid, "200", "--force"]);
     assert_eq!(report["removed"][0], "fast:200/subvol-200-disk-0.subvol", "{report}");
-    assert!(!root.exists());
+    assert!(!root.exists() && other.exists());
     scene.run(&["doctor"]);
     let report = scene.run(&["backup", "200"]);
     assert_eq!(report["guests"][0]["result"], "committed", "{report}");

@@ -54,7 +54,12 @@ fn delete_nested(path: &Path) -> Result<(), StorageError> {
             ),
         });
     }
+    let around = place_of(path, own)?;
     for Nested { number, parent } in nested {
+        // The list is text with names in it, which may look like other lines.
+        if place_of(path, number).is_ok_and(|place| !is_within(&place, &around)) {
+            continue;
+        }
         match delete_number(path, number) {
             Err(StorageError::Btrfs { message, .. }) if message.contains(READ_ONLY) => {
                 make_writable(path, own, parent)?;
@@ -83,14 +88,21 @@ fn own_number(path: &Path) -> Result<u64, StorageError> {
     })
 }
 
+/// Where a subvolume is on the file system that `path` is on.
+fn place_of(path: &Path, number: u64) -> Result<String, StorageError> {
+    let mut command = Command::new(BTRFS);
+    command.args(["inspect-internal", "subvolid-resolve", &number.to_string()]).arg(path);
+    btrfs_says(command, "inspect-internal subvolid-resolve", path)
+}
+
+/// Whether a place is below another.
+fn is_within(place: &str, around: &str) -> bool {
+    Path::new(place).strip_prefix(around).is_ok_and(|below| below.components().next().is_some())
+}
+
 /// Makes a subvolume writable that is the one at `path`, of this number, or is within it.
 fn make_writable(path: &Path, own: u64, number: u64) -> Result<(), StorageError> {
-    let place = |number: u64| {
-        let mut command = Command::new(BTRFS);
-        command.args(["inspect-internal", "subvolid-resolve", &number.to_string()]).arg(path);
-        btrfs_says(command, "inspect-internal subvolid-resolve", path)
-    };
-    let (whole, around) = (place(number)?, place(own)?);
+    let (whole, around) = (place_of(path, number)?, place_of(path, own)?);
     let fault =
         |source: io::Error| StorageError::Io { what: "look at", path: path.to_owned(), source };
     let below = Path::new(&whole)
@@ -146,6 +158,14 @@ fn below(own: u64, list: &str) -> Vec<Nested> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_place_is_below_another_one() {
+        assert!(is_within("images/200/S/srv/a", "images/200/S"));
+        for other in ["images/200/S", "images/200/S2/srv", "images/201/S/srv", "images"] {
+            assert!(!is_within(other, "images/200/S"), "{other}");
+        }
+    }
 
     #[test]
     fn only_what_is_within_is_found_the_deepest_first() {

@@ -2,11 +2,12 @@
 //! Before QEMU is started: bitmaps that missed writes to their disk are not believed.
 
 use super::RunnerError;
-use crate::config::guest::VmConfig;
+use crate::config::guest::{DiskEntry, VmConfig};
 use crate::storage::{StorageSet, distrust_bitmaps};
 use crate::tools::Tools;
 
-/// Has QEMU drop the bitmaps of disks that somebody has written while it did not run; a sentence for each of them.
+/// Has QEMU drop the bitmaps of disks that somebody has written while it did not run; a sentence for each of them. Of
+/// `only` these disks, or of all.
 ///
 /// # Errors
 /// [`RunnerError::Bitmaps`].
@@ -15,9 +16,11 @@ pub(super) async fn distrust_written(
     storages: &StorageSet,
     id: u32,
     config: &VmConfig,
+    only: Option<&[String]>,
 ) -> Result<Vec<String>, RunnerError> {
     let mut notices = Vec::new();
-    for disk in config.disks()?.into_iter().filter(|disk| !disk.is_cdrom) {
+    let is_wanted = |disk: &DiskEntry| only.is_none_or(|keys| keys.contains(&disk.key));
+    for disk in config.disks()?.into_iter().filter(|disk| !disk.is_cdrom && is_wanted(disk)) {
         // One that cannot be found is told, with its reason, by whoever needs it.
         let (Ok(image), Ok(Some(data))) =
             (storages.resolve(&disk.volume), storages.resolve_data(&disk.volume))
