@@ -21,10 +21,9 @@ use provider_api::GuestKind;
 use qmp_client::commands::{Cont, QueryStatus, RunState, SystemReset};
 use qmp_client::{Options as QmpOptions, Session};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::Signal;
 use tokio::process::{Child, Command};
 
-use super::process::{ProcessHandle, VmProcess};
+use super::process::VmProcess;
 use super::qemu_cmdline::{self, CmdlineError, CommandLine, DiskFile, Input};
 use super::tpm::{self, TpmError};
 use crate::config::ConfigError;
@@ -250,8 +249,7 @@ pub fn read_config(layout: &Layout, id: u32) -> Result<VmConfig, RunnerError> {
 /// backup or by hand, or the guest has switched off during a backup), the guest runs from now on.
 ///
 /// # Errors
-/// [`RunnerError`]; nothing of a new QEMU is left running then. One whose start is dropped is asked to end, and killed if
-/// it does not and this process still lives.
+/// [`RunnerError`]; nothing of a new QEMU is left running then, also when the future is dropped.
 pub async fn start(
     layout: &Layout,
     tools: &Tools,
@@ -305,23 +303,22 @@ pub async fn start_for_backup(
     let input =
         Input { layout, id, find: &find, paused: true, mark: Some(options.mark), live: &[] };
     let fault = |source| RunnerError::Cmdline { id, source };
-    let (written, error) = match foreign::distrust_written(tools, storages, id, &config, None).await
-    {
-        Ok(written) => match qemu_cmdline::build(&config, &input).map_err(fault) {
-            Ok(line) => match launch(layout, tools, id, line.with_notices(&written)).await {
-                // It does not work on this host, as little as one with a wrong configuration.
-                Err(error @ RunnerError::Start { .. }) => (written, error),
-                other => return other,
+    let (mut written, error) =
+        match foreign::distrust_written(tools, storages, id, &config, None).await {
+            Ok(written) => match qemu_cmdline::build(&config, &input).map_err(fault) {
+                Ok(line) => match launch(layout, tools, id, line.with_notices(&written)).await {
+                    // It does not work on this host, as little as one with a wrong configuration.
+                    Err(error @ RunnerError::Start { .. }) => (written, error),
+                    other => return other,
+                },
+                Err(error) => (written, error),
             },
-            Err(error) => (written, error),
-        },
-        // Perhaps of a disk that is not backed up.
-        Err(error) => (Vec::new(), error),
-    };
+            // Perhaps of a disk that is not backed up.
+            Err(error) => (Vec::new(), error),
+        };
     if options.is_to_run {
         return Err(error);
     }
-    let mut written = written;
     if matches!(error, RunnerError::Bitmaps { .. }) {
         let disks = Some(options.disks);
         written = foreign::distrust_written(tools, storages, id, &config, disks).await?;
@@ -593,17 +590,13 @@ impl Starting {
         }
     }
 
-    /// Ends QEMU and waits for its end. Dropped meanwhile, the rest is done as for one that was not asked.
+    /// Ends QEMU and waits for its end.
     async fn end(mut self) {
-        if let Some(child) = &mut self.child {
-            ask_to_end(child);
-            if tokio::time::timeout(KILL_TIMEOUT, child.wait()).await.is_err() {
-                // Fails only for a process that has already ended.
-                let _ = child.start_kill();
-                let _ = tokio::time::timeout(KILL_TIMEOUT, child.wait()).await;
-            }
+        if let Some(mut child) = self.child.take() {
+            // Fails only for a process that has already ended.
+            let _ = child.start_kill();
+            let _ = tokio::time::timeout(KILL_TIMEOUT, child.wait()).await;
         }
-        self.child = None;
         self.remove_sockets();
     }
 
@@ -617,38 +610,10 @@ impl Starting {
 impl Drop for Starting {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            if let Some(handle) = ask_to_end(&mut child) {
-                see_to_its_end(handle);
-            }
+            let _ = child.start_kill();
             self.remove_sockets();
         }
     }
-}
-
-/// Asks a QEMU to end: one that is killed while it has its images open leaves their bitmaps unusable, and the next backup
-/// would be a full one. Kills it if it cannot be asked.
-fn ask_to_end(child: &mut Child) -> Option<ProcessHandle> {
-    let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
-    let process = pid.and_then(|pid| VmProcess::of_pid(pid).ok()?);
-    let handle = process.and_then(|process| process.open().ok()?);
-    match handle.map(|handle| (handle.signal(Signal::TERM), handle)) {
-        Some((Ok(()), handle)) => Some(handle),
-        _ => {
-            let _ = child.start_kill();
-            None
-        }
-    }
-}
-
-/// Kills a QEMU that does not end, as long as this process lives.
-fn see_to_its_end(handle: ProcessHandle) {
-    std::thread::spawn(move || {
-        let deadline = Instant::now() + KILL_TIMEOUT;
-        while Instant::now() < deadline && handle.has_ended().is_ok_and(|ended| !ended) {
-            std::thread::sleep(START_POLL);
-        }
-        let _ = handle.signal(Signal::KILL);
-    });
 }
 
 fn exit_text(status: ExitStatus) -> String {
