@@ -28,10 +28,8 @@ pub(crate) struct Devices {
     pub(crate) count: u64,
 }
 
-/// A directory of which some directories are still to be looked at.
-struct Frame {
-    rest: Vec<(CString, Reached)>,
-}
+/// What is still to be looked at of a directory: directories in it.
+type Rest = Vec<(CString, Reached)>;
 
 impl Devices {
     /// Looks at a volume, without what is mounted in it, where nothing is left out. `root` is its tree, which is at
@@ -48,8 +46,8 @@ impl Devices {
         let Some(reached) = excludes.directory(mount_point) else { return Ok(()) };
         let mut path = PathBuf::new();
         let mut stack = vec![self.enter(&root, (mount_point, &path), &reached, watch)?];
-        while let Some(frame) = stack.last_mut() {
-            let Some((name, reached)) = frame.rest.pop() else {
+        while let Some(rest) = stack.last_mut() {
+            let Some((name, reached)) = rest.pop() else {
                 stack.pop();
                 path.pop();
                 continue;
@@ -59,7 +57,7 @@ impl Devices {
             let is_own = |dir: &OwnedFd| fstat(dir).is_ok_and(|stat| stat.st_dev == device);
             let rest = match opened.ok().filter(is_own) {
                 Some(dir) => self.enter(&dir, (mount_point, &path), &reached, watch)?,
-                None => Frame { rest: Vec::new() },
+                None => Rest::new(),
             };
             stack.push(rest);
         }
@@ -72,8 +70,8 @@ impl Devices {
         (mount_point, path): (&Path, &Path),
         reached: &Reached,
         watch: &mut dyn FnMut() -> io::Result<()>,
-    ) -> io::Result<Frame> {
-        let mut rest = Vec::new();
+    ) -> io::Result<Rest> {
+        let mut rest = Rest::new();
         let mut buffer = Vec::with_capacity(NAMES_BYTES);
         let mut entries = RawDir::new(&dir, buffer.spare_capacity_mut());
         while let Some(Ok(entry)) = entries.next() {
@@ -105,7 +103,7 @@ impl Devices {
                 self.note(join(&mount_point.join(path), name));
             }
         }
-        Ok(Frame { rest })
+        Ok(rest)
     }
 
     fn note(&mut self, path: PathBuf) {

@@ -12,8 +12,8 @@
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use provider_api::{
@@ -527,12 +527,9 @@ impl CtDriver {
         let (log, lines) = mpsc::channel(LOG_LINES);
         self.lines = Some(lines);
         self.runner = Some(Arc::new(Runner {
-            view: Arc::new(view),
             lists: Some(lists),
-            program: self.ctx.guard.program.clone(),
-            log,
             share: self.options.bandwidth.as_ref().map(|budget| budget.guest().disk()),
-            killed: OnceLock::new(),
+            ..Runner::new(Arc::new(view), self.ctx.guard.program.clone(), log)
         }));
         Ok(())
     }

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, PipeReader, Read as _};
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use provider_api::{Call, CancellationToken, IdMapRange};
@@ -65,19 +65,7 @@ impl Place {
         let ids = ids.to_vec();
         let options = ViewOptions { writable: true, origin: Origin::Volume, is_plain: false };
         let view = beside(move || View::open(&dir, &parts, &ids, options)).await?;
-        let (log, lines) = mpsc::channel(LOG_LINES);
-        let program = ctx.guard.program.clone();
-        Ok((
-            Arc::new(Runner {
-                view: Arc::new(view),
-                lists: None,
-                program,
-                log,
-                share: None,
-                killed: OnceLock::new(),
-            }),
-            lines,
-        ))
+        Ok(runner(ctx, view))
     }
 
     /// Shows a directory, read-only, to commands that see nothing else.
@@ -92,19 +80,7 @@ impl Place {
             Part { key: "source".to_owned(), mount_point: "/".into(), path, is_image: false };
         let options = ViewOptions { writable: false, origin: Origin::Volume, is_plain: true };
         let view = beside(move || View::open(&dir, &[part], &[], options)).await?;
-        let (log, lines) = mpsc::channel(LOG_LINES);
-        let program = ctx.guard.program.clone();
-        Ok((
-            Arc::new(Runner {
-                view: Arc::new(view),
-                lists: None,
-                program,
-                log,
-                share: None,
-                killed: OnceLock::new(),
-            }),
-            lines,
-        ))
+        Ok(runner(ctx, view))
     }
 
     pub(crate) async fn remove(self) -> Result<(), CtError> {
@@ -201,4 +177,11 @@ fn listen(pipe: PipeReader, told: &mpsc::Sender<Unpacked>) {
             return;
         }
     }
+}
+
+/// What runs commands beside a view, and the lines that they write.
+fn runner(ctx: &JobContext, view: View) -> (Arc<Runner>, mpsc::Receiver<String>) {
+    let (log, lines) = mpsc::channel(LOG_LINES);
+    let program = ctx.guard.program.clone();
+    (Arc::new(Runner::new(Arc::new(view), program, log)), lines)
 }

@@ -77,6 +77,11 @@ impl From<ContainerCommand> for Task {
 }
 
 impl Runner {
+    /// Of the whole tree, and as fast as it goes.
+    pub(crate) fn new(view: Arc<View>, program: PathBuf, log: Sender<String>) -> Self {
+        Self { view, lists: None, program, log, share: None, killed: OnceLock::new() }
+    }
+
     /// Unpacks an archive into the tree. Its reports go to `reports`, line by line.
     pub(crate) async fn unpack(
         &self,

@@ -3,7 +3,7 @@
 //! runner of commands: for checks of providers.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use provider_api::{ContainerRunner, Excludes, Selection};
 use tokio::sync::mpsc;
@@ -56,14 +56,7 @@ impl ShownDirectory {
         // Ends with the runner.
         tokio::spawn(async move { while lines.recv().await.is_some() {} });
         Ok(Self {
-            runner: Arc::new(Runner {
-                view,
-                lists: Some(lists),
-                program,
-                log,
-                share: None,
-                killed: OnceLock::new(),
-            }),
+            runner: Arc::new(Runner { lists: Some(lists), ..Runner::new(view, program, log) }),
         })
     }
 

@@ -63,8 +63,7 @@ impl StorageSection {
     /// Whether the storage is switched off.
     #[must_use]
     pub fn is_disabled(&self) -> bool {
-        // A property without a value is a switch that is on.
-        self.get("disable").is_some_and(|v| v.is_empty() || parse_bool(v) == Some(true))
+        self.switch("disable") == Ok(Some(true))
     }
 
     /// A property that is 0 or 1; one without a value is on.
